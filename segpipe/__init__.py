@@ -1,0 +1,6 @@
+"""segpipe: segmentation over lakes of large rasters and 3D volumes, and the numbers that follow."""
+
+__version__ = "0.1.0"
+
+ENGINE_VERSION = 1
+"""Raised only when the same inputs give other bits; part of every predict key."""

@@ -1,0 +1,427 @@
+"""The job: one set of pydantic models that is the YAML, the ``--set`` keys, the UI's form and the schema.
+
+Values such as ``auto``, ``512`` or ``whole`` are strings with a pattern, not unions: forms show
+unions badly. An unknown key is a mistake; a mistake is reported with its path and what is valid.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from segpipe.errors import RequestError
+
+
+def _text(value: object) -> object:
+    """YAML reads ``512`` as a number; the field is text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+SIZE = r"(\d+|\d+x\d+|\d+x\d+x\d+)"
+AutoSize = Annotated[str, BeforeValidator(_text), Field(pattern=rf"^(auto|{SIZE})$")]
+"""``auto``, one number for all axes, or one per axis in array order: ``512``, ``96x128x128``."""
+WindowSize = Annotated[str, BeforeValidator(_text), Field(pattern=rf"^(auto|whole|{SIZE})$")]
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
+
+
+class Strict(BaseModel):
+    """Unknown keys are mistakes; values don't change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+
+
+class Blend(str, Enum):
+    """How overlapping windows become one answer."""
+
+    trim = "trim"
+    gaussian = "gaussian"
+
+
+class StoreMode(str, Enum):
+    """Where blocks are read from."""
+
+    zarr = "zarr"
+    direct = "direct"
+
+
+class Precision(str, Enum):
+    """Arithmetic of the forward pass. ``auto``: bf16 on CUDA, fp32 elsewhere."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class TTA(str, Enum):
+    """Test-time augmentation: scores averaged over these views."""
+
+    none = "none"
+    flips = "flips"
+
+
+class Runner(str, Enum):
+    """Who runs the batches of blocks."""
+
+    threads = "threads"
+    dask = "dask"
+
+
+class Format(str, Enum):
+    """Files for people: ``cog`` for rasters, ``nifti`` for volumes; the other kind is skipped."""
+
+    cog = "cog"
+    nifti = "nifti"
+
+
+class Keep(str, Enum):
+    """Working arrays kept in the store after the run."""
+
+    image = "image"
+    labels = "labels"
+    scores = "scores"
+
+
+class Tiling(Strict):
+    """How a scene is cut. None of this changes the answer but `window`, `halo` and `blend`."""
+
+    window: WindowSize = Field(
+        "auto",
+        description="What the model sees at once: auto (the card's), 512, 96x128x128, or whole.",
+    )
+    halo: AutoSize = Field(
+        "auto",
+        description="Margin of a window that is computed and thrown away or blended: auto (the card's) or elements.",
+    )
+    block: AutoSize = Field(
+        "auto", description="Unit of writing and of resuming: auto or elements of the native grid."
+    )
+    blend: Blend = Field(
+        Blend.trim,
+        description="trim: each pixel from one window. gaussian: weighted mean of all that cover it.",
+    )
+    memory: Memory = Field(
+        "4GiB", description="Upper bound for one worker's working set, e.g. 512MiB, 4GiB."
+    )
+    store: StoreMode = Field(
+        StoreMode.zarr,
+        description="zarr: ingest into the working store first; direct: read a local tiled source in place.",
+    )
+
+
+class Compute(Strict):
+    """Where and how the model runs."""
+
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1."
+    )
+    precision: Precision = Field(Precision.auto, description="auto: bf16 on CUDA, fp32 on CPU.")
+    batch: str = Field(
+        "auto",
+        pattern=r"^(auto|[1-9]\d*)$",
+        description="Windows per forward pass; short batches are padded to it.",
+    )
+    tta: TTA = Field(
+        TTA.none, description="flips: mean over all mirror images (2 or 3 axes: 4 or 8 passes)."
+    )
+    runner: Runner = Field(
+        Runner.threads,
+        description="threads: this machine. dask: a local cluster, or the one at `address`.",
+    )
+    workers: int = Field(
+        1, ge=1, le=1024, description="Batches of blocks in progress at once; one per device."
+    )
+    threads: str = Field(
+        "auto", pattern=r"^(auto|[1-9]\d*)$", description="CPU threads per worker; auto: all cores."
+    )
+    address: str | None = Field(
+        None, description="Dask scheduler, e.g. tcp://host:8786. Empty: a local cluster."
+    )
+    retries: int = Field(
+        2,
+        ge=0,
+        le=10,
+        description="Times a batch is tried again after a passing fault (storage, memory).",
+    )
+    batch_minutes: float = Field(
+        2.0, gt=0, le=60, description="Work aimed at in one Prefect task, in minutes."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_as_text(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {k: _text(v) if k in ("batch", "threads") else v for k, v in data.items()}
+        return data
+
+
+class Regions(Strict):
+    """Where numbers are reported: a polygon layer or a label atlas."""
+
+    path: str = Field(
+        description="Vector layer (GeoPackage, GeoJSON, Shapefile, …) or label atlas (NIfTI, GeoTIFF)."
+    )
+    name: str | None = Field(
+        None,
+        description="Attribute that names a polygon; for an atlas: a CSV with columns value,name.",
+    )
+    layer: str | None = Field(None, description="Layer of a file with several.")
+
+
+class Reference(Strict):
+    """The truth to compare with."""
+
+    path: str = Field(
+        description="A label file, or a folder or glob matched to the scenes by name."
+    )
+    values: dict[int, int | None] = Field(
+        default_factory=dict,
+        description="Reference value to class value; null: ignored. Others stay as they are.",
+    )
+
+
+class Measure(Strict):
+    """What is measured beside areas and overlap."""
+
+    surface: bool = Field(False, description="Surface and boundary distances.")
+    tolerance: float = Field(1.0, gt=0, description="Tolerance of surface Dice, in mm or m.")
+    intensity: bool = Field(False, description="Statistics of the image per region and class.")
+
+
+class Prompts(Strict):
+    """For promptable models."""
+
+    text: list[str] = Field(default_factory=list, description="Phrases to look for.")
+    path: str | None = Field(
+        None, description="Points, boxes or polygons (GeoJSON, GeoPackage, CSV)."
+    )
+
+
+class Outputs(Strict):
+    """What is written, and where."""
+
+    dir: str = Field(
+        "runs",
+        description="Folder or URL (s3://…) under which <job>/<run>/ and the store are made.",
+    )
+    formats: list[Format] = Field(
+        default_factory=lambda: [Format.cog, Format.nifti],
+        description="cog for rasters, nifti for volumes.",
+    )
+    scores: bool = Field(False, description="Also write the probability of each class.")
+    keep: list[Keep] = Field(
+        default_factory=lambda: [Keep.labels], description="Working arrays that stay in the store."
+    )
+
+
+class Job(Strict):
+    """A segmentation job: which scenes, which model, what to report.
+
+    Required: `scenes`, and one of `model` or `labels`.
+    """
+
+    name: str = Field(
+        "segment",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Names the folder of the results.",
+    )
+    scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
+    model: str | None = Field(None, description="Model card (YAML).")
+    labels: str | None = Field(
+        None,
+        description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
+    )
+    bands: list[str] = Field(
+        default_factory=list,
+        description="Names of the scene's bands in file order, where the file has none.",
+    )
+    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
+    compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
+    regions: Regions | None = Field(
+        None, description="Where numbers are reported; empty: the whole scene."
+    )
+    reference: Reference | None = Field(None, description="The truth to compare with.")
+    measure: Measure = Field(default_factory=Measure, description="Further measurements.")
+    prompts: Prompts = Field(default_factory=Prompts, description="For promptable models.")
+    outputs: Outputs = Field(default_factory=Outputs, description="What is written, and where.")
+
+    @model_validator(mode="after")
+    def _one_of_model_or_labels(self) -> Job:
+        if (self.model is None) == (self.labels is None):
+            found = "neither" if self.model is None else "both"
+            raise ValueError(f"give one of `model` or `labels`; found {found}")
+        if self.compute.address is not None and self.compute.runner is not Runner.dask:
+            raise ValueError("compute.address needs compute.runner: dask")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_asked_for_in_vain(self) -> Job:
+        """A key of the interface that this version cannot serve yet is refused, never ignored."""
+        later = {
+            "labels": self.labels is not None,
+            "measure.surface": self.measure.surface,
+            "measure.intensity": self.measure.intensity,
+            "prompts": bool(self.prompts.text or self.prompts.path),
+        }
+        for field, asked in later.items():
+            if asked:
+                raise ValueError(
+                    f"`{field}` is not available in this version of segpipe; remove it"
+                )
+        return self
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read and validate a job file.
+
+    Args:
+        path: YAML file, safe-loaded.
+        overrides: ``a.b=value`` items; the value is read as YAML.
+
+    Raises:
+        RequestError: every mistake, one a line, with its path and what would be valid.
+    """
+    data = read_yaml(path)
+    for item in overrides:
+        _apply(data, item)
+    return validate(Job, data, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file, by the safe loader.
+
+    Raises:
+        RequestError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RequestError(
+            f"{path}: cannot be read ({reason}); give the path of a YAML file"
+        ) from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RequestError(
+            f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}"
+        ) from error
+    if not isinstance(data, dict):
+        raise RequestError(f"{path}: found {type(data).__name__}, a mapping of keys was expected")
+    return data
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validate(model: type[ModelT], data: Mapping[str, Any], origin: str) -> ModelT:
+    """Validate a mapping, with mistakes told in the words of the file.
+
+    Raises:
+        RequestError: one line a mistake: ``file: path: what was found; what is valid``.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(model, dict(e))}" for e in error.errors()]
+        raise RequestError("\n".join(lines)) from error
+
+
+def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
+    """One pydantic error as ``path: what was found; what is valid there``."""
+    loc: tuple[str | int, ...] = error["loc"]
+    path = ".".join(str(part) for part in loc)
+    found = error["input"]
+    if error["type"] == "extra_forbidden":
+        valid = sorted(_model_at(model, loc[:-1]).model_fields)
+        close = difflib.get_close_matches(str(loc[-1]), valid, n=1)
+        hint = f"did you mean `{close[0]}`? " if close else ""
+        return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if error["type"] == "missing":
+        return f"{path}: missing; {_describe(model, loc)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not path:
+        return message
+    if error["type"] == "string_pattern_mismatch":
+        return f"{path}: found {found!r}; {_describe(model, loc)}"
+    return f"{path}: found {found!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _field_at(model: type[BaseModel], loc: Sequence[str | int]) -> FieldInfo | None:
+    """The field a location names, looking through lists and optional models."""
+    field: FieldInfo | None = None
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        inner = _models_in(field.annotation)
+        if inner:
+            model = inner[0]
+    return field
+
+
+def _model_at(model: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel]:
+    field = _field_at(model, loc)
+    inner = _models_in(field.annotation) if field else []
+    return inner[0] if inner else model
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _models_in(a)]
+
+
+def _describe(model: type[BaseModel], loc: Sequence[str | int]) -> str:
+    field = _field_at(model, loc)
+    text = field.description if field else None
+    return f"valid: {text}" if text else "see the documentation of this key"
+
+
+def _apply(data: dict[str, Any], item: str) -> None:
+    """Set one ``a.b=value`` override in a nested mapping."""
+    key, sign, value = item.partition("=")
+    if not sign or not key.strip():
+        raise RequestError(f"--set {item}: found no `key=value`; e.g. --set tiling.window=256")
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RequestError(f"--set {item}: `{part}` is a value, it has no keys")
+        data = inner
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {item}: {value!r} is not a YAML value") from error
+
+
+def parse_memory(text: Memory) -> int:
+    """Bytes of ``512MiB``, ``4GiB`` or ``1.5TiB``."""
+    number, unit = text[:-3], text[-3:]
+    return int(float(number) * 1024 ** {"MiB": 2, "GiB": 3, "TiB": 4}[unit])
+
+
+def parse_size(text: str, ndim: int, field: str) -> tuple[int, ...]:
+    """``512`` or ``96x128x128`` as one number per axis.
+
+    Raises:
+        RequestError: another number of axes than the scene has, or a zero.
+    """
+    parts = tuple(int(part) for part in text.split("x"))
+    sizes = parts * ndim if len(parts) == 1 else parts
+    if len(sizes) != ndim:
+        raise RequestError(
+            f"{field}: found {text!r} with {len(sizes)} axes; the scene has {ndim}: give one number or {ndim}"
+        )
+    return sizes

@@ -1,0 +1,1 @@
+"""The engine: read, normalise, forward, stitch, write, overlapped."""

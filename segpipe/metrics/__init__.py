@@ -1,0 +1,1 @@
+"""Tallies and what follows from them: pure functions on arrays."""

@@ -1,0 +1,88 @@
+"""One small interface for every kind of scene: lazy, windowed, in the stored dtype."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segpipe.boxes import Box
+from segpipe.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class SceneRef:
+    """A scene that was found but not yet opened."""
+
+    name: str
+    """Unique in the run and safe as a folder name; never a patient's name."""
+    uri: str
+    """What `open_source` opens: a path or URL, with ``#frame=N`` for one frame of a 4D file."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Stored value to real unit: ``real = stored · scale + offset``."""
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A window of a scene as stored."""
+
+    values: np.ndarray
+    """(c, y, x) or (c, z, y, x) in the source's dtype."""
+    valid: np.ndarray
+    """bool, (y, x) or (z, y, x): False at nodata, outside masks, and where any band is NaN."""
+
+
+class Source(ABC):
+    """An open scene. Reads are thread-safe or locked inside; nothing is kept in memory."""
+
+    uri: str
+    geometry: Geometry
+    dtype: np.dtype[Any]
+    """Of the stored values that `read` returns; all channels share one."""
+    count: int
+    """Channels that `read` returns."""
+    bands: tuple[str, ...]
+    """Names of the channels as the file gives them; empty when it gives none."""
+    scaling: tuple[Scaling, ...]
+    """One per channel."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the report should know (no CRS, no nodata value declared, …)."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON object that changes when the content does: for each file its URI, size and time."""
+
+    @property
+    def chunk(self) -> tuple[int, ...] | None:
+        """Shape in which the file is stored where it is tiled (array order), else None."""
+        return None
+
+    @abstractmethod
+    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
+        """Read a box that lies inside the scene.
+
+        Args:
+            box: array order, on the native grid.
+            channels: 0-based, in the order wanted; None: all.
+
+        Raises:
+            SceneError: the file is damaged; names file, what was found.
+        """
+
+    def close(self) -> None:
+        """Release file handles."""
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
