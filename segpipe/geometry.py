@@ -17,13 +17,10 @@ from typing import Any, ClassVar
 import nibabel as nib
 import numpy as np
 from affine import Affine
-from pyproj import CRS
+from pyproj import CRS, Transformer
 
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
-
-WEB_MERCATOR_RADIUS = 6378137.0
-"""Radius of the sphere of EPSG:3857, in metres: WGS 84's semi-major axis."""
 
 
 class Geometry(ABC):
@@ -100,38 +97,46 @@ class RasterGeometry(Geometry):
     def element_sizes(self) -> np.ndarray:
         """Area of a pixel for each row (y,), in m², or ones (pixels) without a CRS.
 
-        Projected CRS: |det| of the affine times the axis unit squared. Geographic CRS and Web
-        Mercator: the area on the ellipsoid between the row's parallels (Snyder, Map Projections:
-        A Working Manual, eq. 3-12), so that the scale error of Mercator never enters.
+        Projected CRS: |det| of the affine times the axis unit squared. Geographic CRS and every
+        normal Mercator (Web, World, spherical): the area on the ellipsoid between the row's
+        parallels (Snyder, Map Projections: A Working Manual, eq. 3-12), so that the scale error
+        of Mercator never enters.
 
         Raises:
-            SceneError: a geographic or Web Mercator raster is rotated, so no row has one area;
-                or the CRS is neither geographic nor projected.
+            SceneError: a geographic or Mercator raster is rotated, so no row has one area; the
+                CRS is neither geographic nor projected; or its poles are not the Earth's.
         """
         rows = self.shape[0]
-        crs = self.projection
-        a, b, _, d, e, f = self.transform
-        if crs is None:
+        if self.projection is None:
             return np.ones(rows)
-        edges = f + e * np.arange(rows + 1, dtype=np.float64)
-        mercator = is_web_mercator(crs)
+        crs = horizontal_crs(self.projection)
+        a, b, _, d, e, f = self.transform
+        mercator = is_mercator(crs)
         if crs.is_geographic or mercator:
             if self.rotated:
                 raise SceneError(
-                    "a rotated raster in a geographic or Web Mercator CRS has no single pixel area "
+                    "a rotated raster in a geographic or Mercator CRS has no single pixel area "
                     "per row; warp it to a north-up grid or a projected CRS first"
+                )
+            if crs.is_geographic and crs.is_derived:
+                raise SceneError(
+                    f"CRS {crs.name!r} has shifted poles, so areas are not defined by its rows; "
+                    "warp the raster to a plain geographic or projected CRS first"
                 )
             ellipsoid = crs.ellipsoid
             if ellipsoid is None:
                 raise SceneError(f"CRS {crs.name!r} names no ellipsoid, so areas are not defined")
+            edges = f + e * np.arange(rows + 1, dtype=np.float64)
             if mercator:
-                latitudes = 2 * np.arctan(np.exp(edges / WEB_MERCATOR_RADIUS)) - np.pi / 2
-                width = abs(a) / WEB_MERCATOR_RADIUS
+                latitudes, radians_per_unit = mercator_rows(crs, edges)
             else:
-                unit = crs.axis_info[0].unit_conversion_factor  # to radians
-                latitudes, width = edges * unit, abs(a) * unit
+                radians_per_unit = crs.axis_info[0].unit_conversion_factor
+                latitudes = edges * radians_per_unit
             return zone_areas(
-                latitudes, width, ellipsoid.semi_major_metre, ellipsoid.inverse_flattening
+                latitudes,
+                abs(a) * radians_per_unit,
+                ellipsoid.semi_major_metre,
+                ellipsoid.inverse_flattening,
             )
         if not crs.is_projected:
             raise SceneError(
@@ -175,7 +180,8 @@ class VolumeGeometry(Geometry):
     @property
     def orientation(self) -> str:
         """Closest anatomical axes of (i, j, k), as in ``RAS``: toward right, anterior, superior."""
-        return "".join(nib.orientations.aff2axcodes(self.matrix))
+        codes = nib.orientations.aff2axcodes(self.matrix)  # type: ignore[no-untyped-call]
+        return "".join(codes)
 
     @property
     def size_unit(self) -> str:
@@ -207,10 +213,45 @@ def geometry_from_dict(data: dict[str, Any]) -> Geometry:
     return VolumeGeometry(shape, tuple(tuple(row) for row in data["affine"]))
 
 
-def is_web_mercator(crs: CRS) -> bool:
-    """Whether the CRS is (any spelling of) the spherical Mercator of web maps."""
-    operation = crs.coordinate_operation
-    return operation is not None and "Popular Visualisation" in operation.method_name
+def horizontal_crs(crs: CRS) -> CRS:
+    """The CRS itself without a vertical axis (compound) or a datum shift (bound) around it."""
+    while True:
+        if crs.is_bound and crs.source_crs is not None:
+            crs = crs.source_crs
+        elif crs.is_compound:
+            crs = crs.sub_crs_list[0]
+        else:
+            return crs
+
+
+def is_mercator(crs: CRS) -> bool:
+    """Whether the CRS is a Mercator on the equator, any variant; not transverse, not oblique."""
+    operation = horizontal_crs(crs).coordinate_operation
+    if operation is None or not crs.is_projected:
+        return False
+    name = operation.method_name
+    return name.startswith(("Mercator", "Popular Visualisation"))
+
+
+def mercator_rows(crs: CRS, northings: np.ndarray) -> tuple[np.ndarray, float]:
+    """Geodetic latitudes (radians) of lines of a Mercator, and radians of longitude per x unit."""
+    base = crs.geodetic_crs
+    if base is None or crs.coordinate_operation is None:
+        raise SceneError(f"CRS {crs.name!r} names no geodetic CRS, so areas are not defined")
+    to_radians = base.axis_info[0].unit_conversion_factor
+    inverse = Transformer.from_crs(crs, base, always_xy=True)
+    unit = crs.axis_info[0].unit_conversion_factor
+    origin = [
+        float(p.value) * p.unit_conversion_factor / unit
+        for p in crs.coordinate_operation.params
+        if p.name in ("False easting", "Easting at false origin")
+    ]
+    middle = origin[0] if origin else 0.0
+    reach = 1e6 / unit  # 1000 km each way: far from the cut at ±180°, long enough to divide by
+    lon, _ = inverse.transform([middle - reach, middle + reach], [0.0, 0.0])
+    _, lat = inverse.transform(np.full(northings.shape, middle), northings)
+    turn = 2 * np.pi / to_radians
+    return np.asarray(lat) * to_radians, float((lon[1] - lon[0]) % turn * to_radians / (2 * reach))
 
 
 def zone_areas(

@@ -106,7 +106,8 @@ class Input(Strict):
     orientation: str | None = Field(
         None,
         pattern=r"^[RL][AP][SI]$|^[RLAPSI]{3}$",
-        description="Anatomical direction of the model's three axes, e.g. RAS. Empty: the file's own.",
+        description="Anatomical direction of the model's three axes, e.g. RAS. "
+        "Empty: the file's own.",
     )
     spacing: list[float] | None = Field(
         None, description="Element size along the model's axes, in mm or m. Empty: the scene's own."
@@ -225,6 +226,25 @@ class Card(Strict):
         return max(1, len(self.input.bands))
 
     @property
+    def ndim(self) -> int:
+        """Spatial axes of the network."""
+        return 2 if self.kind == "raster" else 3
+
+    @property
+    def window_shape(self) -> tuple[int, ...] | None:
+        """Elements per model axis in one pass; None: as many as the scene has."""
+        size = self.window.shape if self.window.size == "whole" else self.window.size
+        return None if size is None else self._per_axis(size)
+
+    @property
+    def halo(self) -> tuple[int, ...]:
+        """Margin per model axis."""
+        return self._per_axis(self.window.halo)
+
+    def _per_axis(self, sizes: list[int]) -> tuple[int, ...]:
+        return tuple(sizes) if len(sizes) == self.ndim else tuple(sizes) * self.ndim
+
+    @property
     def values(self) -> tuple[int, ...]:
         """Class value of each output channel."""
         return tuple(c.value for c in self.classes)
@@ -248,6 +268,13 @@ class Card(Strict):
             )
         if self.kind == "raster" and self.input.orientation:
             raise ValueError("input.orientation is for volumes")
+        for field in ("size", "shape", "halo"):
+            sizes = getattr(self.window, field)
+            if isinstance(sizes, list) and len(sizes) not in (1, self.ndim):
+                raise ValueError(
+                    f"window.{field}: found {sizes}; valid: one number, "
+                    f"or {self.ndim} for a {self.kind}"
+                )
         return self
 
     def prediction_fingerprint(self) -> str:

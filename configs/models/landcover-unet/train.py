@@ -2,8 +2,8 @@
 
 Only columns west of ``--split`` are read before training has ended: they give the normalisation
 constants, the class weights and the training pixels. A first network is fitted without the
-easternmost fifth of the west and scored on that strip, which is where the settings below were
-chosen; a second one, with the same settings, is fitted on the whole west, stored as float16, loaded
+easternmost fifth of the west and scored on that strip, where the default settings were chosen among
+ten; a second one, with the same settings, is fitted on the whole west, stored as float16, loaded
 back from that file and scored once on the east. Both run for a fixed number of steps: no score
 picks a checkpoint.
 
@@ -173,17 +173,23 @@ def parse() -> argparse.Namespace:
     add("--validate-only", action="store_true", help="stop after the western strip; no east read")
     add("--split", type=float, default=0.6, help="share of the columns that form the west")
     add("--strip", type=float, default=0.2, help="eastern share of the west kept for validation")
-    add("--encoder", default="tu-vgg11_bn", help="encoder name in segmentation_models_pytorch")
-    add("--depth", type=int, default=2, help="encoder stages")
-    add("--decoder", type=int, nargs="+", default=[64, 32], help="decoder channels, deepest first")
-    add("--steps", type=int, default=400, help="optimiser steps")
+    add("--encoder", default="tu-dla34", help="encoder name in segmentation_models_pytorch")
+    add("--depth", type=int, default=3, help="encoder stages")
+    add(
+        "--decoder",
+        type=int,
+        nargs="+",
+        default=[64, 48, 32],
+        help="decoder channels, deepest first",
+    )
+    add("--steps", type=int, default=200, help="optimiser steps")
     add("--batch", type=int, default=8, help="crops in a step")
     add("--crop", type=int, default=128, help="side of a crop in pixels")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--weight-decay", type=float, default=0.05, help="AdamW weight decay of the kernels")
     add("--jitter", type=float, default=0.1, help="spread of the band gain and offset")
     add("--smoothing", type=float, default=0.05, help="label smoothing")
-    add("--weight-power", type=float, default=0.5, help="exponent of the class weights")
+    add("--weight-power", type=float, default=0.25, help="exponent of the class weights")
     add("--weight-limit", type=float, default=10.0, help="largest class weight")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--seed", type=int, default=0, help="random seed")

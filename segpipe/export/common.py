@@ -1,0 +1,79 @@
+"""What every export shares: the reader's contract, the smallest dtype, atomic files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from segpipe.boxes import Box
+from segpipe.errors import SceneError
+from segpipe.models.card import Class
+
+
+class LabelReader(Protocol):
+    """Reads a window of a label map on the native grid: ``read(box)`` has the box's shape."""
+
+    def __call__(self, box: Box, /) -> np.ndarray: ...
+
+
+class ScoreReader(Protocol):
+    """Reads a window of a score map: ``read(box)`` is (class, *box.shape), floating point."""
+
+    def __call__(self, box: Box, /) -> np.ndarray: ...
+
+
+def label_dtype(classes: Sequence[Class], nodata: int | None) -> np.dtype[Any]:
+    """The smallest of uint8 and uint16 that holds every class value and the nodata value."""
+    largest = max([c.value for c in classes] + ([] if nodata is None else [nodata]))
+    return np.dtype(np.uint8 if largest <= 255 else np.uint16)
+
+
+def fit_labels(values: np.ndarray, dtype: np.dtype[Any], box: Box, path: Path) -> np.ndarray:
+    """The window in the file's dtype; a value that does not fit is refused, never wrapped around.
+
+    Raises:
+        SceneError: a label lies outside the dtype's range, or the window has another shape.
+    """
+    if values.shape != box.shape:
+        raise SceneError(f"{path}: labels at {box} have shape {values.shape}, not {box.shape}")
+    limit = np.iinfo(dtype).max
+    if values.dtype != dtype and values.size and (values.min() < 0 or values.max() > limit):
+        raise SceneError(
+            f"{path}: a label at {box} lies in {values.min()}…{values.max()}, outside 0…{limit}: "
+            "the model's card must list every class value"
+        )
+    return np.ascontiguousarray(values, dtype=dtype)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A private folder beside ``path``: what is finished there is moved by rename, the rest goes.
+
+    The same folder is the same file system, so `os.replace` is atomic; a crash leaves a hidden
+    folder, never half a file under the final name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder)
+
+
+def commit(source: Path, target: Path) -> None:
+    """Make a finished file visible under its name, readable as any new file is."""
+    umask = os.umask(0)
+    os.umask(umask)
+    source.chmod(0o666 & ~umask)  # files made by tempfile's rules are private to the user
+    source.replace(target)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A small text file, whole or not at all."""
+    with staging(path) as folder:
+        draft = folder / path.name
+        draft.write_text(text, encoding="utf-8", newline="\n")
+        commit(draft, path)

@@ -1,0 +1,273 @@
+"""The additive table of one scene's elements: region × predicted class × reference class.
+
+Measuring goes over its own lattice of *measure tiles*, anchored at the scene's first element and
+independent of the blocks of prediction, and everything in a tally is a whole number. So sums do
+not depend on block size, order or runner, and adding again gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from segpipe.boxes import Box, grid_boxes
+from segpipe.errors import SceneError
+from segpipe.geometry import Geometry
+from segpipe.regions.base import FULL, Cover, RegionSet
+
+MEASURE_TILE = {"raster": (2048, 2048), "volume": (128, 128, 128)}
+"""Shape of a measure tile by kind of scene. Part of the metric definitions: never tuned."""
+MOST_ELEMENTS = 1 << 22
+"""In one tile: sums of its sizes stay below 2**53, where float64 counts exactly."""
+
+NODATA = -1
+"""Predicted class of an element without a valid pixel."""
+IGNORED = -1
+"""Reference class of an element about which the reference says nothing."""
+NOT_REQUESTED = -2
+"""Reference class of every element when there is no reference."""
+
+_KEYS = ("region", "label", "reference")
+_SUMS = ("cover", "size", "edge")
+
+
+def measure_tiles(geometry: Geometry) -> Iterator[Box]:
+    """The tiles of a scene, in C order."""
+    return grid_boxes(geometry.shape, MEASURE_TILE[geometry.kind])
+
+
+@dataclass(frozen=True, eq=False)
+class SizeScale:
+    """Sizes of a scene's elements as whole numbers: 2**-bits of its largest element.
+
+    So a scene whose elements are all alike is counted without any rounding, and one whose rows
+    differ (geographic, Mercator) to 2**-bits of an element; the whole scene stays below 2**62.
+    """
+
+    unit: str
+    """``m2``, ``mm3`` or ``px``."""
+    largest: float
+    """Size of the scene's largest element, in `unit`."""
+    bits: int
+    rows: np.ndarray
+    """Size of an element for each index of the first axis, int64."""
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> SizeScale:
+        """The scale of a scene.
+
+        Raises:
+            SceneError: an element has no positive, finite size, or the scene has over 2**45.
+        """
+        sizes = geometry.element_sizes()
+        largest = float(sizes.max(initial=0))
+        if not (np.isfinite(sizes).all() and largest > 0):
+            raise SceneError(f"its elements have no size: the largest is {largest:g}")
+        count = geometry.box.size
+        if count > 1 << 45:
+            raise SceneError(f"has {count} elements; at most 2**45 can be measured")
+        bits = min(30, 62 - count.bit_length())  # 16 or more
+        rows = np.rint(sizes / largest * (1 << bits)).astype(np.int64)
+        return cls(geometry.size_unit, largest, bits, rows)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all elements have the same size."""
+        return bool((self.rows == self.rows[0]).all())
+
+    def size(self, units: int) -> float:
+        """A sum of sizes in `unit`."""
+        return units / (1 << self.bits) * self.largest
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a reader of a tally needs to turn sizes into `unit`: a JSON object."""
+        return {"unit": self.unit, "largest": self.largest, "bits": self.bits}
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """Sums by region, predicted class and reference class: one row each, sorted, none twice."""
+
+    region: np.ndarray
+    """Index into the region set's names, int64 as all columns."""
+    label: np.ndarray
+    """Predicted class value, or `NODATA`."""
+    reference: np.ndarray
+    """Reference class value, `IGNORED` or `NOT_REQUESTED`."""
+    cover: np.ndarray
+    """Elements, in 1/65536."""
+    size: np.ndarray
+    """Area or volume, in 2**-bits of the scene's largest element (`SizeScale`)."""
+    edge: np.ndarray
+    """How many of the elements (whole ones, however little covered) lie on the scene's border."""
+
+    @classmethod
+    def from_columns(cls, **columns: Any) -> Tally:
+        """A tally of rows in any order, equal keys added up."""
+        data = {n: np.asarray(columns[n], dtype=np.int64).ravel() for n in (*_KEYS, *_SUMS)}
+        keys = np.stack([data[name] for name in _KEYS])
+        order = np.lexsort(keys[::-1])
+        keys = keys[:, order]
+        if not keys.shape[1]:
+            return cls(**data)
+        first = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
+        sums = {name: np.add.reduceat(data[name][order], first) for name in _SUMS}
+        return cls(*keys[:, first], **sums)
+
+    @classmethod
+    def empty(cls) -> Tally:
+        """A tally of nothing: what `add` starts from."""
+        return cls.from_columns(**{name: [] for name in (*_KEYS, *_SUMS)})
+
+    def __len__(self) -> int:
+        return len(self.region)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tally) and all(
+            np.array_equal(getattr(self, n), getattr(other, n)) for n in (*_KEYS, *_SUMS)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def rows(self) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """(region, label, reference, cover, size, edge) as Python integers."""
+        columns = [getattr(self, name).tolist() for name in (*_KEYS, *_SUMS)]
+        return zip(*columns, strict=True)
+
+    def to_json(self) -> dict[str, list[int]]:
+        """A JSON object, exact; for receipts."""
+        return {name: getattr(self, name).tolist() for name in (*_KEYS, *_SUMS)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, list[int]]) -> Tally:
+        """The inverse of `to_json`."""
+        return cls.from_columns(**data)
+
+
+def add(tallies: Iterable[Tally]) -> Tally:
+    """The sum of tallies of one scene: the same bits in any order and any grouping."""
+    parts = [*tallies, Tally.empty()]
+    columns = {n: np.concatenate([getattr(t, n) for t in parts]) for n in (*_KEYS, *_SUMS)}
+    return Tally.from_columns(**columns)
+
+
+def measure_tile(
+    labels: np.ndarray,
+    nodata: int | None,
+    reference: np.ndarray | None,
+    regions: RegionSet,
+    box: Box,
+    scene: Box,
+    scale: SizeScale,
+) -> Tally:
+    """The tally of one tile.
+
+    Args:
+        labels: predicted class values, integers, of the box's shape.
+        nodata: value of ``labels`` where there is no valid pixel; None: all are valid.
+        reference: class values with `IGNORED`, of the box's shape; None: `NOT_REQUESTED`.
+        regions: of the scene.
+        box: the tile (`measure_tiles`), on the scene's grid.
+        scene: the whole scene, for its border.
+        scale: of the scene.
+    """
+    if labels.shape != box.shape or (reference is not None and reference.shape != box.shape):
+        raise ValueError(f"labels or reference of another shape than {box}")
+    if box.size > MOST_ELEMENTS:
+        raise ValueError(f"a tile of {box.size} elements; at most {MOST_ELEMENTS} can be summed")
+    values, code = compact(labels)
+    if nodata is not None:
+        values = np.where(values == nodata, NODATA, values)
+    truths = np.array([NOT_REQUESTED])
+    if reference is not None:
+        truths, truth_code = compact(reference)
+        code = code * np.int32(len(truths)) + truth_code
+    border = _border(box, scene)
+    parts = []
+    for cover in regions.cover(box):
+        found = _sums(code, len(values) * len(truths), cover, box, border, scale)
+        pair, cover_sum, size, edge = found
+        parts.append(
+            Tally.from_columns(
+                region=np.full(len(pair), cover.region),
+                label=values[pair // len(truths)],
+                reference=truths[pair % len(truths)],
+                cover=cover_sum,
+                size=size,
+                edge=edge,
+            )
+        )
+    return add(parts)
+
+
+def _sums(
+    code: np.ndarray,
+    pairs: int,
+    cover: Cover,
+    box: Box,
+    border: np.ndarray | None,
+    scale: SizeScale,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of classes that a region's cover holds, and for each its cover, size and edge."""
+    inner = cover.box.within(box)
+    part = code[inner].ravel()
+    fraction = None if cover.fraction is None else cover.fraction.ravel()
+    if fraction is None:
+        sums = FULL * np.bincount(part, minlength=pairs)
+    else:
+        sums = _exact(part, fraction, pairs)
+    if scale.uniform:
+        sizes = sums << (scale.bits - 16)
+    else:
+        rows = scale.rows[cover.box.start[0] : cover.box.stop[0]]
+        each = np.repeat(rows, part.size // len(rows))
+        if fraction is not None:
+            each = (each * fraction.astype(np.int64) + FULL // 2) >> 16
+        sizes = _exact(part, each, pairs)
+    edge = np.zeros(pairs, dtype=np.int64)
+    if border is not None:
+        on = border[inner].ravel()
+        if fraction is not None:
+            on = on & (fraction > 0)
+        edge = np.bincount(part[on], minlength=pairs)
+    pair = np.flatnonzero(sums)
+    return pair, sums[pair], sizes[pair], edge[pair]
+
+
+def _exact(part: np.ndarray, weights: np.ndarray, pairs: int) -> np.ndarray:
+    """Sums of whole numbers by code; float64 holds them all (`MOST_ELEMENTS`)."""
+    return np.rint(np.bincount(part, weights=weights, minlength=pairs)).astype(np.int64)
+
+
+def _border(box: Box, scene: Box) -> np.ndarray | None:
+    """Which elements of a box lie on the scene's faces; None when none does."""
+    border = np.zeros(box.shape, dtype=bool)
+    for axis in range(box.ndim):
+        face = [slice(None)] * box.ndim
+        if box.start[axis] == scene.start[axis]:
+            face[axis] = slice(0, 1)
+            border[tuple(face)] = True
+        if box.stop[axis] == scene.stop[axis]:
+            face[axis] = slice(-1, None)
+            border[tuple(face)] = True
+    return border if border.any() else None
+
+
+def compact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values (int64, sorted) and for each element its place among them (int32).
+
+    Label maps hold few values in a small range: those are counted instead of sorted.
+    """
+    if not values.size:
+        return np.zeros(0, dtype=np.int64), np.zeros(values.shape, dtype=np.int32)
+    low, high = int(values.min()), int(values.max())
+    if high - low >= 1 << 20:
+        distinct, code = np.unique(values, return_inverse=True)
+        return distinct.astype(np.int64), code.reshape(values.shape).astype(np.int32)
+    shifted = values.astype(np.int64) - low if low else values
+    present = np.bincount(shifted.ravel()) > 0
+    place = (np.cumsum(present) - 1).astype(np.int32)
+    return np.flatnonzero(present) + low, place[shifted]

@@ -1,0 +1,62 @@
+"""Segmentation networks of monai.networks.nets, from a closed list: bundles are never evaluated."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import monai.networks.nets as library
+import torch
+
+from segpipe.models.card import Card
+from segpipe.models.naming import construct, known
+from segpipe.models.network import Network, TorchNetwork, fill, output_channels
+from segpipe.models.weights import load_state, resolve_weights
+
+ARCHITECTURES = (
+    "AttentionUnet",
+    "BasicUNet",
+    "BasicUNetPlusPlus",
+    "DynUNet",
+    "FlexibleUNet",
+    "HighResNet",
+    "MedNeXt",
+    "SegResNet",
+    "SegResNetDS",
+    "SwinUNETR",
+    "UNETR",
+    "UNet",
+    "VNet",
+)
+"""Those that map an image to scores per class and are built from plain values alone."""
+
+
+def check(card: Card) -> None:
+    """Whether the architecture is on the list.
+
+    Raises:
+        RequestError: it is not; names those that come close.
+    """
+    known(card, ARCHITECTURES)
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights, in as many dimensions as the card's kind has.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    factory = getattr(library, known(card, ARCHITECTURES))
+    accepted = inspect.signature(factory).parameters
+    arguments: dict[str, Any] = {
+        **card.arguments,
+        "in_channels": card.channels,
+        "out_channels": output_channels(card),
+    }
+    if "spatial_dims" in accepted:
+        arguments["spatial_dims"] = card.ndim
+    if "pretrained" in accepted:
+        arguments["pretrained"] = False  # weights come from the card: nothing is fetched
+    module = construct(card, factory, arguments)
+    fill(card, module, load_state(resolve_weights(card)))
+    return TorchNetwork(module, device)

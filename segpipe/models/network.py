@@ -1,0 +1,166 @@
+"""What the providers' adapters share: filling a module with weights, and the ready model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from segpipe.errors import RequestError
+from segpipe.models.base import SegmentationModel
+from segpipe.models.card import Card
+from segpipe.models.weights import card_error
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Network(SegmentationModel, Protocol):
+    """What an adapter builds; `ReadyModel` makes it keep the promises of `SegmentationModel`."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers learned in training; None where the file does not tell."""
+
+
+@dataclass
+class TorchNetwork:
+    """A PyTorch module on its device."""
+
+    module: torch.nn.Module
+    device: torch.device
+    channels_last: bool = False
+    """2D convolutions on CPU are up to four times faster with channels innermost in memory."""
+
+    def __post_init__(self) -> None:
+        self.module.eval().requires_grad_(False).to(self.device)
+        if self.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers learned in training."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Raw scores; they may be at a lower resolution than the batch."""
+        if self.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        scores = self.module(batch)
+        if isinstance(scores, list | tuple) and len(scores) == 1:
+            scores = scores[0]
+        if not isinstance(scores, torch.Tensor):
+            raise RequestError(
+                f"{type(self.module).__name__} answers with a {type(scores).__name__}, one tensor "
+                "of scores was expected; turn off its auxiliary outputs in `arguments`"
+            )
+        return scores
+
+
+def output_channels(card: Card) -> int:
+    """Channels the network answers with: one a class, or one in all under a sigmoid."""
+    return 1 if card.output.activation == "sigmoid" else len(card.classes)
+
+
+def fill(card: Card, module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy the weights into the module; every tensor must have its place and every place a tensor.
+
+    Raises:
+        RequestError: a name or shape does not fit; the first of each kind is named.
+    """
+    wanted = module.state_dict()
+    # A tensor under two names (DynUNet's skip_layers) is stored once in safetensors.
+    filled = {wanted[name].data_ptr() for name in state if name in wanted}
+    missing = [
+        name
+        for name, tensor in wanted.items()
+        if name not in state
+        and tensor.data_ptr() not in filled
+        # A counter of training steps: older checkpoints lack it, prediction does not read it.
+        and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [name for name in state if name not in wanted]
+    if missing or unexpected:
+        raise card_error(card, "weights", _mismatch(card, missing, unexpected))
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            raise card_error(
+                card,
+                "weights",
+                f"{name} is {tuple(tensor.shape)} in {card.weights}, and "
+                f"{tuple(wanted[name].shape)} in {card.architecture}; "
+                "`arguments`, `input.bands` or `classes` do not fit the file",
+            )
+    for name, _ in module.named_parameters():
+        if name in state and not bool(torch.isfinite(state[name]).all()):
+            raise card_error(card, "weights", f"{name} in {card.weights} holds NaN or infinity")
+    module.load_state_dict(dict(state), strict=False)
+
+
+def _mismatch(card: Card, missing: list[str], unexpected: list[str]) -> str:
+    found = []
+    if missing:
+        found.append(f"lacks {missing[0]} ({len(missing)} missing)")
+    if unexpected:
+        found.append(f"has {unexpected[0]} ({len(unexpected)} unexpected)")
+    return (
+        f"{card.weights} {' and '.join(found)} for {card.architecture}; "
+        "`architecture` or `arguments` do not fit the file"
+    )
+
+
+class ReadyModel:
+    """A network with its arithmetic, whose answer keeps the promises of `SegmentationModel`."""
+
+    def __init__(self, card: Card, network: Network, precision: str, threads: int) -> None:
+        self.device = network.device
+        self.parameters = network.parameters
+        self._network = network
+        self._name = card.name
+        self._channels = output_channels(card)
+        self._precision = precision
+        self._threads = threads
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Scores of a batch: float32, contiguous, (n, k, …) with the batch's spatial shape.
+
+        Raises:
+            RequestError: the network answers with another number of channels than the card has
+                classes, or with a spatial shape that is no whole fraction of the input's.
+        """
+        if self.device.type == "cpu" and torch.get_num_threads() != self._threads:
+            # The setting belongs to the calling thread, and changes the last bits of some sums.
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            with self._arithmetic():
+                scores = self._network(batch)
+            return self._fitted(scores.float(), batch).contiguous()
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST.get(self._precision)
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _fitted(self, scores: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """The scores at the batch's resolution."""
+        wanted, found = batch.shape[2:], scores.shape[2:]
+        if scores.ndim != batch.ndim or scores.shape[1] != self._channels:
+            raise RequestError(
+                f"{self._name}: classes: the network answers with shape {tuple(scores.shape)}; "
+                f"{self._channels} channels and {len(wanted)} spatial axes were expected"
+            )
+        if wanted == found:
+            return scores
+        # A network with valid convolutions answers for a smaller *area*: never stretch that one.
+        factor = -(-wanted[0] // found[0])
+        if any(-(-n // factor) != k for n, k in zip(wanted, found, strict=True)):
+            raise RequestError(
+                f"{self._name}: window.size: a window of {tuple(wanted)} is answered with "
+                f"{tuple(found)}, which is no whole fraction of it"
+            )
+        mode = "bilinear" if len(wanted) == 2 else "trilinear"
+        return functional.interpolate(scores, size=wanted, mode=mode, align_corners=False)

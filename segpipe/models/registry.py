@@ -1,0 +1,295 @@
+"""From a card to a model that runs: checked before work starts, loaded once per process."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from segpipe.config import Precision
+from segpipe.errors import RequestError
+from segpipe.models.card import Card, Divide, Provider, SceneQuantiles, Subtract, load_card
+from segpipe.models.weights import card_error, resolve_weights, weights_files, weights_fingerprint
+
+if TYPE_CHECKING:
+    import torch
+
+    from segpipe.models.base import SegmentationModel
+    from segpipe.models.network import Network
+
+AS_STORED = (Provider.onnx, Provider.torchscript)
+"""Providers whose files fix their own arithmetic: only fp32 is asked of them."""
+
+Key = tuple[str, str, str, str, int]
+
+_models: dict[Key, SegmentationModel] = {}
+_models_lock = threading.Lock()
+
+
+class Adapter(Protocol):
+    """What a provider's module offers."""
+
+    check: Callable[[Card], None]
+    """Everything that can be refused without building."""
+    build: Callable[[Card, torch.device, int], Network]
+    """The network with its weights, on a device, with that many CPU threads."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What `segpipe models show` prints beside the card."""
+
+    parameters: int | None
+    """Numbers learned in training; None where the file does not tell (ONNX)."""
+    weights: Path
+    """File or folder."""
+    weights_bytes: int
+    """Size of all its files."""
+    fingerprint: str
+    """SHA-256 of the weights."""
+    window: tuple[int, ...] | None
+    """Elements per model axis in one pass; None: the whole scene at its own size."""
+    halo: tuple[int, ...]
+    """Margin per model axis."""
+    stride: int
+    """Total stride."""
+
+
+def load_model(card: Card, device: str, threads: int, precision: str) -> SegmentationModel:
+    """The card's model, ready to run; the same object for the same request in one process.
+
+    Args:
+        card: the model.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads of one forward pass.
+        precision: ``fp32``, ``bf16`` or ``fp16``, as `resolve_precision` gives it.
+
+    Raises:
+        RequestError: the card, its weights, the device or the precision cannot be served.
+    """
+    if precision != resolve_precision(card, Precision(precision), device):
+        raise AssertionError("resolve_precision first: `auto` is settled in the plan")
+    with _models_lock:
+        # Two threads that ask at once: the second waits, then finds the first one's.
+        key = (
+            card.prediction_fingerprint(),
+            weights_fingerprint(card),
+            device,
+            precision,
+            threads,
+        )
+        if key not in _models:
+            from segpipe.models.network import ReadyModel
+
+            network = _build(card, _device(card, device), threads)
+            _models[key] = ReadyModel(card, network, precision, threads)
+        return _models[key]
+
+
+def resolve_precision(card: Card, precision: Precision, device: str) -> str:
+    """The arithmetic of the forward pass with ``auto`` settled: bf16 on CUDA, fp32 elsewhere.
+
+    Raises:
+        RequestError: half precision is asked of a file that fixes its own arithmetic.
+    """
+    if card.provider in AS_STORED:
+        if precision not in (Precision.auto, Precision.fp32):
+            raise RequestError(
+                f"compute.precision: found {precision.value}; {card.name} runs as it is stored "
+                f"({card.provider.value}): valid: auto or fp32"
+            )
+        return "fp32"
+    if precision is Precision.auto:
+        return "bf16" if device.startswith("cuda") else "fp32"
+    return str(precision.value)
+
+
+def model_fingerprint(card: Card) -> str:
+    """Hash of everything that can change a prediction: the card, its weights and its roi's.
+
+    Raises:
+        RequestError: weights are missing.
+    """
+    parts = [card.prediction_fingerprint(), weights_fingerprint(card)]
+    if card.roi is not None:
+        first = load_card(card.folder / card.roi.card)
+        parts += [model_fingerprint(first), first.cleanup.model_dump_json()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def list_cards(folder: str | Path) -> list[Card]:
+    """Every card in a folder, by file name.
+
+    Raises:
+        RequestError: no such folder, or a card is wrong; every mistake of every card.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such folder; give one that holds model cards (*.yaml)")
+    cards, mistakes = [], []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            cards.append(load_card(path))
+        except RequestError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise RequestError("\n".join(mistakes))
+    return cards
+
+
+def describe(card: Card) -> ModelDescription:
+    """Facts of a model that are not written on its card; builds it on the CPU.
+
+    Raises:
+        RequestError: as `load_model`.
+    """
+    import torch
+
+    network = _build(card, torch.device("cpu"), 1)
+    return ModelDescription(
+        parameters=network.parameters,
+        weights=resolve_weights(card),
+        weights_bytes=sum(file.stat().st_size for file in weights_files(card)),
+        fingerprint=weights_fingerprint(card),
+        window=card.window_shape,
+        halo=card.halo,
+        stride=card.window.stride,
+    )
+
+
+def check_card(card: Card) -> None:
+    """Refuse, before any work, a card that could not run: everything but building the network.
+
+    Raises:
+        RequestError: names the card, the field, what was found and what would be valid.
+    """
+    resolve_weights(card)
+    _adapter(card).check(card)
+    _check_window(card)
+    _check_input(card)
+    if card.roi is not None:
+        _check_roi(card, card.roi.card)
+
+
+def _adapter(card: Card) -> Adapter:
+    """The provider's module, imported when first needed: each one is seconds and megabytes."""
+    try:
+        return cast(Adapter, importlib.import_module(f"segpipe.models.{card.provider.value}"))
+    except ModuleNotFoundError as error:
+        raise card_error(
+            card, "provider", f"{card.provider.value} needs the package {error.name}: install it"
+        ) from error
+
+
+def _build(card: Card, device: torch.device, threads: int) -> Network:
+    return _adapter(card).build(card, device, threads)
+
+
+def _device(card: Card, name: str) -> torch.device:
+    """The device, which exists, set to repeatable whole-float32 arithmetic."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"compute.device: found {name!r}; valid: cpu, cuda, cuda:1") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise RequestError(
+                f"compute.device: found {name!r}; this machine has {count} CUDA devices: "
+                "valid here: auto or cpu" + (f", cuda:0 to cuda:{count - 1}" if count else "")
+            )
+        # TF32 keeps 10 bits of float32's 23, and the fastest algorithms are not repeatable.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def _check_window(card: Card) -> None:
+    window, stride = card.window, card.window.stride
+    shape = card.window_shape
+    field = "window.shape" if window.size == "whole" else "window.size"
+    if shape is not None:
+        for n in shape:
+            if n < 1 or n % stride:
+                raise card_error(
+                    card, field, f"found {n}; valid: a positive multiple of window.stride {stride}"
+                )
+    if window.size == "whole":
+        if any(card.halo):
+            raise card_error(card, "window.halo", "a whole scene has no halo: leave it out")
+        return
+    for n, halo in zip(shape or (), card.halo, strict=True):
+        # Origins stay multiples of the stride, so the halo is rounded up to one.
+        rounded = -(-halo // stride) * stride
+        if halo < 0 or n - 2 * rounded < stride:
+            raise card_error(
+                card,
+                "window.halo",
+                f"found {halo} for a window of {n} (stride {stride}); "
+                f"valid: 0 to {max(0, (n - stride) // 2 // stride * stride)}",
+            )
+
+
+def _check_input(card: Card) -> None:
+    wanted = card.input
+    if wanted.spacing is not None:
+        if len(wanted.spacing) != card.ndim or min(wanted.spacing) <= 0:
+            raise card_error(
+                card, "input.spacing", f"found {wanted.spacing}; valid: {card.ndim} sizes above 0"
+            )
+        if card.window.shape is not None:
+            raise card_error(
+                card, "input.spacing", "window.shape sets the grid already: give one of the two"
+            )
+    if wanted.orientation and not re.fullmatch(
+        r"(?!.*[RL].*[RL])(?!.*[AP].*[AP])(?!.*[SI].*[SI]).{3}", wanted.orientation
+    ):
+        raise card_error(
+            card,
+            "input.orientation",
+            f"found {wanted.orientation!r}; valid: one letter each of R/L, A/P and S/I, e.g. RAS",
+        )
+    for number, step in enumerate(wanted.normalisation):
+        field = f"input.normalisation.{number}"
+        if isinstance(step, Subtract | Divide):
+            if len(step.value) not in (1, card.channels):
+                raise card_error(
+                    card,
+                    f"{field}.value",
+                    f"found {len(step.value)} numbers; valid: 1, or {card.channels} (one a band)",
+                )
+            if isinstance(step, Divide) and 0 in step.value:
+                raise card_error(card, f"{field}.value", "found 0; nothing is divided by zero")
+        elif isinstance(step, SceneQuantiles):
+            if step.low >= step.high:
+                raise card_error(
+                    card, f"{field}.low", f"found {step.low}; valid: below high {step.high}"
+                )
+            if step.grid is not None and len(step.grid) != card.ndim:
+                raise card_error(
+                    card, f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes"
+                )
+
+
+def _check_roi(card: Card, path: str) -> None:
+    first = load_card(card.folder / path)
+    valid = first.kind == card.kind and first.window.size == "whole" and first.roi is None
+    if not valid:
+        raise card_error(
+            card, "roi.card", f"{path}: valid: a {card.kind} card, window whole, without roi"
+        )
+    if (first.input.bands, first.input.orientation) != (card.input.bands, card.input.orientation):
+        raise card_error(
+            card, "roi.card", f"{path}: its bands and orientation must be those of this card"
+        )
+    check_card(first)

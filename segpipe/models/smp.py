@@ -1,0 +1,48 @@
+"""Networks of segmentation_models_pytorch: an architecture name, an encoder name, our weights."""
+
+from __future__ import annotations
+
+import segmentation_models_pytorch as library
+import torch
+
+from segpipe.models.card import Card
+from segpipe.models.naming import construct, known
+from segpipe.models.network import Network, TorchNetwork, fill, output_channels
+from segpipe.models.weights import card_error, load_state, resolve_weights
+
+ARCHITECTURES = {c.__name__: c for c in library.MODEL_ARCHITECTURES_MAPPING.values()}
+
+
+def check(card: Card) -> None:
+    """Whether the architecture exists.
+
+    Raises:
+        RequestError: it does not; names those that come close.
+    """
+    known(card, ARCHITECTURES)
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    check(card)
+    arguments = {
+        **card.arguments,
+        # Weights come from the card, so the encoder's are never fetched.
+        "encoder_weights": None,
+        "in_channels": card.channels,
+        "classes": output_channels(card),
+    }
+    module = construct(card, ARCHITECTURES[str(card.architecture)], arguments)
+    stride = int(module.encoder.output_stride)
+    if card.window.stride % stride:
+        raise card_error(
+            card,
+            "window.stride",
+            f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
+        )
+    fill(card, module, load_state(resolve_weights(card)))
+    return TorchNetwork(module, device, channels_last=True)

@@ -1,0 +1,468 @@
+"""Where windows and blocks lie, what they cost, and in which order: pure functions on integers.
+
+**The lattice.** Along one axis of the model grid, cells of ``step = window − 2·halo`` partition the
+scene. Cell ``i`` is answered by the window that begins at ``i·step − halo``, shifted to stay inside
+the scene (padded at its trailing edge to the network's total stride). Cells that would be
+answered by the same window share it. So every element comes from the window whose nominal centre is
+nearest, has at least ``halo`` elements of context unless the scene ends before, every origin is a
+multiple of the stride, and a block that is a multiple of the step never shares a window with the
+next one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+from segpipe.boxes import Box
+from segpipe.errors import RequestError
+from segpipe.grid import GridMap
+
+Index = tuple[int, ...]
+"""Position of a window in the lattice, or of a block in the block grid."""
+
+REDUNDANCY_AIM = 1.15
+"""`block: auto` grows blocks until forward passes over lattice windows is at most this."""
+BLOCK_EDGE = {2: 2048, 3: 160}
+"""Edge aimed at by `block: auto`, native elements, by number of axes."""
+CHUNK_EDGE = {2: 512, 3: 64}
+"""Longest edge of the chunks inside a shard."""
+IN_FLIGHT = 3
+"""Blocks alive at once in the engine: one read ahead, one computed, one written."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The windows along one axis of the model grid."""
+
+    size: int
+    """Elements of the scene."""
+    padded: int
+    """The same, up to the next multiple of the stride (or to a fixed window)."""
+    window: int
+    """Elements of a window: never more than ``padded``."""
+    origins: tuple[int, ...]
+    """First element of each window, ascending."""
+    cuts: tuple[int, ...]
+    """Window ``i`` answers for [cuts[i], cuts[i + 1]); one more than origins."""
+
+    def owners(self, start: int, stop: int) -> range:
+        """Windows that answer for a part of [start, stop)."""
+        return _span(self.cuts[:-1], self.cuts[1:], start, stop)
+
+    def covering(self, start: int, stop: int) -> range:
+        """Windows that see a part of [start, stop)."""
+        return _span(self.origins, [o + self.window for o in self.origins], start, stop)
+
+
+def _span(lows: Sequence[int], highs: Sequence[int], start: int, stop: int) -> range:
+    """Ascending intervals [low, high) that meet [start, stop), as a range of their indices."""
+    if start >= stop:
+        return range(0)
+    hits = [i for i, (a, b) in enumerate(zip(lows, highs, strict=True)) if a < stop and start < b]
+    return range(hits[0], hits[-1] + 1) if hits else range(0)
+
+
+def lattice_axis(size: int, window: int, halo: int, stride: int, fixed: bool = False) -> Axis:
+    """Windows along one axis; see the module's text.
+
+    Args:
+        size: elements of the scene, at least 1.
+        window: elements seen at once, a multiple of ``stride``.
+        halo: margin wanted; rounded up to a multiple of ``stride``, so that origins stay aligned.
+        stride: total stride of the network.
+        fixed: the network takes exactly ``window``; a smaller scene is padded up to it.
+    """
+    padded = -(-size // stride) * stride
+    if fixed:
+        padded = max(padded, window)
+    seen = min(window, padded)
+    if seen == padded:
+        return Axis(size, padded, seen, (0,), (0, size))
+    margin = -(-halo // stride) * stride
+    step = window - 2 * margin
+    origins: list[int] = []
+    cuts: list[int] = []
+    for cell in range(-(-size // step)):
+        origin = min(max(cell * step - margin, 0), padded - seen)
+        if not origins or origin != origins[-1]:
+            origins.append(origin)
+            cuts.append(cell * step)
+    return Axis(size, padded, seen, tuple(origins), (*cuts, size))
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """All windows of a scene: the product of its axes."""
+
+    axes: tuple[Axis, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return math.prod(len(a.origins) for a in self.axes)
+
+    @property
+    def window_shape(self) -> tuple[int, ...]:
+        return tuple(a.window for a in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(a.size for a in self.axes)
+
+    def window(self, index: Index) -> Box:
+        """What a window sees; at the trailing edge it may reach into the padding."""
+        return Box.at(
+            [a.origins[i] for a, i in zip(self.axes, index, strict=True)], self.window_shape
+        )
+
+    def owned(self, index: Index) -> Box:
+        """What a window answers for under `trim`; these boxes partition the model grid."""
+        return Box(
+            tuple(a.cuts[i] for a, i in zip(self.axes, index, strict=True)),
+            tuple(a.cuts[i + 1] for a, i in zip(self.axes, index, strict=True)),
+        )
+
+    def needed(self, box: Box, blend: str) -> list[range]:
+        """Windows needed for a box of the model grid: per axis, a range of lattice positions."""
+        pick = Axis.owners if blend == "trim" else Axis.covering
+        return [pick(a, s, e) for a, s, e in zip(self.axes, box.start, box.stop, strict=True)]
+
+    def windows(self, box: Box, blend: str) -> Iterator[Index]:
+        """The same as indices, in C order: the order in which blended scores are added."""
+        yield from product(*self.needed(box, blend))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The native grid cut into units of writing: one block, one shard, one writer."""
+
+    shape: tuple[int, ...]
+    """Of the scene."""
+    block: tuple[int, ...]
+    """Of a block, and of a shard; the last along an axis may be short."""
+    absorb: tuple[int, ...]
+    """A rest of at most this many elements joins the block before it: its windows are the same."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Blocks along each axis."""
+        counts = []
+        for n, b, rest in zip(self.shape, self.block, self.absorb, strict=True):
+            whole, left = divmod(n, b)
+            counts.append(max(1, whole + (left > rest)))
+        return tuple(counts)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.counts)
+
+    def indices(self) -> Iterator[Index]:
+        """All blocks in C order."""
+        yield from product(*(range(n) for n in self.counts))
+
+    def box(self, index: Index) -> Box:
+        """Native elements of a block."""
+        return Box(
+            tuple(i * b for i, b in zip(index, self.block, strict=True)),
+            tuple(
+                n if i == last - 1 else (i + 1) * b
+                for i, b, n, last in zip(index, self.block, self.shape, self.counts, strict=True)
+            ),
+        )
+
+    def meeting(self, box: Box) -> Iterator[Index]:
+        """Blocks that a box of at least one element meets, C order."""
+        yield from product(
+            *(
+                range(min(a // b, n - 1), min((e - 1) // b, n - 1) + 1)
+                for a, e, b, n in zip(box.start, box.stop, self.block, self.counts, strict=True)
+            )
+        )
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Inner chunk of a shard: the longest divisor of each edge that is not too long."""
+        cap = CHUNK_EDGE[len(self.block)]
+        return tuple(_divisor(b, cap) for b in self.block)
+
+
+def _divisor(n: int, cap: int) -> int:
+    """The largest divisor of n up to cap; n itself where only slivers would be left."""
+    best = max(d for d in range(1, min(n, cap) + 1) if n % d == 0)
+    return best if best * 8 >= min(n, cap) else n
+
+
+def block_id(index: Index) -> str:
+    """Name of a block's receipt; sorts like the index."""
+    return ".".join(f"{i:05d}" for i in index)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the plan must know of the image and the model to count bytes."""
+
+    image_channels: int
+    """Channels stored at ingest."""
+    image_itemsize: int
+    channels: int
+    """Channels the model sees."""
+    classes: int
+    label_itemsize: int
+    batch: int
+    keep_scores: bool
+    activation_bytes: int = 400
+    """Forward pass, bytes per element of a batch: an estimate for U-Net-like networks in float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak of one worker in bytes, with its reasons."""
+
+    libraries: int
+    """Python, torch and their caches."""
+    read: int
+    """Blocks with their margins, as stored, with validity and normalised."""
+    windows: int
+    """Batches waiting for the model."""
+    forward: int
+    """Activations (an estimate)."""
+    scores: int
+    """Merged labels or scores of the blocks in flight, and of the one being resampled."""
+
+    @property
+    def total(self) -> int:
+        return self.libraries + self.read + self.windows + self.forward + self.scores
+
+
+LIBRARY_BYTES = 900 * 1024**2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The deterministic list of a scene's blocks and windows, and what they cost."""
+
+    grid: GridMap
+    lattice: Lattice
+    blocks: Blocks
+    blend: str
+    workload: Workload
+    passes_per_window: int = 1
+    """Forward passes of test-time augmentation: 1, 4 (2D flips) or 8 (3D flips)."""
+    notes: tuple[str, ...] = field(default=())
+
+    def windows(self, index: Index) -> list[Index]:
+        """Windows a block needs, in C order."""
+        return list(self.lattice.windows(self.grid.model_box(self.blocks.box(index)), self.blend))
+
+    def read_box(self, index: Index) -> Box:
+        """Native elements that a block's windows are made from, and the block itself."""
+        block = self.blocks.box(index)
+        model = self.grid.model_box(block)
+        if model.size == 0:
+            return block
+        ranges = self.lattice.needed(model, self.blend)
+        seen = Box(
+            tuple(a.origins[r[0]] for a, r in zip(self.lattice.axes, ranges, strict=True)),
+            tuple(
+                min(a.origins[r[-1]] + a.window, a.size)
+                for a, r in zip(self.lattice.axes, ranges, strict=True)
+            ),
+        )
+        return block.hull(self.grid.native_box(seen))
+
+    @cached_property
+    def window_passes(self) -> int:
+        """Windows computed over all blocks; each axis separately, for the grid is a product."""
+        total = 1
+        for axis, native in enumerate(self.grid.axes):
+            total *= sum(len(r) for r in self._axis_needs(axis, native))
+        return total
+
+    def _axis_needs(self, axis: int, native: int) -> Iterator[range]:
+        """Windows along a model axis needed by each row of blocks along its native axis."""
+        index = [0] * len(self.grid.axes)
+        for index[native] in range(self.blocks.counts[native]):
+            block = self.blocks.box(tuple(index))
+            low, high = list(self.grid.crop.start), list(self.grid.crop.stop)
+            low[native], high[native] = block.start[native], block.stop[native]
+            model = self.grid.model_box(Box(tuple(low), tuple(high)))
+            yield self.lattice.needed(model, self.blend)[axis]
+
+    @property
+    def redundancy(self) -> float:
+        """Forward passes over lattice windows; 1 when no window is computed twice."""
+        return self.window_passes / self.lattice.count
+
+    @property
+    def forward_passes(self) -> int:
+        """Upper bound: windows without a valid element are skipped when read."""
+        return self.window_passes * self.passes_per_window
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Predicted peak of one worker: from the largest block, not from the scene."""
+        load = self.workload
+        corners = list(product(*(range(min(2, n)) for n in self.blocks.counts)))
+        read = max(self.read_box(i).size for i in corners)
+        model = max(self.grid.model_box(self.blocks.box(i)).size for i in corners)
+        block = max(self.blocks.box(i).size for i in corners)
+        window = math.prod(self.lattice.window_shape)
+        per_read = load.image_channels * load.image_itemsize + 1 + 8 * load.channels
+        direct = self.grid.identity and self.blend == "trim" and not load.keep_scores
+        per_model = load.label_itemsize if direct else 4 * (load.classes + 1)
+        resampled = 0 if self.grid.identity else 4 * 4 * block
+        return Memory(
+            libraries=LIBRARY_BYTES,
+            read=IN_FLIGHT * read * per_read,
+            windows=3 * load.batch * window * 4 * load.channels,
+            forward=load.batch * window * (load.activation_bytes + 8 * load.classes),
+            scores=IN_FLIGHT * (model * per_model + block * load.label_itemsize) + resampled,
+        )
+
+    @property
+    def disk(self) -> int:
+        """Upper bound of the working store in bytes, before compression."""
+        load = self.workload
+        per_element = load.image_channels * load.image_itemsize + 1 + load.label_itemsize
+        per_element += 4 * load.classes if load.keep_scores else 0
+        return math.prod(self.blocks.shape) * per_element
+
+    def summary(self) -> dict[str, Any]:
+        """What `segpipe plan` and the report show."""
+        return {
+            "blocks": self.blocks.count,
+            "block": "x".join(map(str, self.blocks.block)),
+            "windows": self.lattice.count,
+            "window": "x".join(map(str, self.lattice.window_shape)),
+            "forward_passes": self.forward_passes,
+            "redundancy": round(self.redundancy, 4),
+            "batch": self.workload.batch,
+            "blend": self.blend,
+            "memory_bytes": self.memory.total,
+            "disk_bytes": self.disk,
+        }
+
+
+def make_lattice(
+    shape: Sequence[int],
+    window: Sequence[int],
+    halo: Sequence[int],
+    stride: int,
+    fixed: bool = False,
+) -> Lattice:
+    """The lattice over a model grid of this shape.
+
+    Raises:
+        RequestError: a window is no multiple of the stride, or its halo leaves nothing of it.
+    """
+    axes = []
+    for size, w, h in zip(shape, window, halo, strict=True):
+        if w % stride or w < 1:
+            raise RequestError(
+                f"window: found {w}; valid: a multiple of the model's total stride {stride}"
+            )
+        if w < size and w - 2 * (-(-h // stride) * stride) < stride:
+            raise RequestError(
+                f"halo: found {h} for a window of {w} (stride {stride}); valid: less than half the window"
+            )
+        axes.append(lattice_axis(size, w, h, stride, fixed))
+    return Lattice(tuple(axes))
+
+
+def make_plan(
+    grid: GridMap,
+    lattice: Lattice,
+    workload: Workload,
+    *,
+    blend: str = "trim",
+    block: Sequence[int] | None = None,
+    memory: int = 4 * 1024**3,
+    passes_per_window: int = 1,
+) -> Plan:
+    """The plan of a scene.
+
+    Args:
+        block: native elements, or None: chosen so that memory fits and no work is done twice.
+        memory: upper bound of `Memory.total`.
+
+    Raises:
+        RequestError: the bound cannot be met; says what the smallest plan takes and why.
+    """
+
+    shared = grid.identity and blend == "trim"
+    absorb = _absorbed(lattice) if shared else (0,) * len(grid.axes)
+
+    def plan(shape: Sequence[int]) -> Plan:
+        edges = list(_fit(shape, grid.native_shape))
+        for axis, a in enumerate(lattice.axes):
+            if shared and len(a.origins) == 1:
+                edges[axis] = a.size  # one window answers for all: two blocks would compute it twice
+        blocks = Blocks(grid.native_shape, tuple(edges), absorb)
+        return Plan(grid, lattice, blocks, blend, workload, passes_per_window)
+
+    if block is not None:
+        chosen = plan(block)
+        _check_memory(chosen, memory)
+        return chosen
+    candidates = [plan(shape) for shape in _block_sizes(grid, lattice)]
+    fitting = [p for p in candidates if p.memory.total <= memory]
+    if not fitting:
+        _check_memory(candidates[0], memory)
+    aim = BLOCK_EDGE[len(grid.native_shape)]
+    for p in fitting:
+        covered = zip(p.blocks.block, grid.native_shape, strict=True)
+        large = all(b >= min(aim, n) for b, n in covered)
+        if large and p.redundancy <= REDUNDANCY_AIM:
+            return p
+    return min(
+        fitting,
+        key=lambda p: (p.redundancy > REDUNDANCY_AIM, p.redundancy, -math.prod(p.blocks.block)),
+    )
+
+
+def _absorbed(lattice: Lattice) -> tuple[int, ...]:
+    """How long a rest at the scene's end may be to be answered by the windows before it."""
+    return tuple(
+        (a.window - (a.cuts[1] - a.cuts[0])) // 2 if len(a.origins) > 1 else 0 for a in lattice.axes
+    )
+
+
+def _block_sizes(grid: GridMap, lattice: Lattice) -> Iterator[tuple[int, ...]]:
+    """Growing multiples of the lattice's step, in native elements, up to the whole scene."""
+    ndim = len(grid.axes)
+    steps = [0] * ndim
+    for axis, native in enumerate(grid.axes):
+        a = lattice.axes[axis]
+        step = a.cuts[1] - a.cuts[0]
+        steps[native] = max(1, math.ceil(step * grid.ratio[axis]))
+    k = 1
+    while True:
+        shape = tuple(min(s * k, n) for s, n in zip(steps, grid.native_shape, strict=True))
+        yield shape
+        if shape == grid.native_shape:
+            return
+        k += 1 if k < 16 else k // 4
+
+
+def _fit(block: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(max(1, min(b, n)) for b, n in zip(block, shape, strict=True))
+
+
+def _check_memory(plan: Plan, bound: int) -> None:
+    if plan.memory.total <= bound:
+        return
+    parts = plan.memory
+    mib = 1024**2
+    reasons = ", ".join(
+        f"{name} {getattr(parts, name) // mib} MiB"
+        for name in ("libraries", "read", "windows", "forward", "scores")
+    )
+    raise RequestError(
+        f"tiling.memory: found {bound // mib} MiB; blocks of {'x'.join(map(str, plan.blocks.block))} "
+        f"need {parts.total // mib} MiB ({reasons}); give more memory, or a smaller window, block or batch"
+    )

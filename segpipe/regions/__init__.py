@@ -1,0 +1,29 @@
+"""Where numbers are reported: the whole scene, the polygons of a layer, or a label atlas."""
+
+from __future__ import annotations
+
+from segpipe.config import Regions
+from segpipe.geometry import Geometry
+from segpipe.regions.atlas import is_atlas, load_atlas
+from segpipe.regions.base import FULL, Cover, RegionSet, WholeScene
+from segpipe.regions.polygons import load_polygons
+
+__all__ = ["FULL", "Cover", "RegionSet", "WholeScene", "load_regions"]
+
+
+def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
+    """The regions of one scene.
+
+    Args:
+        config: the job's `regions`; None: the whole scene, as one region named ``scene``.
+        geometry: of the scene.
+
+    Raises:
+        RequestError: the layer, its attribute or its CRS cannot be used with any scene.
+        SceneError: it cannot be used with this one (it misses it, no common CRS, …).
+    """
+    if config is None:
+        return WholeScene(geometry)
+    if is_atlas(config.path):
+        return load_atlas(config, geometry)
+    return load_polygons(config, geometry)

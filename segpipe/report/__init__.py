@@ -1,0 +1,1 @@
+"""What people read and take away: tables (CSV, Parquet), figures and the HTML page."""

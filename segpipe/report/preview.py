@@ -1,0 +1,211 @@
+"""Previews: what a scene, its labels and its reference look like, from a few bounded reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from segpipe.errors import SceneError
+from segpipe.geometry import RasterGeometry, VolumeGeometry
+from segpipe.models.card import Class
+from segpipe.report.drawing import (
+    DIFFERENCE,
+    difference,
+    layers,
+    limits,
+    resize,
+    scale_bar,
+    stretch,
+)
+from segpipe.report.drawing import png as encode
+from segpipe.report.pictures import LegendEntry, Panel, Previews, assemble
+from segpipe.report.planes import volume_pictures
+from segpipe.report.sampling import ArrayReader, ImageReader, sample_image, sample_labels, thinned
+
+_NAMED = (("red", "b04", "b4"), ("green", "b03", "b3"), ("blue", "b02", "b2"))
+"""Names of the bands shown as red, green and blue: colour words, then Sentinel-2's."""
+_ASPECT_SLACK = 0.05
+"""Pixels this close to square are shown as they are."""
+TITLES = {
+    "image": "Image",
+    "labels": "Segmentation",
+    "reference": "Reference",
+    "difference": "Difference",
+}
+
+
+def raster_preview(
+    read_image: ImageReader,
+    read_labels: ArrayReader,
+    read_reference: ArrayReader | None,
+    geometry: RasterGeometry,
+    bands: Sequence[str],
+    classes: Sequence[Class],
+    nodata: int | None,
+    max_size: int = 900,
+    count: int | None = None,
+) -> Previews:
+    """Panels of a raster: image, labels over it, reference over it, difference.
+
+    Args:
+        read_image: windowed reader of pixels and validity, `Source.read` for one.
+        read_labels: windowed reader of the label map.
+        read_reference: of the reference in the classes' values; any other value is not compared.
+        geometry: of the scene; a north-up picture is made of a south-up raster.
+        bands: the image's band names, empty when it has none.
+        classes: values, names and colours.
+        nodata: the label of pixels without data.
+        max_size: longest side of a panel, in pixels.
+        count: the image's channels; needed only when ``bands`` is empty and there are several.
+    """
+    channels, shown = rgb_channels(bands, count)
+    plane = thinned(geometry.shape, (0, 1), 0, max_size)
+    values, valid = sample_image(read_image, plane, channels)
+    bounds = limits(values, valid)
+    base = stretch(values, valid, bounds)
+    labels = sample_labels(read_labels, plane)
+    reference = None if read_reference is None else sample_labels(read_reference, plane)
+    pictures = layers(base, labels, reference, classes, nodata)
+    size, per_pixel = _display(geometry, base.shape[:2], plane.factors[0])
+    rows, columns = _north_up(geometry)
+    for key, picture in pictures.items():
+        picture = resize(picture[::rows, ::columns], size, smooth=key == "image")
+        pictures[key] = scale_bar(picture, per_pixel, "m")
+    factor = plane.factors[0]
+    notes = []
+    if factor > 1:
+        notes.append(
+            f"Pictures are thinned {factor} times: the image by the mean, labels by the pixel at "
+            "the centre. Tables are measured on every pixel."
+        )
+    if geometry.rotated:
+        notes.append("The raster is rotated: pictures follow its rows, north is not up.")
+    ranges = "; ".join(f"{low:.4g} to {high:.4g}" for low, high in bounds)
+    caption = f"{shown}, stretched from the 2nd to the 98th percentile of the scene ({ranges})."
+    return _assemble(pictures, caption, (labels, reference), classes, nodata, notes)
+
+
+def volume_preview(
+    read_image: ImageReader,
+    read_labels: ArrayReader,
+    read_reference: ArrayReader | None,
+    geometry: VolumeGeometry,
+    classes: Sequence[Class],
+    nodata: int | None,
+    max_size: int = 1200,
+    channel: int = 0,
+) -> Previews:
+    """Panels of a volume: axial, coronal and sagittal planes through the largest structure.
+
+    The planes go through the median voxel, along each axis, of the class with most voxels. They
+    are upright by the affine (closest anatomical axes), in radiological convention, with square
+    millimetres; the picture says so.
+
+    Args:
+        read_image: windowed reader of voxels and validity.
+        read_labels: windowed reader of the label map; streamed once in slabs to find the planes.
+        read_reference: as for `raster_preview`.
+        geometry: of the scene.
+        classes: values, names and colours.
+        nodata: the label of voxels without data.
+        max_size: width of a panel, in pixels.
+        channel: of the image to show.
+    """
+    result = volume_pictures(
+        read_image, read_labels, read_reference, geometry, classes, nodata, max_size, channel
+    )
+    low, high = result.bounds
+    caption = (
+        f"Axial, coronal and sagittal planes {result.place}; grey from {low:.4g} to {high:.4g} "
+        f"({result.range})."
+    )
+    return _assemble(result.pictures, caption, result.seen, classes, nodata, result.notes)
+
+
+def rgb_channels(bands: Sequence[str], count: int | None = None) -> tuple[tuple[int, ...], str]:
+    """The channels shown as red, green and blue (or one as grey), and how to call them."""
+    names = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in bands]
+    for kind in range(3):
+        wanted = [options[kind] for options in _NAMED]
+        if all(name in names for name in wanted):
+            channels = tuple(names.index(name) for name in wanted)
+            return channels, "Bands " + ", ".join(bands[c] for c in channels)
+    number = len(bands) or count or 1
+    if number >= 3:
+        words = ", ".join(bands[:3]) if bands else "1, 2, 3"
+        return (0, 1, 2), f"False colours: bands {words}"
+    return (0,), f"Band {bands[0]}" if bands else "Band 1"
+
+
+def _north_up(geometry: RasterGeometry) -> tuple[int, int]:
+    """Steps (±1) along rows and columns that put north up and east right, unless rotated."""
+    a, _, _, _, e, _ = geometry.transform
+    if geometry.rotated or geometry.projection is None:
+        return 1, 1
+    return (-1 if e > 0 else 1), (-1 if a < 0 else 1)
+
+
+def _display(
+    geometry: RasterGeometry, cells: tuple[int, int], factor: int
+) -> tuple[tuple[int, int], float]:
+    """Rows and columns of the picture with square pixels on the ground, and metres per column.
+
+    The length is NaN (no scale bar) without a CRS.
+    """
+    crs, spacing = geometry.projection, geometry.spacing
+    if crs is None or spacing is None:
+        return cells, float("nan")
+    ratio = spacing[0] / spacing[1]
+    if crs.is_geographic:
+        _, _, _, d, e, f = geometry.transform
+        middle = f + (d * geometry.shape[1] + e * geometry.shape[0]) / 2
+        ratio /= max(0.01, float(np.cos(np.deg2rad(middle))))
+    try:
+        area = float(geometry.element_sizes()[geometry.shape[0] // 2])
+    except SceneError:  # no single pixel area: the tables say so, a picture needs no bar
+        area = float("nan")
+    wide = (area / ratio) ** 0.5
+    high = wide * ratio
+    if abs(ratio - 1) <= _ASPECT_SLACK:
+        return cells, wide * factor
+    if ratio > 1:  # shrink the finer side, so that the picture never grows
+        return (cells[0], max(1, round(cells[1] / ratio))), high * factor
+    return (max(1, round(cells[0] * ratio)), cells[1]), wide * factor
+
+
+def _assemble(
+    pictures: dict[str, np.ndarray],
+    caption: str,
+    seen: Sequence[np.ndarray | None],
+    classes: Sequence[Class],
+    nodata: int | None,
+    notes: Sequence[str],
+) -> Previews:
+    present: set[int] = set()
+    for labels in seen:
+        if labels is not None:
+            present.update(int(v) for v in np.unique(labels))
+    entries = [
+        LegendEntry(c.name, c.color)
+        for c in classes
+        if c.value in present and not c.background and c.value != nodata
+    ]
+    named = ", ".join(e.name for e in entries[:12]) or "no class"
+    captions = {
+        "image": caption,
+        "labels": f"Predicted classes over the image: {named}.",
+        "reference": "The reference over the image, in the same colours.",
+        "difference": "Where prediction and reference agree or differ. Blank: not compared.",
+    }
+    panels = [
+        Panel(
+            key, TITLES[key], captions[key], f"{TITLES[key]}: {captions[key]}",
+            encode(picture), picture.shape[1], picture.shape[0],
+        )
+        for key, picture in pictures.items()
+    ]  # fmt: skip
+    compared = "difference" in pictures
+    legend = [LegendEntry(name, color) for name, color in DIFFERENCE.values()] if compared else []
+    return assemble(panels, entries, legend, notes)

@@ -1,0 +1,136 @@
+"""What a run was, as data: ``run.json`` is this, and the page and the summary are drawn from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from segpipe.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """A class as the report shows it."""
+
+    value: int
+    name: str
+    color: str
+    """``#rrggbb``."""
+    background: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """The model card's part that a reader needs."""
+
+    name: str
+    title: str = ""
+    provider: str = ""
+    data: str = ""
+    """What it was trained on."""
+    scores: str = ""
+    limits: str = ""
+    licence: str = ""
+    source: str = ""
+    weights: str = ""
+    """Where the weights came from."""
+    fingerprint: str = ""
+    """SHA-256 of the weights."""
+    classes: tuple[ClassInfo, ...] = ()
+
+
+@dataclass(frozen=True)
+class GeometrySummary:
+    """Where a scene is, in words."""
+
+    kind: Literal["raster", "volume"]
+    shape: tuple[int, ...]
+    """Array order: (y, x) or (z, y, x)."""
+    crs: str | None = None
+    """Name of the CRS; None for volumes and for rasters without one."""
+    spacing: tuple[float, ...] | None = None
+    """Array order."""
+    unit: str = ""
+    """Of the spacing: m, mm, degree."""
+    orientation: str | None = None
+    """Of a volume, e.g. RAS."""
+
+
+@dataclass(frozen=True)
+class SceneRecord:
+    """One scene of the run."""
+
+    name: str
+    uri: str
+    state: Literal["done", "failed"]
+    error: str = ""
+    notes: tuple[str, ...] = ()
+    geometry: GeometrySummary | None = None
+    """None where the scene could not be opened."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Stage to key: ingest, predict, measure."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Windows, blocks, redundancy, memory, … as numbers and words."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Stage to seconds."""
+    attempts: int = 1
+    files: dict[str, str] = field(default_factory=dict)
+    """What it is to its path relative to the run's folder."""
+    reused: tuple[str, ...] = ()
+    """Stages that were found finished under the same key and not computed again."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run."""
+
+    job_name: str
+    run_id: str
+    started: str
+    """ISO 8601 with its offset."""
+    finished: str
+    job: dict[str, Any] = field(default_factory=dict)
+    """The job as resolved."""
+    model: ModelSummary | None = None
+    classes: tuple[ClassInfo, ...] = ()
+    """For runs without a model; otherwise the model's."""
+    versions: dict[str, str] = field(default_factory=dict)
+    scenes: tuple[SceneRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def legend(self) -> tuple[ClassInfo, ...]:
+        """The classes the run reports."""
+        return self.model.classes if self.model and self.model.classes else self.classes
+
+    @property
+    def done(self) -> tuple[SceneRecord, ...]:
+        return tuple(s for s in self.scenes if s.state == "done")
+
+    @property
+    def failed(self) -> tuple[SceneRecord, ...]:
+        return tuple(s for s in self.scenes if s.state == "failed")
+
+
+_ADAPTER = TypeAdapter(RunRecord)
+
+
+def dump_record(record: RunRecord) -> str:
+    """The text of ``run.json``."""
+    return _ADAPTER.dump_json(record, indent=2).decode() + "\n"
+
+
+def load_record(text: str | bytes) -> RunRecord:
+    """The inverse of `dump_record`.
+
+    Raises:
+        RequestError: not a run's record.
+    """
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "the file"
+        raise RequestError(f"run.json is not a run's record: {where}: {first['msg']}") from error

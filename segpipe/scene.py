@@ -1,0 +1,363 @@
+"""From a scene that was found to one that is ready: opened, checked against the card, planned, keyed.
+
+A `Scene` is a small value that travels to workers; pixels never do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from segpipe import ENGINE_VERSION
+from segpipe.blocks import SceneBlocks, ingest_all
+from segpipe.boxes import Box
+from segpipe.config import Compute, Job, StoreMode, parse_memory, parse_size
+from segpipe.errors import SceneError
+from segpipe.geometry import Geometry
+from segpipe.grid import GridMap, model_grid
+from segpipe.models.card import Card, load_card
+from segpipe.models.weights import weights_fingerprint
+from segpipe.plan import (
+    BLOCK_EDGE,
+    Blocks,
+    Lattice,
+    Plan,
+    Workload,
+    make_lattice,
+    make_plan,
+)
+from segpipe.sources import Source, open_source
+from segpipe.sources.base import Scaling, SceneRef
+from segpipe.store import ArraySpec, Stage, stage_key
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `auto` became, once, for all workers: part of every predict key."""
+
+    device: str
+    """cpu, cuda or cuda:1: where this process computes."""
+    device_class: str
+    """What the bits depend on: ``cpu-t2`` (threads) or the GPU's name."""
+    precision: str
+    batch: int
+    threads: int
+    tta: bool
+
+
+def resolve_settings(compute: Compute) -> Settings:
+    """Decide device, precision, batch and threads."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = compute.device if compute.device != "auto" else ("cuda" if cuda else "cpu")
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not cuda:
+        raise SceneError(
+            f"compute.device: found {device!r}, but torch {torch.__version__} sees no GPU; use auto or cpu"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = int(compute.threads) if compute.threads != "auto" else int(cores or 1)
+    precision = compute.precision.value
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    batch = int(compute.batch) if compute.batch != "auto" else (8 if on_gpu else 1)
+    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu-t{threads}"
+    return Settings(device, name, precision, batch, threads, compute.tta.value == "flips")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene ready for work. Small, immutable, picklable."""
+
+    ref: SceneRef
+    job: Job
+    settings: Settings
+    geometry: Geometry
+    dtype: str
+    """Of the stored pixels."""
+    channels: tuple[int, ...]
+    """The source's channel for each channel of the model."""
+    bands: tuple[str, ...]
+    """Names of those channels."""
+    scaling: tuple[Scaling, ...]
+    statistics: tuple[tuple[tuple[float, float], ...], ...]
+    plan: Plan
+    ingest: Stage
+    predict: Stage
+    labels: Stage
+    """Where the finished label map is: the clean-up's stage, or the prediction's."""
+    identity: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def card(self) -> Card:
+        """The model's card (read once per process)."""
+        assert self.job.model is not None
+        return read_card(self.job.model)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the source is read in place, without ingest."""
+        return self.job.tiling.store is StoreMode.direct
+
+
+@lru_cache(maxsize=16)
+def read_card(path: str) -> Card:
+    """A card, read once per process."""
+    return load_card(path)
+
+
+def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
+    """Open, check, plan and key a scene; make its stages.
+
+    A card that needs the scene's statistics or a region of interest makes this a first streaming
+    pass over the scene: it is ingested here, and the findings are recorded.
+
+    Raises:
+        SceneError: the scene does not suit the card, or cannot be read.
+        RequestError: the plan cannot be met (memory, window, halo).
+    """
+    assert job.model is not None
+    card = read_card(job.model)
+    with open_source(ref.uri, band_names=job.bands) as source:
+        channels, bands = match_bands(card, source)
+        geometry = source.geometry
+        notes = list(source.notes)
+        parts = {"source": source.identity, "channels": channels, "bands": job.bands}
+        ingest = Stage(job.outputs.dir, stage_key("ingest", parts))
+        first = SceneBlocks(
+            source.uri, job.bands, channels, str(source.dtype), geometry,
+            None if job.tiling.store is StoreMode.direct else ingest,
+        )  # fmt: skip
+        scaling = tuple(source.scaling[c] for c in channels)
+        identity, dtype = source.identity, str(source.dtype)
+    try:
+        findings = _first_pass(job, card, settings, geometry, scaling, first, ingest)
+    finally:
+        first.close()
+    grid, statistics = findings
+    plan = plan_scene(job, card, settings, grid, np.dtype(dtype).itemsize)
+    predict_parts = predict_key_parts(job, card, settings, ingest.key, plan.lattice)
+    predict = Stage(job.outputs.dir, stage_key("predict", predict_parts))
+    cleanup = card.cleanup.model_dump()
+    labels = predict
+    if any(cleanup.values()):
+        labels = Stage(job.outputs.dir, stage_key("clean", {"of": predict.key, **cleanup}))
+    scene = Scene(
+        ref, job, settings, geometry, dtype, channels, bands, scaling, statistics, plan,
+        ingest, predict, labels, identity, tuple(notes),
+    )  # fmt: skip
+    return scene
+
+
+def create_stages(scene: Scene) -> Scene:
+    """Make the arrays of ingest and predict; adopt the blocks of stages that are there already."""
+    card, job = scene.card, scene.job
+    info = {"scene": scene.ref.name, "identity": scene.identity}
+    blocks = scene.predict.create(
+        scene.geometry, scene.plan.blocks, label_arrays(card, job.outputs.scores), info
+    )
+    scene = replace(scene, plan=replace(scene.plan, blocks=blocks))
+    if not scene.direct:
+        in_force = scene.ingest.create(
+            scene.geometry, blocks, image_arrays(len(scene.channels), scene.dtype), info
+        )
+        if in_force != blocks:
+            # made by another plan: its shards cannot be written block by block of this one
+            with SceneBlocks.of(scene) as store:
+                ingest_all(store, scene.ingest)
+    return scene
+
+
+def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:
+    """Arrays of the ingest stage."""
+    return [
+        ArraySpec("image", dtype, 0, channels=channels),
+        ArraySpec("valid", "bool", False),
+    ]
+
+
+def label_arrays(card: Card, scores: bool) -> list[ArraySpec]:
+    """Arrays of the predict stage."""
+    from segpipe.inference.engine import label_dtype, nodata_value
+
+    arrays = [ArraySpec("labels", label_dtype(card), nodata_value(card), labels=True)]
+    if scores:
+        arrays.append(ArraySpec("scores", "float32", 0.0, channels=len(card.classes)))
+    return arrays
+
+
+def match_bands(card: Card, source: Source) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The source's channel for each of the model's.
+
+    By name where the source has names (case does not matter), by position where it has none and
+    the counts agree.
+
+    Raises:
+        SceneError: kind, names or counts do not fit; says what the scene has and what the card asks.
+    """
+    kind = source.geometry.kind
+    if kind != card.kind:
+        raise SceneError(f"the scene is a {kind}, the card {card.name!r} is for a {card.kind}")
+    wanted = card.input.bands
+    if not wanted:
+        if source.count != 1:
+            raise SceneError(
+                f"the scene has {source.count} channels, the card {card.name!r} takes one"
+            )
+        return (0,), source.bands or ("image",)
+    have = {name.lower(): i for i, name in enumerate(source.bands)}
+    if all(name.lower() in have for name in wanted):
+        return tuple(have[name.lower()] for name in wanted), tuple(wanted)
+    if source.bands and len(have) == source.count:
+        missing = [name for name in wanted if name.lower() not in have]
+        raise SceneError(
+            f"bands: the scene has no {', '.join(missing)}; it has {', '.join(source.bands)}; the card "
+            f"{card.name!r} asks for {', '.join(wanted)}; name the scene's bands with the job's `bands`"
+        )
+    if source.count != len(wanted):
+        raise SceneError(
+            f"bands: the scene has {source.count} unnamed bands, the card {card.name!r} asks for "
+            f"{len(wanted)} ({', '.join(wanted)}); name the scene's bands with the job's `bands`"
+        )
+    return tuple(range(len(wanted))), tuple(wanted)
+
+
+def _first_pass(
+    job: Job,
+    card: Card,
+    settings: Settings,
+    geometry: Geometry,
+    scaling: tuple[Scaling, ...],
+    store: SceneBlocks,
+    ingest: Stage,
+) -> tuple[GridMap, tuple[tuple[tuple[float, float], ...], ...]]:
+    """The model grid and the scene's statistics; streams the scene only where the card needs it."""
+    from segpipe.inference.normalise import Statistics, needs_statistics, scene_statistics
+    from segpipe.inference.roi import find_crop
+
+    whole = needs_statistics(card)
+    if not whole and card.roi is None:
+        return scene_grid(card, geometry, None), ()
+    parts = {"ingest": ingest.key, **model_parts(card), **device_parts(settings)}
+    record = Stage(job.outputs.dir, stage_key("look", parts))
+    known = record.read_json("look.json")
+    if known is None:
+        if store.ingest_stage is not None:
+            edge = BLOCK_EDGE[geometry.ndim]
+            shape = tuple(min(edge, n) for n in geometry.shape)
+            blocks = Blocks(geometry.shape, shape, (0,) * geometry.ndim)
+            arrays = image_arrays(len(store.channels), store.dtype)
+            ingest.create(geometry, blocks, arrays, {"scene": store.uri})
+            ingest_all(store, ingest)
+        statistics = scene_statistics(card, geometry, scaling, store)
+        crop = find_crop(card, settings, geometry, scaling, store) if card.roi else None
+        known = {
+            "statistics": statistics.to_json(),
+            "crop": [list(crop.start), list(crop.stop)] if crop else None,
+        }
+        record.write_json("look.json", known)
+    box = Box(tuple(known["crop"][0]), tuple(known["crop"][1])) if known["crop"] else None
+    return scene_grid(card, geometry, box), Statistics.from_json(known["statistics"]).pairs
+
+
+def scene_grid(card: Card, geometry: Geometry, crop: Box | None) -> GridMap:
+    """The card's grid over a scene, or over its region of interest."""
+    return model_grid(
+        geometry,
+        orientation=card.input.orientation,
+        spacing=card.input.spacing,
+        shape=card.window.shape,
+        crop=crop,
+    )
+
+
+def scene_lattice(job: Job, card: Card, grid: GridMap) -> Lattice:
+    """Windows by the job where it says so, else by the card."""
+    ndim = len(grid.axes)
+    stride = card.window.stride
+    wanted = job.tiling.window
+    if wanted == "whole" or (wanted == "auto" and card.window.size == "whole"):
+        window: Sequence[int] = [-(-n // stride) * stride for n in grid.shape]
+        return make_lattice(grid.shape, window, [0] * ndim, stride)
+    if wanted == "auto":
+        assert card.window.size != "whole"
+        window = _per_axis(card.window.size, ndim)
+    else:
+        window = parse_size(wanted, ndim, "tiling.window")
+    halo: Sequence[int] = _per_axis(card.window.halo, ndim)
+    if job.tiling.halo != "auto":
+        halo = parse_size(job.tiling.halo, ndim, "tiling.halo")
+    return make_lattice(grid.shape, window, halo, stride, card.window.fixed)
+
+
+def _per_axis(sizes: Sequence[int], ndim: int) -> list[int]:
+    return list(sizes) * ndim if len(sizes) == 1 else list(sizes)
+
+
+def plan_scene(job: Job, card: Card, settings: Settings, grid: GridMap, itemsize: int) -> Plan:
+    """The plan of a scene under a job; see `segpipe.plan`."""
+    ndim = len(grid.axes)
+    load = Workload(
+        image_channels=card.channels,
+        image_itemsize=itemsize,
+        channels=card.channels,
+        classes=len(card.classes),
+        label_itemsize=1 if max(card.values) < 255 else 2,
+        batch=settings.batch,
+        keep_scores=job.outputs.scores,
+    )
+    block = None
+    if job.tiling.block != "auto":
+        block = parse_size(job.tiling.block, ndim, "tiling.block")
+    return make_plan(
+        grid,
+        scene_lattice(job, card, grid),
+        load,
+        blend=job.tiling.blend.value,
+        block=block,
+        memory=parse_memory(job.tiling.memory),
+        passes_per_window=2**ndim if settings.tta else 1,
+    )
+
+
+def model_parts(card: Card) -> dict[str, Any]:
+    """What identifies a model in keys: its card's numbers and its weights, the first model's too."""
+    parts = {"card": card.prediction_fingerprint(), "weights": weights_fingerprint(card)}
+    if card.roi is not None:
+        first = load_card(card.folder / card.roi.card)
+        parts["roi_card"] = first.prediction_fingerprint()
+        parts["roi_weights"] = weights_fingerprint(first)
+    return parts
+
+
+def device_parts(settings: Settings) -> dict[str, Any]:
+    """What the device contributes to the bits."""
+    return {
+        "precision": settings.precision,
+        "device_class": settings.device_class,
+        "engine": ENGINE_VERSION,
+    }
+
+
+def predict_key_parts(
+    job: Job, card: Card, settings: Settings, ingest_key: str, lattice: Lattice
+) -> dict[str, Any]:
+    """Everything that can change a label. Block size, runner, memory and outputs are not in it."""
+    return {
+        "ingest": ingest_key,
+        **model_parts(card),
+        **device_parts(settings),
+        "windows": [
+            [a.window, a.padded, list(a.origins[:2]), list(a.cuts[:2])] for a in lattice.axes
+        ],
+        "blend": job.tiling.blend.value,
+        "tta": settings.tta,
+        "batch": settings.batch,
+    }

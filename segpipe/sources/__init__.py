@@ -1,0 +1,77 @@
+"""Scenes of every kind behind one interface: found by `discover`, opened by `open_source`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from segpipe.errors import SceneError
+from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
+from segpipe.sources.discover import discover
+from segpipe.sources.kinds import Kind, kind_of, parse_frame
+from segpipe.sources.mosaic import SCHEME as _MOSAIC
+from segpipe.sources.mosaic import open_mosaic
+from segpipe.sources.package import SCHEME as _PACKAGE
+from segpipe.sources.package import package_file
+from segpipe.sources.raster import RasterSource
+from segpipe.sources.remote import is_remote
+
+__all__ = [
+    "Pixels",
+    "Scaling",
+    "SceneRef",
+    "Source",
+    "discover",
+    "open_source",
+    "package_file",
+]
+
+
+def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
+    """Open a scene lazily.
+
+    Args:
+        uri: a raster, NIfTI file or DICOM series folder; a URL of a raster; ``mosaic:GLOB``;
+            ``pkg://distribution/path``; with ``#frame=N`` (from 0) for one frame of a 4D file.
+        band_names: names of the channels in file order, over those of the file.
+
+    Raises:
+        SceneError: missing, damaged, or of a kind that cannot be a scene.
+        RequestError: ``band_names`` has not one name per channel, or the URI is malformed.
+    """
+    if uri.startswith(_MOSAIC):
+        return open_mosaic(uri, band_names=band_names)
+    location, frame = parse_frame(uri)
+    if is_remote(location):
+        return _open_remote(location, frame, band_names)
+    if location.startswith(_PACKAGE):
+        path = package_file(location)
+    else:
+        path = Path(location.removeprefix("file://")).expanduser()
+    if not path.exists():
+        raise SceneError(f"{path}: no such file")
+    kind = kind_of(path)
+    if kind is Kind.nifti:
+        from segpipe.sources.nifti import NiftiSource
+
+        return NiftiSource(str(path), frame=frame, band_names=band_names)
+    if frame is not None:
+        raise SceneError(f"{uri}: only a 4D NIfTI file has frames; leave out #frame={frame}")
+    if kind is Kind.dicom:
+        # Imported here: pydicom loads its dictionaries, which rasters never need.
+        from segpipe.sources.dicom import DicomSource
+
+        return DicomSource(str(path), band_names=band_names)
+    return RasterSource(str(path), band_names=band_names)
+
+
+def _open_remote(uri: str, frame: int | None, band_names: Sequence[str]) -> RasterSource:
+    """Open a raster behind a URL; volumes have to be local.
+
+    Raises:
+        SceneError: a volume, or what `RasterSource` raises.
+    """
+    address = uri.partition("?")[0].lower()
+    if frame is not None or address.endswith((".nii", ".nii.gz", ".dcm")):
+        raise SceneError(f"{uri}: volumes are read from local files only; copy it first")
+    return RasterSource(uri, band_names=band_names)

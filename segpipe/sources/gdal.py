@@ -1,0 +1,107 @@
+"""The few things we need of rasterio: handles for many threads, errors on one line, URLs."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import rasterio
+from rasterio.env import Env
+from rasterio.errors import (
+    CRSError,
+    NotGeoreferencedWarning,
+    RasterioError,
+)
+from rasterio.windows import Window
+
+from segpipe.boxes import Box
+from segpipe.errors import SceneError
+from segpipe.sources.common import reason
+
+# A raster without a position is a note of its source: the report shows it, a warning is lost.
+# Filtered once and for all because warnings.catch_warnings is not safe among threads.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+GDAL_ERRORS = (RasterioError, CRSError, OSError)
+"""What opening or reading a damaged file raises."""
+
+REMOTE_OPTIONS = {
+    # Do not list a bucket of a million files to find sidecars: ask for each by name.
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
+    "GDAL_HTTP_MAX_RETRY": "4",
+    "GDAL_HTTP_RETRY_DELAY": "1",
+}
+"""GDAL options for files behind a URL."""
+
+
+def gdal_reason(error: BaseException) -> str:
+    """What GDAL said: rasterio keeps it in the cause of "Read failed. See previous exception"."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return reason(cause)
+
+
+def window_of(box: Box) -> Window:
+    """GDAL's (column, row, width, height) of a box (y, x)."""
+    (row, column), (height, width) = box.start, box.shape
+    return Window(column, row, width, height)
+
+
+class Handles:
+    """Open datasets of one raster, lent to one thread at a time.
+
+    A GDAL dataset must not be used by two threads at once, and one behind a lock would make the
+    readers wait for each other. So there are as many handles as there are readers at the same
+    time: opened when first needed, reused, closed by `close`.
+    """
+
+    def __init__(self, uri: str, target: str, *, remote: bool = False) -> None:
+        self._uri = uri
+        self._target = target
+        self._remote = remote
+        self._idle: list[Any] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @contextmanager
+    def borrow(self) -> Iterator[Any]:
+        """A dataset for the caller alone.
+
+        Raises:
+            SceneError: the file cannot be opened or, inside the block, read.
+        """
+        with Env(**REMOTE_OPTIONS) if self._remote else nullcontext():
+            with self._lock:
+                dataset = self._idle.pop() if self._idle else None
+            if dataset is None:
+                dataset = self._open()
+            try:
+                yield dataset
+            except GDAL_ERRORS as error:
+                raise SceneError(f"{self._uri}: cannot be read: {gdal_reason(error)}") from error
+            finally:
+                self._give_back(dataset)
+
+    def close(self) -> None:
+        """Close what is idle now, and what is lent as soon as it comes back."""
+        with self._lock:
+            idle, self._idle, self._closed = self._idle, [], True
+        for dataset in idle:
+            dataset.close()
+
+    def _open(self) -> Any:
+        try:
+            return rasterio.open(self._target)
+        except GDAL_ERRORS as error:
+            raise SceneError(f"{self._uri}: cannot be opened: {gdal_reason(error)}") from error
+
+    def _give_back(self, dataset: Any) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(dataset)
+                return
+        dataset.close()

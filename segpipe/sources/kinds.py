@@ -1,0 +1,94 @@
+"""What a path or URI is: raster, NIfTI or DICOM, one frame of a file, a whole folder."""
+
+from __future__ import annotations
+
+import struct
+from enum import StrEnum
+from pathlib import Path
+
+from segpipe.errors import RequestError
+
+RASTER_SUFFIXES = (
+    ".tif", ".tiff", ".vrt", ".jp2", ".img", ".ntf", ".nitf", ".kea", ".bil", ".bip", ".bsq",
+)  # fmt: skip
+"""Rasters that are taken from a folder."""
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Rasters only where named or matched by a glob: beside scenes they are previews."""
+NIFTI_SUFFIXES = (".nii", ".nii.gz", ".nii.bz2", ".nii.zst", ".img.gz")
+DICOM_SUFFIXES = (".dcm", ".ima")
+
+PROBES = 16
+"""Files of a folder that are looked into for DICOM."""
+
+
+class Kind(StrEnum):
+    """Which reader opens it."""
+
+    raster = "raster"
+    nifti = "nifti"
+    dicom = "dicom"
+
+
+def kind_of(path: Path) -> Kind:
+    """The reader for a file or folder, by suffix, and by content where a suffix says too little."""
+    name = path.name.lower()
+    if path.is_dir():
+        return Kind.dicom
+    if name.endswith(NIFTI_SUFFIXES):
+        return Kind.nifti
+    if name.endswith((".img", ".hdr")):
+        # ERDAS and ENVI rasters share these suffixes with NIfTI pairs and Analyze.
+        return Kind.nifti if _is_analyze_header(path.with_suffix(".hdr")) else Kind.raster
+    return Kind.dicom if is_dicom_file(path) else Kind.raster
+
+
+def is_dicom_file(path: Path) -> bool:
+    """Whether the file has DICOM's suffix or its mark after the preamble of 128 bytes."""
+    if path.name.upper() == "DICOMDIR":
+        return False
+    if path.name.lower().endswith(DICOM_SUFFIXES):
+        return True
+    return _bytes_of(path, 128, 4) == b"DICM"
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether a folder directly holds DICOM files; looks into the first few without a suffix."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if any(p.name.lower().endswith(DICOM_SUFFIXES) for p in files):
+        return True
+    known = (*RASTER_SUFFIXES, *PICTURE_SUFFIXES, *NIFTI_SUFFIXES)
+    unknown = [p for p in files if not p.name.lower().endswith(known)]
+    return any(is_dicom_file(p) for p in unknown[:PROBES])
+
+
+def parse_frame(uri: str) -> tuple[str, int | None]:
+    """Split ``path#frame=N`` into path and frame (from 0).
+
+    Raises:
+        RequestError: N is no whole number.
+    """
+    path, mark, number = uri.partition("#frame=")
+    if not mark:
+        return uri, None
+    if not number.isdecimal():
+        raise RequestError(f"{uri}: expected #frame=N with N = 0, 1, 2, …; found {number!r}")
+    return path, int(number)
+
+
+def _is_analyze_header(path: Path) -> bool:
+    """Whether the file begins with the size of an Analyze, NIfTI-1 or NIfTI-2 header."""
+    head = _bytes_of(path, 0, 4)
+    if len(head) < 4:
+        return False
+    sizes = {*struct.unpack("<i", head), *struct.unpack(">i", head)}
+    return bool(sizes & {348, 540})
+
+
+def _bytes_of(path: Path, offset: int, count: int) -> bytes:
+    """Some bytes of a file; none where it cannot be read (its reader will say why)."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(count)
+    except OSError:
+        return b""

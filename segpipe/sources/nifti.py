@@ -1,0 +1,239 @@
+"""NIfTI (1, 2, pairs) and Analyze volumes, by slices, as stored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from segpipe.boxes import Box
+from segpipe.errors import SceneError
+from segpipe.geometry import VolumeGeometry, volume_geometry
+from segpipe.sources.base import Pixels, Source
+from segpipe.sources.common import (
+    check_box,
+    file_identity,
+    finite,
+    no_pixels,
+    reason,
+    rename_bands,
+    require_file,
+    resolve_channels,
+    scaling_of,
+)
+
+READ_ERRORS = (OSError, ValueError, EOFError, ImageFileError, HeaderDataError)
+"""What nibabel and indexed_gzip raise at a damaged file."""
+
+
+class NiftiSource(Source):
+    """A volume (c, z, y, x): the file's (i, j, k) axes reversed, one channel.
+
+    Values are as stored, in the machine's byte order; slope and intercept are `scaling`. The
+    affine is nibabel's: sform where its code is set, else qform. Floating-point voxels that are
+    not finite are invalid; the format declares no other.
+
+    Compressed files are read through one persistent handle with seek points (indexed_gzip), so
+    that reading forward never starts again and reading back resumes at the nearest point.
+    """
+
+    geometry: VolumeGeometry
+
+    def __init__(
+        self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()
+    ) -> None:
+        """Open a volume.
+
+        Args:
+            path: of the image, or of either file of a pair.
+            frame: which one of a 4D file, from 0.
+            band_names: a name for the one channel.
+
+        Raises:
+            SceneError: missing, empty, damaged, not 3D, 4D without a frame, of a dtype or unit
+                that cannot be a scene.
+            RequestError: ``band_names`` has not one name.
+        """
+        self.uri = path if frame is None else f"{path}#frame={frame}"
+        require_file(Path(path))
+        self._lock = threading.Lock()
+        image = _load(path)
+        stored = image.dataobj
+        self._path = str(stored.file_like)
+        self._spec = (stored.shape, stored.dtype, stored.offset)
+        self._proxy: ArrayProxy | None = None
+        self._frame = _frame(self.uri, stored.shape, frame)
+        self.dtype = _native(self.uri, stored.dtype)
+        self._require_all_bytes()
+        self.geometry = _geometry(self.uri, image, stored.shape[:3])
+        self.count = 1
+        self.bands = ()
+        self.scaling = (scaling_of(stored.slope, stored.inter),)
+        self.notes = tuple(_notes(image))
+        holders = image.file_map.values()
+        self._identity = {
+            "uri": self.uri,
+            "files": file_identity(h.filename for h in holders if h.filename),
+        }
+        rename_bands(self, band_names)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """URI, and path, size and time of each file, as they were when it was opened."""
+        return self._identity
+
+    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
+        """Read a box (z, y, x): values (c, z, y, x) as stored, valid (z, y, x).
+
+        Raises:
+            SceneError: the file is damaged or truncated.
+        """
+        chosen = resolve_channels(self, channels)
+        check_box(self, box)
+        if box.size == 0:
+            return no_pixels(self, box, chosen)
+        try:
+            with self._lock:
+                part = np.asarray(self._open()[(*box.slices[::-1], *self._frame)])
+        except READ_ERRORS as error:
+            raise SceneError(f"{self.uri}: {_damage(error)}") from error
+        # (i, j, k) in Fortran order is (k, j, i) in C order: the transpose moves no byte.
+        volume = np.ascontiguousarray(part.T, dtype=self.dtype)
+        values = np.stack([volume] * len(chosen)) if len(chosen) > 1 else volume[np.newaxis]
+        return Pixels(values, finite(values))
+
+    def close(self) -> None:
+        """Release the file; a later read opens it again."""
+        with self._lock:
+            self._proxy = None
+
+    def _open(self) -> ArrayProxy:
+        """The proxy of the unscaled values; called with the lock held."""
+        if self._proxy is None:
+            # Slope 1 and intercept 0: the proxy hands out what is stored. keep_file_open holds
+            # the one decompressor whose position and seek points make reads cheap.
+            spec = (*self._spec, 1.0, 0.0)
+            self._proxy = ArrayProxy(  # type: ignore[no-untyped-call]
+                self._path, spec, mmap=False, keep_file_open=True
+            )
+        return self._proxy
+
+    def _require_all_bytes(self) -> None:
+        """A plain file that is too short is known before the first read."""
+        shape, dtype, offset = self._spec
+        if self._path.lower().endswith((".gz", ".bz2", ".zst")):
+            return
+        size = Path(self._path).stat().st_size
+        wanted = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if size < wanted:
+            raise SceneError(
+                f"{self._path}: truncated: {size} bytes, but shape {tuple(shape)} of {dtype} "
+                f"needs {wanted}"
+            )
+
+
+def _load(path: str) -> Any:
+    """nibabel's image of a file, header only.
+
+    Raises:
+        SceneError: nibabel cannot read it, or it is of a kind without voxels.
+    """
+    try:
+        image: Any = nib.load(path)
+    except READ_ERRORS as error:
+        raise SceneError(f"{path}: cannot be opened: {_damage(error)}") from error
+    kinds = (nib.Nifti1Pair, nib.Nifti2Pair, nib.AnalyzeImage)
+    if not isinstance(image, kinds) or not isinstance(image.dataobj, ArrayProxy):
+        raise SceneError(f"{path}: {type(image).__name__} is no NIfTI volume")
+    if not Path(str(image.dataobj.file_like)).exists():
+        raise SceneError(f"{path}: its data file {image.dataobj.file_like} is missing")
+    return image
+
+
+def _damage(error: BaseException) -> str:
+    """nibabel's words for a short file are "Whoops, not enough data in file"."""
+    text = reason(error)
+    if "not enough data" in text or "end of file" in text.lower() or isinstance(error, EOFError):
+        return "truncated: the file ends before its last voxel"
+    return text
+
+
+def _frame(uri: str, shape: Sequence[int], frame: int | None) -> tuple[int, ...]:
+    """Indices on the axes after the third.
+
+    Raises:
+        SceneError: not 3D or 4D, or a frame is missing, not there, or not asked for.
+    """
+    sizes = list(shape)
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes.pop()
+    trailing = (0,) * (len(shape) - len(sizes))
+    if len(sizes) not in (3, 4) or 0 in sizes:
+        raise SceneError(f"{uri}: shape {tuple(shape)}; expected a 3D volume or frames of one")
+    frames = sizes[3] if len(sizes) == 4 else 1
+    if frame is None and frames > 1:
+        path = uri.partition("#frame=")[0]
+        raise SceneError(
+            f"{uri}: holds {frames} frames; choose one with {path}#frame=N, "
+            f"N from 0 to {frames - 1}"
+        )
+    chosen = 0 if frame is None else frame
+    if not 0 <= chosen < frames:
+        raise SceneError(f"{uri}: no frame {chosen}; it holds {frames}, counted from 0")
+    return (chosen, *trailing) if len(sizes) == 4 else trailing
+
+
+def _native(uri: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in the machine's byte order.
+
+    Raises:
+        SceneError: colour, complex or extended precision.
+    """
+    if dtype.fields is not None:
+        raise SceneError(f"{uri}: colour voxels ({dtype}); expected one number per voxel")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise SceneError(f"{uri}: voxels of {dtype}; expected integers or floats up to 64 bits")
+    return dtype.newbyteorder("=")
+
+
+def _geometry(uri: str, image: Any, shape: Sequence[int]) -> VolumeGeometry:
+    """The grid as the file has it.
+
+    Raises:
+        SceneError: the affine is singular or not finite, or in metres or microns.
+    """
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise SceneError(f"{uri}: its affine gives voxels no volume: {affine.tolist()}")
+    units = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
+    if units not in ("mm", "unknown"):
+        raise SceneError(
+            f"{uri}: its header says lengths are in {units}; some tools convert them and others "
+            "do not, so rewrite it with an affine and units in mm"
+        )
+    return volume_geometry(tuple(int(n) for n in shape[::-1]), affine)
+
+
+def _notes(image: Any) -> list[str]:
+    """What of the geometry is assumed rather than read."""
+    header = image.header
+    if not isinstance(image, nib.Nifti1Pair):
+        return ["Analyze file: it records no orientation, nibabel's convention is assumed"]
+    notes = []
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if sform == 0 and qform == 0:
+        notes.append("sform and qform codes are both 0: position and orientation are assumed")
+    if sform > 0 and qform > 0:
+        declared = header.get_qform()
+        if not np.allclose(declared, header.get_sform(), atol=1e-2):
+            notes.append("sform and qform differ: the sform is used")
+    if header.get_xyzt_units()[0] == "unknown":
+        notes.append("no unit of length declared: millimetres are assumed")
+    return notes

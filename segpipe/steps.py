@@ -1,0 +1,113 @@
+"""The steps of a scene, one function each: what the tasks wrap. Every one can be run again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segpipe.blocks import SceneBlocks
+from segpipe.boxes import Box, grid_boxes
+from segpipe.errors import StoppedError
+from segpipe.metrics.tally import MEASURE_TILE, SizeScale, Tally, add, measure_tile
+from segpipe.plan import Index, block_id
+from segpipe.reference import open_reference, reference_identity
+from segpipe.regions import load_regions
+from segpipe.scene import Scene, label_arrays
+from segpipe.store import Stage, stage_key, stop_requested
+
+TALLY_VERSION = 1
+"""Raised when the definition of a number in a tally changes; part of every measure key."""
+SECONDS_PER_MPX = 2.0
+"""A first guess for sizing batches of blocks, before anything was measured."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a step did."""
+
+    computed: int
+    """Blocks computed now."""
+    reused: int
+    """Blocks that were there already."""
+    seconds: float
+    timings: dict[str, float]
+
+
+def pending_blocks(scene: Scene) -> list[Index]:
+    """Blocks without a prediction, in the plan's order."""
+    receipts = scene.predict.receipts()
+    wanted = scene.job.outputs.scores
+    done = {name for name, r in receipts.items() if r.get("scores") or not wanted}
+    return [i for i in scene.plan.blocks.indices() if block_id(i) not in done]
+
+
+def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float) -> list[list[Index]]:
+    """Blocks grouped into batches of about this many minutes, each a run of neighbours."""
+    elements = math.prod(scene.plan.blocks.block)
+    seconds = max(0.5, elements / 1e6 * SECONDS_PER_MPX)
+    size = max(1, int(minutes * 60 / seconds))
+    return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+def predict_blocks(scene: Scene, blocks: Sequence[Index], run: str, attempt: int = 1) -> Done:
+    """Compute and commit the labels of some blocks.
+
+    Args:
+        run: name under which a stop may be requested; asked before every block.
+        attempt: recorded in the receipts.
+
+    Raises:
+        StoppedError, SceneError, DeviceMemoryError.
+    """
+    from segpipe.inference.engine import Engine, nodata_value
+    from segpipe.inference.normalise import Normaliser, Statistics
+    from segpipe.models.registry import load_model
+
+    begun = time.perf_counter()
+    done = scene.predict.done() if attempt > 1 else set()
+    todo = [i for i in blocks if block_id(i) not in done]
+    card, settings = scene.card, scene.settings
+    model = load_model(card, settings.device, settings.threads, settings.precision)
+    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    with SceneBlocks.of(scene, attempt) as store:
+        engine = Engine(
+            scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta
+        )
+        timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run))
+    return Done(
+        len(todo), len(blocks) - len(todo), time.perf_counter() - begun, vars(timings).copy()
+    )
+
+
+def finish_labels(scene: Scene) -> Done:
+    """The card's clean-up over the finished label map, where it has one; compacts the receipts."""
+    from segpipe.inference.cleanup import clean_labels
+
+    begun = time.perf_counter()
+    scene.predict.compact()
+    if not scene.direct:
+        scene.ingest.compact()
+    if scene.labels == scene.predict:
+        return Done(0, 0, time.perf_counter() - begun, {})
+    if "whole" in scene.labels.done():
+        return Done(0, 1, time.perf_counter() - begun, {})
+    blocks = scene.labels.create(
+        scene.geometry, scene.plan.blocks, label_arrays(scene.card, False), {}
+    )
+    labels = np.asarray(scene.predict.array("labels")[...])
+    cleaned = clean_labels(labels, scene.card)
+    for index in blocks.indices():
+        box = blocks.box(index)
+        scene.labels.write("labels", box.slices, cleaned[box.slices])
+    scene.labels.commit("whole", {})
+    return Done(1, 0, time.perf_counter() - begun, {})
+
+
+def read_labels(scene: Scene) -> Callable[[Box], np.ndarray]:
+    """A windowed reader of the finished label map."""
+    array = scene.labels.array("labels")
+    return lambda box: np.asarray(array[box.slices])

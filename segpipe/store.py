@@ -1,0 +1,300 @@
+"""The working store: the one place that knows how arrays and receipts lie on disk or in a bucket.
+
+``<out>/.store/<stage>-<key>/`` is a Zarr v3 group with a stage's arrays and, beside them,
+``receipts/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without one
+is computed again. Receipts are compacted into one ``receipts.json`` when a stage is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore
+import zarr
+from obstore.store import LocalStore, ObjectStore, from_url
+from zarr.codecs import BloscCodec, ZstdCodec
+
+from segpipe.errors import RequestError
+from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
+from segpipe.plan import Blocks
+
+STORE_FOLDER = ".store"
+IMAGE_CODEC = BloscCodec(cname="lz4", shuffle="shuffle")
+LABEL_CODEC = ZstdCodec(level=5)
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is an object store's rather than a local folder."""
+    return "://" in location
+
+
+def join(location: str, *parts: str) -> str:
+    """A location below another, for folders and URLs alike."""
+    return "/".join([location.rstrip("/"), *parts])
+
+
+def open_store(location: str) -> ObjectStore:
+    """An object store rooted at a folder (made if absent) or URL.
+
+    Raises:
+        RequestError: the folder cannot be made or written, or the URL is not understood.
+    """
+    if is_url(location):
+        try:
+            return from_url(location)
+        except (ValueError, obstore.exceptions.BaseError) as error:
+            raise RequestError(f"outputs.dir: {location}: cannot be opened ({error})") from error
+    try:
+        folder = Path(location).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        return LocalStore(folder)
+    except OSError as error:
+        raise RequestError(
+            f"outputs.dir: {location}: cannot be made ({error.strerror}); give a folder that can be written"
+        ) from error
+
+
+def check_writable(location: str) -> None:
+    """Write and remove a small object, so that an unwritable output is known before any work.
+
+    Raises:
+        RequestError: naming the location and the cause.
+    """
+    store = open_store(location)
+    try:
+        obstore.put(store, ".segpipe-write-test", b"")
+        obstore.delete(store, ".segpipe-write-test")
+    except (OSError, obstore.exceptions.BaseError) as error:
+        raise RequestError(
+            f"outputs.dir: {location}: cannot be written ({error}); give a folder that can be written"
+        ) from error
+
+
+def stage_key(stage: str, parts: Mapping[str, Any]) -> str:
+    """``<stage>-<hash>`` of everything that can change the stage's bits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array of a stage."""
+
+    name: str
+    dtype: str
+    fill: float | int | bool
+    channels: int = 0
+    """Leading channel axis; 0: none."""
+    labels: bool = False
+    """Labels compress with zstd, everything else with blosc-lz4 and shuffle."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one scene. Cheap to pickle; handles open on first use."""
+
+    out: str
+    """Output location of the job."""
+    key: str
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        """The folder of this stage."""
+        return open_store(join(self.out, STORE_FOLDER, self.key))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"out": self.out, "key": self.key}
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        """The stage's Zarr group, which must exist."""
+        return zarr.open_group(zarr.storage.ObjectStore(self.objects), mode="r+")
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """One of the stage's arrays."""
+        found = self.group[name]
+        assert isinstance(found, zarr.Array)
+        return found
+
+    @property
+    def exists(self) -> bool:
+        """Whether `create` has completed."""
+        return self.read_json("stage.json") is not None
+
+    @property
+    def layout(self) -> Blocks:
+        """The blocks of a stage that exists."""
+        parts = self.read_json("stage.json")["blocks"]
+        return Blocks(tuple(parts["shape"]), tuple(parts["block"]), tuple(parts["absorb"]))
+
+    def create(
+        self,
+        geometry: Geometry,
+        blocks: Blocks,
+        arrays: Sequence[ArraySpec],
+        attributes: Mapping[str, Any],
+    ) -> Blocks:
+        """Make the stage's arrays where they are absent.
+
+        Returns:
+            The blocks in force: those of the stage as it is, where an earlier run made it.
+        """
+        store = zarr.storage.ObjectStore(self.objects)
+        found = self.exists
+        if found:
+            blocks = self.layout
+            group = zarr.open_group(store, mode="r+")
+        else:
+            conventions = dict(_conventions(geometry, arrays))
+            group = zarr.create_group(store, overwrite=True, attributes=conventions)
+        for spec in arrays:
+            if spec.name not in group:
+                _create_array(group, spec, geometry, blocks)
+        if not found:
+            layout = {"shape": blocks.shape, "block": blocks.block, "absorb": blocks.absorb}
+            record = {"blocks": layout, "geometry": geometry.to_dict(), **attributes}
+            self.write_json("stage.json", record)
+        return blocks
+
+    def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
+        """Write one block of an array; the box must be whole shards (asserted: one shard, one writer)."""
+        array = self.array(name)
+        shards = (array.shards or array.chunks)[-len(box) :]
+        extent = array.shape[-len(box) :]
+        for part, shard, size in zip(box, shards, extent, strict=True):
+            assert part.start % shard == 0, f"{name}: {part} does not begin at a shard of {shard}"
+            assert part.stop % shard == 0 or part.stop == size, (
+                f"{name}: {part} ends inside a shard"
+            )
+        array[(..., *box)] = values
+
+    def commit(self, name: str, receipt: Mapping[str, Any]) -> None:
+        """Write a receipt; call it after the data it stands for."""
+        self.write_json(f"receipts/{name}.json", receipt)
+
+    def receipts(self) -> dict[str, dict[str, Any]]:
+        """All receipts by name, compacted and loose."""
+        found: dict[str, dict[str, Any]] = self.read_json("receipts.json") or {}
+        names = self._loose()
+        with ThreadPoolExecutor(8) as pool:
+            for name, receipt in zip(names, pool.map(self.read_json, names), strict=True):
+                if receipt is not None:
+                    found[Path(name).stem] = receipt
+        return dict(sorted(found.items()))
+
+    def done(self) -> set[str]:
+        """Names of committed receipts, without reading the loose ones."""
+        compact = self.read_json("receipts.json") or {}
+        return set(compact) | {Path(name).stem for name in self._loose()}
+
+    def compact(self) -> None:
+        """Put all receipts into one object: ten thousand small ones are slow to list."""
+        loose = self._loose()
+        if loose:
+            self.write_json("receipts.json", self.receipts())
+            obstore.delete(self.objects, loose)
+
+    def drop(self) -> None:
+        """Remove the stage; its receipts first, so that a half-removed stage is never believed."""
+        for name in ("receipts.json", "stage.json"):
+            self._delete([name])
+        paths = [meta["path"] for chunk in obstore.list(self.objects) for meta in chunk]
+        self._delete(paths)
+
+    def _delete(self, paths: list[str]) -> None:
+        try:
+            obstore.delete(self.objects, paths)
+        except FileNotFoundError:
+            return  # somebody else was faster
+
+    def _loose(self) -> list[str]:
+        return sorted(
+            meta["path"]
+            for chunk in obstore.list(self.objects, "receipts")
+            for meta in chunk
+            if meta["path"].endswith(".json")
+        )
+
+    def read_json(self, name: str) -> Any:
+        """A JSON object of the stage, or None where it is absent."""
+        try:
+            data = obstore.get(self.objects, name).bytes()
+        except FileNotFoundError:
+            return None
+        return json.loads(bytes(data))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON object in one step: it is there whole or not at all."""
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+        obstore.put(self.objects, name, text.encode())
+
+
+def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry, blocks: Blocks) -> None:
+    lead = (spec.channels,) if spec.channels else ()
+    names = ("channel",) if spec.channels else ()
+    array = group.create_array(
+        spec.name,
+        shape=lead + blocks.shape,
+        shards=lead + blocks.block,
+        chunks=lead + blocks.chunk,
+        dtype=spec.dtype,
+        fill_value=spec.fill,
+        compressors=LABEL_CODEC if spec.labels else IMAGE_CODEC,
+        dimension_names=names + ("z", "y", "x")[-len(blocks.shape) :],
+    )
+    if isinstance(geometry, RasterGeometry):
+        array.attrs["grid_mapping"] = "spatial_ref"
+
+
+def request_stop(out: str, run: str) -> None:
+    """Ask every worker of a run to stop before its next block."""
+    obstore.put(open_store(join(out, STORE_FOLDER, "stop")), run, b"")
+
+
+def clear_stop(out: str, run: str) -> None:
+    """Forget an earlier request to stop."""
+    try:
+        obstore.delete(open_store(join(out, STORE_FOLDER, "stop")), run)
+    except FileNotFoundError:
+        return
+
+
+def stop_requested(out: str, run: str) -> bool:
+    """Whether somebody asked this run to stop."""
+    try:
+        obstore.head(open_store(join(out, STORE_FOLDER, "stop")), run)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _conventions(geometry: Geometry, arrays: Iterable[ArraySpec]) -> Mapping[str, Any]:
+    """Group attributes that other tools read: CF grid mapping for rasters, OME-Zarr for volumes."""
+    if isinstance(geometry, RasterGeometry):
+        a, b, c, d, e, f = geometry.transform
+        mapping = {"GeoTransform": f"{c!r} {a!r} {b!r} {f!r} {d!r} {e!r}"}
+        if geometry.crs is not None:
+            mapping["crs_wkt"] = geometry.crs
+        return {"segpipe:geometry": geometry.to_dict(), "spatial_ref": mapping}
+    assert isinstance(geometry, VolumeGeometry)
+    scale = list(geometry.spacing)
+    axes = [{"name": n, "type": "space", "unit": "millimeter"} for n in ("z", "y", "x")]
+    multiscales = []
+    for spec in arrays:
+        lead = [{"name": "c", "type": "channel"}] if spec.channels else []
+        factors = [1.0] * len(lead) + scale
+        transform = [{"type": "scale", "scale": factors}]
+        datasets = [{"path": spec.name, "coordinateTransformations": transform}]
+        multiscales.append({"name": spec.name, "axes": lead + axes, "datasets": datasets})
+    return {
+        "segpipe:geometry": geometry.to_dict(),
+        "ome": {"version": "0.5", "multiscales": multiscales},
+    }
