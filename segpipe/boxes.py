@@ -51,9 +51,7 @@ class Box:
         """Index an array that holds ``outer``; this box must lie inside it."""
         if not outer.contains(self):
             raise ValueError(f"{self} does not lie inside {outer}")
-        return tuple(
-            slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True)
-        )
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))
 
     def contains(self, other: Box) -> bool:
         return all(a <= c for a, c in zip(self.start, other.start, strict=True)) and all(
@@ -81,6 +79,4 @@ def grid_boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[Box]:
     """Boxes of ``step`` that partition ``shape`` in C order; the last along an axis may be short."""
     starts = [range(0, n, s) for n, s in zip(shape, step, strict=True)]
     for start in product(*starts):
-        yield Box(
-            tuple(start), tuple(min(a + s, n) for a, s, n in zip(start, step, shape, strict=True))
-        )
+        yield Box(tuple(start), tuple(min(a + s, n) for a, s, n in zip(start, step, shape, strict=True)))

@@ -107,9 +107,7 @@ class Tiling(Strict):
         Blend.trim,
         description="trim: each pixel from one window. gaussian: weighted mean of all that cover it.",
     )
-    memory: Memory = Field(
-        "4GiB", description="Upper bound for one worker's working set, e.g. 512MiB, 4GiB."
-    )
+    memory: Memory = Field("4GiB", description="Upper bound for one worker's working set, e.g. 512MiB, 4GiB.")
     store: StoreMode = Field(
         StoreMode.zarr,
         description="zarr: ingest into the working store first; direct: read a local tiled source in place.",
@@ -119,18 +117,14 @@ class Tiling(Strict):
 class Compute(Strict):
     """Where and how the model runs."""
 
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1."
-    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1.")
     precision: Precision = Field(Precision.auto, description="auto: bf16 on CUDA, fp32 on CPU.")
     batch: str = Field(
         "auto",
         pattern=r"^(auto|[1-9]\d*)$",
         description="Windows per forward pass; short batches are padded to it.",
     )
-    tta: TTA = Field(
-        TTA.none, description="flips: mean over all mirror images (2 or 3 axes: 4 or 8 passes)."
-    )
+    tta: TTA = Field(TTA.none, description="flips: mean over all mirror images (2 or 3 axes: 4 or 8 passes).")
     runner: Runner = Field(
         Runner.threads,
         description="threads: this machine. dask: a local cluster, or the one at `address`.",
@@ -178,9 +172,7 @@ class Regions(Strict):
 class Reference(Strict):
     """The truth to compare with."""
 
-    path: str = Field(
-        description="A label file, or a folder or glob matched to the scenes by name."
-    )
+    path: str = Field(description="A label file, or a folder or glob matched to the scenes by name.")
     values: dict[int, int | None] = Field(
         default_factory=dict,
         description="Reference value to class value; null: ignored. Others stay as they are.",
@@ -199,9 +191,7 @@ class Prompts(Strict):
     """For promptable models."""
 
     text: list[str] = Field(default_factory=list, description="Phrases to look for.")
-    path: str | None = Field(
-        None, description="Points, boxes or polygons (GeoJSON, GeoPackage, CSV)."
-    )
+    path: str | None = Field(None, description="Points, boxes or polygons (GeoJSON, GeoPackage, CSV).")
 
 
 class Outputs(Strict):
@@ -244,9 +234,7 @@ class Job(Strict):
     )
     tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
     compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
-    regions: Regions | None = Field(
-        None, description="Where numbers are reported; empty: the whole scene."
-    )
+    regions: Regions | None = Field(None, description="Where numbers are reported; empty: the whole scene.")
     reference: Reference | None = Field(None, description="The truth to compare with.")
     measure: Measure = Field(default_factory=Measure, description="Further measurements.")
     prompts: Prompts = Field(default_factory=Prompts, description="For promptable models.")
@@ -272,9 +260,7 @@ class Job(Strict):
         }
         for field, asked in later.items():
             if asked:
-                raise ValueError(
-                    f"`{field}` is not available in this version of segpipe; remove it"
-                )
+                raise ValueError(f"`{field}` is not available in this version of segpipe; remove it")
         return self
 
 
@@ -304,17 +290,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RequestError(
-            f"{path}: cannot be read ({reason}); give the path of a YAML file"
-        ) from error
+        raise RequestError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RequestError(
-            f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}"
-        ) from error
+        raise RequestError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(data, dict):
         raise RequestError(f"{path}: found {type(data).__name__}, a mapping of keys was expected")
     return data

@@ -71,14 +71,31 @@ class GridMap:
         m = (along + 0.5) / self.ratio[axis] - 0.5
         return np.clip(m, 0, self.shape[axis] - 1)
 
+    def nearest_native(self, axis: int, start: int, stop: int) -> np.ndarray:
+        """Native element nearest to model elements [start, stop) along a model axis."""
+        native = self.axes[axis]
+        low, high = self.crop.start[native], self.crop.stop[native]
+        along = _nearest(np.arange(start, stop), self.ratio[axis], high - low)
+        return low + ((high - low - 1) - along if self.flips[axis] else along)
+
+    def nearest_model(self, axis: int, start: int, stop: int) -> np.ndarray:
+        """Model element nearest to native elements [start, stop) along a model axis."""
+        native = self.axes[axis]
+        low, high = self.crop.start[native], self.crop.stop[native]
+        along = np.arange(start, stop) - low
+        if self.flips[axis]:
+            along = (high - low - 1) - along
+        return _nearest(along, 1 / self.ratio[axis], self.shape[axis])
+
     def native_box(self, box: Box) -> Box:
         """The native elements from which a model box is interpolated."""
         start = [0] * box.ndim
         stop = [0] * box.ndim
         for axis, native in enumerate(self.axes):
             at = self.to_native(axis, box.start[axis], box.stop[axis])
-            start[native] = int(np.floor(at.min()))
-            stop[native] = int(np.ceil(at.max())) + 1
+            nearest = self.nearest_native(axis, box.start[axis], box.stop[axis])
+            start[native] = min(int(np.floor(at.min())), int(nearest.min()))
+            stop[native] = max(int(np.ceil(at.max())), int(nearest.max())) + 1
         return Box(tuple(start), tuple(stop))
 
     def model_box(self, box: Box) -> Box:
@@ -91,8 +108,9 @@ class GridMap:
                 stop.append(0)
                 continue
             at = self.to_model(axis, inside.start[native], inside.stop[native])
-            start.append(int(np.floor(at.min())))
-            stop.append(int(np.ceil(at.max())) + 1)
+            nearest = self.nearest_model(axis, inside.start[native], inside.stop[native])
+            start.append(min(int(np.floor(at.min())), int(nearest.min())))
+            stop.append(max(int(np.ceil(at.max())), int(nearest.max())) + 1)
         return Box(tuple(start), tuple(stop))
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,11 +198,25 @@ def _metric_spacing(geometry: Geometry) -> tuple[float, ...]:
     return spacing
 
 
-def _take(values: np.ndarray, axis: int, at: np.ndarray, offset: int, nearest: bool) -> np.ndarray:
-    """Values at fractional coordinates along one axis; ``offset`` is the global index of item 0."""
-    if nearest:
-        index = np.floor(at + 0.5).astype(np.intp) - offset
-        return np.take(values, index, axis=axis)
+def _nearest(index: np.ndarray, ratio: float, size: int) -> np.ndarray:
+    """Source element whose extent holds the centre of each element: ``⌊(i + ½)·ratio⌋``.
+
+    In float32, as torch's ``nearest-exact`` computes it: where a centre falls on the border of two
+    elements, both are nearest, and published pipelines are met voxel by voxel.
+    """
+    at = (index.astype(np.float32) + np.float32(0.5)) * np.float32(ratio)
+    return np.minimum(np.floor(at).astype(np.intp), size - 1)
+
+
+def _take(values: np.ndarray, axis: int, at: np.ndarray, offset: int) -> np.ndarray:
+    """Values at coordinates along one axis, linear between elements, or whole where ``at`` is.
+
+    Args:
+        at: global coordinates (float64), or global indices (integers) for nearest.
+        offset: the global index of item 0.
+    """
+    if at.dtype.kind == "i":
+        return np.take(values, at - offset, axis=axis)
     low = np.floor(at)
     weight = (at - low).astype(np.float32)
     index = low.astype(np.intp) - offset
@@ -213,8 +245,9 @@ def onto_model(
         (c, …) over ``target``, axes in the model's order.
     """
     for axis, native in enumerate(grid.axes):
-        at = grid.to_native(axis, target.start[axis], target.stop[axis])
-        values = _take(values, native + 1, at, box.start[native], nearest)
+        pick = grid.nearest_native if nearest else grid.to_native
+        at = pick(axis, target.start[axis], target.stop[axis])
+        values = _take(values, native + 1, at, box.start[native])
     return np.ascontiguousarray(values.transpose((0, *(a + 1 for a in grid.axes))))
 
 
@@ -232,8 +265,9 @@ def onto_native(
     """
     order = [grid.axes.index(native) for native in range(len(grid.axes))]
     for axis, native in enumerate(grid.axes):
-        at = grid.to_model(axis, target.start[native], target.stop[native])
-        values = _take(values, axis + 1, at, box.start[axis], nearest)
+        pick = grid.nearest_model if nearest else grid.to_model
+        at = pick(axis, target.start[native], target.stop[native])
+        values = _take(values, axis + 1, at, box.start[axis])
     return np.ascontiguousarray(values.transpose((0, *(a + 1 for a in order))))
 
 
@@ -245,7 +279,7 @@ def sample_nearest(read: Callable[[Box], np.ndarray], grid: GridMap, dtype: Any)
         grid: its shape is what comes back.
     """
     first_axis = grid.axes.index(0)
-    at = np.floor(grid.to_native(first_axis, 0, grid.shape[first_axis]) + 0.5).astype(np.intp)
+    at = grid.nearest_native(first_axis, 0, grid.shape[first_axis])
     planes: list[np.ndarray] = []
     last: tuple[int, np.ndarray] | None = None
     for m, native in enumerate(at):

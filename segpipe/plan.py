@@ -116,9 +116,7 @@ class Lattice:
 
     def window(self, index: Index) -> Box:
         """What a window sees; at the trailing edge it may reach into the padding."""
-        return Box.at(
-            [a.origins[i] for a, i in zip(self.axes, index, strict=True)], self.window_shape
-        )
+        return Box.at([a.origins[i] for a, i in zip(self.axes, index, strict=True)], self.window_shape)
 
     def owned(self, index: Index) -> Box:
         """What a window answers for under `trim`; these boxes partition the model grid."""
@@ -363,9 +361,7 @@ def make_lattice(
     axes = []
     for size, w, h in zip(shape, window, halo, strict=True):
         if w % stride or w < 1:
-            raise RequestError(
-                f"window: found {w}; valid: a multiple of the model's total stride {stride}"
-            )
+            raise RequestError(f"window: found {w}; valid: a multiple of the model's total stride {stride}")
         if w < size and w - 2 * (-(-h // stride) * stride) < stride:
             raise RequestError(
                 f"halo: found {h} for a window of {w} (stride {stride}); valid: less than half the window"
@@ -427,9 +423,7 @@ def make_plan(
 
 def _absorbed(lattice: Lattice) -> tuple[int, ...]:
     """How long a rest at the scene's end may be to be answered by the windows before it."""
-    return tuple(
-        (a.window - (a.cuts[1] - a.cuts[0])) // 2 if len(a.origins) > 1 else 0 for a in lattice.axes
-    )
+    return tuple((a.window - (a.cuts[1] - a.cuts[0])) // 2 if len(a.origins) > 1 else 0 for a in lattice.axes)
 
 
 def _block_sizes(grid: GridMap, lattice: Lattice) -> Iterator[tuple[int, ...]]:

@@ -6,6 +6,7 @@ on another grid says so.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from glob import glob, has_magic
@@ -14,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from affine import Affine
 from pyproj import CRS, Transformer
 
 from segpipe.boxes import Box
@@ -64,9 +64,7 @@ def find_reference(config: Reference, scene_name: str) -> str:
         raise RequestError(f"reference.path: {path} does not exist; give a file, folder or glob")
     files = [f for f in found if f.lower().endswith(LABEL_SUFFIXES) and Path(f).name[0] != "."]
     if not files:
-        raise RequestError(
-            f"reference.path: {path} holds no label file ({', '.join(LABEL_SUFFIXES)})"
-        )
+        raise RequestError(f"reference.path: {path} holds no label file ({', '.join(LABEL_SUFFIXES)})")
     stems = [(safe_name(scene_stem(Path(f).name)), f) for f in files]
     channel = re.sub(r"_\d{4}$", "", scene_name)
     head = _head(scene_name)
@@ -255,7 +253,8 @@ def _centre_matrix(geometry: Geometry) -> np.ndarray:
     if isinstance(geometry, VolumeGeometry):
         return geometry.matrix
     assert isinstance(geometry, RasterGeometry)
-    return np.array(geometry.affine * Affine.translation(0.5, 0.5)).reshape(3, 3)
+    a, b, c, d, e, f = geometry.transform
+    return np.array([[a, b, c + (a + b) / 2], [d, e, f + (d + e) / 2], [0, 0, 1]])
 
 
 def _corners(geometry: Geometry) -> np.ndarray:
@@ -280,7 +279,7 @@ def _same_crs(scene: RasterGeometry, other: RasterGeometry) -> list[str]:
         which = "the scene" if scene.projection is None else "the file"
         return [f"{which} has no CRS; its affine is the same, so the grids are taken as one"]
     first, second = horizontal_crs(scene.projection), horizontal_crs(other.projection)
-    if first == second:
+    if first == second and first.name == second.name:
         return []
     off = _crs_distance(scene, first, second)
     if not off <= CRS_TOLERANCE:
@@ -294,9 +293,12 @@ def _same_crs(scene: RasterGeometry, other: RasterGeometry) -> list[str]:
 def _crs_distance(scene: RasterGeometry, first: CRS, second: CRS) -> float:
     """How far the corners move, in elements, when the second CRS is read as the first."""
     rows, columns = scene.shape
-    corners = [(0, 0), (columns, 0), (0, rows), (columns, rows)]
-    x, y = np.array([scene.affine * corner for corner in corners]).T
+    corners = np.array([[0, 0, 1], [columns, 0, 1], [0, rows, 1], [columns, rows, 1]]).T
+    a, b, c, d, e, f = scene.transform
+    there = np.array([[a, b, c], [d, e, f], [0, 0, 1]])
+    x, y, _ = there @ corners
     moved = Transformer.from_crs(second, first, always_xy=True).transform(x, y)
-    inverse = ~scene.affine
-    back = np.array([inverse * point for point in zip(*moved, strict=True)])
-    return float(np.hypot(*(back - np.array(corners)).T).max())
+    if not np.isfinite(moved).all():
+        return math.inf
+    back = np.linalg.solve(there, np.stack([*moved, np.ones(4)]))
+    return float(np.hypot(*(back - corners)[:2]).max())

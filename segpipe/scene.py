@@ -20,6 +20,7 @@ from segpipe.config import Compute, Job, StoreMode, parse_memory, parse_size
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, model_grid
+from segpipe.inference.labels import label_dtype, nodata_value
 from segpipe.models.card import Card, load_card
 from segpipe.models.weights import weights_fingerprint
 from segpipe.plan import (
@@ -185,8 +186,6 @@ def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:
 
 def label_arrays(card: Card, scores: bool) -> list[ArraySpec]:
     """Arrays of the predict stage."""
-    from segpipe.inference.engine import label_dtype, nodata_value
-
     arrays = [ArraySpec("labels", label_dtype(card), nodata_value(card), labels=True)]
     if scores:
         arrays.append(ArraySpec("scores", "float32", 0.0, channels=len(card.classes)))
@@ -208,9 +207,7 @@ def match_bands(card: Card, source: Source) -> tuple[tuple[int, ...], tuple[str,
     wanted = card.input.bands
     if not wanted:
         if source.count != 1:
-            raise SceneError(
-                f"the scene has {source.count} channels, the card {card.name!r} takes one"
-            )
+            raise SceneError(f"the scene has {source.count} channels, the card {card.name!r} takes one")
         return (0,), source.bands or ("image",)
     have = {name.lower(): i for i, name in enumerate(source.bands)}
     if all(name.lower() in have for name in wanted):
@@ -309,7 +306,7 @@ def plan_scene(job: Job, card: Card, settings: Settings, grid: GridMap, itemsize
         image_itemsize=itemsize,
         channels=card.channels,
         classes=len(card.classes),
-        label_itemsize=1 if max(card.values) < 255 else 2,
+        label_itemsize=np.dtype(label_dtype(card)).itemsize,
         batch=settings.batch,
         keep_scores=job.outputs.scores,
     )
@@ -354,9 +351,7 @@ def predict_key_parts(
         "ingest": ingest_key,
         **model_parts(card),
         **device_parts(settings),
-        "windows": [
-            [a.window, a.padded, list(a.origins[:2]), list(a.cuts[:2])] for a in lattice.axes
-        ],
+        "windows": [[a.window, a.padded, list(a.origins[:2]), list(a.cuts[:2])] for a in lattice.axes],
         "blend": job.tiling.blend.value,
         "tta": settings.tta,
         "batch": settings.batch,

@@ -10,17 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from segpipe.blocks import SceneBlocks
-from segpipe.boxes import Box, grid_boxes
-from segpipe.errors import StoppedError
-from segpipe.metrics.tally import MEASURE_TILE, SizeScale, Tally, add, measure_tile
+from segpipe.boxes import Box
 from segpipe.plan import Index, block_id
-from segpipe.reference import open_reference, reference_identity
-from segpipe.regions import load_regions
 from segpipe.scene import Scene, label_arrays
-from segpipe.store import Stage, stage_key, stop_requested
+from segpipe.store import stop_requested
 
-TALLY_VERSION = 1
-"""Raised when the definition of a number in a tally changes; part of every measure key."""
 SECONDS_PER_MPX = 2.0
 """A first guess for sizing batches of blocks, before anything was measured."""
 
@@ -63,7 +57,8 @@ def predict_blocks(scene: Scene, blocks: Sequence[Index], run: str, attempt: int
     Raises:
         StoppedError, SceneError, DeviceMemoryError.
     """
-    from segpipe.inference.engine import Engine, nodata_value
+    from segpipe.inference.engine import Engine
+    from segpipe.inference.labels import nodata_value
     from segpipe.inference.normalise import Normaliser, Statistics
     from segpipe.models.registry import load_model
 
@@ -74,13 +69,9 @@ def predict_blocks(scene: Scene, blocks: Sequence[Index], run: str, attempt: int
     model = load_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
     with SceneBlocks.of(scene, attempt) as store:
-        engine = Engine(
-            scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta
-        )
+        engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
         timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run))
-    return Done(
-        len(todo), len(blocks) - len(todo), time.perf_counter() - begun, vars(timings).copy()
-    )
+    return Done(len(todo), len(blocks) - len(todo), time.perf_counter() - begun, vars(timings).copy())
 
 
 def finish_labels(scene: Scene) -> Done:
@@ -95,9 +86,7 @@ def finish_labels(scene: Scene) -> Done:
         return Done(0, 0, time.perf_counter() - begun, {})
     if "whole" in scene.labels.done():
         return Done(0, 1, time.perf_counter() - begun, {})
-    blocks = scene.labels.create(
-        scene.geometry, scene.plan.blocks, label_arrays(scene.card, False), {}
-    )
+    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, label_arrays(scene.card, False), {})
     labels = np.asarray(scene.predict.array("labels")[...])
     cleaned = clean_labels(labels, scene.card)
     for index in blocks.indices():

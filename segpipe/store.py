@@ -171,9 +171,7 @@ class Stage:
         extent = array.shape[-len(box) :]
         for part, shard, size in zip(box, shards, extent, strict=True):
             assert part.start % shard == 0, f"{name}: {part} does not begin at a shard of {shard}"
-            assert part.stop % shard == 0 or part.stop == size, (
-                f"{name}: {part} ends inside a shard"
-            )
+            assert part.stop % shard == 0 or part.stop == size, f"{name}: {part} ends inside a shard"
         array[(..., *box)] = values
 
     def commit(self, name: str, receipt: Mapping[str, Any]) -> None:

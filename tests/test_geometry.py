@@ -35,7 +35,9 @@ def geodesic_cell(geometry, row, points=2000):
     ellipsoid = crs.ellipsoid
     flattening = 1 / ellipsoid.inverse_flattening if ellipsoid.inverse_flattening else 0.0
     geod = Geod(a=ellipsoid.semi_major_metre, f=flattening)
-    area, _ = geod.polygon_area_perimeter(np.asarray(lon) * to_degrees, np.asarray(lat) * to_degrees)
+    area, _ = geod.polygon_area_perimeter(
+        np.asarray(lon) * to_degrees, np.asarray(lat) * to_degrees
+    )
     return abs(area)
 
 

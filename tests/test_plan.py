@@ -289,7 +289,7 @@ def test_linear_resampling_is_exact_on_a_ramp(grid: GridMap) -> None:
 def test_nearest_onto_a_fixed_shape_is_torch_nearest_exact() -> None:
     """The outside oracle of the convention, over sizes where ties could hide."""
     torch = pytest.importorskip("torch")
-    for n, m in itertools.product([5, 75, 150, 151, 197, 233], [64, 128, 256]):
+    for n, m in itertools.product([*range(1, 40), 75, 150, 151, 168, 170, 197, 214, 233], [64, 128, 256]):
         geometry = volume_geometry((1, 1, n), np.eye(4))
         grid = model_grid(geometry, shape=[1, 1, m])
         x = np.arange(n, dtype=np.float32).reshape(1, 1, 1, n)

@@ -41,7 +41,7 @@ TILE = 512
 STEP = 4 * TILE
 """Edge of a read, in pixels: whole tiles, so that each tile is compressed once."""
 CACHE_BYTES = 64 * 2**20
-"""GDAL's block cache. Its default is 5 % of the machine, which would make memory follow the size of the raster."""
+"""GDAL's block cache; its default, 5 % of the machine, lets memory follow the size of the raster."""
 
 
 def write_cog(

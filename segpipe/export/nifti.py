@@ -144,7 +144,7 @@ def _write(draft: Path, header: Any, slabs: Iterator[np.ndarray], compress: bool
         stream.write(header.binaryblock + bytes(4))
         for slab in slabs:
             ordered = slab.astype(slab.dtype.newbyteorder("<" if little else ">"), copy=False)
-            stream.write(memoryview(ordered).cast("B") if ordered.size else b"")
+            stream.write(np.ascontiguousarray(ordered).data)
         if compress:
             stream.close()
 
@@ -160,7 +160,7 @@ def _header(
     source = None if source_header is None else _load_header(source_header)
     shape = (*geometry.shape[::-1], *(() if frames is None else (frames,)))
     large = max(shape) > np.iinfo(np.int16).max
-    kind = nib.Nifti2Header if large or isinstance(source, nib.Nifti2Header) else nib.Nifti1Header
+    kind: Any = nib.Nifti2Header if large or isinstance(source, nib.Nifti2Header) else nib.Nifti1Header
     header = kind(endianness="<")
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)

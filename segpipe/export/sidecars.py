@@ -1,8 +1,8 @@
 """Class names and colours for the programs that open a label map: what the pixels cannot say.
 
 A TIFF holds a palette but no names. GDAL reads them from ``<file>.aux.xml`` (category names, and a
-raster attribute table, which QGIS and ArcGIS show); QGIS takes ``<file>.qml`` as the layer's style, so that its
-legend lists the classes and not 256 colours; 3D Slicer reads ``.ctbl`` colour tables.
+raster attribute table, which QGIS and ArcGIS show); QGIS takes ``<name>.qml`` as the layer's style,
+so that its legend lists the classes and not 256 colours; 3D Slicer reads ``.ctbl`` colour tables.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def gdal_pam(classes: Sequence[Class], crs: CRS | None) -> str:
     table = ET.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
     for index, (name, kind, usage) in enumerate(_COLUMNS):
         field = ET.SubElement(table, "FieldDefn", index=str(index))
-        for tag, value in (("Name", name), ("Type", kind), ("Usage", usage)):
-            ET.SubElement(field, tag).text = str(value)
+        for tag, content in (("Name", name), ("Type", kind), ("Usage", usage)):
+            ET.SubElement(field, tag).text = str(content)
     for index, item in enumerate(sorted(classes, key=lambda c: c.value)):
         row = ET.SubElement(table, "Row", index=str(index))
         for cell in (item.value, item.name, *rgb(item.color)):
@@ -62,9 +62,7 @@ def qgis_style(classes: Sequence[Class]) -> str:
     """The text of ``<file>.qml``: one legend entry per class, in the order of the values."""
     root = ET.Element("qgis", version="3.0.0", styleCategories="Symbology")
     pipe = ET.SubElement(root, "pipe")
-    renderer = ET.SubElement(
-        pipe, "rasterrenderer", type="paletted", band="1", opacity="1", alphaBand="-1"
-    )
+    renderer = ET.SubElement(pipe, "rasterrenderer", type="paletted", band="1", opacity="1", alphaBand="-1")
     palette = ET.SubElement(renderer, "colorPalette")
     for item in sorted(classes, key=lambda c: c.value):
         ET.SubElement(

@@ -19,6 +19,7 @@ import torch
 from segpipe.boxes import Box
 from segpipe.errors import StoppedError
 from segpipe.grid import onto_model, onto_native
+from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.normalise import Normaliser
 from segpipe.inference.overlap import Prefetch, Writer
@@ -415,13 +416,3 @@ def flip_views(ndim: int) -> list[tuple[int, ...]]:
     """Every set of spatial axes of an (n, c, …) tensor, the empty one first."""
     axes = range(2, 2 + ndim)
     return [view for n in range(ndim + 1) for view in combinations(axes, n)]
-
-
-def label_dtype(card: Card) -> str:
-    """uint8 where all values and the nodata value 255 fit, else uint16 with 65535."""
-    return "uint8" if max(card.values) < 255 else "uint16"
-
-
-def nodata_value(card: Card) -> int:
-    """The label of elements where the scene is not valid."""
-    return int(np.iinfo(label_dtype(card)).max)

@@ -65,9 +65,7 @@ class TrimScores(Merger):
         """Args: values: (k, …) scores over the window's shape."""
         window = self.lattice.window(index)
         part = self.lattice.owned(index).intersect(self.region)
-        self._out[(slice(None), *part.within(self.region))] = values[
-            (slice(None), *part.within(window))
-        ]
+        self._out[(slice(None), *part.within(self.region))] = values[(slice(None), *part.within(window))]
 
     def finalize(self) -> np.ndarray:
         """(k, …) scores over the region."""

@@ -130,7 +130,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Tested:
+class CaseCounts:
     """How many of the averaged cells are what."""
 
     defined: int
@@ -140,7 +140,7 @@ class Tested:
     undefined: int
 
     @classmethod
-    def of(cls, counts: Iterable[Counts]) -> Tested:
+    def of(cls, counts: Iterable[Counts]) -> CaseCounts:
         """Count the cases of IoU and Dice."""
         cases = [c.case for c in counts]
         undefined = cases.count(Case.undefined)

@@ -16,7 +16,20 @@ import numpy as np
 from segpipe.boxes import Box, grid_boxes
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
+from segpipe.reference import IGNORED
 from segpipe.regions.base import FULL, Cover, RegionSet
+
+__all__ = [
+    "IGNORED",
+    "MEASURE_TILE",
+    "NODATA",
+    "NOT_REQUESTED",
+    "SizeScale",
+    "Tally",
+    "add",
+    "measure_tile",
+    "measure_tiles",
+]
 
 MEASURE_TILE = {"raster": (2048, 2048), "volume": (128, 128, 128)}
 """Shape of a measure tile by kind of scene. Part of the metric definitions: never tuned."""
@@ -25,8 +38,6 @@ MOST_ELEMENTS = 1 << 22
 
 NODATA = -1
 """Predicted class of an element without a valid pixel."""
-IGNORED = -1
-"""Reference class of an element about which the reference says nothing."""
 NOT_REQUESTED = -2
 """Reference class of every element when there is no reference."""
 

@@ -106,8 +106,7 @@ class Input(Strict):
     orientation: str | None = Field(
         None,
         pattern=r"^[RL][AP][SI]$|^[RLAPSI]{3}$",
-        description="Anatomical direction of the model's three axes, e.g. RAS. "
-        "Empty: the file's own.",
+        description="Anatomical direction of the model's three axes, e.g. RAS. Empty: the file's own.",
     )
     spacing: list[float] | None = Field(
         None, description="Element size along the model's axes, in mm or m. Empty: the scene's own."
@@ -123,9 +122,7 @@ class Window(Strict):
     size: list[int] | Literal["whole"] = Field(
         description="Elements per model axis, or whole: the scene in one pass."
     )
-    shape: list[int] | None = Field(
-        None, description="With whole: the scene is resampled to this shape."
-    )
+    shape: list[int] | None = Field(None, description="With whole: the scene is resampled to this shape.")
     halo: list[int] = Field(
         default_factory=lambda: [0],
         description="Margin computed and not used; one number or one per axis.",
@@ -272,8 +269,7 @@ class Card(Strict):
             sizes = getattr(self.window, field)
             if isinstance(sizes, list) and len(sizes) not in (1, self.ndim):
                 raise ValueError(
-                    f"window.{field}: found {sizes}; valid: one number, "
-                    f"or {self.ndim} for a {self.kind}"
+                    f"window.{field}: found {sizes}; valid: one number, or {self.ndim} for a {self.kind}"
                 )
         return self
 

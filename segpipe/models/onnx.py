@@ -90,9 +90,7 @@ def check(card: Card) -> None:
     only_arguments(card, ARGUMENTS)
     layout = card.arguments.get("layout", "nchw")
     if layout not in LAYOUTS:
-        raise card_error(
-            card, "arguments.layout", f"found {layout!r}; valid: {' or '.join(LAYOUTS)}"
-        )
+        raise card_error(card, "arguments.layout", f"found {layout!r}; valid: {' or '.join(LAYOUTS)}")
 
 
 def build(card: Card, device: torch.device, threads: int) -> Network:
@@ -106,9 +104,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     source = _pick(card, "input", session.get_inputs())
     target = _pick(card, "output", session.get_outputs())
     if source.type not in DTYPES:
-        raise card_error(
-            card, "weights", f"input {source.name!r} is {source.type}; valid: float or float16"
-        )
+        raise card_error(card, "weights", f"input {source.name!r} is {source.type}; valid: float or float16")
     channels_last = card.arguments.get("layout") == "nhwc"
     _check_shape(card, source.shape, channels_last)
     _check_outputs(card, target.shape, channels_last)
@@ -183,9 +179,7 @@ def _check_shape(card: Card, shape: list[int | str | None], channels_last: bool)
         )
     channels, spatial = (shape[-1], shape[1:-1]) if channels_last else (shape[1], shape[2:])
     if isinstance(channels, int) and channels != card.channels:
-        raise card_error(
-            card, "input.bands", f"found {card.channels}; the file takes {channels} channels"
-        )
+        raise card_error(card, "input.bands", f"found {card.channels}; the file takes {channels} channels")
     window = card.window_shape
     fixed = [n for n in spatial if isinstance(n, int)]
     if not fixed:
@@ -210,6 +204,5 @@ def _check_outputs(card: Card, shape: list[int | str | None], channels_last: boo
         raise card_error(
             card,
             "classes",
-            f"the card needs {output_channels(card)} output channels; the file answers with "
-            f"{channels}",
+            f"the card needs {output_channels(card)} output channels; the file answers with {channels}",
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -68,13 +66,15 @@ def load_model(card: Card, device: str, threads: int, precision: str) -> Segment
         card: the model.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU threads of one forward pass.
-        precision: ``fp32``, ``bf16`` or ``fp16``, as `resolve_precision` gives it.
+        precision: ``fp32``, ``bf16`` or ``fp16``, as `resolve_precision` gives it. A file that fixes
+            its own arithmetic (ONNX, TorchScript) runs as it is stored whatever is asked here: a
+            region-of-interest model may be one, and the model after it not.
 
     Raises:
-        RequestError: the card, its weights, the device or the precision cannot be served.
+        RequestError: the card, its weights or the device cannot be served.
     """
-    if precision != resolve_precision(card, Precision(precision), device):
-        raise AssertionError("resolve_precision first: `auto` is settled in the plan")
+    if card.provider in AS_STORED:
+        precision = "fp32"
     with _models_lock:
         # Two threads that ask at once: the second waits, then finds the first one's.
         key = (
@@ -108,19 +108,6 @@ def resolve_precision(card: Card, precision: Precision, device: str) -> str:
     if precision is Precision.auto:
         return "bf16" if device.startswith("cuda") else "fp32"
     return str(precision.value)
-
-
-def model_fingerprint(card: Card) -> str:
-    """Hash of everything that can change a prediction: the card, its weights and its roi's.
-
-    Raises:
-        RequestError: weights are missing.
-    """
-    parts = [card.prediction_fingerprint(), weights_fingerprint(card)]
-    if card.roi is not None:
-        first = load_card(card.folder / card.roi.card)
-        parts += [model_fingerprint(first), first.cleanup.model_dump_json()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def list_cards(folder: str | Path) -> list[Card]:
@@ -248,9 +235,7 @@ def _check_input(card: Card) -> None:
                 card, "input.spacing", f"found {wanted.spacing}; valid: {card.ndim} sizes above 0"
             )
         if card.window.shape is not None:
-            raise card_error(
-                card, "input.spacing", "window.shape sets the grid already: give one of the two"
-            )
+            raise card_error(card, "input.spacing", "window.shape sets the grid already: give one of the two")
     if wanted.orientation and not re.fullmatch(
         r"(?!.*[RL].*[RL])(?!.*[AP].*[AP])(?!.*[SI].*[SI]).{3}", wanted.orientation
     ):
@@ -272,24 +257,16 @@ def _check_input(card: Card) -> None:
                 raise card_error(card, f"{field}.value", "found 0; nothing is divided by zero")
         elif isinstance(step, SceneQuantiles):
             if step.low >= step.high:
-                raise card_error(
-                    card, f"{field}.low", f"found {step.low}; valid: below high {step.high}"
-                )
+                raise card_error(card, f"{field}.low", f"found {step.low}; valid: below high {step.high}")
             if step.grid is not None and len(step.grid) != card.ndim:
-                raise card_error(
-                    card, f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes"
-                )
+                raise card_error(card, f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes")
 
 
 def _check_roi(card: Card, path: str) -> None:
     first = load_card(card.folder / path)
     valid = first.kind == card.kind and first.window.size == "whole" and first.roi is None
     if not valid:
-        raise card_error(
-            card, "roi.card", f"{path}: valid: a {card.kind} card, window whole, without roi"
-        )
+        raise card_error(card, "roi.card", f"{path}: valid: a {card.kind} card, window whole, without roi")
     if (first.input.bands, first.input.orientation) != (card.input.bands, card.input.orientation):
-        raise card_error(
-            card, "roi.card", f"{path}: its bands and orientation must be those of this card"
-        )
+        raise card_error(card, "roi.card", f"{path}: its bands and orientation must be those of this card")
     check_card(first)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import segmentation_models_pytorch as library
 import torch
 
 from segpipe.models.card import Card
-from segpipe.models.naming import construct, known
+from segpipe.models.naming import construct, known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
 from segpipe.models.weights import card_error, load_state, resolve_weights
 
@@ -29,6 +31,10 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         RequestError: architecture, arguments or weights do not fit one another.
     """
     check(card)
+    factory = ARCHITECTURES[str(card.architecture)]
+    if not str(card.arguments.get("encoder_name")).startswith("tu-"):
+        # Only timm's encoders ("tu-…") take more; elsewhere smp ignores what it does not know.
+        only_arguments(card, set(inspect.signature(factory).parameters) - {"kwargs"})
     arguments = {
         **card.arguments,
         # Weights come from the card, so the encoder's are never fetched.
@@ -36,7 +42,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         "in_channels": card.channels,
         "classes": output_channels(card),
     }
-    module = construct(card, ARCHITECTURES[str(card.architecture)], arguments)
+    module = construct(card, factory, arguments)
     stride = int(module.encoder.output_stride)
     if card.window.stride % stride:
         raise card_error(

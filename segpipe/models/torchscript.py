@@ -53,7 +53,5 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
             program = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise card_error(
-            card, "weights", f"{path} is not readable TorchScript ({reason})"
-        ) from error
+        raise card_error(card, "weights", f"{path} is not readable TorchScript ({reason})") from error
     return TorchNetwork(_Plain(program), device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import SegformerForSemanticSegmentation
+from transformers.utils import logging
 
 from segpipe.models.card import Card
 from segpipe.models.naming import known, only_arguments
@@ -51,9 +52,7 @@ def _check_config(card: Card, path: Path) -> None:
         raise card_error(card, "weights", f"{path}: model_type is {kind!r}; valid: 'segformer'")
     channels = config.get("num_channels", 3)
     if channels != card.channels:
-        raise card_error(
-            card, "input.bands", f"found {card.channels}; {path} says num_channels {channels}"
-        )
+        raise card_error(card, "input.bands", f"found {card.channels}; {path} says num_channels {channels}")
 
 
 def build(card: Card, device: torch.device, threads: int) -> Network:
@@ -66,6 +65,9 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
 
     check(card)
     path = resolve_weights(card)
+    # A library draws no bars on stderr; the caller's own choice comes back afterwards.
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded: Any = SegformerForSemanticSegmentation.from_pretrained(
             path,
@@ -77,6 +79,9 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise card_error(card, "weights", f"{path} cannot be loaded: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     network, report = loaded
     # from_pretrained fills what is missing with random numbers, and only warns.
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import threading
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,7 +193,10 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # On archives and pickle protocols that are refused right after, in our own words.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RequestError(
             f"{path}: cannot be read as plain tensors; it is damaged, or it would have to run code "

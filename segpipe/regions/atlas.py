@@ -88,9 +88,7 @@ class AtlasRegions(RegionSet):
         if not inside.any():
             return result
         picked = [axis[inside] for axis in index]
-        window = Box(
-            tuple(int(axis.min()) for axis in picked), tuple(int(axis.max()) + 1 for axis in picked)
-        )
+        window = Box(tuple(int(axis.min()) for axis in picked), tuple(int(axis.max()) + 1 for axis in picked))
         if window.size > READ_LIMIT and tile.size > 1:
             axis = int(np.argmax(tile.shape))
             half = (tile.start[axis] + tile.stop[axis]) // 2
@@ -171,9 +169,7 @@ class GridMap:
 
         Each is computed from the element's own index alone, so that it does not depend on the box.
         """
-        ranges = [
-            np.arange(a, b, dtype=np.float64) for a, b in zip(box.start, box.stop, strict=True)
-        ]
+        ranges = [np.arange(a, b, dtype=np.float64) for a, b in zip(box.start, box.stop, strict=True)]
         axes = np.meshgrid(*ranges, indexing="ij", sparse=True)[::-1]  # x, y (, z)
         if self._transformer is None:
             found = [

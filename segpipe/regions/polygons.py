@@ -216,19 +216,14 @@ def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: obje
             "layer (GeoPackage, GeoJSON, Shapefile, …) or a label atlas (NIfTI, GeoTIFF)"
         ) from error
     if name is not None and name not in layers:
-        raise RequestError(
-            f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}"
-        )
+        raise RequestError(f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}")
     if name is None and len(layers) != 1:
-        raise RequestError(
-            f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}"
-        )
+        raise RequestError(f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}")
     frame = geopandas.read_file(path, layer=name or layers[0], engine="pyogrio")
     columns = [str(column) for column in frame.columns if column != frame.geometry.name]
     if attribute is not None and attribute not in columns:
         raise RequestError(
-            f"regions.name: found {attribute!r}; attributes of {path}: "
-            f"{', '.join(columns) or 'none'}"
+            f"regions.name: found {attribute!r}; attributes of {path}: {', '.join(columns) or 'none'}"
         )
     raw = np.asarray(frame.geometry.array, dtype=object)
     raw = np.array([shapely.Polygon() if g is None else shapely.force_2d(g) for g in raw], object)
@@ -236,9 +231,7 @@ def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: obje
         raise RequestError(f"regions.path: {path} has no polygons")
     for geometry in raw:
         if shapely.get_dimensions(geometry) not in (-1, 2):
-            raise RequestError(
-                f"regions.path: {path} holds a {geometry.geom_type}; polygons are expected"
-            )
+            raise RequestError(f"regions.path: {path} holds a {geometry.geom_type}; polygons are expected")
     names = (
         [str(i + 1) for i in range(len(raw))]
         if attribute is None
@@ -247,10 +240,7 @@ def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: obje
     crs = None if frame.crs is None else horizontal_crs(CRS.from_user_input(frame.crs))
     broken = ~shapely.is_valid(raw)
     polygons = np.array(
-        [
-            only_polygons(shapely.make_valid(g) if bad else g)
-            for g, bad in zip(raw, broken, strict=True)
-        ],
+        [only_polygons(shapely.make_valid(g) if bad else g) for g, bad in zip(raw, broken, strict=True)],
         dtype=object,
     )
     notes = []
@@ -347,9 +337,7 @@ def _footprint(geometry: RasterGeometry, transformer: Transformer | None) -> sha
     return shapely.box(west - x_margin, south, east + x_margin, north)
 
 
-def _placed(
-    polygon: shapely.Geometry, to_pixels: Projection, *, bent: bool
-) -> shapely.Geometry | None:
+def _placed(polygon: shapely.Geometry, to_pixels: Projection, *, bent: bool) -> shapely.Geometry | None:
     """A polygon in pixel space; ``bent``: straight edges may become curves. None: no values."""
     parts = []
     for part in shapely.get_parts(polygon):

@@ -52,7 +52,7 @@ COLUMNS = {
     "area_px": Column(
         "Area", "size", "In pixels, because the scene has no CRS and so no size on the ground."
     ),
-    "share": Column("Share", "percent", "Part of the region's measured size that is this class."),
+    "share": Column("Share", "percent", "Part of the region's seen size that is this class."),
     "state": Column(
         "State", "state",
         "measured: a number, 0 when the class is absent. no_data: no valid pixel in the region. "
@@ -65,10 +65,10 @@ COLUMNS = {
     ),
     "touches_edge": Column(
         "Touches edge", "state",
-        "The class reaches the scene's border or the edge of its valid data in this region: the "
-        "structure may go on beyond.",
+        "Elements of the class lie on the scene's border in this region: the structure may go on "
+        "beyond, and its size is a lower bound.",
     ),
-    "attempts": Column("Attempts", "whole", "How often the work was tried until it succeeded."),
+    "attempts": Column("Attempts", "whole", "How often the scene's hardest batch was tried; 1: at once."),
     "tp": Column("TP", "number", "True positives: elements of the class in both."),
     "fp": Column("FP", "number", "False positives: predicted, but another class in the reference."),
     "fn": Column("FN", "number", "False negatives: in the reference, but predicted otherwise."),
@@ -87,16 +87,23 @@ COLUMNS = {
         "Recall", "ratio", "TP / (TP + FN). Not defined (—) where the reference lacks the class."
     ),
     "reason": Column("Reason", "text", "Why a ratio is not defined."),
-    "metric": Column("Metric", "text", "What is averaged, or what is pooled."),
-    "over": Column("Over", "text", "What the mean is taken over, in that order; pooled: one ratio "
-                   "of summed counts."),
+    "metric": Column(
+        "Metric",
+        "text",
+        "A mean of ratios, or (pooled) ratios of summed counts, where large regions weigh more.",
+    ),
+    "over": Column("Over", "text", "What is averaged or summed, from the inside out."),
     "n_defined": Column("Defined", "whole", "Ratios in the mean."),
-    "n_missed": Column("Missed", "whole", "Of these: the reference has the class, the prediction "
-                       "has none of it (counted as 0)."),
-    "n_hallucinated": Column("Hallucinated", "whole", "Of these: the prediction has the class, the "
-                             "reference has none of it (counted as 0)."),
-    "n_undefined": Column("Undefined", "whole", "Left out: absent in both."),
-    "n_failed": Column("Failed", "whole", "Left out: the scene failed."),
+    "n_missed": Column(
+        "Missed", "whole", "Of these: in the reference, and none of it predicted (counted as 0)."
+    ),
+    "n_hallucinated": Column(
+        "Hallucinated", "whole", "Of these: predicted, and none in the reference (counted as 0)."
+    ),
+    "n_undefined": Column(
+        "Undefined", "whole", "Left out of the mean: absent in both, or nothing to compare."
+    ),
+    "n_failed": Column("Failed", "whole", "Scenes that failed and are left out."),
 }  # fmt: skip
 _SUMMARY_VALUE = Column("Value", "ratio", "The metric.")
 _WARN = {"failed", "no_data", "True", "yes"}
@@ -139,7 +146,7 @@ class Table:
 
 
 def page_table(
-    id: str,  # noqa: A002 - the attribute's name in HTML
+    id: str,
     title: str,
     file: str,
     frame: pd.DataFrame,

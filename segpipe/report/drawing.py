@@ -40,9 +40,7 @@ def limits(values: np.ndarray, valid: np.ndarray) -> list[tuple[float, float]]:
     return result
 
 
-def stretch(
-    values: np.ndarray, valid: np.ndarray, bounds: Sequence[tuple[float, float]]
-) -> np.ndarray:
+def stretch(values: np.ndarray, valid: np.ndarray, bounds: Sequence[tuple[float, float]]) -> np.ndarray:
     """uint8 RGBA (rows, columns, 4) of one or three channels; transparent where nothing is valid."""
     planes = []
     for channel, (low, high) in zip(values, bounds, strict=True):
@@ -85,9 +83,7 @@ def layers(
     return pictures
 
 
-def overlay(
-    base: np.ndarray, labels: np.ndarray, shown: np.ndarray, classes: Sequence[Class]
-) -> np.ndarray:
+def overlay(base: np.ndarray, labels: np.ndarray, shown: np.ndarray, classes: Sequence[Class]) -> np.ndarray:
     """Classes laid over the picture: translucent, and outlined where there is a background."""
     colors = class_colors(labels, classes).astype(np.float32)
     full = not any(c.background for c in classes)

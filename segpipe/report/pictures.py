@@ -118,9 +118,7 @@ def load_previews(content: bytes) -> Previews:
                 tuple(index["notes"]),
             )
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise RequestError(
-            f"stored previews cannot be read ({error}); run the job again"
-        ) from error
+        raise RequestError(f"stored previews cannot be read ({error}); run the job again") from error
 
 
 def _composite(

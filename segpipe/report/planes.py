@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import nibabel as nib
 import numpy as np
+from nibabel import orientations
 from PIL import Image, ImageDraw
 
 from segpipe.boxes import Box
@@ -101,19 +102,14 @@ def volume_pictures(
         labels = resize(cut.labels, size, smooth=False)
         reference = None if cut.reference is None else resize(cut.reference, size, smooth=False)
         drawn.append(layers(base, labels, reference, classes, nodata))
-    pictures = {
-        key: _compose([d[key] for d in drawn], cuts, centre, geometry, 1 / scale)
-        for key in drawn[0]
-    }
+    pictures = {key: _compose([d[key] for d in drawn], cuts, centre, geometry, 1 / scale) for key in drawn[0]}
     notes = [CONVENTION]
     matrix = geometry.matrix[:3, :3] / np.linalg.norm(geometry.matrix[:3, :3], axis=0)
     if np.abs(matrix).max(axis=0).min() < _OBLIQUE:
         notes.append("The volume is oblique: planes follow its own axes, named for the closest.")
     arrays = [c.labels for c in cuts] + [c.reference for c in cuts if c.reference is not None]
     place = f"through the median voxel of {name}" if name else "through the middle of the volume"
-    return VolumePictures(
-        pictures, tuple(a.ravel() for a in arrays), bounds, what, place, tuple(notes)
-    )
+    return VolumePictures(pictures, tuple(a.ravel() for a in arrays), bounds, what, place, tuple(notes))
 
 
 def structure_centre(
@@ -177,7 +173,9 @@ def _cut(
     width: int,
 ) -> _Cut:
     name, across, top, left = view
-    world = nib.io_orientation(geometry.matrix)  # per voxel axis i, j, k: RAS axis and direction
+    anatomy: Any = orientations  # nibabel is typed in parts
+    # per voxel axis i, j, k: the closest axis of RAS, and +1 or -1 along it
+    world = anatomy.io_orientation(geometry.matrix)
     axis = {int(ras): 2 - voxel for voxel, (ras, _) in enumerate(world)}  # RAS to array axis
     sign = {int(ras): int(direction) for ras, direction in world}
     axes = (min(axis[top], axis[left]), max(axis[top], axis[left]))

@@ -12,7 +12,6 @@ from segpipe.geometry import RasterGeometry, VolumeGeometry
 from segpipe.models.card import Class
 from segpipe.report.drawing import (
     DIFFERENCE,
-    difference,
     layers,
     limits,
     resize,
@@ -147,9 +146,7 @@ def _north_up(geometry: RasterGeometry) -> tuple[int, int]:
     return (-1 if e > 0 else 1), (-1 if a < 0 else 1)
 
 
-def _display(
-    geometry: RasterGeometry, cells: tuple[int, int], factor: int
-) -> tuple[tuple[int, int], float]:
+def _display(geometry: RasterGeometry, cells: tuple[int, int], factor: int) -> tuple[tuple[int, int], float]:
     """Rows and columns of the picture with square pixels on the ground, and metres per column.
 
     The length is NaN (no scale bar) without a CRS.

@@ -48,9 +48,7 @@ class Plane:
     @property
     def size(self) -> tuple[int, int]:
         """Cells along rows and columns; the last may be short."""
-        rows, columns = (
-            -(-self.shape[axis] // f) for axis, f in zip(self.axes, self.factors, strict=True)
-        )
+        rows, columns = (-(-self.shape[axis] // f) for axis, f in zip(self.axes, self.factors, strict=True))
         return rows, columns
 
     def box(self, rows: slice, columns: slice) -> Box:
@@ -66,9 +64,7 @@ class Plane:
         for cells in grid_boxes(self.size, steps):
             spans = [
                 slice(a * f, min(b * f, self.shape[axis]))
-                for a, b, f, axis in zip(
-                    cells.start, cells.stop, self.factors, self.axes, strict=True
-                )
+                for a, b, f, axis in zip(cells.start, cells.stop, self.factors, self.axes, strict=True)
             ]
             rows, columns = cells.slices
             yield self.box(spans[0], spans[1]), (rows, columns)
@@ -78,7 +74,7 @@ class Plane:
         if len(self.shape) == 2:
             return values
         dropped = ({0, 1, 2} - set(self.axes)).pop()
-        return np.take(values, 0, axis=values.ndim - 3 + dropped)
+        return np.asarray(np.take(values, 0, axis=values.ndim - 3 + dropped))
 
 
 def thinned(shape: tuple[int, ...], axes: tuple[int, int], at: int, limit: int) -> Plane:
@@ -87,9 +83,7 @@ def thinned(shape: tuple[int, ...], axes: tuple[int, int], at: int, limit: int) 
     return Plane(shape, axes, (factor, factor), at)
 
 
-def sample_image(
-    read: ImageReader, plane: Plane, channels: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
+def sample_image(read: ImageReader, plane: Plane, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the valid elements of every cell.
 
     Returns:

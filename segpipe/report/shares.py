@@ -67,7 +67,8 @@ def _bars(
     unit = units.size_unit(column, front)
     pooled = _pooled(metrics, rows)
     bars = []
-    for item in classes:
+    strangers = [ClassInfo(-1, n, "#808080") for n in sums if n not in {c.name for c in classes}]
+    for item in (*classes, *strangers):  # a label that is no class's is shown, never dropped
         value = sums.get(item.name)
         iou, dice = pooled.get(item.name, (math.nan, math.nan))
         length = 100 * (value or 0.0) / largest if largest else 0.0

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from segpipe.metrics.overlap import (
     Counts,
-    Tested,
+    CaseCounts,
     accuracy,
     class_counts,
     mean,
@@ -112,9 +112,7 @@ def region_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -
 def _region_rows(result: SceneResult, classes: Sequence[ClassLike]) -> list[dict[str, Any]]:
     if result.tally is None or result.scale is None:
         return [
-            _head(result, name, c.value, c.name, FAILED)
-            for name in result.regions or ("",)
-            for c in classes
+            _head(result, name, c.value, c.name, FAILED) for name in result.regions or ("",) for c in classes
         ]
     known = {c.value: c.name for c in classes}
     sums: dict[tuple[int, int], list[int]] = {}
@@ -210,9 +208,7 @@ def _overlap(counts: Counts) -> dict[str, Any]:
     }
 
 
-def _head(
-    result: SceneResult, region: str, value: int, name: str, state: str, **more: Any
-) -> dict[str, Any]:
+def _head(result: SceneResult, region: str, value: int, name: str, state: str, **more: Any) -> dict[str, Any]:
     return {
         "scene": result.scene,
         "region": region,
@@ -254,9 +250,7 @@ def summary_table(
     columns = {
         **dict.fromkeys(("metric", "class", "over", "region"), "str"),
         "value": "float64",
-        **dict.fromkeys(
-            ("n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed"), "Int64"
-        ),
+        **dict.fromkeys(("n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed"), "Int64"),
     }
     asked = metrics[metrics["state"] != NOT_REQUESTED_STATE]
     failed = int(asked.loc[asked["state"] == FAILED, "scene"].nunique())
@@ -284,7 +278,7 @@ def summary_table(
     rows: list[dict[str, Any]] = []
 
     def put(metric: str, over: str, value: float, tested: Iterable[Counts], name: str = "") -> None:
-        n = Tested.of(tested)
+        n = CaseCounts.of(tested)
         rows.append(
             {
                 "metric": metric,
@@ -354,10 +348,7 @@ def _nested(cells: Sequence[_Cell], score: Callable[[Counts], float]) -> float:
 
 def _pooled(cells: Sequence[_Cell], values: Iterable[int]) -> list[Counts]:
     """Counts of each class, summed over regions and scenes."""
-    return [
-        sum((cell.counts for cell in cells if cell.value == value), Counts())
-        for value in sorted(values)
-    ]
+    return [sum((cell.counts for cell in cells if cell.value == value), Counts()) for value in sorted(values)]
 
 
 def _frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:

@@ -124,9 +124,7 @@ def vrt_text(tiles: Sequence[Tile]) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _add_band(
-    root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]
-) -> None:
+def _add_band(root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]) -> None:
     """One band of the mosaic, drawn from each tile in turn."""
     common = placed[0][0].common
     kind = GDAL_TYPES[common["dtypes"][number - 1]]
@@ -208,6 +206,12 @@ def _described(path: str, dataset: Any) -> Tile:
         "scales": tuple(float(dataset.scales[i - 1]) for i in indexes),
         "offsets": tuple(float(dataset.offsets[i - 1]) for i in indexes),
     }
+    if masked and any(dataset.nodatavals[i - 1] is not None for i in indexes):
+        # GDAL would look at one of the two and ignore the other.
+        raise SceneError(
+            f"{path}: has both a nodata value and a mask or alpha band; in a mosaic only one of "
+            "them can say what lies below, so remove the other"
+        )
     wide = any(np.dtype(d).kind in "iu" and np.dtype(d).itemsize == 8 for d in dtypes)
     if wide and (masked or "nodata" in flags):
         # GDAL composes what shows through in float64, which would round these.
@@ -240,8 +244,7 @@ def _require_same(first: Tile, other: Tile) -> None:
         if not same:
             a, b = (_short(v) for v in (value, found))
             raise SceneError(
-                f"{other.path}: cannot join the mosaic, its {what} differ: {b}, not {a} "
-                f"as in {first.path}"
+                f"{other.path}: cannot join the mosaic, its {what} differ: {b}, not {a} as in {first.path}"
             )
 
 

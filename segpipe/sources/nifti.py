@@ -46,9 +46,7 @@ class NiftiSource(Source):
 
     geometry: VolumeGeometry
 
-    def __init__(
-        self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()) -> None:
         """Open a volume.
 
         Args:
@@ -77,11 +75,10 @@ class NiftiSource(Source):
         self.bands = ()
         self.scaling = (scaling_of(stored.slope, stored.inter),)
         self.notes = tuple(_notes(image))
-        holders = image.file_map.values()
-        self._identity = {
-            "uri": self.uri,
-            "files": file_identity(h.filename for h in holders if h.filename),
-        }
+        # Analyze's third file, .mat, is optional.
+        held = [h.filename for h in image.file_map.values() if h.filename]
+        there = [f for f in held if Path(f).exists()]
+        self._identity = {"uri": self.uri, "files": file_identity(there)}
         rename_bands(self, band_names)
 
     @property
@@ -134,8 +131,7 @@ class NiftiSource(Source):
         wanted = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if size < wanted:
             raise SceneError(
-                f"{self._path}: truncated: {size} bytes, but shape {tuple(shape)} of {dtype} "
-                f"needs {wanted}"
+                f"{self._path}: truncated: {size} bytes, but shape {tuple(shape)} of {dtype} needs {wanted}"
             )
 
 
@@ -160,7 +156,8 @@ def _load(path: str) -> Any:
 def _damage(error: BaseException) -> str:
     """nibabel's words for a short file are "Whoops, not enough data in file"."""
     text = reason(error)
-    if "not enough data" in text or "end of file" in text.lower() or isinstance(error, EOFError):
+    short = ("not enough data", "end of file", "could the file be damaged")
+    if isinstance(error, EOFError) or any(words in text for words in short):
         return "truncated: the file ends before its last voxel"
     return text
 
@@ -181,8 +178,7 @@ def _frame(uri: str, shape: Sequence[int], frame: int | None) -> tuple[int, ...]
     if frame is None and frames > 1:
         path = uri.partition("#frame=")[0]
         raise SceneError(
-            f"{uri}: holds {frames} frames; choose one with {path}#frame=N, "
-            f"N from 0 to {frames - 1}"
+            f"{uri}: holds {frames} frames; choose one with {path}#frame=N, N from 0 to {frames - 1}"
         )
     chosen = 0 if frame is None else frame
     if not 0 <= chosen < frames:

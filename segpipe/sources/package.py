@@ -28,8 +28,7 @@ def package_file(uri: str) -> Path:
         listed = files(distribution)
     except PackageNotFoundError:
         raise RequestError(
-            f"{uri}: the distribution {distribution!r} is not installed; "
-            f"try: pip install {distribution}"
+            f"{uri}: the distribution {distribution!r} is not installed; try: pip install {distribution}"
         ) from None
     if listed is None:
         raise RequestError(f"{uri}: the distribution {distribution!r} keeps no list of its files")

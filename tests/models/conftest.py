@@ -24,7 +24,10 @@ CardMaker = Callable[..., Card]
 
 @pytest.fixture
 def make_card(tmp_path: Path) -> CardMaker:
-    """``make_card(provider, weights, bands=4, classes=3, window=64, **fields)``: a card on disk."""
+    """``make_card(provider, weights, bands=4, classes=3, **fields)``: a card on disk.
+
+    ``input`` and ``window`` are merged into the defaults.
+    """
 
     def make(
         provider: str,
@@ -33,8 +36,6 @@ def make_card(tmp_path: Path) -> CardMaker:
         kind: str = "raster",
         bands: int = 4,
         classes: int = 3,
-        window: int = 64,
-        stride: int = 32,
         **fields: Any,
     ) -> Card:
         data: dict[str, Any] = {
@@ -43,7 +44,7 @@ def make_card(tmp_path: Path) -> CardMaker:
             "provider": provider,
             "weights": weights,
             "input": {"bands": [f"b{i}" for i in range(bands)]},
-            "window": {"size": [window], "stride": stride, "halo": [0]},
+            "window": {"size": [64], "stride": 32, "halo": [0]},
             "classes": CLASSES[:classes],
         }
         for key, value in fields.items():

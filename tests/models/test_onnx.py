@@ -84,9 +84,7 @@ def test_cloud_cards_carry_the_package_constants(name):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("fixed", [None, 1, 2])
-def test_any_number_of_windows_whatever_the_file_is_fixed_to(
-    make_card, tmp_path, fixed, batch_size
-):
+def test_any_number_of_windows_whatever_the_file_is_fixed_to(make_card, tmp_path, fixed, batch_size):
     conv_file(tmp_path / "net.onnx", (fixed, 4, None, None))
     model = load_model(make_card("onnx", "net.onnx"), "cpu", 2, "fp32")
     assert_conv(model, torch.randn(batch_size, 4, 32, 48))

@@ -23,7 +23,6 @@ from segpipe.models.registry import (
     describe,
     list_cards,
     load_model,
-    model_fingerprint,
     resolve_precision,
 )
 
@@ -36,9 +35,7 @@ def card(make_card, tmp_path):
     """A U-Net with random weights, new for every test."""
     module = smp.Unet("resnet18", encoder_weights=None, in_channels=4, classes=3)
     save_file(module.state_dict(), tmp_path / "w.safetensors")
-    return make_card(
-        "smp", "w.safetensors", architecture="Unet", arguments={"encoder_name": "resnet18"}
-    )
+    return make_card("smp", "w.safetensors", architecture="Unet", arguments={"encoder_name": "resnet18"})
 
 
 def test_eight_threads_that_ask_at_once_get_one_model(card):
@@ -105,6 +102,12 @@ def test_bfloat16_is_autocast_and_answers_in_float32(card):
     assert not torch.equal(found, load_model(card, "cpu", 2, "fp32")(batch))
 
 
+def test_a_stored_program_runs_as_stored_whatever_precision_is_asked(make_card, tmp_path):
+    torch.jit.script(torch.nn.Conv2d(4, 3, 1)).save(str(tmp_path / "net.pt"))
+    card = make_card("torchscript", "net.pt", allow_torchscript=True)
+    assert load_model(card, "cpu", 2, "bf16") is load_model(card, "cpu", 2, "fp32")
+
+
 def test_precision_auto_is_settled_by_device_and_provider(card, make_card):
     stored = make_card("onnx", "net.onnx")
     assert resolve_precision(card, Precision.auto, "cpu") == "fp32"
@@ -134,7 +137,10 @@ def test_cuda_in_whole_float32_agrees_with_the_cpu(card):
     [
         ({"weights": "gone.pt"}, "weights: no file at"),
         ({"architecture": "DeepLabV4"}, "architecture: found 'DeepLabV4'; did you mean DeepLabV3"),
-        ({"window": 48}, "window.size: found 48; valid: a positive multiple of window.stride 32"),
+        (
+            {"window": {"size": [48]}},
+            "window.size: found 48; valid: a positive multiple of window.stride 32",
+        ),
         ({"window": {"halo": [32]}}, "window.halo: found 32 for a window of 64"),
         ({"window": {"halo": [1]}}, "window.halo: found 1 for a window of 64"),
         ({"window": {"size": "whole", "halo": [8]}}, "window.halo: a whole scene has no halo"),
@@ -164,30 +170,14 @@ def test_check_card_names_the_field(card, make_card, fields, told):
     weights = fields.get("weights", "w.safetensors")
     rest = {k: v for k, v in fields.items() if k != "weights"}
     with pytest.raises(RequestError) as error:
-        check_card(card_with_window(make_card, weights, {**good, **rest}))
+        check_card(make_card("smp", weights, **{**good, **rest}))
     assert str(error.value).startswith("trial: ")
     assert told in str(error.value)
 
 
-def card_with_window(make_card, weights, fields):
-    """``window`` is the size alone, or the whole section."""
-    fields = dict(fields)
-    section = fields.pop("window", {})
-    if isinstance(section, int):
-        section = {"size": [section]}
-    made = make_card("smp", weights, **fields)
-    path = made.folder / "trial.yaml"
-    data = yaml.safe_load(path.read_text())
-    data["window"].update(section)
-    if section.get("size") == "whole" and "halo" not in section:
-        del data["window"]["halo"]
-    path.write_text(yaml.safe_dump(data))
-    return load_card(path)
-
-
 def test_window_with_another_number_of_axes_is_refused_when_read(make_card):
     with pytest.raises(RequestError, match=r"window\.size: found \[64, 64, 64\]; valid: one"):
-        card_with_window(make_card, "w.pt", {"window": {"size": [64, 64, 64]}})
+        make_card("smp", "w.pt", window={"size": [64, 64, 64]})
 
 
 def test_a_card_that_passes_is_silent(card):
@@ -233,17 +223,18 @@ def test_shipped_cards_pass_the_check_and_say_what_they_are(path):
         assert getattr(card, field).strip(), field
 
 
-def test_the_roi_model_is_part_of_the_fingerprint_and_checked(tmp_path):
+def test_the_roi_model_is_checked_with_the_card(tmp_path):
     pytest.importorskip("deepbet", reason="needs deepbet 1.0.2")
     for name in ("brain-volume", "brain-box"):
         shutil.copy(CONFIGS / f"{name}.yaml", tmp_path)
     card = load_card(tmp_path / "brain-volume.yaml")
     check_card(card)
-    before = model_fingerprint(card)
     box = tmp_path / "brain-box.yaml"
     text = box.read_text()
-    box.write_text(text.replace("low: 0.005", "low: 0.01"))
-    assert model_fingerprint(card) != before
+    whole = "  size: whole\n  shape: [128, 128, 128]\n"
+    box.write_text(text.replace(whole, "  size: [64]\n").replace("- {op: window_zscore}", ""))
+    with pytest.raises(RequestError, match=r"brain-volume: roi\.card: .*window whole"):
+        check_card(card)
     box.write_text(text.replace("orientation: RAS", "orientation: LPS"))
     with pytest.raises(RequestError, match=r"brain-volume: roi\.card: .*bands and orientation"):
         check_card(card)

@@ -38,7 +38,7 @@ def test_smp_equals_the_library(make_card, tmp_path, architecture):
     direct = smp_module(architecture)
     save_file(direct.state_dict(), tmp_path / "w.safetensors")
     model = load_model(smp_card(make_card, architecture), "cpu", 2, "fp32")
-    batch = torch.randn(2, 4, 64, 96)
+    batch = torch.randn(2, 4, 128, 160)  # PAN pools eight times beyond its stride of 16
     with torch.inference_mode():
         plain = direct(batch)
         direct.to(memory_format=torch.channels_last)
@@ -87,17 +87,20 @@ def test_smp_never_fetches_an_encoder(make_card, tmp_path):
     [
         ({"architecture": "Unett"}, "architecture: found 'Unett'; did you mean Unet"),
         ({"arguments": {"encoder_name": "resnet19"}}, "arguments: Unet refuses"),
-        ({"arguments": {"encoder_name": "resnet18", "deepth": 3}}, "arguments: Unet refuses"),
+        (
+            {"arguments": {"encoder_name": "resnet18", "encoder_deepth": 3}},
+            "arguments.encoder_deepth: unknown",
+        ),
         ({"arguments": {"classes": 5}}, "arguments.classes: found 5; it follows from the card"),
         ({"arguments": {"in_channels": 3}}, "arguments.in_channels: found 3"),
-        ({"stride": 16}, "window.stride: found 16; this network's total stride is 32"),
+        ({"window": {"stride": 16}}, "window.stride: found 16; this network's total stride is 32"),
         ({"bands": 5}, "weights: encoder.conv1.weight is (64, 4, 7, 7)"),
-        ({"classes": 4}, "weights: segmentation_head.0.weight is (3, 16, 3, 3)"),
+        ({"classes": 4}, "weights: segmentation_head.0.bias is (3,) in w.safetensors, and (4,)"),
         (
             {"arguments": {"encoder_name": "resnet34"}},
             "weights: w.safetensors lacks encoder.layer1.2.conv1.weight (",
         ),
-        ({"architecture": "FPN"}, "and has decoder.blocks.0.conv1.0.weight ("),
+        ({"architecture": "FPN"}, "lacks decoder.p5.weight (29 missing) and has decoder.blocks."),
     ],
 )
 def test_smp_mistakes_name_the_field(make_card, tmp_path, fields, told):
@@ -148,8 +151,7 @@ def test_monai_equals_the_library(make_card, tmp_path, kind, architecture, argum
         bands=2,
         architecture=architecture,
         arguments=arguments,
-        window=32,
-        stride=16,
+        window={"stride": 16},
     )
     batch = torch.randn(2, 2, *(32, 16, 48)[:axes])
     with torch.inference_mode():
@@ -215,9 +217,7 @@ def test_segformer_equals_the_library_upsampled(make_card, segformer, shape):
     assert torch.equal(found, expected)
 
 
-def test_segformer_without_a_tensor_is_refused_not_filled_with_noise(
-    make_card, tmp_path, segformer
-):
+def test_segformer_without_a_tensor_is_refused_not_filled_with_noise(make_card, tmp_path, segformer):
     from safetensors.torch import load_file
 
     path = tmp_path / "net" / "model.safetensors"
@@ -233,7 +233,7 @@ def test_segformer_mistakes_name_the_field(make_card, tmp_path, segformer):
         ({"bands": 3}, "input.bands: found 3"),
         ({"classes": 2}, "classes: the card needs 2"),
         ({"arguments": {"trust_remote_code": True}}, "arguments.trust_remote_code: unknown"),
-        ({"architecture": "SegformerModel"}, "did you mean SegformerForSemanticSegmentation"),
+        ({"architecture": "SegformerModel"}, "valid for provider transformers: SegformerForSem"),
     ]:
         with pytest.raises(RequestError) as error:
             load_model(segformer_card(make_card, **fields), "cpu", 2, "fp32")

@@ -64,9 +64,7 @@ def test_file_in_a_package_is_found_by_its_file_list(make_card):
     pytest.importorskip("ukis_csmask", reason="needs ukis-csmask")
     card = make_card("onnx", "pkg://ukis-csmask/ukis_csmask/model_6b_l1c.onnx")
     # The hash that the package's own RECORD lists (base64 there).
-    assert weights_fingerprint(card) == (
-        "aa79e9a0f02ff8e0243d93771d1daf6a8d1166b7ac06c3771560b83367c6c573"
-    )
+    assert weights_fingerprint(card) == ("aa79e9a0f02ff8e0243d93771d1daf6a8d1166b7ac06c3771560b83367c6c573")
 
 
 def test_pinned_hub_file_comes_from_the_local_cache_offline(make_card, tmp_path, monkeypatch):

@@ -117,15 +117,11 @@ def test_gaps_without_a_nodata_value_are_invalid_and_zeros_are_not(
     assert (valid == valid[0]).all()
 
 
-@pytest.mark.parametrize("nodata", [None, 0])
-def test_masked_pixels_let_the_earlier_file_through(
-    nodata: int | None, tmp_path: Path, write_tif: Write
-) -> None:
+def test_masked_pixels_let_the_earlier_file_through(tmp_path: Path, write_tif: Write) -> None:
     below = _cut(write_tif, tmp_path, np.full((1, 6, 6), 5, "uint8"), "1.tif", Window(0, 0, 6, 3))
     above = _cut(write_tif, tmp_path, np.full((1, 6, 6), 9, "uint8"), "2.tif", Window(0, 0, 6, 6))
     for path, mask in ((below, np.ones((3, 6), bool)), (above, np.eye(6, dtype=bool))):
         with rasterio.open(path, "r+") as dataset:
-            dataset.nodata = nodata
             dataset.write_mask(mask)
     with open_source(f"mosaic:{tmp_path}/*.tif") as source:
         pixels = source.read(source.geometry.box)
@@ -133,6 +129,10 @@ def test_masked_pixels_let_the_earlier_file_through(
     expected = np.where(eye, 9, 5)
     np.testing.assert_array_equal(pixels.valid, eye | (np.arange(6)[:, None] < 3))
     np.testing.assert_array_equal(pixels.values[0][pixels.valid], expected[pixels.valid])
+    with rasterio.open(above, "r+") as dataset:
+        dataset.nodata = 0
+    with pytest.raises(SceneError, match=r"2\.tif: has both a nodata value and a mask"):
+        open_source(f"mosaic:{tmp_path}/*.tif")
 
 
 def test_alpha_bands_become_validity(tmp_path: Path, noise: Noise) -> None:

@@ -1,0 +1,17 @@
+"""How label maps are stored: the smallest unsigned type, its greatest value for nodata."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from segpipe.models.card import Card
+
+
+def label_dtype(card: Card) -> str:
+    """uint8 where all values and the nodata value 255 fit, else uint16 with 65535."""
+    return "uint8" if max(card.values) < 255 else "uint16"
+
+
+def nodata_value(card: Card) -> int:
+    """The label of elements where the scene is not valid."""
+    return int(np.iinfo(label_dtype(card)).max)

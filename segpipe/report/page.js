@@ -1,0 +1,77 @@
+"use strict";
+// Sort: click or Enter on a header; numbers by data-v (SI values), empty values always last.
+document.querySelectorAll("table.data").forEach((table) => {
+  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
+  const rows = [...body.rows];
+  heads.forEach((head, column) => {
+    const button = head.querySelector("button");
+    if (!button) return;
+    button.addEventListener("click", () => {
+      const up = head.getAttribute("aria-sort") !== "ascending";
+      heads.forEach((h) => h.querySelector("button") && h.setAttribute("aria-sort", "none"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      const numeric = head.classList.contains("num");
+      const key = (row) => {
+        const cell = row.cells[column];
+        const text = cell.hasAttribute("data-v") ? cell.dataset.v : cell.textContent.trim();
+        return numeric ? (text === "" || isNaN(text) ? null : Number(text)) : text || null;
+      };
+      const order = rows.map((row) => [key(row), row]);
+      order.sort(([a], [b]) => {
+        if (a === null || b === null) return (a === null) - (b === null);
+        const c = numeric ? a - b : a.localeCompare(b, undefined, { numeric: true });
+        return up ? c : -c;
+      });
+      body.append(...order.map(([, row]) => row));
+    });
+  });
+});
+// Search: every word must occur in the row.
+const filter = (input) => {
+  const table = document.getElementById(input.dataset.table);
+  const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let shown = 0;
+  for (const row of table.tBodies[0].rows) {
+    const text = row.textContent.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word));
+    shown += !row.hidden;
+  }
+  const count = document.getElementById(input.dataset.table + "-count");
+  count.textContent = words.length ? `${shown} of ${count.dataset.all}` : count.dataset.all;
+};
+document.querySelectorAll("input[type=search]").forEach((input) => {
+  input.addEventListener("input", () => filter(input));
+});
+document.querySelectorAll("a[data-find]").forEach((link) => {
+  link.addEventListener("click", () => {
+    const input = document.querySelector(`input[data-table="${link.hash.slice(1)}-table"]`);
+    if (input) { input.value = link.dataset.find; filter(input); }
+  });
+});
+// Zoom: pictures of one scene at one place, so that arrow keys flicker between them.
+const dialog = document.querySelector("dialog");
+let views = [], current = 0;
+const show = (index) => {
+  current = (index + views.length) % views.length;
+  const image = views[current].querySelector("img");
+  dialog.querySelector("img").src = image.src;
+  dialog.querySelector("img").alt = image.alt;
+  dialog.querySelector("b").textContent = views[current].dataset.title;
+  dialog.querySelector("p").textContent = image.alt;
+};
+document.querySelectorAll(".view").forEach((view) => {
+  view.addEventListener("click", () => {
+    views = [...view.closest(".panels").querySelectorAll(".view")];
+    show(views.indexOf(view));
+    dialog.showModal();
+  });
+});
+dialog.addEventListener("click", (event) => {
+  const step = event.target.dataset.step;
+  if (step) show(current + Number(step));
+  else if (event.target.closest("[data-close]") || event.target.tagName === "IMG") dialog.close();
+});
+dialog.addEventListener("keydown", (event) => {
+  if (event.key === "ArrowRight") show(current + 1);
+  if (event.key === "ArrowLeft") show(current - 1);
+});
