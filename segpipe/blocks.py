@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +36,7 @@ class SceneBlocks:
         ingest: Stage | None,
         predict: Stage | None = None,
         attempt: int = 1,
+        progress: Callable[[int], None] = lambda blocks: None,
     ) -> None:
         self.uri = uri
         self.band_names = tuple(band_names)
@@ -45,15 +46,23 @@ class SceneBlocks:
         self.ingest_stage = ingest
         self.predict_stage = predict
         self.attempt = attempt
+        self.progress = progress
+        self._finished = 0
         self._source: Source | None = None
         self._blocks: Blocks | None = None
         self._ingested: set[str] = set()
+        self._token: str | None = None
         self._lock = threading.Lock()
         if ingest is not None and ingest.exists:
             self.refresh()
 
     @classmethod
-    def of(cls, scene: Scene, attempt: int = 1) -> SceneBlocks:
+    def of(
+        cls,
+        scene: Scene,
+        attempt: int = 1,
+        progress: Callable[[int], None] = lambda blocks: None,
+    ) -> SceneBlocks:
         """The blocks of a prepared scene."""
         return cls(
             scene.ref.uri,
@@ -64,15 +73,16 @@ class SceneBlocks:
             None if scene.direct else scene.ingest,
             scene.predict,
             attempt,
+            progress,
         )
 
     def refresh(self) -> None:
         """Read again which blocks are ingested."""
         assert self.ingest_stage is not None
-        layout = self.ingest_stage.layout
+        token, layout = self.ingest_stage.token, self.ingest_stage.layout
         done = self.ingest_stage.done()
         with self._lock:
-            self._blocks, self._ingested = layout, done
+            self._token, self._blocks, self._ingested = token, layout, done
 
     def _open(self) -> Source:
         if self._source is None:
@@ -90,9 +100,13 @@ class SceneBlocks:
         """Pixels of a native box: the model's channels in the card's order, as stored."""
         if self.ingest_stage is not None and self._is_ingested(box):
             values = np.asarray(self.ingest_stage.array("image")[(slice(None), *box.slices)])
-            return Pixels(values, np.asarray(self.ingest_stage.array("valid")[box.slices]))
-        pixels = self._open().read(box, self.channels)
-        return pixels
+            valid = np.asarray(self.ingest_stage.array("valid")[box.slices])
+            if self.ingest_stage.token == self._token:
+                return Pixels(values, valid)
+            with self._lock:  # another run dropped it meanwhile: what was read may be fill
+                self._ingested.clear()
+                self.ingest_stage = None
+        return self._open().read(box, self.channels)
 
     def ingest(self, index: Index, box: Box, pixels: Pixels) -> None:
         """Write a block through to the ingest, unless it is there or the source is read in place."""
@@ -119,6 +133,8 @@ class SceneBlocks:
             "scores": result.scores is not None,
         }
         self.predict_stage.commit(block_id(result.index), receipt)
+        self._finished += 1
+        self.progress(self._finished)
 
     def close(self) -> None:
         """Close the source."""

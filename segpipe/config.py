@@ -222,6 +222,7 @@ class Job(Strict):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="Names the folder of the results.",
     )
+    description: str = Field("", description="What the reader of the report should know.")
     scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
     model: str | None = Field(None, description="Model card (YAML).")
     labels: str | None = Field(

@@ -17,18 +17,21 @@ from segpipe import ENGINE_VERSION
 from segpipe.blocks import SceneBlocks, ingest_all
 from segpipe.boxes import Box
 from segpipe.config import Compute, Job, StoreMode, parse_memory, parse_size
-from segpipe.errors import SceneError
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, model_grid
 from segpipe.inference.labels import label_dtype, nodata_value
 from segpipe.models.card import Card, load_card
+from segpipe.models.registry import resolve_precision
 from segpipe.models.weights import weights_fingerprint
 from segpipe.plan import (
     BLOCK_EDGE,
     Blocks,
+    Index,
     Lattice,
     Plan,
     Workload,
+    block_id,
     make_lattice,
     make_plan,
 )
@@ -51,22 +54,24 @@ class Settings:
     tta: bool
 
 
-def resolve_settings(compute: Compute) -> Settings:
-    """Decide device, precision, batch and threads."""
+def resolve_settings(compute: Compute, card: Card) -> Settings:
+    """Decide device, precision, batch and threads.
+
+    Raises:
+        RequestError: a device that is not there, or a precision that the card's file cannot take.
+    """
     import torch
 
     cuda = torch.cuda.is_available()
     device = compute.device if compute.device != "auto" else ("cuda" if cuda else "cpu")
     on_gpu = device.startswith("cuda")
     if on_gpu and not cuda:
-        raise SceneError(
+        raise RequestError(
             f"compute.device: found {device!r}, but torch {torch.__version__} sees no GPU; use auto or cpu"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = int(compute.threads) if compute.threads != "auto" else int(cores or 1)
-    precision = compute.precision.value
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
+    precision = resolve_precision(card, compute.precision, device)
     batch = int(compute.batch) if compute.batch != "auto" else (8 if on_gpu else 1)
     name = torch.cuda.get_device_name(device) if on_gpu else f"cpu-t{threads}"
     return Settings(device, name, precision, batch, threads, compute.tta.value == "flips")
@@ -158,22 +163,47 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
 
 
 def create_stages(scene: Scene) -> Scene:
-    """Make the arrays of ingest and predict; adopt the blocks of stages that are there already."""
+    """Make the arrays of predict and, where blocks are still to compute, of ingest.
+
+    Returns:
+        The scene with the blocks of the stages as they are, where an earlier run made them.
+    """
     card, job = scene.card, scene.job
     info = {"scene": scene.ref.name, "identity": scene.identity}
     blocks = scene.predict.create(
         scene.geometry, scene.plan.blocks, label_arrays(card, job.outputs.scores), info
     )
     scene = replace(scene, plan=replace(scene.plan, blocks=blocks))
-    if not scene.direct:
-        in_force = scene.ingest.create(
-            scene.geometry, blocks, image_arrays(len(scene.channels), scene.dtype), info
-        )
-        if in_force != blocks:
-            # made by another plan: its shards cannot be written block by block of this one
-            with SceneBlocks.of(scene) as store:
-                ingest_all(store, scene.ingest)
+    if scene.direct or not pending_blocks(scene):
+        return scene
+    arrays = image_arrays(len(scene.channels), scene.dtype)
+    in_force = scene.ingest.create(scene.geometry, blocks, arrays, info)
+    if in_force != blocks:
+        # made by another plan: its shards cannot be written block by block of this one
+        with SceneBlocks.of(scene) as store:
+            ingest_all(store, scene.ingest)
     return scene
+
+
+def pending_blocks(scene: Scene) -> list[Index]:
+    """Blocks without a prediction, in the plan's order."""
+    receipts = scene.predict.receipts()
+    wanted = scene.job.outputs.scores
+    done = {name for name, r in receipts.items() if r.get("scores") or not wanted}
+    return [i for i in scene.plan.blocks.indices() if block_id(i) not in done]
+
+
+def dry_plan(job: Job, ref: SceneRef, settings: Settings) -> Plan:
+    """The plan of a scene without touching the store.
+
+    A card with a region of interest is planned over the whole scene: the region is not known yet.
+    """
+    assert job.model is not None
+    card = read_card(job.model)
+    with open_source(ref.uri, band_names=job.bands) as source:
+        match_bands(card, source)
+        grid = scene_grid(card, source.geometry, None)
+        return plan_scene(job, card, settings, grid, source.dtype.itemsize)
 
 
 def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:

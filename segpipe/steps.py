@@ -31,14 +31,6 @@ class Done:
     timings: dict[str, float]
 
 
-def pending_blocks(scene: Scene) -> list[Index]:
-    """Blocks without a prediction, in the plan's order."""
-    receipts = scene.predict.receipts()
-    wanted = scene.job.outputs.scores
-    done = {name for name, r in receipts.items() if r.get("scores") or not wanted}
-    return [i for i in scene.plan.blocks.indices() if block_id(i) not in done]
-
-
 def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float) -> list[list[Index]]:
     """Blocks grouped into batches of about this many minutes, each a run of neighbours."""
     elements = math.prod(scene.plan.blocks.block)
@@ -47,12 +39,19 @@ def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float) -> list[li
     return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
 
-def predict_blocks(scene: Scene, blocks: Sequence[Index], run: str, attempt: int = 1) -> Done:
+def predict_blocks(
+    scene: Scene,
+    blocks: Sequence[Index],
+    run: str,
+    attempt: int = 1,
+    progress: Callable[[int], None] = lambda blocks: None,
+) -> Done:
     """Compute and commit the labels of some blocks.
 
     Args:
         run: name under which a stop may be requested; asked before every block.
         attempt: recorded in the receipts.
+        progress: told the number of blocks finished, after each.
 
     Raises:
         StoppedError, SceneError, DeviceMemoryError.
@@ -68,7 +67,7 @@ def predict_blocks(scene: Scene, blocks: Sequence[Index], run: str, attempt: int
     card, settings = scene.card, scene.settings
     model = load_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
-    with SceneBlocks.of(scene, attempt) as store:
+    with SceneBlocks.of(scene, attempt, progress) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
         timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run))
     return Done(len(todo), len(blocks) - len(todo), time.perf_counter() - begun, vars(timings).copy())

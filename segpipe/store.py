@@ -1,14 +1,15 @@
 """The working store: the one place that knows how arrays and receipts lie on disk or in a bucket.
 
 ``<out>/.store/<stage>-<key>/`` is a Zarr v3 group with a stage's arrays and, beside them,
-``receipts/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without one
-is computed again. Receipts are compacted into one ``receipts.json`` when a stage is complete.
+``receipts-<token>/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without one
+is computed again. Receipts are compacted into one object when a stage is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,8 +127,17 @@ class Stage:
 
     @property
     def exists(self) -> bool:
-        """Whether `create` has completed."""
-        return self.read_json("stage.json") is not None
+        """Whether the stage was created and not dropped since."""
+        return self.token is not None
+
+    @property
+    def token(self) -> str | None:
+        """Changes when a stage is dropped and made again; None: it is not there.
+
+        Read it before and after a read: the same token means that the data were there all along.
+        """
+        found = self.read_json("stage.json")
+        return found["token"] if found else None
 
     @property
     def layout(self) -> Blocks:
@@ -142,26 +152,24 @@ class Stage:
         arrays: Sequence[ArraySpec],
         attributes: Mapping[str, Any],
     ) -> Blocks:
-        """Make the stage's arrays where they are absent.
+        """Make the stage's arrays where they are absent; two processes may do so at once.
 
         Returns:
-            The blocks in force: those of the stage as it is, where an earlier run made it.
+            The blocks in force: those of the stage as it is, where somebody else made it.
         """
-        store = zarr.storage.ObjectStore(self.objects)
-        found = self.exists
-        if found:
+        layout = {"shape": blocks.shape, "block": blocks.block, "absorb": blocks.absorb}
+        token = secrets.token_hex(8)
+        record = {"token": token, "blocks": layout, "geometry": geometry.to_dict(), **attributes}
+        try:
+            obstore.put(self.objects, "stage.json", _json(record), mode="create")
+        except obstore.exceptions.AlreadyExistsError:
             blocks = self.layout
-            group = zarr.open_group(store, mode="r+")
-        else:
-            conventions = dict(_conventions(geometry, arrays))
-            group = zarr.create_group(store, overwrite=True, attributes=conventions)
+        store = zarr.storage.ObjectStore(self.objects)
+        conventions = dict(_conventions(geometry, arrays))
+        group = zarr.open_group(store, mode="a", attributes=conventions)
         for spec in arrays:
             if spec.name not in group:
                 _create_array(group, spec, geometry, blocks)
-        if not found:
-            layout = {"shape": blocks.shape, "block": blocks.block, "absorb": blocks.absorb}
-            record = {"blocks": layout, "geometry": geometry.to_dict(), **attributes}
-            self.write_json("stage.json", record)
         return blocks
 
     def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
@@ -176,11 +184,16 @@ class Stage:
 
     def commit(self, name: str, receipt: Mapping[str, Any]) -> None:
         """Write a receipt; call it after the data it stands for."""
-        self.write_json(f"receipts/{name}.json", receipt)
+        self.write_json(f"{self._receipts}/{name}.json", receipt)
+
+    @cached_property
+    def _receipts(self) -> str:
+        """Receipts lie under the stage's token: a late one of a dropped stage is never believed."""
+        return f"receipts-{self.token or '0'}"
 
     def receipts(self) -> dict[str, dict[str, Any]]:
         """All receipts by name, compacted and loose."""
-        found: dict[str, dict[str, Any]] = self.read_json("receipts.json") or {}
+        found: dict[str, dict[str, Any]] = self.read_json(f"{self._receipts}.json") or {}
         names = self._loose()
         with ThreadPoolExecutor(8) as pool:
             for name, receipt in zip(names, pool.map(self.read_json, names), strict=True):
@@ -190,20 +203,19 @@ class Stage:
 
     def done(self) -> set[str]:
         """Names of committed receipts, without reading the loose ones."""
-        compact = self.read_json("receipts.json") or {}
+        compact = self.read_json(f"{self._receipts}.json") or {}
         return set(compact) | {Path(name).stem for name in self._loose()}
 
     def compact(self) -> None:
         """Put all receipts into one object: ten thousand small ones are slow to list."""
         loose = self._loose()
         if loose:
-            self.write_json("receipts.json", self.receipts())
+            self.write_json(f"{self._receipts}.json", self.receipts())
             obstore.delete(self.objects, loose)
 
     def drop(self) -> None:
-        """Remove the stage; its receipts first, so that a half-removed stage is never believed."""
-        for name in ("receipts.json", "stage.json"):
-            self._delete([name])
+        """Remove the stage; its token first, so that a half-removed stage is never believed."""
+        self._delete(["stage.json"])
         paths = [meta["path"] for chunk in obstore.list(self.objects) for meta in chunk]
         self._delete(paths)
 
@@ -216,23 +228,34 @@ class Stage:
     def _loose(self) -> list[str]:
         return sorted(
             meta["path"]
-            for chunk in obstore.list(self.objects, "receipts")
+            for chunk in obstore.list(self.objects, self._receipts)
             for meta in chunk
             if meta["path"].endswith(".json")
         )
 
     def read_json(self, name: str) -> Any:
         """A JSON object of the stage, or None where it is absent."""
-        try:
-            data = obstore.get(self.objects, name).bytes()
-        except FileNotFoundError:
-            return None
-        return json.loads(bytes(data))
+        data = self.read_bytes(name)
+        return None if data is None else json.loads(data)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON object in one step: it is there whole or not at all."""
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-        obstore.put(self.objects, name, text.encode())
+        obstore.put(self.objects, name, _json(value))
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """An object of the stage, or None where it is absent."""
+        try:
+            return bytes(obstore.get(self.objects, name).bytes())
+        except FileNotFoundError:
+            return None
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write an object in one step."""
+        obstore.put(self.objects, name, data)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry, blocks: Blocks) -> None:

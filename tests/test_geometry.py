@@ -35,9 +35,7 @@ def geodesic_cell(geometry, row, points=2000):
     ellipsoid = crs.ellipsoid
     flattening = 1 / ellipsoid.inverse_flattening if ellipsoid.inverse_flattening else 0.0
     geod = Geod(a=ellipsoid.semi_major_metre, f=flattening)
-    area, _ = geod.polygon_area_perimeter(
-        np.asarray(lon) * to_degrees, np.asarray(lat) * to_degrees
-    )
+    area, _ = geod.polygon_area_perimeter(np.asarray(lon) * to_degrees, np.asarray(lat) * to_degrees)
     return abs(area)
 
 
@@ -85,9 +83,9 @@ def test_web_mercator_is_not_taken_as_metres(latitude):
 
 
 def test_web_mercator_south_up_and_as_gdal_writes_it():
-    from rasterio.crs import CRS as RasterioCRS
+    import rasterio
 
-    wkt = RasterioCRS.from_epsg(3857).to_wkt()
+    wkt = rasterio.crs.CRS.from_epsg(3857).to_wkt()
     down = RasterGeometry((3, 4), (10.0, 0, 0.0, 0, -10.0, 5e6), wkt)
     up = RasterGeometry((3, 4), (10.0, 0, 0.0, 0, 10.0, 5e6 - 30), wkt)
     np.testing.assert_allclose(up.element_sizes()[::-1], down.element_sizes(), rtol=1e-9)
@@ -167,6 +165,11 @@ def test_oblique_volumes_keep_spacing_and_volume(spacing, seed, mirrored):
     np.testing.assert_allclose(geometry.element_sizes(), [np.prod(spacing)] * 2, rtol=1e-9)
     np.testing.assert_allclose(geometry.spacing, spacing[::-1], rtol=1e-9)
     assert geometry.size_unit == "mm3"
+
+
+def test_plain_voxels_are_not_rounded():
+    geometry = volume_geometry((2, 1, 1), np.diag([-2.0, 2, 2, 1]))
+    np.testing.assert_array_equal(geometry.element_sizes(), [8.0, 8.0])
 
 
 def test_sheared_volume_has_the_parallelepiped_s_volume():

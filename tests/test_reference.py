@@ -103,16 +103,20 @@ def test_floats_that_are_whole_numbers(tmp_path):
     with open_reference(Reference(path=path), path, scene()) as reference:
         np.testing.assert_array_equal(reference.read(Box((0, 0), (1, 5))), [[1, 2, -1, 16777216, 0]])
     path = tif(tmp_path / "h.tif", values + np.float32(0.5))
-    with open_reference(Reference(path=path), path, scene()) as reference:
-        with pytest.raises(SceneError, match=r"holds 1.5; labels are whole numbers"):
-            reference.read(Box((0, 0), (1, 5)))
+    with (
+        open_reference(Reference(path=path), path, scene()) as reference,
+        pytest.raises(SceneError, match=r"holds 1.5; labels are whole numbers"),
+    ):
+        reference.read(Box((0, 0), (1, 5)))
 
 
 def test_negative_values_must_be_mapped(tmp_path):
     path = tif(tmp_path / "r.tif", np.full((4, 5), -7, dtype=np.int16))
-    with open_reference(Reference(path=path), path, scene()) as reference:
-        with pytest.raises(SceneError, match=r"holds -7; .*reference.values"):
-            reference.read(Box((0, 0), (4, 5)))
+    with (
+        open_reference(Reference(path=path), path, scene()) as reference,
+        pytest.raises(SceneError, match=r"holds -7; .*reference.values"),
+    ):
+        reference.read(Box((0, 0), (4, 5)))
     with open_reference(Reference(path=path, values={-7: None}), path, scene()) as reference:
         assert (reference.read(Box((0, 0), (4, 5))) == -1).all()
 

@@ -50,9 +50,7 @@ def fixed(regions, shape, tile):
         for cover in regions.cover(box):
             assert box.contains(cover.box)
             whole = cover.fraction is None
-            total[cover.region] += (
-                cover.box.size * FULL if whole else int(cover.fraction.sum(dtype=np.int64))
-            )
+            total[cover.region] += cover.box.size * FULL if whole else int(cover.fraction.sum(dtype=np.int64))
     return total
 
 
@@ -98,20 +96,14 @@ def test_area_is_the_polygons_on_every_grid(tmp_path, grid, tile):
     regions = load_regions(Regions(path=path), geometry)
     assert regions.names == ("1", "2", "3", "4", "5", "6")
     element = geometry.element_sizes()[0]
-    for region, (got, polygon) in enumerate(
-        zip(fixed(regions, shape, tile), polygons, strict=True)
-    ):
+    for region, (got, polygon) in enumerate(zip(fixed(regions, shape, tile), polygons, strict=True)):
         edge_elements = 4 * (80 + 100)
-        assert got / FULL * element == pytest.approx(
-            polygon.area, abs=edge_elements / FULL * element
-        )
+        assert got / FULL * element == pytest.approx(polygon.area, abs=edge_elements / FULL * element)
         assert regions.outside(region) == 0
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.booleans()
-)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.booleans())
 def test_cover_of_any_polygon_on_any_box(seed, height, width, radius, wide):
     """Every cell is the area of the polygon's intersection with it, to fixed-point resolution."""
     polygon = star(seed, centre=(width / 2, height / 3), radius=radius, points=9)
@@ -185,7 +177,7 @@ def test_a_file_that_changes_is_read_again(tmp_path):
 def test_names_are_all_different(names):
     result = different(names)
     assert len(set(result)) == len(names)
-    assert all(new == old or new.startswith(f"{old} (") for new, old in zip(result, names))
+    assert all(new == old or new.startswith(f"{old} (") for new, old in zip(result, names, strict=True))
 
 
 @pytest.mark.parametrize("code", ["EPSG:4326", "EPSG:3857", "EPSG:3035", "EPSG:4807"])
@@ -243,11 +235,7 @@ def test_a_country_over_a_small_scene(tmp_path):
     assert got[0] == 2500 * FULL
     assert 0 < got[1] < 2500 * FULL
     assert got[2] == 0
-    area, _ = (
-        CRS(4326)
-        .get_geod()
-        .polygon_area_perimeter([-179, -90, 0, 0, -90, -179], [-80] * 3 + [80] * 3)
-    )
+    area, _ = CRS(4326).get_geod().polygon_area_perimeter([-179, -90, 0, 0, -90, -179], [-80] * 3 + [80] * 3)
     assert regions.outside(0) / FULL == pytest.approx(abs(area) / 1e4, rel=0.01)
 
 
@@ -278,9 +266,7 @@ def test_shapefile_and_geojson_and_layers(tmp_path):
     box = shapely.box(500002, 3999990, 500010, 3999999)
     geometry = RasterGeometry((20, 20), (1, 0, 500000, 0, -1, 4000000), UTM)
     for name in ("r.shp", "r.geojson"):
-        regions = load_regions(
-            Regions(path=write(tmp_path / name, [box], id=[7]), name="id"), geometry
-        )
+        regions = load_regions(Regions(path=write(tmp_path / name, [box], id=[7]), name="id"), geometry)
         assert regions.names == ("7",)
         # GeoJSON may be written in WGS 84 with 7 decimals: a centimetre
         assert fixed(regions, (20, 20), (20, 20))[0] / FULL == pytest.approx(72, abs=0.2)
@@ -299,7 +285,7 @@ def test_what_cannot_be_is_refused_with_what_would_be_valid(tmp_path):
     box = shapely.box(500002, 3999990, 500010, 3999999)
     geometry = RasterGeometry((20, 20), (1, 0, 500000, 0, -1, 4000000), UTM)
     path = write(tmp_path / "r.gpkg", [box], district=["a"], code=[1])
-    with pytest.raises(RequestError, match="found 'name'; attributes of .*: district, code"):
+    with pytest.raises(RequestError, match=r"found 'name'; attributes of .*: district, code"):
         load_regions(Regions(path=path, name="name"), geometry)
     bare = RasterGeometry((20, 20), geometry.transform, None)
     with pytest.raises(SceneError, match="the scene has none"):
@@ -437,9 +423,7 @@ def test_atlas_on_another_grid_is_the_nearest_voxel(tmp_path):
     truth = truth.reshape(27, 25, 30).T
     for region, value in enumerate((3, 7, 117)):
         np.testing.assert_array_equal(dense(regions, shape, (8, 9, 10), region) > 0, truth == value)
-        np.testing.assert_array_equal(
-            dense(regions, shape, (128, 128, 128), region) > 0, truth == value
-        )
+        np.testing.assert_array_equal(dense(regions, shape, (128, 128, 128), region) > 0, truth == value)
     assert "resampled to the nearest" in regions.notes[0]
     # inside and outside together are about the atlas's own volume of the region
     inside = fixed(regions, shape, (128, 128, 128))
@@ -495,7 +479,7 @@ def test_atlases_that_cannot_be(tmp_path):
     with pytest.raises(SceneError, match="no region"):
         load_regions(Regions(path=empty), geometry)
     half = save(tmp_path / "h.nii", np.full(shape, 1.5, np.float32), affine)
-    with pytest.raises(SceneError, match="1.5; labels are whole numbers"):
+    with pytest.raises(SceneError, match=r"1\.5; labels are whole numbers"):
         load_regions(Regions(path=half), geometry)
     with pytest.raises(SceneError, match="raster and a volume"):
         load_regions(Regions(path=path), RasterGeometry((8, 8), (1, 0, 0, 0, -1, 0), UTM))

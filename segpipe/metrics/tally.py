@@ -97,6 +97,12 @@ class SizeScale:
         """What a reader of a tally needs to turn sizes into `unit`: a JSON object."""
         return {"unit": self.unit, "largest": self.largest, "bits": self.bits}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SizeScale:
+        """From `to_dict`, to read tallies with (`size`); without `rows` it measures nothing."""
+        rows = np.zeros(0, dtype=np.int64)
+        return cls(str(data["unit"]), float(data["largest"]), int(data["bits"]), rows)
+
 
 @dataclass(frozen=True, eq=False)
 class Tally:
@@ -195,12 +201,15 @@ def measure_tile(
     truths = np.array([NOT_REQUESTED])
     if reference is not None:
         truths, truth_code = compact(reference)
-        code = code * np.int32(len(truths)) + truth_code
+        code = code * np.int64(len(truths)) + truth_code
+    pairs = np.arange(len(values) * len(truths))
+    if len(pairs) > 1 << 16:  # object ids given as classes: most pairs do not occur
+        pairs, code = compact(code)
     border = _border(box, scene)
     parts = []
     for cover in regions.cover(box):
-        found = _sums(code, len(values) * len(truths), cover, box, border, scale)
-        pair, cover_sum, size, edge = found
+        found, cover_sum, size, edge = _sums(code, len(pairs), cover, box, border, scale)
+        pair = pairs[found]
         parts.append(
             Tally.from_columns(
                 region=np.full(len(pair), cover.region),
@@ -226,10 +235,7 @@ def _sums(
     inner = cover.box.within(box)
     part = code[inner].ravel()
     fraction = None if cover.fraction is None else cover.fraction.ravel()
-    if fraction is None:
-        sums = FULL * np.bincount(part, minlength=pairs)
-    else:
-        sums = _exact(part, fraction, pairs)
+    sums = FULL * np.bincount(part, minlength=pairs) if fraction is None else _exact(part, fraction, pairs)
     if scale.uniform:
         sizes = sums << (scale.bits - 16)
     else:

@@ -75,6 +75,10 @@ class AtlasRegions(RegionSet):
             "names": self._names_digest,
         }
 
+    def close(self) -> None:
+        """Release the atlas's file."""
+        self._file.close()
+
     def labels(self, tile: Box) -> np.ndarray:
         """Atlas values on the scene's elements, int64; 0 where there is no region."""
         if self._map is None:

@@ -61,6 +61,15 @@ class RegionSet(ABC):
     def identity(self) -> dict[str, Any]:
         """JSON object that changes when the regions do: a part of the measure key."""
 
+    def close(self) -> None:  # noqa: B027 (most sets hold nothing open)
+        """Release files."""
+
+    def __enter__(self) -> RegionSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class WholeScene(RegionSet):
     """One region: every element of the scene."""

@@ -106,7 +106,7 @@ COLUMNS = {
     "n_failed": Column("Failed", "whole", "Scenes that failed and are left out."),
 }  # fmt: skip
 _SUMMARY_VALUE = Column("Value", "ratio", "The metric.")
-_WARN = {"failed", "no_data", "True", "yes"}
+_TONES = {"failed": "warn", "no_data": "warn", "yes": "yes", "no": "muted"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _class(value: Any, classes: Mapping[str, ClassInfo]) -> Cell:
 def _state(value: Any) -> Cell:
     text = "—" if _missing(value) else str(value)
     shown = {"True": "yes", "False": "no"}.get(text, text)
-    return Cell(shown, tone="warn" if text in _WARN else "")
+    return Cell(shown, tone=_TONES.get(shown, ""))
 
 
 def _plain(value: Any) -> Cell:

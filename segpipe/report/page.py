@@ -30,7 +30,7 @@ from segpipe.report.pictures import LegendEntry, Panel, Previews
 from segpipe.report.record import ModelSummary, RunRecord, SceneRecord
 from segpipe.report.shares import LISTED, Bars, class_bars
 
-SECTIONS = 24
+SECTIONS = 16
 """Scenes shown with pictures; every further one has its row and its ``preview.png``."""
 THUMBNAILS = 200
 HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
@@ -103,7 +103,9 @@ def render_page(
     sections = []
     for scene in shown:
         rows = by_scene.get(scene.name, regions.iloc[:0])
-        bars = class_bars(rows, metrics_by_scene.get(scene.name), classes)
+        # of a single scene the totals above say the same
+        one = len(record.done) == 1
+        bars = () if one else class_bars(rows, metrics_by_scene.get(scene.name), classes)
         sections.append(_section(scene, anchors[scene.name], previews.get(scene.name), bars))
     tables = [page_table("regions", "Regions", "regions.csv", regions, classes)]
     if metrics is not None:
@@ -126,6 +128,7 @@ def render_page(
             left_out=len(record.done) - len(shown),
             tables=tables,
             listed=LISTED,
+            with_rows=set(by_scene),
             compared=metrics is not None,
             model=_model(record.model) if record.model else (),
             provenance=_provenance(record),
@@ -209,19 +212,21 @@ def _headline_rows(summary: pd.DataFrame | None) -> list[dict[Any, Any]]:
 def _metric_card(row: Mapping[Any, Any]) -> _Card:
     name = str(row.get("metric", ""))
     value = float(row.get("value", math.nan))
-    counts = [str(row.get("over", ""))]
+    over = str(row.get("over", ""))
+    counts = []
     for key, word in (
         ("n_defined", "defined"),
         ("n_missed", "missed"),
         ("n_hallucinated", "hallucinated"),
         ("n_undefined", "undefined"),
-        ("n_failed", "failed"),
+        ("n_failed", "scenes failed"),
     ):
         number = row.get(key)
         if number is not None and not pd.isna(number) and (number or key == "n_defined"):
-            counts.append(f"{int(number):,} {word}")
+            plural = word if number != 1 else word.replace("scenes", "scene")
+            counts.append(f"{int(number):,} {plural}")
     label = name[:1].upper() + name[1:] if name.islower() or " " in name else name
-    return _Card(label, units.number(value, 3), "", " · ".join(c for c in counts if c))
+    return _Card(label, units.number(value, 3), "", f"over {over} · {', '.join(counts)}")
 
 
 def _section(scene: SceneRecord, anchor: str, previews: Previews | None, bars: tuple[Bars, ...]) -> _Section:
@@ -238,7 +243,7 @@ def _section(scene: SceneRecord, anchor: str, previews: Previews | None, bars: t
 
 
 def _figure(panel: Panel, previews: Previews) -> _Figure:
-    legend = previews.difference_legend if panel.key == "difference" else ()
+    legend = {"labels": previews.legend, "difference": previews.difference_legend}.get(panel.key, ())
     return _Figure(panel.title, panel.caption, panel.alt, _source(panel), panel.width, panel.height, legend)
 
 

@@ -95,8 +95,8 @@ def volume_pictures(
     drawn = []
     for cut in cuts:
         size = (
-            max(1, round(cut.millimetres[0] * scale)),
-            max(1, round(cut.millimetres[1] * scale)),
+            max(1, int(cut.millimetres[0] * scale)),
+            max(1, int(cut.millimetres[1] * scale)),
         )
         base = resize(stretch(cut.values[None], cut.valid, [bounds]), size, smooth=True)
         labels = resize(cut.labels, size, smooth=False)

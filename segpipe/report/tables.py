@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from segpipe.metrics.overlap import (
-    Counts,
     CaseCounts,
+    Counts,
     accuracy,
     class_counts,
     mean,

@@ -35,7 +35,8 @@ def size_unit(column: str, values: Iterable[float]) -> Unit:
     else:
         steps = ((0.0, "px", 1.0),) * 3
     symbol, factor = next((s, f) for least, s, f in steps if largest >= least)
-    return Unit(symbol, factor, decimals(largest * factor))
+    scaled = factor < 1  # then a whole unit is much, and the small rows need a decimal
+    return Unit(symbol, factor, max(int(scaled), decimals(largest * factor)))
 
 
 def decimals(largest: float) -> int:

@@ -17,7 +17,7 @@ from sklearn.metrics import (
 )
 
 from segpipe.geometry import RasterGeometry
-from segpipe.metrics.overlap import Case, Counts, CaseCounts, accuracy, class_counts, mean
+from segpipe.metrics.overlap import Case, CaseCounts, Counts, accuracy, class_counts, mean
 from segpipe.metrics.tally import FULL, IGNORED, NODATA, SizeScale, measure_tile
 from segpipe.regions import load_regions
 

@@ -273,7 +273,7 @@ def test_deepbet_through_its_card_equals_the_file(name):
     with torch.inference_mode():
         expected = direct(batch)
     model = load_model(card, "cpu", 2, "fp32")
-    for _ in range(3):  # the profiling optimiser would rewrite the program by the third pass
+    for _ in range(3):  # the profiling optimiser could rewrite the program after a pass or two
         assert torch.equal(model(batch), expected)
     assert torch.allclose(expected.sum(dim=1), torch.ones(1, 64, 64, 96), atol=1e-5)
 

@@ -1,0 +1,1 @@
+"""Prefect flows: what can be scheduled and triggered."""

@@ -1,0 +1,236 @@
+"""The command line. Fast to answer: torch and prefect are loaded only when a command needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from segpipe import __version__
+from segpipe.errors import RequestError, SegpipeError
+
+if TYPE_CHECKING:
+    from segpipe.config import Job
+    from segpipe.report.record import RunRecord
+    from segpipe.run import Run
+
+app = typer.Typer(
+    help="Segment satellite rasters and 3D medical volumes, and report areas, volumes and overlap "
+    "per region. Start with `segpipe plan JOB.yaml`, then `segpipe run JOB.yaml`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+models_app = typer.Typer(help="List model cards, or show one.", invoke_without_command=True)
+app.add_typer(models_app, name="models")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file; see configs/jobs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=value", help="Override a key of the job; may be repeated."),
+]
+CARDS = "configs/models"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"segpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(job_file: JobFile, overrides: Overrides = None) -> None:
+    """Run a job as a Prefect flow; run it again to resume, or to find it done.
+
+    Uses the server of PREFECT_API_URL where that is set, else a temporary one of its own.
+    Exit code 0: all scenes done; 1: some failed; 2: the request is wrong.
+    """
+    from segpipe.config import load_job
+    from segpipe.request import check_request
+
+    job = load_job(job_file, overrides or [])
+    check_request(job)  # a mistake is told now, before a server is started
+    from flows.segment import segment
+
+    state = segment(job, return_state=True)
+    found = _result(job)
+    if found is None:
+        raise SegpipeError(state.message or "the run ended without a report")
+    _headline(*found)
+    if not state.is_completed():
+        raise typer.Exit(1)
+
+
+def _result(job: Job) -> tuple[Run, RunRecord] | None:
+    """The run that this job has just had."""
+    from segpipe.request import check_request
+    from segpipe.run import open_run
+
+    run, record = open_run(job, check_request(job).mark)
+    return None if record is None else (run, record)
+
+
+def _headline(run: Run, record: RunRecord) -> None:
+    """The last lines: the numbers people came for, and where the page is."""
+    from segpipe.report.markdown import headline
+    from segpipe.run import read_tables
+
+    for scene in record.failed:
+        print(f"failed: {scene.name}: {scene.error}", file=sys.stderr)
+    for line in headline(record, *read_tables(run)):
+        print(line)
+    print(f"report: {run.report}")
+
+
+@app.command()
+def plan(job_file: JobFile, overrides: Overrides = None) -> None:
+    """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
+    from segpipe.config import load_job
+    from segpipe.request import check_request
+    from segpipe.scene import dry_plan
+
+    job = load_job(job_file, overrides or [])
+    request = check_request(job)
+    table = Table(title=f"{job.name}: {len(request.scenes)} scenes on {request.settings.device_class}")
+    columns = ("scene", "block", "blocks", "window", "windows", "passes", "redundancy", "memory", "disk")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "scene" else "right")
+    failed = []
+    for ref in request.scenes:
+        try:
+            planned = dry_plan(job, ref, request.settings)
+        except SegpipeError as error:
+            failed.append(f"{ref.name}: {error}")
+            continue
+        s = planned.summary()
+        table.add_row(
+            ref.name, s["block"], str(s["blocks"]), s["window"], str(s["windows"]),
+            str(s["forward_passes"]), f"{s['redundancy']:.3f}",
+            f"{s['memory_bytes'] / 2**30:.2f} GiB", f"{s['disk_bytes'] / 2**30:.2f} GiB",
+        )  # fmt: skip
+    Console().print(table)
+    print("passes are an upper bound: windows without a valid element are skipped when read")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
+    """Make the tables and the page of a run again, from its receipts and pictures alone."""
+    from segpipe.run import load_run, write_run
+
+    found, record = load_run(run_folder)
+    write_run(found, record)
+    _headline(found, record)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a job file, for editors."""
+    from segpipe.config import Job
+
+    print(json.dumps(Job.model_json_schema(), indent=2))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address of the Prefect server to use or start.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 4200,
+) -> None:
+    """Start a local Prefect server (unless one answers) and serve the flow, ready for the UI's form."""
+    from flows.serve import serve_locally
+
+    serve_locally(host, port)
+
+
+@models_app.callback()
+def _models(context: typer.Context, folder: Annotated[str, typer.Option(help="Folder of cards.")] = CARDS) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    from segpipe.models.registry import list_cards
+
+    table = Table("name", "kind", "provider", "classes", "title")
+    for card in list_cards(folder):
+        names = ", ".join(c.name for c in card.classes)
+        table.add_row(card.name, card.kind, card.provider.value, names, card.title)
+    Console().print(table)
+
+
+@models_app.command("show")
+def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder, or the path of one.")]) -> None:
+    """Show a model card with its size, window and halo."""
+    from segpipe.models.card import load_card
+    from segpipe.models.registry import check_card, describe
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(CARDS) / f"{name}.yaml"
+    card = load_card(path)
+    check_card(card)
+    facts = describe(card)
+    table = Table(show_header=False, title=card.title or card.name)
+    rows: dict[str, Any] = {
+        "name": card.name,
+        "provider": f"{card.provider.value} {card.architecture or ''}",
+        "parameters": "not told by the file" if facts.parameters is None else f"{facts.parameters:,}",
+        "weights": f"{card.weights} ({facts.weights_bytes / 1e6:.1f} MB, sha256 {facts.fingerprint[:16]}…)",
+        "window": "whole scene" if facts.window is None else "x".join(map(str, facts.window)),
+        "halo": "x".join(map(str, facts.halo)),
+        "total stride": facts.stride,
+        "input": ", ".join(card.input.bands) or card.input.modality or "one channel",
+        "classes": ", ".join(f"{c.value} {c.name}" for c in card.classes),
+        "data": card.data,
+        "scores": card.scores,
+        "limits": card.limits,
+        "licence": card.licence,
+    }
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+
+
+def execute(arguments: list[str] | None = None) -> int:
+    """Run a command line; errors that a user can act on are one line and an exit code.
+
+    Args:
+        arguments: default: the process's own.
+    """
+    logging.captureWarnings(True)
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    try:
+        result = app(arguments, standalone_mode=False)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SegpipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(execute())
+
+
+if __name__ == "__main__":
+    main()

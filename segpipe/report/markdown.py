@@ -1,0 +1,112 @@
+"""The run in a screenful of Markdown, for the artifact that Prefect shows beside it."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pandas as pd
+
+from segpipe.report import units
+from segpipe.report.record import RunRecord
+from segpipe.report.shares import class_bars
+
+FAILURES = 20
+CLASSES = 30
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!])")
+
+
+def run_markdown(
+    record: RunRecord,
+    regions: pd.DataFrame,
+    metrics: pd.DataFrame | None = None,
+    summary: pd.DataFrame | None = None,
+    report: str = "report.html",
+) -> str:
+    """Headline, failures with reasons, means, and size per class.
+
+    Args:
+        record: of the run.
+        regions: the region table.
+        metrics: the metric table, or None.
+        summary: the means, or None.
+        report: path or URL of the page, shown as text.
+    """
+    done, failed = len(record.done), len(record.failed)
+    took = units.duration(units.between(record.started, record.finished))
+    state = (
+        f"**{failed} of {done + failed} scenes failed**"
+        if failed
+        else f"**{done} scene{'' if done == 1 else 's'} done**"
+    )
+    lines = [f"# {_text(record.job_name)}", "", f"{state} · run {_text(record.run_id)} · {took}", ""]
+    for scene in record.failed[:FAILURES]:
+        lines.append(f"- **{_text(scene.name)}**: {_text(scene.error or 'no reason recorded')}")
+    if failed > FAILURES:
+        lines.append(f"- and {failed - FAILURES} more, listed in the report")
+    if failed:
+        lines.append("")
+    lines += _means(summary)
+    for group in class_bars(regions, metrics, record.legend):
+        heads = ["Class", f"{group.quantity.capitalize()} ({group.unit})", "Share"]
+        heads += ["IoU (pooled)", "Dice (pooled)"] if group.compared else []
+        rows = [
+            [_text(b.name), b.size, b.share, *([b.iou, b.dice] if group.compared else [])]
+            for b in group.bars[:CLASSES]
+        ]
+        lines += _table(heads, rows)
+        if len(group.bars) > CLASSES:
+            lines += [f"and {len(group.bars) - CLASSES} more classes", ""]
+    lines += [f"- {_text(note)}" for note in record.notes]
+    lines += ["", f"Report: `{report.replace('`', '')}`", ""]
+    return "\n".join(lines)
+
+
+def _means(summary: pd.DataFrame | None) -> list[str]:
+    """The means over all classes; those of single classes are in the report."""
+    if summary is None or summary.empty:
+        return []
+    kept = summary[summary["class"].fillna("") == ""] if "class" in summary else summary
+    rows = []
+    for row in kept.to_dict("records"):
+        defined = row.get("n_defined")
+        rows.append(
+            [
+                _text(str(row.get("metric", ""))),
+                units.number(float(row.get("value", math.nan)), 3),
+                _text(str(row.get("over", ""))),
+                "" if defined is None or pd.isna(defined) else f"{int(defined):,}",
+            ]
+        )
+    return _table(["Metric", "Value", "Over", "Defined"], rows)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---" if i == 0 else "---:" for i in range(len(heads))]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)] + [""]
+
+
+def _text(text: str) -> str:
+    """One line of plain text: nothing in it is read as Markdown or HTML, and no pipe ends a cell."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def headline(
+    record: RunRecord,
+    regions: pd.DataFrame,
+    metrics: pd.DataFrame | None = None,
+    summary: pd.DataFrame | None = None,
+) -> list[str]:
+    """The run in a few lines of plain text, for a terminal: sizes per class, then the means."""
+    lines = [f"{record.job_name}: {len(record.done)} of {len(record.scenes)} scenes done"]
+    for group in class_bars(regions, metrics, record.legend):
+        for bar in group.bars[:CLASSES]:
+            scores = f"  IoU {bar.iou}  Dice {bar.dice}" if group.compared else ""
+            lines.append(f"  {bar.name:<16} {bar.size:>12} {group.unit}  {bar.share:>7}{scores}")
+    if summary is not None:
+        kept = summary[(summary["class"].fillna("") == "") & (summary["region"] == "scene")]
+        kept = kept if len(kept) else summary[summary["class"].fillna("") == ""]
+        for row in kept.to_dict("records"):
+            value = units.number(float(row["value"]), 3)
+            lines.append(f"  {row['metric']:<16} {value:>12}  {row['over']} (n={row['n_defined']})")
+    return lines

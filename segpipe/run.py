@@ -1,0 +1,291 @@
+"""A run: its folder, what happened to each scene, and the report made of it.
+
+``<out>/<job>/<run>/`` is a view of the stages in the store: it can be made again from them. The
+run's name is the time it began and a fingerprint of everything it depends on, so the same request
+finds its own folder again, and a finished one is not done twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore
+import pandas as pd
+
+from segpipe import ENGINE_VERSION
+from segpipe.config import Job
+from segpipe.errors import RequestError
+from segpipe.measure import TALLY_VERSION, Measured, load_measured
+from segpipe.metrics.tally import SizeScale
+from segpipe.models.card import Card
+from segpipe.models.weights import weights_fingerprint
+from segpipe.report.page import render_page
+from segpipe.report.pictures import load_previews
+from segpipe.report.record import (
+    ClassInfo,
+    ModelSummary,
+    RunRecord,
+    SceneRecord,
+    dump_record,
+    load_record,
+)
+from segpipe.report.tables import (
+    SceneResult,
+    metric_table,
+    region_table,
+    summary_table,
+    write_atomic,
+    write_table,
+)
+from segpipe.scene import Settings, model_parts, read_card
+from segpipe.sources.base import SceneRef
+from segpipe.store import Stage, is_url, join, open_store
+
+PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
+"""Versions that a report names."""
+PREVIEWS = "previews.zip"
+"""Pictures of a scene, kept beside its tallies so that a report needs no pixels."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One application of a job to scenes. Small and picklable."""
+
+    out: str
+    job: str
+    name: str
+    started: str
+
+    @property
+    def location(self) -> str:
+        """Folder or URL of the run."""
+        return join(self.out, self.job, self.name)
+
+    @property
+    def report(self) -> str:
+        """Where the page is."""
+        return join(self.location, "report.html")
+
+
+@contextmanager
+def local_folder(run: Run) -> Iterator[Path]:
+    """The run's folder to write files into; for a URL a temporary one that is uploaded at the end."""
+    if not is_url(run.location):
+        folder = Path(run.location)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="segpipe-") as name:
+        yield Path(name)
+        store = open_store(run.location)
+        for path in sorted(Path(name).rglob("*")):
+            if path.is_file():
+                obstore.put(store, path.relative_to(name).as_posix(), path)
+
+
+def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[SceneRef]) -> str:
+    """Hash of everything a run's results depend on: what was asked, the model, and the inputs' state.
+
+    Runner, workers, memory and block size are left out: they change no result.
+    """
+    asked = job.model_dump(mode="json")
+    for key in ("runner", "workers", "address", "retries", "batch_minutes"):
+        asked["compute"].pop(key)
+    for key in ("memory", "block", "store"):
+        asked["tiling"].pop(key)
+    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores")}
+    files = [*(s.uri for s in scenes), *(c.path for c in (job.regions, job.reference) if c)]
+    parts = {
+        "asked": asked,
+        "model": model_parts(card),
+        "classes": [c.model_dump() for c in card.classes],
+        "settings": [settings.device_class, settings.precision, settings.batch],
+        "inputs": [_state(uri) for uri in files],
+        "versions": [ENGINE_VERSION, TALLY_VERSION],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _state(uri: str) -> list[Any]:
+    """A path with what tells that it changed: size and time of the file, or of a folder's files."""
+    path = Path(uri.split("#")[0])
+    if not path.exists():
+        return [uri]
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return [uri, *([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+
+
+def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
+    """The run of this fingerprint: a new one, or the folder of the same request before.
+
+    Returns:
+        The run, and its record where it has one.
+    """
+    store = open_store(join(job.outputs.dir, job.name))
+    found = obstore.list_with_delimiter(store)["common_prefixes"]
+    for folder in sorted(found, reverse=True):
+        name = folder.rstrip("/")
+        if name.endswith(f"-{mark}"):
+            record = _read_record(store, name)
+            started = record.started if record else _now()
+            return Run(job.outputs.dir, job.name, name, started), record
+    started = _now()
+    stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
+    return Run(job.outputs.dir, job.name, f"{stamp}-{mark}", started), None
+
+
+def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | None:
+    try:
+        return load_record(bytes(obstore.get(store, f"{name}/run.json").bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def finish_run(
+    run: Run, job: Job, settings: Settings, scenes: Sequence[SceneRecord], notes: Sequence[str] = ()
+) -> RunRecord:
+    """Write tables, ``run.json`` and the page of a run whose scenes have all ended."""
+    assert job.model is not None
+    card = read_card(job.model)
+    record = RunRecord(
+        job_name=job.name,
+        run_id=run.name,
+        started=run.started,
+        finished=_now(),
+        job=job.model_dump(mode="json"),
+        model=model_summary(card),
+        versions={**_versions(), "device": settings.device_class, "precision": settings.precision},
+        scenes=tuple(scenes),
+        notes=tuple(n for n in (job.description, *notes) if n),
+    )
+    write_run(run, record)
+    return record
+
+
+def write_run(run: Run, record: RunRecord) -> None:
+    """Tables, page and record of a run, from its stages alone; the record last."""
+    measured = {s.name: _measured(run.out, s) for s in record.done}
+    results = [_result(s, measured.get(s.name)) for s in record.scenes]
+    classes = record.legend
+    regions = region_table(results, classes)
+    metrics = summary = None
+    if record.job.get("reference"):
+        metrics = metric_table(results, classes)
+        summary = summary_table(metrics, classes)
+    previews = {}
+    for name, numbers in measured.items():
+        pictures = numbers.stage.read_bytes(PREVIEWS)
+        if pictures is not None:
+            previews[name] = load_previews(pictures)
+    with local_folder(run) as folder:
+        _write_tables(folder, regions, metrics, summary)
+        page = render_page(record, previews, regions, metrics, summary)
+        write_atomic(folder / "report.html", page.encode())
+        write_atomic(folder / "run.json", dump_record(record).encode())
+
+
+def _write_tables(
+    folder: Path,
+    regions: pd.DataFrame,
+    metrics: pd.DataFrame | None,
+    summary: pd.DataFrame | None,
+) -> None:
+    write_table(regions, folder / "regions")
+    if metrics is not None and summary is not None:
+        write_table(metrics, folder / "metrics")
+        write_table(summary, folder / "summary")
+
+
+def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
+    """Regions, metrics and summary of a finished run; the latter two None without a reference."""
+    store = open_store(run.location)
+    tables = []
+    for name in ("regions", "metrics", "summary"):
+        try:
+            data = bytes(obstore.get(store, f"{name}.parquet").bytes())
+        except FileNotFoundError:
+            tables.append(None)
+            continue
+        tables.append(pd.read_parquet(io.BytesIO(data)))
+    regions, metrics, summary = tables
+    assert regions is not None
+    return regions, metrics, summary
+
+
+def _measured(out: str, scene: SceneRecord) -> Measured:
+    stage = Stage(out, scene.keys["measure"])
+    if stage.read_json("info.json") is None:
+        raise RequestError(
+            f"scene {scene.name}: its tallies ({stage.key}) are gone from the store; run the job again"
+        )
+    return load_measured(stage)
+
+
+def _result(scene: SceneRecord, measured: Measured | None) -> SceneResult:
+    if measured is None:
+        return SceneResult(scene.name, (), scene.attempts, reason=scene.error)
+    info = measured.scale
+    scale = SizeScale(info["unit"], info["largest"], info["bits"], np.zeros(0, np.int64))
+    return SceneResult(scene.name, measured.regions, scene.attempts, measured.tally, scale, measured.outside)
+
+
+def model_summary(card: Card) -> ModelSummary:
+    """What a report says of the model."""
+    classes = tuple(ClassInfo(c.value, c.name, c.color, c.background) for c in card.classes)
+    return ModelSummary(
+        name=card.name,
+        title=card.title,
+        provider=f"{card.provider.value} {card.architecture or ''}".strip(),
+        data=card.data,
+        scores=card.scores,
+        limits=card.limits,
+        licence=card.licence,
+        source=card.source,
+        weights=card.weights,
+        fingerprint=weights_fingerprint(card),
+        classes=classes,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load_run(location: str) -> tuple[Run, RunRecord]:
+    """A run by its folder or URL, with its record.
+
+    Raises:
+        RequestError: no run lies there.
+    """
+    base = location.rstrip("/")
+    out, job, name = base.rsplit("/", 2) if base.count("/") >= 2 else ("", "", base)
+    record = None
+    if is_url(base) or Path(base).is_dir():
+        record = _read_record(open_store(join(out, job) if job else str(Path(base).parent)), name)
+    if record is None:
+        raise RequestError(f"{location}: no run here (no run.json); give a folder <out>/<job>/<run>")
+    if not job:
+        folder = Path(base).absolute()
+        out, job = str(folder.parent.parent), folder.parent.name
+    return Run(out, job, name, record.started), record

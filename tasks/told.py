@@ -1,0 +1,48 @@
+"""A user's mistake ends a task as Failed with one line, and without a traceback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from obstore.exceptions import BaseError
+from prefect import State, Task
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import Failed
+
+from segpipe.errors import SegpipeError, StoppedError
+from segpipe.inference.engine import DeviceMemoryError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OUT_OF_MEMORY = "OutOfMemory"
+"""Name of the state of a batch that did not fit the device."""
+STOPPED = "Stopped"
+"""Name of the state of a step that was asked to stop."""
+
+
+def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
+    """Turn the errors that a user can act on into a Failed state that says what to do."""
+
+    @functools.wraps(step)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
+        try:
+            return step(*args, **kwargs)
+        except StoppedError as error:
+            return Failed(message=str(error), name=STOPPED)
+        except DeviceMemoryError as error:
+            return Failed(message=str(error), name=OUT_OF_MEMORY)
+        except SegpipeError as error:
+            return Failed(message=str(error))
+
+    return wrapper
+
+
+def passing_fault(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again may help: storage and memory come back, mistakes do not."""
+    error = state.data if isinstance(state.data, BaseException) else None
+    if error is None:
+        error = state.result(raise_on_failure=False)
+    return isinstance(error, OSError | MemoryError | BaseError)
