@@ -112,6 +112,8 @@ class SceneBlocks:
         """Write a block through to the ingest, unless it is there or the source is read in place."""
         if self.ingest_stage is None or block_id(index) in self._ingested:
             return
+        if self._blocks is None or self._blocks.box(index) != box:
+            return  # made by another plan, and complete before this one began
         self.ingest_stage.write("image", box.slices, pixels.values)
         self.ingest_stage.write("valid", box.slices, pixels.valid)
         receipt = {"valid": int(pixels.valid.sum()), "elements": box.size}
@@ -151,6 +153,7 @@ class SceneBlocks:
 
 def ingest_all(store: SceneBlocks, stage: Stage) -> None:
     """Stream a whole scene into its ingest: the first pass of cards that must see it as a whole."""
+    store.refresh()
     layout = stage.layout
     done = stage.done()
     for index in layout.indices():

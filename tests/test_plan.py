@@ -57,9 +57,7 @@ def test_a_rest_shorter_than_the_halo_has_no_window_of_its_own() -> None:
 
 @MANY
 @given(axes(), st.booleans())
-def test_every_element_has_one_owner_with_context(
-    params: tuple[int, int, int, int], fixed: bool
-) -> None:
+def test_every_element_has_one_owner_with_context(params: tuple[int, int, int, int], fixed: bool) -> None:
     size, window, halo, stride = params
     a = lattice_axis(size, window, halo, stride, fixed)
     assert a.cuts[0] == 0
@@ -84,25 +82,14 @@ def test_owners_and_covering_are_what_they_say(
     a = lattice_axis(*params)
     start = data.draw(st.integers(0, a.size - 1))
     stop = data.draw(st.integers(start + 1, a.size))
-    owners = {
-        i
-        for x in range(start, stop)
-        for i in range(len(a.origins))
-        if a.cuts[i] <= x < a.cuts[i + 1]
-    }
+    owners = {i for x in range(start, stop) for i in range(len(a.origins)) if a.cuts[i] <= x < a.cuts[i + 1]}
     assert set(a.owners(start, stop)) == owners
-    covering = {
-        i for x in range(start, stop) for i, o in enumerate(a.origins) if o <= x < o + a.window
-    }
+    covering = {i for x in range(start, stop) for i, o in enumerate(a.origins) if o <= x < o + a.window}
     assert set(a.covering(start, stop)) == covering
 
 
 @MANY
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 40), st.integers(1, 15), st.integers(0, 4)), min_size=1, max_size=3
-    )
-)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 15), st.integers(0, 4)), min_size=1, max_size=3))
 def test_blocks_partition_the_scene(axes_: list[tuple[int, int, int]]) -> None:
     shape, block, absorb = (tuple(v) for v in zip(*axes_, strict=True))
     blocks = Blocks(shape, block, absorb)
@@ -126,8 +113,7 @@ def test_no_window_twice_when_blocks_are_multiples_of_the_step(
     sizes = tuple(p[0] for p in both)
     windows = [max(stride, p[1] // stride * stride) for p in both]
     halos = [
-        min(p[2], max(0, (w - stride) // 3 // stride * stride))
-        for p, w in zip(both, windows, strict=True)
+        min(p[2], max(0, (w - stride) // 3 // stride * stride)) for p, w in zip(both, windows, strict=True)
     ]
     lattice = make_lattice(sizes, windows, halos, stride)
     steps = [w - 2 * (-(-h // stride) * stride) for w, h in zip(windows, halos, strict=True)]
@@ -146,9 +132,7 @@ def test_predicted_passes_are_the_real_ones(
 ) -> None:
     size, window, halo, stride = params
     lattice = make_lattice((size, size), (window, window), (halo, halo), stride)
-    grid = GridMap(
-        (size, size), Box.whole((size, size)), (0, 1), (False, False), (size, size), (1.0, 1.0)
-    )
+    grid = GridMap((size, size), Box.whole((size, size)), (0, 1), (False, False), (size, size), (1.0, 1.0))
     plan = make_plan(grid, lattice, LOAD, blend=blend, block=(block, block))
     assert plan.window_passes == sum(len(plan.windows(i)) for i in plan.blocks.indices())
     for index in plan.blocks.indices():
@@ -182,9 +166,7 @@ def test_memory_does_not_grow_with_the_scene() -> None:
 
 def test_a_bound_that_cannot_be_met_says_why() -> None:
     lattice = make_lattice((4096, 4096), (512, 512), (64, 64), 32)
-    grid = GridMap(
-        (4096, 4096), Box.whole((4096, 4096)), (0, 1), (False, False), (4096, 4096), (1.0, 1.0)
-    )
+    grid = GridMap((4096, 4096), Box.whole((4096, 4096)), (0, 1), (False, False), (4096, 4096), (1.0, 1.0))
     with pytest.raises(RequestError, match=r"tiling.memory: found 512 MiB.*forward \d+ MiB"):
         make_plan(grid, lattice, LOAD, memory=512 * 1024**2)
 
@@ -242,12 +224,8 @@ def grids(draw: st.DrawFn) -> GridMap:
 
 
 def boxes(draw: st.DrawFn, within: Box) -> Box:
-    start = tuple(
-        draw(st.integers(a, b - 1)) for a, b in zip(within.start, within.stop, strict=True)
-    )
-    return Box(
-        start, tuple(draw(st.integers(a + 1, b)) for a, b in zip(start, within.stop, strict=True))
-    )
+    start = tuple(draw(st.integers(a, b - 1)) for a, b in zip(within.start, within.stop, strict=True))
+    return Box(start, tuple(draw(st.integers(a + 1, b)) for a, b in zip(start, within.stop, strict=True)))
 
 
 @MANY
@@ -275,9 +253,7 @@ def test_a_piece_resampled_alone_equals_the_piece_of_the_whole(
 @given(grids())
 def test_linear_resampling_is_exact_on_a_ramp(grid: GridMap) -> None:
     """A linear function of the native coordinates is itself at every model centre."""
-    coordinates = np.meshgrid(
-        *[np.arange(n, dtype=np.float32) for n in grid.native_shape], indexing="ij"
-    )
+    coordinates = np.meshgrid(*[np.arange(n, dtype=np.float32) for n in grid.native_shape], indexing="ij")
     ramp = np.stack(coordinates)
     values = onto_model(ramp, Box.whole(grid.native_shape), grid, Box.whole(grid.shape))
     for axis, native in enumerate(grid.axes):
@@ -294,23 +270,17 @@ def test_nearest_onto_a_fixed_shape_is_torch_nearest_exact() -> None:
         grid = model_grid(geometry, shape=[1, 1, m])
         x = np.arange(n, dtype=np.float32).reshape(1, 1, 1, n)
         ours = onto_model(x, geometry.box, grid, Box.whole(grid.shape), nearest=True).ravel()
-        theirs = torch.nn.functional.interpolate(
-            torch.from_numpy(x[0]), size=m, mode="nearest-exact"
-        )
+        theirs = torch.nn.functional.interpolate(torch.from_numpy(x[0]), size=m, mode="nearest-exact")
         np.testing.assert_array_equal(ours, theirs.numpy().ravel(), err_msg=f"{n} → {m}")
         y = np.arange(m, dtype=np.float32).reshape(1, 1, 1, m)
         ours = onto_native(y, Box.whole(grid.shape), grid, geometry.box, nearest=True).ravel()
-        theirs = torch.nn.functional.interpolate(
-            torch.from_numpy(y[0]), size=n, mode="nearest-exact"
-        )
+        theirs = torch.nn.functional.interpolate(torch.from_numpy(y[0]), size=n, mode="nearest-exact")
         np.testing.assert_array_equal(ours, theirs.numpy().ravel(), err_msg=f"{m} → {n}")
 
 
 def test_needed_memory_is_counted_in_every_part() -> None:
     lattice = make_lattice((4096, 4096), (512, 512), (64, 64), 32)
-    grid = GridMap(
-        (4096, 4096), Box.whole((4096, 4096)), (0, 1), (False, False), (4096, 4096), (1.0, 1.0)
-    )
+    grid = GridMap((4096, 4096), Box.whole((4096, 4096)), (0, 1), (False, False), (4096, 4096), (1.0, 1.0))
     parts = make_plan(grid, lattice, LOAD).memory
     assert parts.total == sum(vars(parts).values())
     assert math.isfinite(parts.total)

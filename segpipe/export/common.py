@@ -69,11 +69,3 @@ def commit(source: Path, target: Path) -> None:
     os.umask(umask)
     source.chmod(0o666 & ~umask)  # files made by tempfile's rules are private to the user
     source.replace(target)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A small text file, whole or not at all."""
-    with staging(path) as folder:
-        draft = folder / path.name
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        commit(draft, path)

@@ -194,12 +194,12 @@ _NUMBERS: dict[str, Callable[[float], str]] = {
 
 
 def _numeric(value: Any, form: Callable[[float], str]) -> Cell:
+    if _missing(value):
+        return Cell("—", tone="num muted")
     try:
         as_float = float(value)
     except (TypeError, ValueError):
         return _plain(value)
-    if math.isnan(as_float):
-        return Cell("—", "", tone="num muted")
     return Cell(form(as_float), repr(as_float), tone="num")
 
 

@@ -21,7 +21,6 @@ from urllib.parse import quote
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
 from PIL import Image
 
 from segpipe.report import units
@@ -30,6 +29,7 @@ from segpipe.report.pictures import LegendEntry, Panel, Previews
 from segpipe.report.record import ModelSummary, RunRecord, SceneRecord
 from segpipe.report.shares import LISTED, Bars, class_bars
 
+_HERE = Path(__file__).parent
 SECTIONS = 16
 """Scenes shown with pictures; every further one has its row and its ``preview.png``."""
 THUMBNAILS = 200
@@ -65,6 +65,8 @@ class _Section:
     facts: tuple[str, ...]
     panels: tuple[_Figure, ...]
     bars: tuple[Bars, ...]
+    measured: bool
+    """Whether the region table has rows of it."""
     notes: tuple[str, ...]
     details: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 
@@ -96,54 +98,62 @@ def render_page(
         summary: the means; None without a reference.
     """
     classes = record.legend
-    by_scene = _split(regions)
-    metrics_by_scene = {} if metrics is None else _split(metrics)
     shown = record.done[:SECTIONS]
     anchors = {scene.name: f"scene-{i + 1}" for i, scene in enumerate(shown)}
-    sections = []
-    for scene in shown:
-        rows = by_scene.get(scene.name, regions.iloc[:0])
-        # of a single scene the totals above say the same
-        one = len(record.done) == 1
-        bars = () if one else class_bars(rows, metrics_by_scene.get(scene.name), classes)
-        sections.append(_section(scene, anchors[scene.name], previews.get(scene.name), bars))
-    tables = [page_table("regions", "Regions", "regions.csv", regions, classes)]
-    if metrics is not None:
-        tables.append(page_table("metrics", "Metrics", "metrics.csv", metrics, classes))
-    if summary is not None:
-        tables.append(page_table("summary", "Summary", "summary.csv", summary, classes))
     totals = class_bars(regions, metrics, classes)
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            record=record,
-            lead=_lead(record),
-            cards=_cards(record, totals, summary),
-            totals=totals,
-            failed=record.failed[:ROWS],
-            index=_index(record, previews, anchors) if len(record.scenes) > 1 else (),
-            sections=sections,
-            left_out=len(record.done) - len(shown),
-            tables=tables,
-            listed=LISTED,
-            with_rows=set(by_scene),
-            compared=metrics is not None,
-            model=_model(record.model) if record.model else (),
-            provenance=_provenance(record),
-            job=json.dumps(record.job, indent=2, ensure_ascii=False, default=str),
-            css=Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8")),
-            js=Markup(script),
-            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        )
+    css, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = _environment().get_template("page.html")
+    return page.render(
+        record=record,
+        lead=_lead(record),
+        cards=_cards(record, totals, summary),
+        totals=totals,
+        failed=record.failed[:ROWS],
+        index=_index(record, previews, anchors) if len(record.scenes) > 1 else (),
+        sections=_sections(record, anchors, previews, regions, metrics),
+        left_out=len(record.done) - len(shown),
+        tables=[
+            page_table(name, name.capitalize(), f"{name}.csv", frame, classes)
+            for name, frame in (("regions", regions), ("metrics", metrics), ("summary", summary))
+            if frame is not None
+        ],
+        listed=LISTED,
+        compared=metrics is not None,
+        model=_model(record.model) if record.model else (),
+        provenance=_provenance(record),
+        job=json.dumps(record.job, indent=2, ensure_ascii=False, default=str),
+        css=css,
+        js=script,
+        script_hash=f"sha256-{digest}",
     )
+
+
+def _sections(
+    record: RunRecord,
+    anchors: Mapping[str, str],
+    previews: Mapping[str, Previews],
+    regions: pd.DataFrame,
+    metrics: pd.DataFrame | None,
+) -> list[_Section]:
+    """The scenes shown with pictures."""
+    by_scene = _split(regions)
+    compared = {} if metrics is None else _split(metrics)
+    result = []
+    for scene in (s for s in record.done if s.name in anchors):
+        rows = by_scene.get(scene.name, regions.iloc[:0])
+        bars: tuple[Bars, ...] = ()
+        if len(record.done) > 1:  # of a single scene the totals above say the same
+            bars = class_bars(rows, compared.get(scene.name), record.legend)
+        anchor = anchors[scene.name]
+        result.append(_section(scene, anchor, previews.get(scene.name), bars, measured=len(rows) > 0))
+    return result
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -239,7 +249,7 @@ def _section(scene: SceneRecord, anchor: str, previews: Previews | None, bars: t
         ("Keys", (*scene.keys.items(), ("reused", ", ".join(scene.reused) or "nothing"))),
         ("Source", (("uri", scene.uri),)),
     )
-    return _Section(scene, anchor, _facts(scene), panels, bars, notes, details)
+    return _Section(scene, anchor, _facts(scene), panels, bars, measured, notes, details)
 
 
 def _figure(panel: Panel, previews: Previews) -> _Figure:

@@ -124,7 +124,9 @@ def vrt_text(tiles: Sequence[Tile]) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _add_band(root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]) -> None:
+def _add_band(
+    root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]
+) -> None:
     """One band of the mosaic, drawn from each tile in turn."""
     common = placed[0][0].common
     kind = GDAL_TYPES[common["dtypes"][number - 1]]
@@ -243,8 +245,9 @@ def _require_same(first: Tile, other: Tile) -> None:
             same = found == value
         if not same:
             a, b = (_short(v) for v in (value, found))
+            where = f"{a} as in {first.path}"
             raise SceneError(
-                f"{other.path}: cannot join the mosaic, its {what} differ: {b}, not {a} as in {first.path}"
+                f"{other.path}: cannot join the mosaic, its {what} differ: {b}, not {where}"
             )
 
 

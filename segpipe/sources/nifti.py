@@ -46,7 +46,9 @@ class NiftiSource(Source):
 
     geometry: VolumeGeometry
 
-    def __init__(self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()
+    ) -> None:
         """Open a volume.
 
         Args:
@@ -130,9 +132,8 @@ class NiftiSource(Source):
         size = Path(self._path).stat().st_size
         wanted = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if size < wanted:
-            raise SceneError(
-                f"{self._path}: truncated: {size} bytes, but shape {tuple(shape)} of {dtype} needs {wanted}"
-            )
+            what = f"shape {tuple(shape)} of {dtype}"
+            raise SceneError(f"{self._path}: truncated: {size} bytes, but {what} needs {wanted}")
 
 
 def _load(path: str) -> Any:
@@ -176,10 +177,8 @@ def _frame(uri: str, shape: Sequence[int], frame: int | None) -> tuple[int, ...]
         raise SceneError(f"{uri}: shape {tuple(shape)}; expected a 3D volume or frames of one")
     frames = sizes[3] if len(sizes) == 4 else 1
     if frame is None and frames > 1:
-        path = uri.partition("#frame=")[0]
-        raise SceneError(
-            f"{uri}: holds {frames} frames; choose one with {path}#frame=N, N from 0 to {frames - 1}"
-        )
+        syntax = f"{uri}#frame=N, N from 0 to {frames - 1}"
+        raise SceneError(f"{uri}: holds {frames} frames; choose one with {syntax}")
     chosen = 0 if frame is None else frame
     if not 0 <= chosen < frames:
         raise SceneError(f"{uri}: no frame {chosen}; it holds {frames}, counted from 0")

@@ -27,8 +27,9 @@ def package_file(uri: str) -> Path:
     try:
         listed = files(distribution)
     except PackageNotFoundError:
+        hint = f"try: pip install {distribution}"
         raise RequestError(
-            f"{uri}: the distribution {distribution!r} is not installed; try: pip install {distribution}"
+            f"{uri}: the distribution {distribution!r} is not installed; {hint}"
         ) from None
     if listed is None:
         raise RequestError(f"{uri}: the distribution {distribution!r} keeps no list of its files")

@@ -279,9 +279,7 @@ def test_localizers_and_other_files_are_left_out_with_a_note(
 ) -> None:
     volume = noise((3, 4, 4))
     folder = write_series(tmp_path / "ct", volume)
-    slice_file(
-        folder / "scout.dcm", noise((9, 9)), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]
-    )
+    slice_file(folder / "scout.dcm", noise((9, 9)), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     slice_file(folder / "seg.dcm", noise((4, 4)), Modality="SEG")
     (folder / "readme.txt").write_text("not an image")
     with open_source(str(folder)) as source:
@@ -370,7 +368,6 @@ def test_orientation_agrees_with_nibabel(tmp_path: Path, write_series: Write, no
     np.testing.assert_allclose(ours[:, [0, 1, 3]], theirs[:, [0, 1, 3]])
 
 
-
 def test_a_real_ct_slice_stacked_with_non_square_pixels(tmp_path: Path) -> None:
     """pydicom's packaged CT slice, three times, moved along z and with other pixel spacing."""
     path = get_testdata_file("CT_small.dcm", download=False)
@@ -402,4 +399,3 @@ def test_one_name_for_the_one_channel(tmp_path: Path, write_series: Write, noise
     assert open_source(folder, band_names=["CT"]).bands == ("CT",)
     with pytest.raises(RequestError, match="2 band names given"):
         open_source(folder, band_names=["a", "b"])
-

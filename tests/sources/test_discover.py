@@ -57,7 +57,11 @@ def test_a_folder_gives_its_scenes_not_their_previews_sidecars_and_subfolders(
 ) -> None:
     _touch(tmp_path, "s.tif", "s.tif.msk", "s.tif.aux.xml", "s_preview.png", "s.jpg", ".hidden.tif")
     _touch(tmp_path, "v.nii", "pair.img", "pair.hdr", "labels/s.tif")
-    assert _found([str(tmp_path)], tmp_path) == [("pair", "pair.img"), ("s", "s.tif"), ("v", "v.nii")]
+    assert _found([str(tmp_path)], tmp_path) == [
+        ("pair", "pair.img"),
+        ("s", "s.tif"),
+        ("v", "v.nii"),
+    ]
 
 
 def test_a_glob_takes_pictures_and_any_suffix_it_names(tmp_path: Path) -> None:
@@ -218,7 +222,10 @@ def test_files_of_installed_distributions() -> None:
     [
         ("pkg://nibabel", "expected pkg://DISTRIBUTION/PATH/IN/IT"),
         ("nibabel/x", "expected pkg://"),
-        ("pkg://nibabel/data/anatomical.nii", "no file 'data/anatomical.nii'; it has nibabel/tests"),
+        (
+            "pkg://nibabel/data/anatomical.nii",
+            "no file 'data/anatomical.nii'; it has nibabel/tests",
+        ),
         ("pkg://nibabel/../secrets.txt", "has no file '../secrets.txt'"),
         ("pkg://no-such-dist/x", "'no-such-dist' is not installed; try: pip install no-such-dist"),
     ],

@@ -23,7 +23,9 @@ NORTH_UP = rasterio.Affine(30.0, 0.0, 500_000.1, 0.0, -30.0, 4_000_000.7)
 ROTATED = rasterio.Affine(8.5, 2.25, 5e5, 2.25, -8.5, 4e6)
 
 
-def _cut(write_tif: Write, folder: Path, array: np.ndarray, name: str, window: Window, **kw) -> Path:  # type: ignore[no-untyped-def]
+def _cut(
+    write_tif: Write, folder: Path, array: np.ndarray, name: str, window: Window, **kw
+) -> Path:  # type: ignore[no-untyped-def]
     """A part of an array as a file of its own, where the part lies."""
     origin = kw.pop("transform", NORTH_UP)
     moved = origin @ rasterio.Affine.translation(window.col_off, window.row_off)
@@ -101,7 +103,7 @@ def test_64_bit_integers_are_exact_or_refused(
         _cut(write_tif, tmp_path, array, f"nodata{n}.tif", window, nodata=0)
     with open_source(f"mosaic:{tmp_path}/plain*.tif") as source:
         np.testing.assert_array_equal(source.read(source.geometry.box).values, array)
-    with pytest.raises(SceneError, match="64-bit integers with nodata .* cannot join"):
+    with pytest.raises(SceneError, match=r"64-bit integers with nodata .* cannot join"):
         open_source(f"mosaic:{tmp_path}/nodata*.tif")
 
 

@@ -160,7 +160,7 @@ def test_a_4d_file_needs_a_frame_and_says_how(nibabel_file: Find) -> None:
         open_source(str(path))
     with pytest.raises(SceneError, match="no frame 2; it holds 2, counted from 0"):
         open_source(f"{path}#frame=2")
-    with pytest.raises(RequestError, match="expected #frame=N .* found 'first'"):
+    with pytest.raises(RequestError, match=r"expected #frame=N .* found 'first'"):
         open_source(f"{path}#frame=first")
 
 
@@ -234,7 +234,7 @@ def test_reading_forward_never_starts_again(tmp_path: Path, noise: Noise) -> Non
         start = _bytes_read()
         for z in range(0, 512, 8):
             slab = source.read(Box((z, 0, 0), (z + 8, 256, 256))).values[0]
-            assert (slab.T == stored[:, :, z : z + 8]).all()
+            assert (stored[:, :, z : z + 8] == slab.T).all()
         forward = _bytes_read() - start
         source.read(Box((500, 3, 3), (501, 9, 9)))
         back = _bytes_read() - start - forward
@@ -316,12 +316,12 @@ def test_a_pair_without_its_data_is_refused(tmp_path: Path, noise: Noise) -> Non
 def test_one_name_for_the_one_channel(nibabel_file: Find) -> None:
     path = str(nibabel_file("anatomical.nii"))
     assert open_source(path, band_names=["T1w"]).bands == ("T1w",)
-    with pytest.raises(RequestError, match="2 band names given .* the scene has 1 band"):
+    with pytest.raises(RequestError, match=r"2 band names given .* the scene has 1 band"):
         open_source(path, band_names=["T1w", "T2w"])
 
 
 def _raw_nifti(path: Path, stored: np.ndarray, slope: float = 1.0, inter: float = 0.0) -> Path:
-    """A NIfTI-1 file with these bytes and this slope, which nibabel's writer would choose itself."""
+    """A NIfTI-1 file with this slope, which nibabel's own writer would choose itself."""
     header = nib.Nifti1Header()
     header.set_data_shape(stored.shape)
     header.set_data_dtype(stored.dtype)

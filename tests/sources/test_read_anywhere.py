@@ -34,7 +34,7 @@ def case(
     folder = tmp_path_factory.mktemp("case")
     names = ("write_tif", "write_series", "slice_file", "noise")
     tools = {name: request.getfixturevalue(name) for name in names}
-    makers = {k: _raster for k in KINDS[:7]} | {"mosaic": _mosaic, "dicom": _dicom}
+    makers = dict.fromkeys(KINDS[:7], _raster) | {"mosaic": _mosaic, "dicom": _dicom}
     makers["dicom rescaled"] = _dicom
     uri, values, valid = makers.get(request.param, _nifti)(request.param, folder, tools)
     with open_source(uri) as source:
@@ -139,7 +139,7 @@ def _nifti(kind: str, folder: Path, tools: dict[str, Callable[..., object]]) -> 
 
 
 def _dicom(kind: str, folder: Path, tools: dict[str, Callable[..., object]]) -> tuple:  # type: ignore[type-arg]
-    volume = np.asarray(tools["noise"]((11, 25, 19), "int16"))
+    volume = np.asarray(tools["noise"]((11, 40, 35), "int16"))
     valid = np.ones(volume.shape, dtype=bool)
     if kind == "dicom":
         tools["write_series"](folder, volume, jpeg2000=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import threading
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +17,53 @@ from segpipe.sources import open_source
 Write = Callable[..., Path]
 Noise = Callable[..., np.ndarray]
 
+SERVER = """
+import re
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self): self.answer(False)
+    def do_GET(self): self.answer(True)
+    def log_message(self, *_): pass
+    def answer(self, body):
+        path = Path(self.path.partition("?")[0].lstrip("/"))
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\\d+)-(\\d*)", self.headers.get("Range", ""))
+        first, last = 0, len(data) - 1
+        if wanted:
+            first, last = int(wanted[1]), min(int(wanted[2] or last), last)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(last - first + 1))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+        self.send_header("ETag", '"abc"')
+        self.end_headers()
+        if body:
+            self.wfile.write(data[first : last + 1])
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+"""A server that knows ranges, as every object store does; http.server alone does not."""
+
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """The address and the folder of a server that knows ranges, as every object store does."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def _answer(self, body: bool) -> None:
-            path = tmp_path / self.path.partition("?")[0].lstrip("/")
-            if not path.is_file():
-                return self.send_error(404)
-            data = path.read_bytes()
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            first, last = 0, len(data) - 1
-            if wanted:
-                first, last = int(wanted[1]), min(int(wanted[2] or last), last)
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(last - first + 1))
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
-            self.send_header("ETag", f'"{hash(data)}"')
-            self.end_headers()
-            if body:
-                self.wfile.write(data[first : last + 1])
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", tmp_path
-    server.shutdown()
-    server.server_close()
+    """The address of a server and the folder it serves."""
+    # In a process of its own: rasterio holds the interpreter's lock while GDAL opens a file.
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}", tmp_path
+        server.kill()
 
 
 def test_a_window_of_a_remote_raster(

@@ -1,0 +1,135 @@
+"""A small laboratory: real files, real cards, networks whose receptive radius is known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import rasterio
+import torch
+import yaml
+from affine import Affine
+
+from segpipe.config import Job
+from segpipe.plan import Index
+from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene, resolve_settings
+from segpipe.sources import SceneRef
+from segpipe.steps import Done, finish_labels, predict_blocks
+
+CLASSES = [
+    {"value": 3, "name": "low", "color": "#000000"},
+    {"value": 0, "name": "middle", "color": "#00ff00"},
+    {"value": 200, "name": "high", "color": "#0000ff"},
+]
+
+
+class Pyramid(torch.nn.Module):
+    """Conv, pool by 2, conv, upsample, skip: total stride 2, receptive radius 1 + 2·1 + 1 + 1 ≤ 6."""
+
+    def __init__(self, ndim: int, channels: int, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        conv = torch.nn.Conv2d if ndim == 2 else torch.nn.Conv3d
+        self.first = conv(channels, 6, 3, padding=1)
+        self.pool = torch.nn.MaxPool2d(2) if ndim == 2 else torch.nn.MaxPool3d(2)
+        self.second = conv(6, 6, 3, padding=1)
+        self.up = torch.nn.Upsample(scale_factor=2.0, mode="nearest")
+        self.last = conv(12, classes, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.first(x))
+        b = torch.relu(self.second(self.pool(a)))
+        return 8 * self.last(torch.cat([a, self.up(b)], 1))
+
+
+RADIUS = 6
+STRIDE = 2
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder with cards and scenes."""
+
+    folder: Path
+
+    def card(self, ndim: int, channels: int = 1, **changes: Any) -> str:
+        """A card of the network above; ``changes`` replace keys."""
+        weights = self.folder / f"pyramid{ndim}d{channels}.pt"
+        if not weights.exists():
+            module = Pyramid(ndim, channels, len(CLASSES)).eval()
+            torch.jit.script(module).save(str(weights))
+        bands = [f"b{i}" for i in range(channels)] if ndim == 2 else []
+        card = {
+            "name": f"pyramid-{ndim}d",
+            "kind": "raster" if ndim == 2 else "volume",
+            "provider": "torchscript",
+            "allow_torchscript": True,
+            "weights": weights.name,
+            "input": {"bands": bands, "normalisation": []},
+            "window": {"size": [32] * ndim, "halo": [8], "stride": STRIDE},
+            "classes": CLASSES,
+            **changes,
+        }
+        path = self.folder / f"card-{abs(hash(repr(card)))}.yaml"
+        path.write_text(yaml.safe_dump(card))
+        return str(path)
+
+    def raster(self, values: np.ndarray, nodata: float | None = None, **profile: Any) -> SceneRef:
+        """(c, y, x) as a GeoTIFF."""
+        path = self.folder / f"scene-{len(list(self.folder.iterdir()))}.tif"
+        settings = {
+            "driver": "GTiff",
+            "dtype": values.dtype,
+            "count": values.shape[0],
+            "height": values.shape[1],
+            "width": values.shape[2],
+            "crs": "EPSG:32633",
+            "transform": Affine(10, 0, 500000, 0, -10, 5000000),
+            "nodata": nodata,
+            **profile,
+        }
+        with rasterio.open(path, "w", **settings) as target:
+            target.write(values)
+        return SceneRef("scene", str(path))
+
+    def volume(self, values: np.ndarray, affine: np.ndarray) -> SceneRef:
+        """(z, y, x) as a NIfTI file."""
+        path = self.folder / f"scene-{len(list(self.folder.iterdir()))}.nii.gz"
+        nib.save(nib.Nifti1Image(values.T, affine), path)
+        return SceneRef("scene", str(path))
+
+    def job(self, ref: SceneRef, card: str, out: str, scores: bool = False, **keys: Any) -> Job:
+        """A job over one scene."""
+        outputs = {"dir": str(self.folder / out), "scores": scores, "keep": ["labels", "scores", "image"]}
+        return Job.model_validate({"scenes": [ref.uri], "model": card, "outputs": outputs, **keys})
+
+
+def prepared(job: Job, ref: SceneRef) -> Scene:
+    """The scene, planned, with its stages."""
+    from segpipe.scene import read_card
+
+    assert job.model is not None
+    settings = resolve_settings(job.compute, read_card(job.model))
+    return create_stages(prepare_scene(job, ref, settings))
+
+
+def predict(scene: Scene, blocks: Sequence[Index] | None = None) -> Done:
+    """Compute blocks (all that are pending) and clean up."""
+    done = predict_blocks(scene, pending_blocks(scene) if blocks is None else blocks, "test")
+    if not pending_blocks(scene):
+        finish_labels(scene)
+    return done
+
+
+def labels_of(scene: Scene) -> np.ndarray:
+    """The finished label map."""
+    return np.asarray(scene.labels.array("labels")[...])
+
+
+def scores_of(scene: Scene) -> np.ndarray:
+    """The score map (k, …)."""
+    return np.asarray(scene.predict.array("scores")[...])
