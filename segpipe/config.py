@@ -98,7 +98,7 @@ class Tiling(Strict):
     )
     halo: AutoSize = Field(
         "auto",
-        description="Margin of a window that is computed and thrown away or blended: auto (the card's) or elements.",
+        description="Margin of a window, computed and then thrown away or blended: auto (the card's) or elements.",
     )
     block: AutoSize = Field(
         "auto", description="Unit of writing and of resuming: auto or elements of the native grid."
@@ -399,7 +399,7 @@ def parse_size(text: str, ndim: int, field: str) -> tuple[int, ...]:
     """``512`` or ``96x128x128`` as one number per axis.
 
     Raises:
-        RequestError: another number of axes than the scene has, or a zero.
+        RequestError: another number of axes than the scene has, or a zero where that is no size.
     """
     parts = tuple(int(part) for part in text.split("x"))
     sizes = parts * ndim if len(parts) == 1 else parts
@@ -407,4 +407,6 @@ def parse_size(text: str, ndim: int, field: str) -> tuple[int, ...]:
         raise RequestError(
             f"{field}: found {text!r} with {len(sizes)} axes; the scene has {ndim}: give one number or {ndim}"
         )
+    if 0 in sizes and field != "tiling.halo":
+        raise RequestError(f"{field}: found {text!r}; valid: numbers above 0")
     return sizes

@@ -205,7 +205,7 @@ def _nearest(index: np.ndarray, ratio: float, size: int) -> np.ndarray:
     elements, both are nearest, and published pipelines are met voxel by voxel.
     """
     at = (index.astype(np.float32) + np.float32(0.5)) * np.float32(ratio)
-    return np.minimum(np.floor(at).astype(np.intp), size - 1)
+    return np.asarray(np.minimum(np.floor(at).astype(np.intp), size - 1))
 
 
 def _take(values: np.ndarray, axis: int, at: np.ndarray, offset: int) -> np.ndarray:
@@ -216,13 +216,13 @@ def _take(values: np.ndarray, axis: int, at: np.ndarray, offset: int) -> np.ndar
         offset: the global index of item 0.
     """
     if at.dtype.kind == "i":
-        return np.take(values, at - offset, axis=axis)
+        return np.asarray(np.take(values, at - offset, axis=axis))
     low = np.floor(at)
     weight = (at - low).astype(np.float32)
     index = low.astype(np.intp) - offset
     first = np.take(values, index, axis=axis)
     if not weight.any():
-        return first
+        return np.asarray(first)
     upper = np.minimum(index + 1, values.shape[axis] - 1)
     second = np.take(values, upper, axis=axis)
     shape = [1] * values.ndim

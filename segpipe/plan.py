@@ -284,7 +284,8 @@ class Plan:
     def _axis_needs(self, axis: int, native: int) -> Iterator[range]:
         """Windows along a model axis needed by each row of blocks along its native axis."""
         index = [0] * len(self.grid.axes)
-        for index[native] in range(self.blocks.counts[native]):
+        for position in range(self.blocks.counts[native]):
+            index[native] = position
             block = self.blocks.box(tuple(index))
             low, high = list(self.grid.crop.start), list(self.grid.crop.stop)
             low[native], high[native] = block.start[native], block.stop[native]

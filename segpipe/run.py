@@ -105,11 +105,15 @@ def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[Scene
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
     asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores")}
-    files = [*(s.uri for s in scenes), *(c.path for c in (job.regions, job.reference) if c)]
+    files = [s.uri for s in scenes]
+    if job.regions is not None:
+        files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]
+    if job.reference is not None:
+        files += [job.reference.path]
     parts = {
         "asked": asked,
         "model": model_parts(card),
-        "classes": [c.model_dump() for c in card.classes],
+        "card": card.model_dump(mode="json"),
         "settings": [settings.device_class, settings.precision, settings.batch],
         "inputs": [_state(uri) for uri in files],
         "versions": [ENGINE_VERSION, TALLY_VERSION],
@@ -118,12 +122,15 @@ def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[Scene
 
 
 def _state(uri: str) -> list[Any]:
-    """A path with what tells that it changed: size and time of the file, or of a folder's files."""
+    """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
     path = Path(uri.split("#")[0])
-    if not path.exists():
-        return [uri]
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return [uri, *([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+    elif path.exists():
+        files = [path]
+    else:
+        files = [] if is_url(uri) else [p for p in matches(uri) if p.is_file()]
+    return [uri, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
 
 
 def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
@@ -214,7 +221,7 @@ def _write_tables(
 def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
     """Regions, metrics and summary of a finished run; the latter two None without a reference."""
     store = open_store(run.location)
-    tables = []
+    tables: list[pd.DataFrame | None] = []
     for name in ("regions", "metrics", "summary"):
         try:
             data = bytes(obstore.get(store, f"{name}.parquet").bytes())

@@ -1,8 +1,8 @@
 """The working store: the one place that knows how arrays and receipts lie on disk or in a bucket.
 
 ``<out>/.store/<stage>-<key>/`` is a Zarr v3 group with a stage's arrays and, beside them,
-``receipts-<token>/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without one
-is computed again. Receipts are compacted into one object when a stage is complete.
+``receipts-<token>/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without
+one is computed again. Receipts are compacted into one object when a stage is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,11 +165,13 @@ class Stage:
             obstore.put(self.objects, "stage.json", _json(record), mode="create")
         except obstore.exceptions.AlreadyExistsError:
             blocks = self.layout
+        for name in ("group", "_receipts"):
+            self.__dict__.pop(name, None)  # from before the stage was there
         store = zarr.storage.ObjectStore(self.objects)
         conventions = dict(_conventions(geometry, arrays))
         group = zarr.open_group(store, mode="a", attributes=conventions)
         for spec in arrays:
-            if spec.name not in group:
+            with suppress(zarr.errors.ContainsArrayError):
                 _create_array(group, spec, geometry, blocks)
         return blocks
 
@@ -180,7 +183,8 @@ class Stage:
         for part, shard, size in zip(box, shards, extent, strict=True):
             assert part.start % shard == 0, f"{name}: {part} does not begin at a shard of {shard}"
             assert part.stop % shard == 0 or part.stop == size, f"{name}: {part} ends inside a shard"
-        array[(..., *box)] = values
+        where: tuple[Any, ...] = (Ellipsis, *box)
+        array[where] = values
 
     def commit(self, name: str, receipt: Mapping[str, Any]) -> None:
         """Write a receipt; call it after the data it stands for."""
@@ -192,26 +196,28 @@ class Stage:
         return f"receipts-{self.token or '0'}"
 
     def receipts(self) -> dict[str, dict[str, Any]]:
-        """All receipts by name, compacted and loose."""
-        found: dict[str, dict[str, Any]] = self.read_json(f"{self._receipts}.json") or {}
+        """All receipts by name, compacted and loose.
+
+        Loose ones first: what another run compacts meanwhile is then found in the compacted object.
+        """
         names = self._loose()
         with ThreadPoolExecutor(8) as pool:
-            for name, receipt in zip(names, pool.map(self.read_json, names), strict=True):
-                if receipt is not None:
-                    found[Path(name).stem] = receipt
-        return dict(sorted(found.items()))
+            read = dict(zip(names, pool.map(self.read_json, names), strict=True))
+        loose = {Path(name).stem: receipt for name, receipt in read.items() if receipt is not None}
+        compact = self.read_json(f"{self._receipts}.json") or {}
+        return dict(sorted({**compact, **loose}.items()))
 
     def done(self) -> set[str]:
         """Names of committed receipts, without reading the loose ones."""
-        compact = self.read_json(f"{self._receipts}.json") or {}
-        return set(compact) | {Path(name).stem for name in self._loose()}
+        loose = {Path(name).stem for name in self._loose()}
+        return loose | set(self.read_json(f"{self._receipts}.json") or {})
 
     def compact(self) -> None:
         """Put all receipts into one object: ten thousand small ones are slow to list."""
         loose = self._loose()
         if loose:
             self.write_json(f"{self._receipts}.json", self.receipts())
-            obstore.delete(self.objects, loose)
+            self._delete(loose)
 
     def drop(self) -> None:
         """Remove the stage; its token first, so that a half-removed stage is never believed."""
@@ -222,8 +228,10 @@ class Stage:
     def _delete(self, paths: list[str]) -> None:
         try:
             obstore.delete(self.objects, paths)
-        except FileNotFoundError:
-            return  # somebody else was faster
+        except FileNotFoundError:  # somebody else was faster, maybe not with all of them
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    obstore.delete(self.objects, path)
 
     def _loose(self) -> list[str]:
         return sorted(

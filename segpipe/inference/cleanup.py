@@ -22,8 +22,7 @@ def clean_labels(labels: np.ndarray, card: Card) -> np.ndarray:
         if not mask.any():
             continue
         if card.cleanup.largest_component:
-            connectivity = 26 if mask.ndim == 3 else 8
-            components = cc3d.connected_components(mask, connectivity=connectivity)
+            components = cc3d.connected_components(mask, connectivity=26 if mask.ndim == 3 else 8)
             largest = int(np.bincount(components[components != 0]).argmax())
             out[mask & (components != largest)] = background
             mask = out == item.value

@@ -359,7 +359,7 @@ class Engine:
         for k in range(len(merged)):
             plane = onto_native(merged[k : k + 1], region, plan.grid, inside, nearest=nearest)[0]
             if len(keep):
-                keep[(k, *here)] = plane
+                keep[k][here] = plane
             if best is None:
                 best = plane
                 continue

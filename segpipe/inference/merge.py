@@ -92,7 +92,8 @@ class GaussianScores(Merger):
     def finalize(self) -> np.ndarray:
         """(k, …) mean scores; 0 where no window answered."""
         covered = self._weight > 0
-        return np.divide(self._sum, self._weight, out=self._sum, where=covered)
+        np.divide(self._sum, self._weight, out=self._sum, where=covered)
+        return self._sum
 
 
 @lru_cache(maxsize=8)
@@ -103,4 +104,4 @@ def gaussian_weight(shape: tuple[int, ...]) -> np.ndarray:
         at = (np.arange(n) - (n - 1) / 2) / (GAUSSIAN_SIGMA * n)
         line = np.exp(-0.5 * at**2)
         weight *= line.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return np.maximum(weight / weight.max(), GAUSSIAN_FLOOR).astype(np.float32)
+    return np.asarray(np.maximum(weight / weight.max(), GAUSSIAN_FLOOR), np.float32)

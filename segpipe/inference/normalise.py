@@ -76,22 +76,22 @@ def _apply(x: np.ndarray, step: Step, pairs: tuple[tuple[float, float], ...]) ->
     """One elementwise step on (c, …) float32."""
     match step:
         case Subtract(value=value):
-            return x - _column(value, x.ndim)
+            return np.asarray(x - _column(value, x.ndim))
         case Divide(value=value):
-            return x / _column(value, x.ndim)
+            return np.asarray(x / _column(value, x.ndim))
         case Scale(factor=factor, offset=offset):
-            return x * np.float32(factor) + np.float32(offset)
+            return np.asarray(x * np.float32(factor) + np.float32(offset))
         case Clip(low=low, high=high):
-            return np.clip(x, np.float32(low), np.float32(high))
+            return np.asarray(np.clip(x, np.float32(low), np.float32(high)))
         case SceneQuantiles():
-            low = _column([p[0] for p in pairs], x.ndim)
-            high = _column([p[1] for p in pairs], x.ndim)
-            span = np.where(high > low, high - low, np.float32(1))
-            return np.clip((x - low) / span, np.float32(0), np.float32(1))
+            bottom = _column([p[0] for p in pairs], x.ndim)
+            top = _column([p[1] for p in pairs], x.ndim)
+            span = np.where(top > bottom, top - bottom, np.float32(1))
+            return np.asarray(np.clip((x - bottom) / span, np.float32(0), np.float32(1)))
         case SceneZscore():
             mean = _column([p[0] for p in pairs], x.ndim)
             deviation = _column([p[1] or 1.0 for p in pairs], x.ndim)
-            return (x - mean) / deviation
+            return np.asarray((x - mean) / deviation)
         case WindowZscore():
             raise ValueError("window_zscore is not elementwise")
 

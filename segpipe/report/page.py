@@ -239,7 +239,13 @@ def _metric_card(row: Mapping[Any, Any]) -> _Card:
     return _Card(label, units.number(value, 3), "", f"over {over} · {', '.join(counts)}")
 
 
-def _section(scene: SceneRecord, anchor: str, previews: Previews | None, bars: tuple[Bars, ...]) -> _Section:
+def _section(
+    scene: SceneRecord,
+    anchor: str,
+    previews: Previews | None,
+    bars: tuple[Bars, ...],
+    measured: bool,
+) -> _Section:
     panels = tuple(_figure(p, previews) for p in previews.panels) if previews else ()
     notes = (*scene.notes, *(previews.notes if previews else ()))
     timings = [(k, units.duration(v)) for k, v in scene.timings.items()]

@@ -1,0 +1,55 @@
+# Everything installs into .venv from requirements.lock; a second call installs nothing.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Prefect keeps its files inside the repository, and nothing is reported home.
+export PREFECT_HOME := $(CURDIR)/.prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: demo demo-data test test-all bench lint serve lock clean help
+
+help:
+	@echo "make demo      install, then segment a Landsat scene and a brain MRI, with reports"
+	@echo "make test      install, then run the tests;  make test-all: the slow ones too"
+	@echo "make bench     measure the pipeline against the bare forward pass"
+	@echo "make serve     a local Prefect server with the flow ready to be triggered"
+	@echo "make lint      ruff and mypy;  make lock: resolve requirements.lock anew"
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m flows.demo
+
+demo-data: $(INSTALLED)
+	$(BIN)/python -m flows.demo --data-only
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.memory
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: $(INSTALLED)
+	$(BIN)/segpipe serve
+
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra demo --extra dev pyproject.toml \
+	    --no-annotate --no-header --no-emit-index-url -o requirements.lock
+
+clean:
+	rm -rf .venv .prefect .demo runs
