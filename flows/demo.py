@@ -67,9 +67,10 @@ def _prepare_landsat(folder: Path, landsat: Path) -> None:
 def _prepare_brain(brain: Path) -> None:
     """The reference (grey plus white matter) and an atlas of the two, from the template's own maps."""
     brain.mkdir(parents=True, exist_ok=True)
-    grey_image = nib.load(package_file(BRAIN.format("gm")))
+    grey_image = nib.Nifti1Image.from_filename(package_file(BRAIN.format("gm")))
     grey = grey_image.get_fdata(dtype=np.float32) / TISSUE_SCALE
-    white = nib.load(package_file(BRAIN.format("wm"))).get_fdata(dtype=np.float32) / TISSUE_SCALE
+    white_image = nib.Nifti1Image.from_filename(package_file(BRAIN.format("wm")))
+    white = white_image.get_fdata(dtype=np.float32) / TISSUE_SCALE
     inside = grey + white > TISSUE_THRESHOLD
     tissues = np.where(inside, np.where(grey >= white, 1, 2), 3).astype(np.uint8)
     _save(inside.astype(np.uint8), grey_image.affine, brain / "reference.nii.gz")

@@ -10,8 +10,8 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from segpipe.config import Compute, Runner
 from segpipe.errors import RequestError
 
-SPARE_THREADS = 2
-"""Beside the batches: one plans the next scene while another finishes the last."""
+SPARE_THREADS = 3
+"""Beside a batch and a scene to finish for each worker: they plan the next scenes."""
 
 
 def task_runner(compute: Compute) -> TaskRunner[Any]:
@@ -21,13 +21,13 @@ def task_runner(compute: Compute) -> TaskRunner[Any]:
         RequestError: Dask without a Prefect server: every worker would start one of its own.
     """
     if compute.runner is Runner.threads:
-        return ThreadPoolTaskRunner(max_workers=compute.workers + SPARE_THREADS)
+        return ThreadPoolTaskRunner(max_workers=2 * compute.workers + SPARE_THREADS)
     if get_current_settings().api.url is None:
         raise RequestError(
             "compute.runner: dask needs a running Prefect server; start one with `prefect server start` "
             "and set PREFECT_API_URL=http://127.0.0.1:4200/api, or use runner: threads"
         )
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     if compute.address is not None:
         return DaskTaskRunner(address=compute.address)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,6 @@ from segpipe import __version__
 from segpipe.errors import RequestError, SegpipeError
 
 if TYPE_CHECKING:
-    from segpipe.config import Job
     from segpipe.report.record import RunRecord
     from segpipe.run import Run
 
@@ -63,27 +61,47 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
     """
     from segpipe.config import load_job
     from segpipe.request import check_request
+    from segpipe.run import open_run
 
     job = load_job(job_file, overrides or [])
-    check_request(job)  # a mistake is told now, before a server is started
+    request = check_request(job)  # a mistake is told now, before a server is started
+    found, before = open_run(job, request.mark)
+    if before is not None and len(before.done) == len(request.scenes):
+        print("nothing to do: this job is done; the results of then:")
+        _headline(found, before)
+        return
+    from flows.runners import task_runner
     from flows.segment import segment
 
+    task_runner(job.compute)
+    _check_server()
     state = segment(job, return_state=True)
-    found = _result(job)
-    if found is None:
+    found, after = open_run(job, request.mark)
+    if after is None or after == before:
         raise SegpipeError(state.message or "the run ended without a report")
-    _headline(*found)
+    _headline(found, after)
     if not state.is_completed():
         raise typer.Exit(1)
 
 
-def _result(job: Job) -> tuple[Run, RunRecord] | None:
-    """The run that this job has just had."""
-    from segpipe.request import check_request
-    from segpipe.run import open_run
+def _check_server() -> None:
+    """Ask whether the server that the environment or profile names is there.
 
-    run, record = open_run(job, check_request(job).mark)
-    return None if record is None else (run, record)
+    Raises:
+        RequestError: nothing answers.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    if url is None:
+        return
+    with get_client(sync_client=True) as client:
+        if client.api_healthcheck() is not None:
+            raise RequestError(
+                f"PREFECT_API_URL: no Prefect server answers at {url}; start one with "
+                "`prefect server start`, or unset it for a temporary one"
+            )
 
 
 def _headline(run: Run, record: RunRecord) -> None:
@@ -116,7 +134,7 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
         try:
             planned = dry_plan(job, ref, request.settings)
         except SegpipeError as error:
-            failed.append(f"{ref.name}: {error}")
+            failed.append(f"{ref.name}: {' '.join(str(error).split())}")
             continue
         s = planned.summary()
         table.add_row(
@@ -214,17 +232,16 @@ def execute(arguments: list[str] | None = None) -> int:
     logging.captureWarnings(True)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     try:
-        result = app(arguments, standalone_mode=False)
+        app(arguments)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except SegpipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    return result if isinstance(result, int) else 0
+    except SystemExit as ended:  # how typer ends: a wrong command line is 2, an interrupt 130
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
 
 
 def main() -> None:

@@ -334,7 +334,7 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if not path:
         return message
-    if error["type"] == "string_pattern_mismatch":
+    if error["type"] in ("string_pattern_mismatch", "too_short"):
         return f"{path}: found {found!r}; {_describe(model, loc)}"
     return f"{path}: found {found!r}; {message[:1].lower()}{message[1:]}"
 

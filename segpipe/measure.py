@@ -15,7 +15,7 @@ from segpipe.errors import StoppedError
 from segpipe.inference.labels import nodata_value
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
 from segpipe.reference import ReferenceLabels, find_reference, open_reference
-from segpipe.regions import load_regions
+from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.scene import Scene
 from segpipe.steps import Done, read_labels
@@ -52,7 +52,7 @@ def measure_scene(scene: Scene, run: str) -> tuple[Measured, Done]:
     begun = time.perf_counter()
     computed = reused = 0
     with ExitStack() as stack:
-        regions = load_regions(scene.job.regions, scene.geometry)
+        regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
         reference = _reference(scene, stack)
         stage = _stage(scene, regions, reference)
         info = _info(scene, regions, reference)
@@ -100,7 +100,7 @@ def check_measure(scene: Scene) -> None:
         SceneError, RequestError: they do not fit the scene.
     """
     with ExitStack() as stack:
-        load_regions(scene.job.regions, scene.geometry)
+        stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
         _reference(scene, stack)
 
 

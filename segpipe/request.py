@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from glob import has_magic
+from pathlib import Path
 
-from segpipe.config import Job
+from segpipe.config import Job, parse_size
+from segpipe.errors import RequestError
+from segpipe.models.card import Card
 from segpipe.models.registry import check_card
 from segpipe.run import fingerprint
 from segpipe.scene import Settings, read_card, resolve_settings
 from segpipe.sources import SceneRef, discover
-from segpipe.store import check_writable
+from segpipe.store import check_writable, is_url
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,32 @@ def check_request(job: Job) -> Request:
     assert job.model is not None
     card = read_card(job.model)
     check_card(card)
+    _check_tiling(job, card)
+    _check_paths(job)
     settings = resolve_settings(job.compute, card)
     scenes = tuple(discover(job.scenes))
     check_writable(job.outputs.dir)
     return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+
+
+def _check_tiling(job: Job, card: Card) -> None:
+    """Sizes that suit no scene of the card's kind."""
+    tiling, stride = job.tiling, card.window.stride
+    for field in ("window", "halo", "block"):
+        value = getattr(tiling, field)
+        if value in ("auto", "whole"):
+            continue
+        sizes = parse_size(value, card.ndim, f"tiling.{field}")
+        if field == "window" and any(n % stride for n in sizes):
+            raise RequestError(
+                f"tiling.window: found {value}; valid: multiples of {stride}, the total stride of {card.name!r}"
+            )
+
+
+def _check_paths(job: Job) -> None:
+    """Regions and reference of every scene; what lies behind a URL or in a glob shows when it is read."""
+    for field, config in (("regions", job.regions), ("reference", job.reference)):
+        if config is None or is_url(config.path) or has_magic(config.path):
+            continue
+        if not Path(config.path).exists() and not config.path.startswith("/vsi"):
+            raise RequestError(f"{field}.path: {config.path} does not exist (seen from the working folder)")

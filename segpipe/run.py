@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import obstore
 import pandas as pd
 
@@ -50,6 +49,8 @@ from segpipe.report.tables import (
 )
 from segpipe.scene import Settings, model_parts, read_card
 from segpipe.sources.base import SceneRef
+from segpipe.sources.common import matches
+from segpipe.sources.mosaic import SCHEME as MOSAIC
 from segpipe.store import Stage, is_url, join, open_store
 
 PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
@@ -123,13 +124,14 @@ def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[Scene
 
 def _state(uri: str) -> list[Any]:
     """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
-    path = Path(uri.split("#")[0])
+    location = uri.removeprefix(MOSAIC).split("#")[0]
+    path = Path(location)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file())
     elif path.exists():
         files = [path]
     else:
-        files = [] if is_url(uri) else [p for p in matches(uri) if p.is_file()]
+        files = [] if is_url(location) else [p for p in matches(location) if p.is_file()]
     return [uri, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
 
 
@@ -137,7 +139,7 @@ def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
     """The run of this fingerprint: a new one, or the folder of the same request before.
 
     Returns:
-        The run, and its record where it has one.
+        The run, and its record where it has ended and its files are still there.
     """
     store = open_store(join(job.outputs.dir, job.name))
     found = obstore.list_with_delimiter(store)["common_prefixes"]
@@ -146,6 +148,8 @@ def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
         if name.endswith(f"-{mark}"):
             record = _read_record(store, name)
             started = record.started if record else _now()
+            if record is not None and not _files_are_there(store, name, record):
+                record = None
             return Run(job.outputs.dir, job.name, name, started), record
     started = _now()
     stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
@@ -157,6 +161,14 @@ def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | Non
         return load_record(bytes(obstore.get(store, f"{name}/run.json").bytes()))
     except FileNotFoundError:
         return None
+
+
+def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRecord) -> bool:
+    """Whether nobody took a page, table or picture out of a run's folder."""
+    there = {meta["path"] for chunk in obstore.list(store, f"{name}/") for meta in chunk}
+    files = {"report.html", "regions.csv", "regions.parquet"}
+    files |= {file for scene in record.done for file in scene.files.values()}
+    return {f"{name}/{file}" for file in files} <= there
 
 
 def _now() -> str:
@@ -246,8 +258,7 @@ def _measured(out: str, scene: SceneRecord) -> Measured:
 def _result(scene: SceneRecord, measured: Measured | None) -> SceneResult:
     if measured is None:
         return SceneResult(scene.name, (), scene.attempts, reason=scene.error)
-    info = measured.scale
-    scale = SizeScale(info["unit"], info["largest"], info["bits"], np.zeros(0, np.int64))
+    scale = SizeScale.from_dict(measured.scale)
     return SceneResult(scene.name, measured.regions, scene.attempts, measured.tally, scale, measured.outside)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
@@ -21,13 +21,18 @@ from segpipe.sources import SceneRef
 from segpipe.steps import Done, finish_labels, predict_blocks
 from tasks.told import passing_fault, told
 
-SAY_EVERY = 5.0
-"""Seconds between two lines of progress."""
+RETRIES = 2
+"""Of planning and finishing; those of a batch are the job's."""
+BACKOFF = exponential_backoff(backoff_factor=2)
 
-_retried = {"retry_delay_seconds": exponential_backoff(2), "retry_condition_fn": passing_fault}
 
-
-@task(name="plan scene", task_run_name="plan {ref.name}", retries=2, cache_policy=NO_CACHE, **_retried)
+@task(
+    task_run_name="plan {ref.name}",
+    retries=RETRIES,
+    retry_delay_seconds=BACKOFF,
+    retry_condition_fn=passing_fault,
+    cache_policy=NO_CACHE,
+)
 @told
 def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
     """Open, check and plan a scene, regions and reference too; make its stages."""
@@ -36,34 +41,44 @@ def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
     return create_stages(scene)
 
 
-@task(name="predict batch", task_run_name="predict {scene.ref.name}", cache_policy=NO_CACHE, **_retried)
+@task(
+    task_run_name="predict {scene.ref.name}, {part}",
+    retry_delay_seconds=BACKOFF,
+    retry_condition_fn=passing_fault,
+    cache_policy=NO_CACHE,
+)
 @told
-def predict_batch(scene: Scene, blocks: Sequence[Index], run_id: str) -> Done:
+def predict_batch(scene: Scene, blocks: Sequence[Index], part: str, stop: str) -> Done:
     """Compute a batch of blocks: read, forward, stitch, write."""
-    logger = get_run_logger()
-    last = time.monotonic()
-
-    def progress(finished: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SAY_EVERY:
-            last = time.monotonic()
-            logger.info("%s: %d of %d blocks of this batch", scene.ref.name, finished, len(blocks))
-
-    return predict_blocks(scene, blocks, run_id, task_run.get_run_count() or 1, progress)
+    return predict_blocks(scene, blocks, stop, task_run.get_run_count() or 1)
 
 
 @task(
-    name="finish scene", task_run_name="finish {scene.ref.name}", retries=2, cache_policy=NO_CACHE, **_retried
+    task_run_name="finish {scene.ref.name}",
+    retries=RETRIES,
+    retry_delay_seconds=BACKOFF,
+    retry_condition_fn=passing_fault,
+    cache_policy=NO_CACHE,
 )
 @told
-def finish_scene(scene: Scene, run: Run, predicted: Mapping[str, Done], run_id: str) -> SceneRecord:
+def finish_scene(scene: Scene, run: Run, predicted: Sequence[Done], reused: int, stop: str) -> SceneRecord:
     """Clean up, measure and export a scene whose blocks are all predicted."""
-    steps = dict(predicted)
-    steps["clean-up"] = finish_labels(scene)
-    measured, steps["measure"] = measure_scene(scene, run_id)
+    steps = {"predict": _together(predicted, reused), "clean-up": finish_labels(scene)}
+    measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
     record = done_record(scene, measured, files, steps, attempts_of(scene))
     drop_unkept(scene)
     return record
+
+
+def _together(parts: Sequence[Done], reused: int) -> Done:
+    """What all batches of a scene did."""
+    names = sorted({name for part in parts for name in part.timings})
+    return Done(
+        computed=sum(part.computed for part in parts),
+        reused=reused + sum(part.reused for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        timings={name: sum(part.timings.get(name, 0.0) for part in parts) for name in names},
+    )

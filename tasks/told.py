@@ -21,6 +21,8 @@ OUT_OF_MEMORY = "OutOfMemory"
 """Name of the state of a batch that did not fit the device."""
 STOPPED = "Stopped"
 """Name of the state of a step that was asked to stop."""
+NOT_READY = "NotReady"
+"""Prefect's name of the state of a task whose inputs failed: never the cause."""
 
 
 def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from segpipe.config import Regions
 from segpipe.geometry import Geometry
 from segpipe.regions.atlas import is_atlas, load_atlas
-from segpipe.regions.base import FULL, Cover, RegionSet, WholeScene
+from segpipe.regions.base import FULL, SCENE, Cover, RegionSet, WholeScene, WithScene
 from segpipe.regions.polygons import load_polygons
 
-__all__ = ["FULL", "Cover", "RegionSet", "WholeScene", "load_regions"]
+__all__ = ["FULL", "SCENE", "Cover", "RegionSet", "WholeScene", "load_regions", "measured_regions"]
 
 
 def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
@@ -27,3 +27,12 @@ def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
     if is_atlas(config.path):
         return load_atlas(config, geometry)
     return load_polygons(config, geometry)
+
+
+def measured_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
+    """What is measured: always the whole scene, and first; then the regions asked for.
+
+    Args and errors as for `load_regions`.
+    """
+    regions = load_regions(config, geometry)
+    return regions if config is None else WithScene(geometry, regions)

@@ -17,6 +17,8 @@ import numpy as np
 from segpipe.boxes import Box
 from segpipe.geometry import Geometry
 
+SCENE = "scene"
+"""Name of the region that is the whole scene; every scene has it."""
 FULL = 1 << 16
 """Fixed-point cover of an element that lies wholly inside a region."""
 
@@ -74,7 +76,7 @@ class RegionSet(ABC):
 class WholeScene(RegionSet):
     """One region: every element of the scene."""
 
-    names = ("scene",)
+    names = (SCENE,)
 
     def __init__(self, geometry: Geometry) -> None:
         self._box = geometry.box
@@ -92,6 +94,34 @@ class WholeScene(RegionSet):
     def identity(self) -> dict[str, Any]:
         """The same for every scene: its shape is in the labels' key."""
         return {"kind": "scene"}
+
+
+class WithScene(RegionSet):
+    """The whole scene first, then the regions that were asked for: totals need no sum over regions."""
+
+    def __init__(self, geometry: Geometry, regions: RegionSet) -> None:
+        self._scene = WholeScene(geometry)
+        self._regions = regions
+        self.names = different((SCENE, *regions.names))
+        self.notes = regions.notes
+
+    def cover(self, tile: Box) -> Iterator[Cover]:
+        """The scene's cover, then the regions'."""
+        yield from self._scene.cover(tile)
+        for cover in self._regions.cover(tile):
+            yield Cover(cover.region + 1, cover.box, cover.fraction)
+
+    def outside(self, region: int) -> int:
+        """Of the scene nothing; of a region what is beyond it."""
+        return 0 if region == 0 else self._regions.outside(region - 1)
+
+    def identity(self) -> dict[str, Any]:
+        """That of the regions: the scene is always there."""
+        return self._regions.identity()
+
+    def close(self) -> None:
+        """Release the regions' files."""
+        self._regions.close()
 
 
 def different(names: Iterable[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import re
 
 import pandas as pd
 
+from segpipe.regions.base import SCENE
 from segpipe.report import units
 from segpipe.report.record import RunRecord
 from segpipe.report.shares import class_bars
@@ -62,13 +63,17 @@ def run_markdown(
     return "\n".join(lines)
 
 
+def _over_scenes(summary: pd.DataFrame) -> pd.DataFrame:
+    """The means over all classes of whole scenes."""
+    return summary[(summary["class"].fillna("") == "") & (summary["region"] == SCENE)]
+
+
 def _means(summary: pd.DataFrame | None) -> list[str]:
     """The means over all classes; those of single classes are in the report."""
     if summary is None or summary.empty:
         return []
-    kept = summary[summary["class"].fillna("") == ""] if "class" in summary else summary
     rows = []
-    for row in kept.to_dict("records"):
+    for row in _over_scenes(summary).to_dict("records"):
         defined = row.get("n_defined")
         rows.append(
             [
@@ -104,9 +109,7 @@ def headline(
             scores = f"  IoU {bar.iou}  Dice {bar.dice}" if group.compared else ""
             lines.append(f"  {bar.name:<16} {bar.size:>12} {group.unit}  {bar.share:>7}{scores}")
     if summary is not None:
-        kept = summary[(summary["class"].fillna("") == "") & (summary["region"] == "scene")]
-        kept = kept if len(kept) else summary[summary["class"].fillna("") == ""]
-        for row in kept.to_dict("records"):
+        for row in _over_scenes(summary).to_dict("records"):
             value = units.number(float(row["value"]), 3)
             lines.append(f"  {row['metric']:<16} {value:>12}  {row['over']} (n={row['n_defined']})")
     return lines

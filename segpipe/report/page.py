@@ -23,6 +23,7 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
+from segpipe.regions.base import SCENE
 from segpipe.report import units
 from segpipe.report.cells import ROWS, page_table
 from segpipe.report.pictures import LegendEntry, Panel, Previews
@@ -213,7 +214,7 @@ def _cards(record: RunRecord, totals: Sequence[Bars], summary: pd.DataFrame | No
 def _headline_rows(summary: pd.DataFrame | None) -> list[dict[Any, Any]]:
     if summary is None or summary.empty:
         return []
-    rows = summary[summary["metric"].isin(HEADLINES)]
+    rows = summary[summary["metric"].isin(HEADLINES) & (summary["region"] == SCENE)]
     if "class" in rows:
         rows = rows[rows["class"].fillna("") == ""]
     return rows.to_dict("records")

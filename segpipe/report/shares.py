@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from segpipe.regions.base import SCENE
 from segpipe.report import units
 from segpipe.report.record import ClassInfo
 
@@ -41,8 +42,8 @@ class Bars:
     bars: tuple[Bar, ...]
     compared: bool
     """Whether IoU and Dice are given: pooled, from summed tp, fp and fn."""
-    regions: int
-    """Regions summed over."""
+    scenes: int
+    """Scenes summed over."""
 
 
 def class_bars(
@@ -52,7 +53,7 @@ def class_bars(
     result = []
     for column in units.SIZES:
         if column in regions and regions[column].notna().any():
-            rows = regions[regions[column].notna()]
+            rows = regions[regions[column].notna() & (regions["region"] == SCENE)]
             result.append(_bars(column, rows, metrics, classes))
     return tuple(result)
 
@@ -86,7 +87,7 @@ def _bars(
         )
     if len(bars) > LISTED:
         bars.sort(key=lambda b: (b.background, -sums.get(b.name, 0.0)))
-    count = len(rows[["scene", "region"]].drop_duplicates()) if "region" in rows else 0
+    count = rows["scene"].nunique()
     return Bars(units.SIZES[column], unit.symbol, tuple(bars), bool(pooled), count)
 
 
@@ -94,7 +95,8 @@ def _pooled(metrics: pd.DataFrame | None, rows: pd.DataFrame) -> dict[str, tuple
     """IoU and Dice per class from summed counts, over the scenes of ``rows``."""
     if metrics is None or metrics.empty or not {"tp", "fp", "fn"} <= set(metrics.columns):
         return {}
-    kept = metrics[metrics["scene"].isin(rows["scene"].unique())].dropna(subset=["tp", "fp", "fn"])
+    wanted = metrics["scene"].isin(rows["scene"].unique()) & (metrics["region"] == SCENE)
+    kept = metrics[wanted].dropna(subset=["tp", "fp", "fn"])
     result = {}
     for name, group in kept.groupby("class", sort=False):
         tp, fp, fn = (float(group[c].sum()) for c in ("tp", "fp", "fn"))

@@ -28,7 +28,7 @@ from segpipe.metrics.overlap import (
     ratio,
 )
 from segpipe.metrics.tally import NODATA, NOT_REQUESTED, SizeScale, Tally
-from segpipe.regions.base import FULL
+from segpipe.regions.base import FULL, SCENE
 
 MEASURED = "measured"
 NO_DATA = "no_data"
@@ -241,11 +241,11 @@ def summary_table(
     """The means of a metric table, with what they average and what they could not.
 
     Columns: ``metric``; ``class``, empty for means over classes; ``over``, what is averaged, from
-    the inside out; ``region``, ``scene`` or ``regions`` (every region of every scene counts the
-    same); ``value``; and of the cells (scene × region × class) that entered: ``n_defined``,
-    ``n_missed`` and ``n_hallucinated`` (among the defined, at 0), ``n_undefined`` (absent in both,
-    or nothing to compare: left out of the mean); ``n_failed``, scenes that failed (left out too).
-    Empty when no scene was compared with a reference.
+    the inside out; ``region``, ``scene`` (whole scenes) or ``regions`` (every region of every scene
+    counts the same); ``value``; and of the cells (scene × region × class) that entered:
+    ``n_defined``, ``n_missed`` and ``n_hallucinated`` (among the defined, at 0), ``n_undefined``
+    (absent in both, or nothing to compare: left out of the mean); ``n_failed``, scenes that failed
+    (left out too). Empty when no scene was compared with a reference.
     """
     columns = {
         **dict.fromkeys(("metric", "class", "over", "region"), "str"),
@@ -257,42 +257,43 @@ def summary_table(
     kept = asked[asked["state"] != FAILED]
     if not len(kept) and not failed:
         return _frame([], columns)
-    everything = [
+    cells = [
         _Cell(scene, region, int(value), _fixed(tp, fp, fn))
         for scene, region, value, tp, fp, fn in zip(
             *(kept[name] for name in ("scene", "region", "value", "tp", "fp", "fn")), strict=True
         )
     ]
+    rows = _means([c for c in cells if c.region == SCENE], classes, True, failed, min_reference)
+    regions = [c for c in cells if c.region != SCENE]
+    if regions:
+        rows += _means(regions, classes, False, failed, min_reference)
+    return _frame(rows, columns)
+
+
+def _means(
+    everything: Sequence[_Cell],
+    classes: Sequence[ClassLike],
+    whole_scenes: bool,
+    failed: int,
+    min_reference: int,
+) -> list[dict[str, Any]]:
+    """Rows of the summary over whole scenes, or over the regions in them."""
     means = [c for c in classes if not c.background]
     wanted = {c.value for c in means}
     cells = [cell for cell in everything if cell.value in wanted]
     frequent = [c for c in cells if c.counts.actual >= min_reference * FULL]
-    whole_scenes = set(asked["region"]) <= {"scene", ""}
-    scope = "scene" if whole_scenes else "regions"
     left_out = [c.name for c in classes if c.background]
     of = f"classes (without {', '.join(left_out)})" if left_out else "classes"
-    then = "then scenes" if whole_scenes else "then regions, then scenes"
     only = "scenes" if whole_scenes else "regions, then scenes"
-    many = f"{of} with at least {min_reference} reference elements in it, {then}"
-
+    then = f"then {only}"
     rows: list[dict[str, Any]] = []
 
     def put(metric: str, over: str, value: float, tested: Iterable[Counts], name: str = "") -> None:
         n = CaseCounts.of(tested)
-        rows.append(
-            {
-                "metric": metric,
-                "class": name,
-                "over": over,
-                "region": scope,
-                "value": value,
-                "n_defined": n.defined,
-                "n_missed": n.missed,
-                "n_hallucinated": n.hallucinated,
-                "n_undefined": n.undefined,
-                "n_failed": failed,
-            }
-        )
+        scope = SCENE if whole_scenes else "regions"
+        row = {"metric": metric, "class": name, "over": over, "region": scope, "value": value}
+        row |= {"n_defined": n.defined, "n_missed": n.missed, "n_hallucinated": n.hallucinated}
+        rows.append(row | {"n_undefined": n.undefined, "n_failed": failed})
 
     put("mIoU", f"{of}, {then}", _nested(cells, _iou), [c.counts for c in cells])
     put("mean Dice", f"{of}, {then}", _nested(cells, _dice), [c.counts for c in cells])
@@ -302,17 +303,14 @@ def summary_table(
     parts = [sum((c.counts for c in p), Counts()) for p in _grouped(everything)]
     right = accuracy(c.counts for c in everything)
     put("pixel accuracy", f"all compared elements of all {only}", right, parts)
-    put(
-        f"mIoU of classes with reference ≥ {min_reference}",
-        many,
-        _nested(frequent, _iou),
-        [c.counts for c in frequent],
-    )
+    many = f"{of} with at least {min_reference} reference elements in it, {then}"
+    title = f"mIoU of classes with reference ≥ {min_reference}"
+    put(title, many, _nested(frequent, _iou), [c.counts for c in frequent])
     for c in means:
         own = [cell for cell in cells if cell.value == c.value]
         put("mean IoU", only, _nested(own, _iou), [o.counts for o in own], c.name)
         put("mean Dice", only, _nested(own, _dice), [o.counts for o in own], c.name)
-    return _frame(rows, columns)
+    return rows
 
 
 def _iou(counts: Counts) -> float:

@@ -110,7 +110,7 @@ def regions(names: tuple[str, ...] = ("east",), repeat: int = 1) -> pd.DataFrame
         for index in range(repeat):
             for info, area in zip(CLASSES, (1e6, 250_000.0, 0.0), strict=True):
                 rows.append(
-                    {"scene": name, "region": f"district {index}", "class": info.name, "value": info.value,
+                    {"scene": name, "region": f"district {index}" if index else "scene", "class": info.name, "value": info.value,
                      "count": area / 100, "area_m2": area, "share": area / 1.25e6, "state": "measured",
                      "seen": 0.5, "touches_edge": area > 3e5, "attempts": 1}
                 )  # fmt: skip
@@ -124,7 +124,7 @@ def metrics() -> pd.DataFrame:
     ]
     names = ["class", "value", "tp", "fp", "fn", "iou", "dice", "reason"]
     frame = pd.DataFrame(rows, columns=names)
-    return frame.assign(scene="east", region="district 0", state="measured")
+    return frame.assign(scene="east", region="scene", state="measured")
 
 
 def summary() -> pd.DataFrame:
@@ -133,6 +133,7 @@ def summary() -> pd.DataFrame:
             "metric": ["mIoU", "mean Dice", "pooled mIoU", "mean IoU"],
             "class": ["", "", "", "forest"],
             "over": "classes, then scenes",
+            "region": "scene",
             "value": [0.6, 0.75, 0.61, 0.62],
             "n_defined": [1, 1, 1, 1],
             "n_missed": 0,
@@ -220,7 +221,7 @@ def test_rows_and_units() -> None:
     assert len(rows) == 9
     assert head[:7] == ["Scene", "Region", "Class", "Value", "Count", "Area (ha)", "Share (%)"]
     assert rows[1] == [
-        "east", "district 0", "forest", "1", "2,500", "25.0", "20.0", "measured", "50.0", "no", "1",
+        "east", "scene", "forest", "1", "2,500", "25.0", "20.0", "measured", "50.0", "no", "1",
     ]  # fmt: skip
     cells = [a for tag, a in reader.tags if tag == "td" and a.get("data-v") == "250000.0"]
     assert len(cells) == 3  # sorted by the SI value
@@ -235,7 +236,7 @@ def test_headline() -> None:
     assert "1 scene segmented with Land cover U-Net, 2026-03-01 14:05 UTC, in 2 min 05 s." in text
     assert "0.600 mIoU over classes, then scenes · 1 defined, 1 undefined, 1 scene failed" in text
     assert "0.750 Mean Dice" in text
-    assert "75.00 ha forest" in text
+    assert "25.00 ha forest" in text
     assert "Only one season." in text and "sha256:5b1f" in text and "41d07c55ab90" in text
     assert "memory bytes 3.0 GiB" in text
 
@@ -274,7 +275,7 @@ def test_accessible_names() -> None:
     tags = Reader(full_page()).tags
     assert all(a.get("alt") is not None for tag, a in tags if tag == "img")
     heads = [a for tag, a in tags if tag == "th" and "aria-sort" in a]
-    assert len(heads) == 11 + 11 + 9
+    assert len(heads) == 11 + 11 + 10
     assert all(a.get("aria-label") for tag, a in tags if tag == "input")
     ids = [a["id"] for _, a in tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -311,9 +312,9 @@ def test_pooled_bars() -> None:
     (bars,) = class_bars(regions(repeat=2), metrics(), CLASSES)
     forest = next(b for b in bars.bars if b.name == "forest")
     assert (bars.unit, forest.size, forest.share, forest.iou, forest.dice) == (
-        "ha", "50.00", "20.0 %", "0.600", "0.750",
+        "ha", "25.00", "20.0 %", "0.600", "0.750",
     )  # fmt: skip
-    assert (forest.length, bars.regions) == (100.0, 2)
+    assert (forest.length, bars.scenes) == (100.0, 1)
 
 
 def test_a_label_of_no_class_is_in_the_bars() -> None:
