@@ -22,7 +22,7 @@ from segpipe.run import Run
 from segpipe.scene import Scene, Settings, pending_blocks
 from segpipe.sources import SceneRef
 from segpipe.steps import batches_of
-from tasks.scenes import finish_scene, plan_scene, predict_batch
+from tasks.scenes import finish_scene, plan_scene, predict_batch_retried
 from tasks.told import NOT_READY, OUT_OF_MEMORY
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Dispatch:
         self.runner = runner
         self.watch = watch
         compute = request.job.compute
-        self.predict_batch = predict_batch.with_options(retries=compute.retries)
+        self.predict_batch = predict_batch_retried(compute.retries)
         # a cluster keeps one batch waiting for each worker, so that none idles between two
         self.places = BoundedSemaphore(compute.workers * (2 if compute.runner is Runner.dask else 1))
 

@@ -38,7 +38,7 @@ TABLE_COLUMNS = {
 """Columns of the region table shown in the UI, and the decimals of their numbers."""
 
 
-@task(task_run_name="write report", cache_policy=NO_CACHE)
+@task(name="write report", task_run_name="write report", cache_policy=NO_CACHE)
 @told
 def write_report(run: Run, job: Job, settings: Settings, scenes: Sequence[SceneRecord]) -> RunRecord:
     """Write tables, ``run.json`` and ``report.html``; publish summary and regions as artifacts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
@@ -22,11 +22,13 @@ from segpipe.steps import Done, finish_labels, predict_blocks
 from tasks.told import passing_fault, told
 
 RETRIES = 2
-"""Of planning and finishing; those of a batch are the job's."""
+"""Of planning and finishing; a batch has the job's, see `predict_batch_retried`."""
 BACKOFF = exponential_backoff(backoff_factor=2)
+"""2, 4, 8 … seconds."""
 
 
 @task(
+    name="plan scene",
     task_run_name="plan {ref.name}",
     retries=RETRIES,
     retry_delay_seconds=BACKOFF,
@@ -42,8 +44,8 @@ def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
 
 
 @task(
+    name="predict batch",
     task_run_name="predict {scene.ref.name}, {part}",
-    retry_delay_seconds=BACKOFF,
     retry_condition_fn=passing_fault,
     cache_policy=NO_CACHE,
 )
@@ -53,7 +55,13 @@ def predict_batch(scene: Scene, blocks: Sequence[Index], part: str, stop: str) -
     return predict_blocks(scene, blocks, stop, task_run.get_run_count() or 1)
 
 
+def predict_batch_retried(retries: int) -> Task[..., Any]:
+    """The task with a job's own number of retries; Prefect works the delays out only when told again."""
+    return predict_batch.with_options(retries=retries, retry_delay_seconds=BACKOFF)
+
+
 @task(
+    name="finish scene",
     task_run_name="finish {scene.ref.name}",
     retries=RETRIES,
     retry_delay_seconds=BACKOFF,

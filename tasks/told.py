@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError as StorageError
 from prefect import State, Task
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Failed
@@ -42,9 +42,6 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
     return wrapper
 
 
-def passing_fault(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether trying again may help: storage and memory come back, mistakes do not."""
-    error = state.data if isinstance(state.data, BaseException) else None
-    if error is None:
-        error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | MemoryError | BaseError)
+    return isinstance(state.data, OSError | MemoryError | StorageError)

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def test_a_scene_that_fails_does_not_stop_the_others(
     found = {t.name: t for t in tasks_of(on_server, flow_run)}
     assert found["plan text"].state and found["plan text"].state.is_failed()
     assert found["plan text"].run_count == 1  # a mistake is not tried again
-    assert found["finish torn"].state and found["finish torn"].state.name == "NotReady"
+    assert "finish torn" not in found
     # the first batch that cannot be read is the last one sent, save for those in flight
     assert len([name for name in found if name.startswith("predict torn")]) < BLOCKS // 4
 
@@ -205,10 +205,10 @@ def test_a_passing_fault_of_the_storage_is_tried_again(
         seen.extend(wait_until(retrying, 60, "a task that waits to be tried again"))
         (folder / ".store" / key / "labels" / "c").unlink()
 
-    mender = threading.Thread(target=mend)
-    mender.start()
-    state = run(job)
-    mender.join()
+    with ThreadPoolExecutor(1) as pool:
+        mended = pool.submit(mend)
+        state = run(job)
+        mended.result()
     assert state.is_completed()
     assert {t.name for t in seen} == {"predict scene_0, 1 of 4"}
     assert record_of(job).scenes[0].attempts == 2
