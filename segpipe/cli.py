@@ -17,6 +17,7 @@ from segpipe import __version__
 from segpipe.errors import RequestError, SegpipeError
 
 if TYPE_CHECKING:
+    from segpipe.plan import Plan
     from segpipe.report.record import RunRecord
     from segpipe.run import Run
 
@@ -125,10 +126,7 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
 
     job = load_job(job_file, overrides or [])
     request = check_request(job)
-    table = Table(title=f"{job.name}: {len(request.scenes)} scenes on {request.settings.device_class}")
-    columns = ("scene", "block", "blocks", "window", "windows", "passes", "redundancy", "memory", "disk")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "scene" else "right")
+    print(f"{job.name}: {len(request.scenes)} scenes on {request.settings.device_class}")
     failed = []
     for ref in request.scenes:
         try:
@@ -136,18 +134,24 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
         except SegpipeError as error:
             failed.append(f"{ref.name}: {' '.join(str(error).split())}")
             continue
-        s = planned.summary()
-        table.add_row(
-            ref.name, s["block"], str(s["blocks"]), s["window"], str(s["windows"]),
-            str(s["forward_passes"]), f"{s['redundancy']:.3f}",
-            f"{s['memory_bytes'] / 2**30:.2f} GiB", f"{s['disk_bytes'] / 2**30:.2f} GiB",
-        )  # fmt: skip
-    Console().print(table)
+        print(f"  {ref.name}: {_plan_line(planned)}")
     print("passes are an upper bound: windows without a valid element are skipped when read")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
+
+
+def _plan_line(planned: Plan) -> str:
+    """What a scene takes, in a line."""
+    from segpipe.report.units import byte_size
+
+    s = planned.summary()
+    return (
+        f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "
+        f"{s['forward_passes']:,} passes (redundancy {s['redundancy']:.3f}), "
+        f"memory {byte_size(s['memory_bytes'])}, store up to {byte_size(s['disk_bytes'])}"
+    )
 
 
 @app.command()
@@ -180,7 +184,9 @@ def serve(
 
 
 @models_app.callback()
-def _models(context: typer.Context, folder: Annotated[str, typer.Option(help="Folder of cards.")] = CARDS) -> None:
+def _models(
+    context: typer.Context, folder: Annotated[str, typer.Option(help="Folder of cards.")] = CARDS
+) -> None:
     if context.invoked_subcommand is not None:
         return
     from segpipe.models.registry import list_cards
@@ -193,7 +199,7 @@ def _models(context: typer.Context, folder: Annotated[str, typer.Option(help="Fo
 
 
 @models_app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder, or the path of one.")]) -> None:
+def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")]) -> None:
     """Show a model card with its size, window and halo."""
     from segpipe.models.card import load_card
     from segpipe.models.registry import check_card, describe

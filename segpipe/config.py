@@ -98,7 +98,7 @@ class Tiling(Strict):
     )
     halo: AutoSize = Field(
         "auto",
-        description="Margin of a window, computed and then thrown away or blended: auto (the card's) or elements.",
+        description="Margin of a window, computed and thrown away or blended: auto (the card's) or elements.",
     )
     block: AutoSize = Field(
         "auto", description="Unit of writing and of resuming: auto or elements of the native grid."

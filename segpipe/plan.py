@@ -214,7 +214,9 @@ class Workload:
     batch: int
     keep_scores: bool
     activation_bytes: int = 400
-    """Forward pass, bytes per element of a batch: an estimate for U-Net-like networks in float32."""
+    """Forward pass, bytes per element of a batch (the card's, or an estimate for U-Nets)."""
+    cleanup: bool = False
+    """Whether the card cleans up the finished label map, which is read whole for it."""
 
 
 @dataclass(frozen=True)
@@ -231,12 +233,18 @@ class Memory:
     """Activations (an estimate)."""
     scores: int
     """Merged labels or scores of the blocks in flight, and of the one being resampled."""
+    cleanup: int
+    """The whole label map and its components, where the card cleans up; after the forward passes."""
 
     @property
     def total(self) -> int:
-        return self.libraries + self.read + self.windows + self.forward + self.scores
+        """The larger of predicting and cleaning up, which follow one another."""
+        predicting = self.read + self.windows + self.forward + self.scores
+        return self.libraries + max(predicting, self.cleanup)
 
 
+CLEANUP_BYTES = 16
+"""Per element: two label maps, components of 32 bits, and masks."""
 LIBRARY_BYTES = 900 * 1024**2
 
 
@@ -321,6 +329,7 @@ class Plan:
             windows=3 * load.batch * window * 4 * load.channels,
             forward=load.batch * window * (load.activation_bytes + 8 * load.classes),
             scores=IN_FLIGHT * (model * per_model + block * load.label_itemsize) + resampled,
+            cleanup=CLEANUP_BYTES * math.prod(self.blocks.shape) if load.cleanup else 0,
         )
 
     @property
@@ -453,10 +462,7 @@ def _check_memory(plan: Plan, bound: int) -> None:
         return
     parts = plan.memory
     mib = 1024**2
-    reasons = ", ".join(
-        f"{name} {getattr(parts, name) // mib} MiB"
-        for name in ("libraries", "read", "windows", "forward", "scores")
-    )
+    reasons = ", ".join(f"{name} {getattr(parts, name) // mib} MiB" for name in vars(parts))
     raise RequestError(
         f"tiling.memory: found {bound // mib} MiB; blocks of {'x'.join(map(str, plan.blocks.block))} "
         f"need {parts.total // mib} MiB ({reasons}); give more memory, or a smaller window, block or batch"

@@ -339,6 +339,8 @@ def plan_scene(job: Job, card: Card, settings: Settings, grid: GridMap, itemsize
         label_itemsize=np.dtype(label_dtype(card)).itemsize,
         batch=settings.batch,
         keep_scores=job.outputs.scores,
+        activation_bytes=card.window.forward_bytes,
+        cleanup=any(card.cleanup.model_dump().values()),
     )
     block = None
     if job.tiling.block != "auto":

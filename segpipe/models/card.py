@@ -133,6 +133,9 @@ class Window(Strict):
     fixed: bool = Field(
         False, description="The network takes this size only; a smaller scene is padded up to it."
     )
+    forward_bytes: int = Field(
+        400, ge=1, description="Peak memory of a forward pass, in bytes per element of the window."
+    )
     padding: Literal["zero", "edge", "symmetric"] = Field(
         "zero", description="What stands beyond the scene's trailing edge, after normalisation."
     )
@@ -289,6 +292,7 @@ class Card(Strict):
             },
         )
         parts["input"].pop("modality")
+        parts["window"].pop("forward_bytes")
         parts["values"] = self.values
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
