@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from world import PROGRAM, Ended, World, command, environment, only_run, polygon, write_polygons
 
@@ -125,7 +126,7 @@ DRAWN = random.Random(20240607)
 INSTANTS = [
     ("at the first block", ".store/predict-*/stage.json", 1, DRAWN.uniform(0, 0.05)),
     *(
-        ("while predicting", RECEIPTS, DRAWN.randrange(1, BLOCKS - 2), DRAWN.uniform(0, 0.15))
+        ("while predicting", RECEIPTS, DRAWN.randrange(1, BLOCKS // 2), DRAWN.uniform(0, 0.05))
         for _ in range(2)
     ),
     ("while cleaning up", ".store/clean-*/labels/c/*/*", DRAWN.randrange(1, BLOCKS), DRAWN.uniform(0, 0.02)),
@@ -154,7 +155,8 @@ def test_a_killed_run_ends_with_the_same_bytes_and_computes_only_what_is_missing
     kill(process)
     before = committed(out, "predict")
     written = shards(out, "predict")
-    assert len(before) < BLOCKS or when not in ("at the first block", "while predicting")
+    if when == "while predicting":
+        assert 0 < len(before) < BLOCKS
     # what is there under its final name is whole
     for folder in (out / "trial").glob("*/"):
         expected = only_run(whole)
@@ -212,9 +214,9 @@ def test_other_regions_are_measured_again_and_nothing_is_predicted_again(
     record = json.loads((made / "run.json").read_text())
     assert record["scenes"][0]["reused"] == ["predict", "clean-up"]
     assert record["scenes"][0]["keys"]["measure"] == new.name
-    lines = (made / "regions.csv").read_text().splitlines()[1:]
-    assert {line.split(",")[1] for line in lines} == {"strip"}
-    assert sum(float(line.split(",")[4]) for line in lines) == pytest.approx(160 * (400 - 64.25), rel=1e-6)
+    table = pd.read_csv(made / "regions.csv").groupby("region")["count"].sum()
+    assert set(table.index) == {"scene", "strip"}
+    assert table["strip"] == pytest.approx(160 * (400 - 64.25), rel=1e-6)
     same = f"scenes/{SCENE}/labels.tif"
     assert (made / same).read_bytes() == (only_run(whole) / same).read_bytes()
 

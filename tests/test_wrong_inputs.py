@@ -324,6 +324,7 @@ def districts(labels: np.ndarray) -> dict[tuple[str, int], float]:
     half[0] = 0.5
     counted = {}
     for value in (0, 1, 2):
+        counted["scene", value] = float((labels == value).sum()) * PIXEL**2
         counted["north", value] = float((labels[:40] == value).sum()) * PIXEL**2
         counted["south east", value] = float(((labels[40:, 48:] == value) * half).sum()) * PIXEL**2
     return counted

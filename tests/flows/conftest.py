@@ -20,6 +20,8 @@ import rasterio
 import torch
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from segpipe.config import Job, load_job
@@ -200,6 +202,8 @@ def flow_server(flow_home: Path) -> Iterator[str]:
     try:
         wait_until(lambda: _answers(url), STARTUP_SECONDS, f"server; see {log.name}")
         yield url
+        for worker in (APILogWorker, EventsWorker):  # else they look for the server for a minute at exit
+            worker.drain_all(timeout=10)
     finally:
         server.terminate()
         server.wait(30)

@@ -215,7 +215,7 @@ def test_a_passing_fault_of_the_storage_is_tried_again(
     receipts = Stage(job.outputs.dir, key).receipts().values()
     assert sorted(r["attempts"] for r in receipts) == [1] * 12 + [2] * 4
     assert results_of(job) == results_of(whole)
-    lines = logs_of(on_server, last_run(on_server), "Retry 1/2 will start 2.0 second(s) from now")
+    lines = logs_of(on_server, last_run(on_server), "Retry 1/2 will start 2 second(s) from now")
     assert not [line for line in lines if "Traceback" in line]
 
 
