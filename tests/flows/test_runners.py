@@ -48,9 +48,7 @@ def models_loaded() -> list[int]:
     return [id(model) for model in registry._models.values()]
 
 
-def test_two_workers_of_threads_give_the_same_bytes(
-    by_threads: dict[str, bytes], flow_job: JobMaker
-) -> None:
+def test_two_workers_of_threads_give_the_same_bytes(by_threads: dict[str, bytes], flow_job: JobMaker) -> None:
     job = load(flow_job("two", compute={"workers": 2, "batch_minutes": 0.01}, tiling={"block": 128}))
     assert segment(job, return_state=True).is_completed()
     assert results_of(job) == by_threads

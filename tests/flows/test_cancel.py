@@ -1,0 +1,183 @@
+"""Cancel means cancel: work stops before the next block, what is committed stays, a new run goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from distributed import LocalCluster
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
+
+from flows.segment import segment
+from segpipe.config import Job
+from tests.flows.conftest import JobMaker, load, results_of, run_folder, wait_until
+
+WORK = 1500
+"""Slowness of the model: a block takes some tenths of a second."""
+BLOCKS = 16
+STOPS_WITHIN = 20.0
+"""Seconds, on a machine that does other things too; quiet, it is 2 to 6."""
+
+
+@pytest.fixture
+def slow_job(flow_job: JobMaker, flow_scenes: Path) -> Path:
+    """A job of one scene that takes long enough to be interrupted."""
+    return flow_job("slow", scenes=[flow_scenes / "scene_0.tif"], work=WORK)
+
+
+@pytest.fixture
+def undisturbed(slow_job: Path, tmp_path: Path, on_server: SyncPrefectClient) -> dict[str, bytes]:
+    """What the same job answers when nobody interrupts it."""
+    job = yaml.safe_load(slow_job.read_text())
+    job["outputs"]["dir"] = str(tmp_path / "undisturbed")
+    found = Job.model_validate(job)
+    assert segment(found, return_state=True).is_completed()
+    return results_of(found)
+
+
+def receipts(job: Job) -> dict[Path, int]:
+    """Receipts of predicted blocks, with the time of each."""
+    folder = Path(job.outputs.dir, ".store")
+    return {path: path.stat().st_mtime_ns for path in folder.glob("predict-*/receipts-*/*.json")}
+
+
+def some_receipts(job: Job) -> dict[Path, int]:
+    """Wait until a part of the blocks is predicted, and not all."""
+    found: dict[Path, int] = wait_until(
+        lambda: len(known) >= 2 and known if (known := receipts(job)) else None, 90, "two blocks"
+    )
+    assert len(found) < BLOCKS
+    return found
+
+
+def check_resumes(job: Job, undisturbed: dict[str, bytes]) -> None:
+    """Nothing is written any more; a new run keeps what is there and ends with the same bytes."""
+    kept = receipts(job)
+    time.sleep(2)
+    assert receipts(job) == kept
+    assert 2 <= len(kept) < BLOCKS
+    times = {path.name: at for path, at in kept.items()}
+    chunks = {p: p.stat().st_mtime_ns for p in Path(job.outputs.dir, ".store").glob("predict-*/labels/c/*/*")}
+    assert segment(job, return_state=True).is_completed()
+    assert results_of(job) == undisturbed
+    after = {p: p.stat().st_mtime_ns for p in chunks}
+    unchanged = [p for p, at in chunks.items() if after[p] == at]
+    assert len(unchanged) >= len(times)  # a chunk written without its receipt is written again
+
+
+@pytest.fixture
+def served(flow_server: str, server_environment: dict[str, str], tmp_path: Path) -> Iterator[None]:
+    """`segpipe serve` on the server of these tests."""
+    address = urlsplit(flow_server)
+    command = [sys.executable, "-m", "segpipe.cli", "serve", "--host", str(address.hostname)]
+    with (tmp_path / "serve.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(address.port)], env=server_environment, stdout=log, stderr=log
+        )
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def test_a_served_run_is_cancelled_by_the_api(
+    served: None, on_server: SyncPrefectClient, slow_job: Path, undisturbed: dict[str, bytes]
+) -> None:
+    def deployment() -> object:
+        try:
+            return on_server.read_deployment_by_name("segment/segment")
+        except ObjectNotFound:
+            return None
+
+    found = wait_until(deployment, 60, "the deployment")
+    job = load(slow_job)
+    parameters = {"job": json.loads(job.model_dump_json())}  # as the form would send them
+    flow_run = on_server.create_flow_run_from_deployment(found.id, parameters=parameters)
+    some_receipts(job)
+    begun = time.monotonic()
+    on_server.set_flow_run_state(flow_run.id, Cancelling())
+    stop = Path(job.outputs.dir, ".store", "stop", f"{flow_run.id}-1")
+    wait_until(stop.exists, STOPS_WITHIN, "the request to stop")
+    asked = time.monotonic() - begun
+    wait_until(
+        lambda: on_server.read_flow_run(flow_run.id).state_name == "Cancelled", STOPS_WITHIN + 10, "Cancelled"
+    )
+    print(f"asked to stop after {asked:.1f} s, Cancelled after {time.monotonic() - begun:.1f} s")
+    check_resumes(job, undisturbed)
+
+
+def start(job_file: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """`segpipe run` in a process of its own."""
+    command = [sys.executable, "-m", "segpipe.cli", "run", str(job_file)]
+    return subprocess.Popen(command, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+
+def test_a_run_of_the_command_line_is_cancelled_by_the_api(
+    on_server: SyncPrefectClient,
+    server_environment: dict[str, str],
+    slow_job: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    job = load(slow_job)
+    named = FlowRunFilter(name=FlowRunFilterName(any_=[job.name]))
+    known = {run.id for run in on_server.read_flow_runs(flow_run_filter=named)}
+    process = start(slow_job, server_environment, tmp_path / "log")
+    some_receipts(job)
+    (run,) = [r for r in on_server.read_flow_runs(flow_run_filter=named) if r.id not in known]
+    begun = time.monotonic()
+    on_server.set_flow_run_state(run.id, Cancelling())
+    assert process.wait(STOPS_WITHIN) == 1
+    print(f"ended after {time.monotonic() - begun:.1f} s")
+    state = on_server.read_flow_run(run.id).state
+    assert state is not None
+    assert state.name == "Cancelled"
+    assert state.message == "cancelled; what is done stays, running the job again goes on from there"
+    assert not (run_folder(job) / "report.html").exists()
+    check_resumes(job, undisturbed)
+
+
+def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(
+    server_environment: dict[str, str], slow_job: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    job = load(slow_job)
+    process = start(slow_job, server_environment, tmp_path / "log")
+    some_receipts(job)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(STOPS_WITHIN) == 130
+    print(f"ended after {time.monotonic() - begun:.1f} s")
+    told = (tmp_path / "log").read_text()
+    assert "Traceback" not in told
+    assert told.strip().splitlines()[-1].endswith("run the same command again to go on from there")
+    check_resumes(job, undisturbed)
+
+
+@pytest.mark.slow
+def test_workers_of_another_cluster_stop_too(
+    server_environment: dict[str, str], slow_job: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A Dask cluster that outlives the run: nothing of the run is left at work on it."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        job = yaml.safe_load(slow_job.read_text())
+        job["compute"] |= {"runner": "dask", "address": cluster.scheduler_address, "workers": 2}
+        slow_job.write_text(yaml.safe_dump(job))
+        process = start(slow_job, server_environment, tmp_path / "log")
+        some_receipts(load(slow_job))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(STOPS_WITHIN) == 130
+        with cluster.get_client() as client:
+            wait_until(lambda: not any(client.processing().values()), STOPS_WITHIN, "idle workers")
+        check_resumes(load(slow_job), undisturbed)
