@@ -59,8 +59,8 @@ def segment(job: Job) -> State[Any]:
             records = dispatch.scenes()
             parameters = {"run": run, "job": job, "settings": request.settings, "scenes": records}
             record = runner.submit(write_report, parameters).result()
-    except StoppedError as error:
-        return Cancelled(message=str(error))
+    except (StoppedError, KeyboardInterrupt):
+        return Cancelled(message="stopped; what is done stays, run the same job again to go on from there")
     return _end(run, record)
 
 

@@ -78,7 +78,7 @@ class Watch:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(self._run_id).state
         if state is not None and state.is_cancelling():
-            raise StoppedError("cancelled; what is done stays, running the job again goes on from there")
+            raise StoppedError("the flow run was cancelled")
         counts = [(s.ref.name, len(s.predict.done()), s.plan.blocks.count) for s in self._open.values()]
         self._tell(counts)
         if time.monotonic() - self._logged >= LOG_SECONDS:

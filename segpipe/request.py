@@ -54,7 +54,7 @@ def _check_tiling(job: Job, card: Card) -> None:
         sizes = parse_size(value, card.ndim, f"tiling.{field}")
         if field == "window" and any(n % stride for n in sizes):
             raise RequestError(
-                f"tiling.window: found {value}; valid: multiples of {stride}, the total stride of {card.name!r}"
+                f"tiling.window: found {value}; valid: multiples of {stride}, the model's total stride"
             )
 
 

@@ -1,4 +1,4 @@
-"""A user's mistake ends a task as Failed with one line, and without a traceback."""
+"""What a task makes of an error: a user's mistake is one line, without a traceback; a passing fault is retried."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 from obstore.exceptions import BaseError as StorageError
 from prefect import State, Task
 from prefect.client.schemas.objects import TaskRun
-from prefect.states import Failed
+from prefect.states import Cancelled, Failed
 
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.inference.engine import DeviceMemoryError
@@ -19,21 +19,19 @@ R = TypeVar("R")
 
 OUT_OF_MEMORY = "OutOfMemory"
 """Name of the state of a batch that did not fit the device."""
-STOPPED = "Stopped"
-"""Name of the state of a step that was asked to stop."""
 NOT_READY = "NotReady"
 """Prefect's name of the state of a task whose inputs failed: never the cause."""
 
 
 def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
-    """Turn the errors that a user can act on into a Failed state that says what to do."""
+    """Turn the errors that a user can act on into a state that says what to do, and a stop into Cancelled."""
 
     @functools.wraps(step)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
         try:
             return step(*args, **kwargs)
         except StoppedError as error:
-            return Failed(message=str(error), name=STOPPED)
+            return Cancelled(message=str(error))
         except DeviceMemoryError as error:
             return Failed(message=str(error), name=OUT_OF_MEMORY)
         except SegpipeError as error:

@@ -8,13 +8,21 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from world import PROGRAM, Ended, World, command, environment, only_run, polygon, write_polygons
+
+from segpipe.config import load_job
+from segpipe.request import check_request
+from segpipe.scene import read_card
+from segpipe.store import Stage
 
 TABLES = (
     "regions.csv",
@@ -264,3 +272,92 @@ def test_two_runs_of_the_same_job_at_once_end_with_the_same_bytes(
             where = made / "scenes" / SCENE / name if name in FILES else made / name
             assert where.read_bytes() == data, name
     assert committed(folder / "out", "predict") == committed(whole, "predict")
+
+
+def test_receipts_are_complete_while_another_run_compacts_them(tmp_path: Path) -> None:
+    names = {f"{i:05d}" for i in range(40)}
+    for number in range(20):
+        stage = Stage(str(tmp_path), f"measure-{number}")
+        for name in names:
+            stage.commit(name, {"n": int(name)})
+        others = [threading.Thread(target=Stage(stage.out, stage.key).compact) for _ in range(2)]
+        for other in others:
+            other.start()
+        seen = []
+        while any(other.is_alive() for other in others):
+            seen += [stage.done(), set(stage.receipts())]
+        for other in others:
+            other.join()
+        assert all(s == names for s in [*seen, stage.done()])
+        assert {k: v["n"] for k, v in stage.receipts().items()} == {n: int(n) for n in names}
+
+
+# ------------------------------------------------------------------ what makes a run another one
+
+
+def mark(world: World, folder: Path, **fields: Any) -> str:
+    fields = {"reference": {"path": f"{folder}/truth/*.tif"}, "scenes": [f"{folder}/scene*.tif"], **fields}
+    fields.setdefault("model", str(folder / "models" / "nearest.yaml"))
+    read_card.cache_clear()
+    return check_request(load_job(world.job(folder / "out", **fields))).mark
+
+
+@pytest.fixture
+def mine(world: World, tmp_path: Path) -> Path:
+    """A copy of the world that may be changed."""
+    return Path(shutil.copytree(world.folder, tmp_path / "mine"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "touch scene", "touch reference in a glob", "touch weights", "clean-up", "colour", "limits"],
+)
+def test_a_run_is_found_again_unless_something_changed_that_its_page_shows(
+    change: str, world: World, mine: Path
+) -> None:
+    before = mark(world, mine)
+    path = mine / "models" / "nearest.yaml"
+    data = yaml.safe_load(path.read_text())
+    if change == "touch scene":
+        os.utime(mine / "scene2.tif", (1, 1))
+    elif change == "touch reference in a glob":
+        os.utime(mine / "truth" / "scene1.tif", (1, 1))
+    elif change == "touch weights":  # the same bytes are the same weights
+        os.utime(mine / "models" / "nearest.pt", (1, 1))
+    elif change == "clean-up":
+        data["cleanup"] = {"largest_component": True}
+    elif change == "colour":
+        data["classes"][1]["color"] = "#123456"
+    elif change == "limits":
+        data["limits"] = "None that we know."
+    path.write_text(yaml.safe_dump(data))
+    assert (mark(world, mine) == before) == (change in ("nothing", "touch weights"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"tiling": {"block": 64, "memory": "8GiB", "store": "direct"}}, True),
+        ({"compute": {"workers": 3, "retries": 0, "batch_minutes": 1.0}}, True),
+        ({"outputs": {"keep": ["image", "labels"]}}, True),
+        ({"tiling": {"window": 64}}, False),
+        ({"compute": {"threads": 2}}, False),
+        ({"compute": {"tta": "flips"}}, False),
+        ({"outputs": {"scores": True}}, False),
+        ({"reference": None}, False),
+        ({"description": "Other words."}, False),
+    ],
+)
+def test_a_run_is_named_by_what_can_change_it(
+    fields: dict[str, Any], same: bool, world: World, mine: Path
+) -> None:
+    assert (mark(world, mine, **fields) == mark(world, mine)) == same
+
+
+def test_the_names_of_an_atlas_are_part_of_a_run(world: World, mine: Path) -> None:
+    names = mine / "names.csv"
+    names.write_text("value,name\n1,left\n")
+    fields = {"regions": {"path": str(mine / "truth" / "scene1.tif"), "name": str(names)}}
+    before = mark(world, mine, **fields)
+    names.write_text("value,name\n1,right\n")
+    assert mark(world, mine, **fields) != before

@@ -80,7 +80,7 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "window off the stride": (
         {"tiling": {"window": 100}},
-        ["tiling.window: found 100", "multiples of 8", "'nearest'"],
+        ["tiling.window: found 100", "multiples of 8", "total stride"],
     ),
     "axes of a volume": ({"tiling": {"block": "8x8x8"}}, ["tiling.block: found '8x8x8'", "the scene has 2"]),
     "block of nothing": ({"tiling": {"block": 0}}, ["tiling.block: found '0'", "above 0"]),

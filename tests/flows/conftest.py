@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +18,10 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from flows.server import free_port, local_server
 from segpipe.config import Job, load_job
 from segpipe.report.record import RunRecord, load_record
 
-STARTUP_SECONDS = 120.0
 EDGE = 256
 """Of a test scene, in pixels: 16 blocks of 64."""
 
@@ -159,14 +153,6 @@ def results_of(job: Job) -> dict[str, bytes]:
     return found
 
 
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def wait_until(ready: Callable[[], Any], seconds: float, what: str) -> Any:
     """The first true answer of ``ready``, asked several times a second."""
     end = time.monotonic() + seconds
@@ -187,35 +173,13 @@ def flow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flow_server(flow_home: Path) -> Iterator[str]:
     """The API's URL of a real server of our own."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    environment = {
-        **os.environ,
-        "PREFECT_HOME": str(flow_home),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
-    }
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    log = (flow_home / "server.log").open("w")
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_until(lambda: _answers(url), STARTUP_SECONDS, f"server; see {log.name}")
-        yield url
-        for worker in (APILogWorker, EventsWorker):  # else they look for the server for a minute at exit
-            worker.drain_all(timeout=10)
-    finally:
-        server.terminate()
-        server.wait(30)
-        log.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
-            return bool(json.load(response))
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(flow_home))
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        with local_server("127.0.0.1", free_port(), quiet=True) as api:
+            yield api
+            for worker in (APILogWorker, EventsWorker):  # else they look for the server for a minute at exit
+                worker.drain_all(timeout=10)
 
 
 @pytest.fixture

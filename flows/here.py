@@ -1,0 +1,40 @@
+"""A run in this process, as the command line makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import State
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from flows.segment import segment
+from flows.server import free_port, local_server
+from segpipe.config import Job
+
+DRAIN_SECONDS = 10.0
+
+
+def run_here(job: Job) -> State[Any]:
+    """Run a job on the server that settings name, or else on one that lives as long as the run."""
+    if get_current_settings().api.url is not None:
+        return segment(job, return_state=True)
+    with _own_server():
+        return segment(job, return_state=True)
+
+
+@contextmanager
+def _own_server() -> Iterator[None]:
+    """Unlike Prefect's temporary server, it outlives a Ctrl-C and has the whole history in the end."""
+    with (
+        local_server("127.0.0.1", free_port(), quiet=True) as api,
+        temporary_settings({PREFECT_API_URL: api}),
+    ):
+        try:
+            yield
+        finally:
+            for worker in (APILogWorker, EventsWorker):  # what they hold is still to be sent
+                worker.drain_all(timeout=DRAIN_SECONDS)
