@@ -29,7 +29,7 @@ def task_runner(compute: Compute) -> TaskRunner[Any]:
         )
     from prefect_dask.task_runners import DaskTaskRunner
 
-    if compute.address is not None:
+    if compute.address:
         return DaskTaskRunner(address=compute.address)
     return DaskTaskRunner(
         cluster_class="distributed.LocalCluster",

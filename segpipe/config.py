@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from segpipe.errors import RequestError
@@ -28,6 +35,8 @@ SIZE = r"(\d+|\d+x\d+|\d+x\d+x\d+)"
 AutoSize = Annotated[str, BeforeValidator(_text), Field(pattern=rf"^(auto|{SIZE})$")]
 """``auto``, one number for all axes, or one per axis in array order: ``512``, ``96x128x128``."""
 WindowSize = Annotated[str, BeforeValidator(_text), Field(pattern=rf"^(auto|whole|{SIZE})$")]
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+"""Text that may be left out, empty or null. A form shows a plain box, where a union would be two tabs."""
 Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
 
 
@@ -135,9 +144,7 @@ class Compute(Strict):
     threads: str = Field(
         "auto", pattern=r"^(auto|[1-9]\d*)$", description="CPU threads per worker; auto: all cores."
     )
-    address: str | None = Field(
-        None, description="Dask scheduler, e.g. tcp://host:8786. Empty: a local cluster."
-    )
+    address: Text = Field("", description="Dask scheduler, e.g. tcp://host:8786. Empty: a local cluster.")
     retries: int = Field(
         2,
         ge=0,
@@ -162,11 +169,11 @@ class Regions(Strict):
     path: str = Field(
         description="Vector layer (GeoPackage, GeoJSON, Shapefile, …) or label atlas (NIfTI, GeoTIFF)."
     )
-    name: str | None = Field(
-        None,
+    name: Text = Field(
+        "",
         description="Attribute that names a polygon; for an atlas: a CSV with columns value,name.",
     )
-    layer: str | None = Field(None, description="Layer of a file with several.")
+    layer: Text = Field("", description="Layer of a file with several.")
 
 
 class Reference(Strict):
@@ -191,7 +198,7 @@ class Prompts(Strict):
     """For promptable models."""
 
     text: list[str] = Field(default_factory=list, description="Phrases to look for.")
-    path: str | None = Field(None, description="Points, boxes or polygons (GeoJSON, GeoPackage, CSV).")
+    path: Text = Field("", description="Points, boxes or polygons (GeoJSON, GeoPackage, CSV).")
 
 
 class Outputs(Strict):
@@ -224,9 +231,9 @@ class Job(Strict):
     )
     description: str = Field("", description="What the reader of the report should know.")
     scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
-    model: str | None = Field(None, description="Model card (YAML).")
-    labels: str | None = Field(
-        None,
+    model: Text = Field("", description="Model card (YAML).")
+    labels: Text = Field(
+        "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
     )
     bands: list[str] = Field(
@@ -243,10 +250,10 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _one_of_model_or_labels(self) -> Job:
-        if (self.model is None) == (self.labels is None):
-            found = "neither" if self.model is None else "both"
+        if bool(self.model) == bool(self.labels):
+            found = "both" if self.model else "neither"
             raise ValueError(f"give one of `model` or `labels`; found {found}")
-        if self.compute.address is not None and self.compute.runner is not Runner.dask:
+        if self.compute.address and self.compute.runner is not Runner.dask:
             raise ValueError("compute.address needs compute.runner: dask")
         return self
 
@@ -254,7 +261,7 @@ class Job(Strict):
     def _nothing_asked_for_in_vain(self) -> Job:
         """A key of the interface that this version cannot serve yet is refused, never ignored."""
         later = {
-            "labels": self.labels is not None,
+            "labels": bool(self.labels),
             "measure.surface": self.measure.surface,
             "measure.intensity": self.measure.intensity,
             "prompts": bool(self.prompts.text or self.prompts.path),

@@ -181,7 +181,7 @@ class VolumeGeometry(Geometry):
         """Closest anatomical axes of (i, j, k), as in ``RAS``: toward right, anterior, superior."""
         import nibabel as nib  # here: it loads pydicom, which rasters never need
 
-        codes = nib.orientations.aff2axcodes(self.matrix)  # type: ignore[no-untyped-call]
+        codes = nib.orientations.aff2axcodes(self.matrix)
         return "".join(codes)
 
     @property

@@ -33,7 +33,6 @@ def check_request(job: Job) -> Request:
     Raises:
         RequestError: naming the field, what was found and what would be valid.
     """
-    assert job.model is not None
     card = read_card(job.model)
     check_card(card)
     _check_tiling(job, card)

@@ -179,7 +179,6 @@ def finish_run(
     run: Run, job: Job, settings: Settings, scenes: Sequence[SceneRecord], notes: Sequence[str] = ()
 ) -> RunRecord:
     """Write tables, ``run.json`` and the page of a run whose scenes have all ended."""
-    assert job.model is not None
     card = read_card(job.model)
     record = RunRecord(
         job_name=job.name,

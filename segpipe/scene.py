@@ -104,7 +104,6 @@ class Scene:
     @property
     def card(self) -> Card:
         """The model's card (read once per process)."""
-        assert self.job.model is not None
         return read_card(self.job.model)
 
     @property
@@ -129,7 +128,6 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
         SceneError: the scene does not suit the card, or cannot be read.
         RequestError: the plan cannot be met (memory, window, halo).
     """
-    assert job.model is not None
     card = read_card(job.model)
     with open_source(ref.uri, band_names=job.bands) as source:
         channels, bands = match_bands(card, source)
@@ -198,7 +196,6 @@ def dry_plan(job: Job, ref: SceneRef, settings: Settings) -> Plan:
 
     A card with a region of interest is planned over the whole scene: the region is not known yet.
     """
-    assert job.model is not None
     card = read_card(job.model)
     with open_source(ref.uri, band_names=job.bands) as source:
         match_bands(card, source)

@@ -1,4 +1,4 @@
-"""What a task makes of an error: a user's mistake is one line, without a traceback; a passing fault is retried."""
+"""What a task makes of an error: a mistake is told in one line, a passing fault is tried again."""
 
 from __future__ import annotations
 

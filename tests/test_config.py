@@ -210,7 +210,7 @@ def test_a_size_of_zero_is_a_halo_only(sizes: list[int], place: int) -> None:
 def test_every_job_that_comes_with_segpipe_is_right(path: Path) -> None:
     job = load_job(path)
     assert job.name == path.stem
-    assert job.model is not None
+    assert job.model
     card = load_card(CONFIGS.parent / job.model)
     assert (CONFIGS.parent / job.model).stem == card.name
     jsonschema.validate(job.model_dump(mode="json"), Job.model_json_schema())

@@ -50,7 +50,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         with warnings.catch_warnings():
             # Known: torch.export follows it. Published models still come this way.
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
-            program = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+            program = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise card_error(card, "weights", f"{path} is not readable TorchScript ({reason})") from error

@@ -209,9 +209,9 @@ def load_atlas(config: Regions, geometry: Geometry) -> AtlasRegions:
         RequestError: `regions.layer` is set, or `regions.name` is no CSV with value,name.
         SceneError: the atlas cannot be opened, holds no labels, or cannot be related to the scene.
     """
-    if config.layer is not None:
+    if config.layer:
         raise RequestError(f"regions.layer: {config.path} is a label atlas and has no layers")
-    names = {} if config.name is None else read_names(config.name)
+    names = read_names(config.name) if config.name else {}
     file = LabelFile(config.path)
     try:
         regions = AtlasRegions(file, geometry, names)

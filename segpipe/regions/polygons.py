@@ -203,7 +203,7 @@ def read_layer(config: Regions) -> Layer:
     path = Path(config.path)
     files = [path, *(path.with_suffix(s) for s in (".dbf", ".prj", ".shx"))]
     stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _read_layer(config.path, config.layer, config.name, stamp)
+    return _read_layer(config.path, config.layer or None, config.name or None, stamp)
 
 
 @lru_cache(maxsize=4)

@@ -118,9 +118,7 @@ def series_affine(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
     errors = np.linalg.norm(positions - expected, axis=1)
     if errors.max() > _tolerance(float(np.linalg.norm(step))):
         worst = slices[int(errors.argmax())]
-        raise SceneError(
-            f"{worst.path}: lies {errors.max():.3g} mm beside the line of the other slices"
-        )
+        raise SceneError(f"{worst.path}: lies {errors.max():.3g} mm beside the line of the other slices")
     first = slices[0]
     lps = np.eye(4)
     # PixelSpacing is (between rows, between columns): the second goes with the column index i.
@@ -287,9 +285,7 @@ def _require_even(folder: Path, slices: Sequence[Slice], along: np.ndarray) -> N
                 f"{folder}: {missing} {some} missing between {pair} "
                 f"({step:.2f} mm apart where others are {spacing:.2f})"
             )
-        raise SceneError(
-            f"{folder}: uneven slices: {pair} are {step:.3f} mm apart, others {spacing:.3f}"
-        )
+        raise SceneError(f"{folder}: uneven slices: {pair} are {step:.3f} mm apart, others {spacing:.3f}")
 
 
 def _tolerance(spacing: float) -> float:

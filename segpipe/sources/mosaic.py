@@ -124,9 +124,7 @@ def vrt_text(tiles: Sequence[Tile]) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _add_band(
-    root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]
-) -> None:
+def _add_band(root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]) -> None:
     """One band of the mosaic, drawn from each tile in turn."""
     common = placed[0][0].common
     kind = GDAL_TYPES[common["dtypes"][number - 1]]
@@ -246,9 +244,7 @@ def _require_same(first: Tile, other: Tile) -> None:
         if not same:
             a, b = (_short(v) for v in (value, found))
             where = f"{a} as in {first.path}"
-            raise SceneError(
-                f"{other.path}: cannot join the mosaic, its {what} differ: {b}, not {where}"
-            )
+            raise SceneError(f"{other.path}: cannot join the mosaic, its {what} differ: {b}, not {where}")
 
 
 def _short(value: Any) -> str:

@@ -46,9 +46,7 @@ class NiftiSource(Source):
 
     geometry: VolumeGeometry
 
-    def __init__(
-        self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()) -> None:
         """Open a volume.
 
         Args:
@@ -119,7 +117,7 @@ class NiftiSource(Source):
             # Slope 1 and intercept 0: the proxy hands out what is stored. keep_file_open holds
             # the one decompressor whose position and seek points make reads cheap.
             spec = (*self._spec, 1.0, 0.0)
-            self._proxy = ArrayProxy(  # type: ignore[no-untyped-call]
+            self._proxy = ArrayProxy(
                 self._path, spec, mmap=False, keep_file_open=True
             )
         return self._proxy

@@ -28,9 +28,7 @@ def package_file(uri: str) -> Path:
         listed = files(distribution)
     except PackageNotFoundError:
         hint = f"try: pip install {distribution}"
-        raise RequestError(
-            f"{uri}: the distribution {distribution!r} is not installed; {hint}"
-        ) from None
+        raise RequestError(f"{uri}: the distribution {distribution!r} is not installed; {hint}") from None
     if listed is None:
         raise RequestError(f"{uri}: the distribution {distribution!r} keeps no list of its files")
     for entry in listed:

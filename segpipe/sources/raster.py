@@ -158,9 +158,7 @@ class RasterSource(Source):
         self._dataset_mask = any(_dataset_mask(dataset, i) for i in channels)
         self.count = len(channels)
         self.bands = _names([dataset.descriptions[i - 1] for i in channels])
-        self.scaling = tuple(
-            scaling_of(dataset.scales[i - 1], dataset.offsets[i - 1]) for i in channels
-        )
+        self.scaling = tuple(scaling_of(dataset.scales[i - 1], dataset.offsets[i - 1]) for i in channels)
         height, width = dataset.block_shapes[channels[0] - 1]
         # A VRT's blocks are GDAL's guess, not how the pixels are stored.
         tiled = dataset.driver != "VRT" and width != dataset.width
@@ -222,9 +220,7 @@ def common_dtype(uri: str, dtypes: Sequence[str]) -> np.dtype[Any]:
         SceneError: complex values, or no such dtype.
     """
     if any(d.startswith("complex") for d in dtypes):
-        raise SceneError(
-            f"{uri}: complex values ({dtypes[0]}); convert them to amplitude or intensity first"
-        )
+        raise SceneError(f"{uri}: complex values ({dtypes[0]}); convert them to amplitude or intensity first")
     common = np.result_type(*(np.dtype(d) for d in dtypes))
     wide = any(np.dtype(d).kind in "iu" and np.dtype(d).itemsize == 8 for d in dtypes)
     if common.kind == "f" and wide:

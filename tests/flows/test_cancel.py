@@ -136,6 +136,7 @@ def start(job_file: Path, environment: dict[str, str], log: Path) -> subprocess.
     return subprocess.Popen(
         command,
         env=environment,
+        cwd=log.parent,
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
