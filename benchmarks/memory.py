@@ -24,7 +24,8 @@ def one(path: str, card: str, out: str) -> None:
     from segpipe.deliver import export_scene
     from segpipe.measure import measure_scene
     from segpipe.run import Run
-    from segpipe.scene import create_stages, pending_blocks, prepare_scene, read_card, resolve_settings
+    from segpipe.scene import create_stages, pending_blocks, prepare_scene, read_card
+    from segpipe.settings import resolve_settings
     from segpipe.sources import discover
     from segpipe.steps import finish_labels, predict_blocks
 

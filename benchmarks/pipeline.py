@@ -22,7 +22,14 @@ from segpipe.deliver import export_scene
 from segpipe.measure import measure_scene
 from segpipe.models.registry import load_model
 from segpipe.run import Run
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene, read_card, resolve_settings
+from segpipe.scene import (
+    Scene,
+    create_stages,
+    pending_blocks,
+    prepare_scene,
+    read_card,
+)
+from segpipe.settings import resolve_settings
 from segpipe.sources import discover
 from segpipe.steps import Done, finish_labels, predict_blocks
 

@@ -19,7 +19,8 @@ from segpipe.plan import Index
 from segpipe.report.record import SceneRecord
 from segpipe.request import Request
 from segpipe.run import Run
-from segpipe.scene import Scene, Settings, pending_blocks
+from segpipe.scene import Scene, pending_blocks
+from segpipe.settings import Settings
 from segpipe.sources import SceneRef
 from segpipe.steps import batches_of
 from tasks.scenes import finish_scene, plan_scene, predict_batch_retried

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from segpipe.boxes import Box
+from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.plan import Blocks, Index, block_id
 from segpipe.sources import Source, open_source
@@ -34,6 +35,7 @@ class SceneBlocks:
         dtype: str,
         geometry: Geometry,
         ingest: Stage | None,
+        identity: dict[str, Any] | None = None,
         predict: Stage | None = None,
         attempt: int = 1,
         progress: Callable[[int], None] = lambda blocks: None,
@@ -44,6 +46,7 @@ class SceneBlocks:
         self.dtype = dtype
         self.geometry = geometry
         self.ingest_stage = ingest
+        self.identity = identity
         self.predict_stage = predict
         self.attempt = attempt
         self.progress = progress
@@ -51,7 +54,6 @@ class SceneBlocks:
         self._source: Source | None = None
         self._blocks: Blocks | None = None
         self._ingested: set[str] = set()
-        self._token: str | None = None
         self._lock = threading.Lock()
         if ingest is not None and ingest.exists:
             self.refresh()
@@ -71,6 +73,7 @@ class SceneBlocks:
             scene.dtype,
             scene.geometry,
             None if scene.direct else scene.ingest,
+            scene.identity,
             scene.predict,
             attempt,
             progress,
@@ -78,46 +81,72 @@ class SceneBlocks:
 
     def refresh(self) -> None:
         """Read again which blocks are ingested."""
-        assert self.ingest_stage is not None
-        token, layout = self.ingest_stage.token, self.ingest_stage.layout
-        done = self.ingest_stage.done()
+        stage = self.ingest_stage
+        if stage is None:
+            return
+        blocks, done = stage.generation.blocks, stage.done()
         with self._lock:
-            self._token, self._blocks, self._ingested = token, layout, done
+            self._blocks, self._ingested = blocks, done
 
     def _open(self) -> Source:
+        """The source, held against what was planned.
+
+        Raises:
+            SceneError: the file changed meanwhile: its pixels would go under the old one's key.
+        """
         if self._source is None:
-            self._source = open_source(self.uri, band_names=self.band_names)
+            source = open_source(self.uri, band_names=self.band_names)
+            if self.identity is not None and source.identity != self.identity:
+                source.close()
+                raise SceneError(f"{self.uri}: changed since it was planned; run the job again")
+            self._source = source
         return self._source
 
     def _is_ingested(self, box: Box) -> bool:
         """Whether every block that a box meets has its receipt."""
-        if self._blocks is None:
-            return False
         with self._lock:
+            if self._blocks is None:
+                return False
             return all(block_id(i) in self._ingested for i in self._blocks.meeting(box))
+
+    def _forget_ingest(self) -> None:
+        """Another run dropped the ingest: from now on the source is read, and nothing kept."""
+        with self._lock:
+            self._ingested.clear()
+            self._blocks = self.ingest_stage = None
 
     def read(self, box: Box) -> Pixels:
         """Pixels of a native box: the model's channels in the card's order, as stored."""
-        if self.ingest_stage is not None and self._is_ingested(box):
-            values = np.asarray(self.ingest_stage.array("image")[(slice(None), *box.slices)])
-            valid = np.asarray(self.ingest_stage.array("valid")[box.slices])
-            if self.ingest_stage.token == self._token:
-                return Pixels(values, valid)
-            with self._lock:  # another run dropped it meanwhile: what was read may be fill
-                self._ingested.clear()
-                self.ingest_stage = None
+        stage = self.ingest_stage  # one look: the writer's thread may forget it meanwhile
+        if stage is not None and self._is_ingested(box):
+            try:
+                values = np.asarray(stage.array("image")[(slice(None), *box.slices)])
+                pixels = Pixels(values, np.asarray(stage.array("valid")[box.slices]))
+            except (KeyError, ValueError, OSError):  # arrays that vanish while they are opened
+                if stage.current:
+                    raise
+            else:
+                if stage.current:
+                    return pixels
+            self._forget_ingest()
         return self._open().read(box, self.channels)
 
     def ingest(self, index: Index, box: Box, pixels: Pixels) -> None:
         """Write a block through to the ingest, unless it is there or the source is read in place."""
-        if self.ingest_stage is None or block_id(index) in self._ingested:
+        stage, blocks = self.ingest_stage, self._blocks
+        if stage is None or blocks is None or block_id(index) in self._ingested:
             return
-        if self._blocks is None or self._blocks.box(index) != box:
+        if blocks.box(index) != box:
             return  # made by another plan, and complete before this one began
-        self.ingest_stage.write("image", box.slices, pixels.values)
-        self.ingest_stage.write("valid", box.slices, pixels.valid)
-        receipt = {"valid": int(pixels.valid.sum()), "elements": box.size}
-        self.ingest_stage.commit(block_id(index), receipt)
+        try:
+            stage.write("image", box.slices, pixels.values)
+            stage.write("valid", box.slices, pixels.valid)
+            stage.commit(block_id(index), {"valid": int(pixels.valid.sum()), "elements": box.size})
+        except (KeyError, ValueError, OSError):
+            if stage.current:
+                raise
+            self._forget_ingest()
+            return
         with self._lock:
             self._ingested.add(block_id(index))
 
@@ -154,7 +183,7 @@ class SceneBlocks:
 def ingest_all(store: SceneBlocks, stage: Stage) -> None:
     """Stream a whole scene into its ingest: the first pass of cards that must see it as a whole."""
     store.refresh()
-    layout = stage.layout
+    layout = stage.generation.blocks
     done = stage.done()
     for index in layout.indices():
         if block_id(index) not in done:

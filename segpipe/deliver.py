@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from segpipe.report.pictures import Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import GeometrySummary, SceneRecord
 from segpipe.report.tables import write_atomic
-from segpipe.run import PREVIEWS, Run, local_folder
+from segpipe.run import Run, local_folder
 from segpipe.scene import Scene
 from segpipe.sources import package_file
 from segpipe.sources.base import Pixels, SceneRef
@@ -99,9 +101,15 @@ def _nifti_header(uri: str) -> str | None:
     return str(package_file(location)) if location.startswith("pkg://") else location
 
 
+def previews_name(scene: Scene) -> str:
+    """Object that holds a scene's pictures beside its tallies: names, colours and bands are part of it."""
+    shown = [scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in scene.card.classes]]
+    return f"previews-{hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]}.zip"
+
+
 def _previews(scene: Scene, measured: Measured) -> Previews:
     """The scene's pictures: made once per measure key, then kept beside the tallies."""
-    known = measured.stage.read_bytes(PREVIEWS)
+    known = measured.stage.read_bytes(previews_name(scene))
     if known is not None:
         return load_previews(known)
     card, geometry = scene.card, scene.geometry
@@ -127,7 +135,7 @@ def _previews(scene: Scene, measured: Measured) -> Previews:
     finally:
         if reference is not None:
             reference.close()
-    measured.stage.write_bytes(PREVIEWS, dump_previews(previews))
+    measured.stage.write_bytes(previews_name(scene), dump_previews(previews))
     return previews
 
 
@@ -167,6 +175,7 @@ def done_record(
             "predict": scene.predict.key,
             "labels": scene.labels.key,
             "measure": measured.stage.key,
+            "previews": previews_name(scene),
         },
         plan=scene.plan.summary(),
         timings={name: round(step.seconds, 3) for name, step in steps.items()},

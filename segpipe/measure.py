@@ -68,7 +68,9 @@ def measure_scene(scene: Scene, run: str) -> tuple[Measured, Done]:
                 raise StoppedError("the run was asked to stop; run it again to resume")
             truth = reference.read(box) if reference else None
             nodata = nodata_value(scene.card)
-            tally = measure_tile(read(box), nodata, truth, regions, box, scene.geometry.box, scale)
+            labels = read(box)
+            scene.labels.check()  # a stage that is dropped meanwhile reads as nodata
+            tally = measure_tile(labels, nodata, truth, regions, box, scene.geometry.box, scale)
             stage.commit(name, tally.to_json())
             computed += 1
         stage.write_json("info.json", info)

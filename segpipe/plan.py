@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
 from segpipe.grid import GridMap
+from segpipe.memory import Memory, Workload, predict_memory
 
 Index = tuple[int, ...]
 """Position of a window in the lattice, or of a block in the block grid."""
@@ -31,8 +32,6 @@ BLOCK_EDGE = {2: 2048, 3: 160}
 """Edge aimed at by `block: auto`, native elements, by number of axes."""
 CHUNK_EDGE = {2: 512, 3: 64}
 """Longest edge of the chunks inside a shard."""
-IN_FLIGHT = 3
-"""Blocks alive at once in the engine: one read ahead, one computed, one written."""
 
 
 @dataclass(frozen=True)
@@ -201,54 +200,6 @@ def block_id(index: Index) -> str:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What the plan must know of the image and the model to count bytes."""
-
-    image_channels: int
-    """Channels stored at ingest."""
-    image_itemsize: int
-    channels: int
-    """Channels the model sees."""
-    classes: int
-    label_itemsize: int
-    batch: int
-    keep_scores: bool
-    activation_bytes: int = 400
-    """Forward pass, bytes per element of a batch (the card's, or an estimate for U-Nets)."""
-    cleanup: bool = False
-    """Whether the card cleans up the finished label map, which is read whole for it."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Predicted peak of one worker in bytes, with its reasons."""
-
-    libraries: int
-    """Python, torch and their caches."""
-    read: int
-    """Blocks with their margins, as stored, with validity and normalised."""
-    windows: int
-    """Batches waiting for the model."""
-    forward: int
-    """Activations (an estimate)."""
-    scores: int
-    """Merged labels or scores of the blocks in flight, and of the one being resampled."""
-    cleanup: int
-    """The whole label map and its components, where the card cleans up; after the forward passes."""
-
-    @property
-    def total(self) -> int:
-        """The larger of predicting and cleaning up, which follow one another."""
-        predicting = self.read + self.windows + self.forward + self.scores
-        return self.libraries + max(predicting, self.cleanup)
-
-
-CLEANUP_BYTES = 16
-"""Per element: two label maps, components of 32 bits, and masks."""
-LIBRARY_BYTES = 900 * 1024**2
-
-
-@dataclass(frozen=True)
 class Plan:
     """The deterministic list of a scene's blocks and windows, and what they cost."""
 
@@ -259,7 +210,6 @@ class Plan:
     workload: Workload
     passes_per_window: int = 1
     """Forward passes of test-time augmentation: 1, 4 (2D flips) or 8 (3D flips)."""
-    notes: tuple[str, ...] = field(default=())
 
     def windows(self, index: Index) -> list[Index]:
         """Windows a block needs, in C order."""
@@ -267,7 +217,9 @@ class Plan:
 
     def read_box(self, index: Index) -> Box:
         """Native elements that a block's windows are made from, and the block itself."""
-        block = self.blocks.box(index)
+        return self._read_of(self.blocks.box(index))
+
+    def _read_of(self, block: Box) -> Box:
         model = self.grid.model_box(block)
         if model.size == 0:
             return block
@@ -291,14 +243,29 @@ class Plan:
 
     def _axis_needs(self, axis: int, native: int) -> Iterator[range]:
         """Windows along a model axis needed by each row of blocks along its native axis."""
+        for row in self._rows(native):
+            yield self.lattice.needed(self.grid.model_box(row), self.blend)[axis]
+
+    def _rows(self, native: int) -> Iterator[Box]:
+        """The blocks along one native axis, each as wide as the crop on the others."""
         index = [0] * len(self.grid.axes)
         for position in range(self.blocks.counts[native]):
             index[native] = position
             block = self.blocks.box(tuple(index))
             low, high = list(self.grid.crop.start), list(self.grid.crop.stop)
             low[native], high[native] = block.start[native], block.stop[native]
-            model = self.grid.model_box(Box(tuple(low), tuple(high)))
-            yield self.lattice.needed(model, self.blend)[axis]
+            yield Box(tuple(low), tuple(high))
+
+    def _largest(self) -> tuple[int, int, int]:
+        """Elements of the largest read, model region and block: axis by axis, the grid is a product."""
+        read = model = block = 1
+        for native in range(len(self.grid.axes)):
+            axis = self.grid.axes.index(native)
+            rows = list(self._rows(native))
+            read *= max(self._read_of(row).shape[native] for row in rows)
+            model *= max(self.grid.model_box(row).shape[axis] for row in rows)
+            block *= max(row.shape[native] for row in rows)
+        return read, model, block
 
     @property
     def redundancy(self) -> float:
@@ -313,23 +280,16 @@ class Plan:
     @cached_property
     def memory(self) -> Memory:
         """Predicted peak of one worker: from the largest block, not from the scene."""
-        load = self.workload
-        corners = list(product(*(range(min(2, n)) for n in self.blocks.counts)))
-        read = max(self.read_box(i).size for i in corners)
-        model = max(self.grid.model_box(self.blocks.box(i)).size for i in corners)
-        block = max(self.blocks.box(i).size for i in corners)
-        window = math.prod(self.lattice.window_shape)
-        per_read = load.image_channels * load.image_itemsize + 1 + 8 * load.channels
-        direct = self.grid.identity and self.blend == "trim" and not load.keep_scores
-        per_model = load.label_itemsize if direct else 4 * (load.classes + 1)
-        resampled = 0 if self.grid.identity else 4 * 4 * block
-        return Memory(
-            libraries=LIBRARY_BYTES,
-            read=IN_FLIGHT * read * per_read,
-            windows=3 * load.batch * window * 4 * load.channels,
-            forward=load.batch * window * (load.activation_bytes + 8 * load.classes),
-            scores=IN_FLIGHT * (model * per_model + block * load.label_itemsize) + resampled,
-            cleanup=CLEANUP_BYTES * math.prod(self.blocks.shape) if load.cleanup else 0,
+        read, model, block = self._largest()
+        return predict_memory(
+            self.workload,
+            read=read,
+            model=model,
+            block=block,
+            window=math.prod(self.lattice.window_shape),
+            scene=math.prod(self.blocks.shape),
+            resampled=not self.grid.identity,
+            blended=self.blend != "trim",
         )
 
     @property
@@ -413,12 +373,12 @@ def make_plan(
 
     if block is not None:
         chosen = plan(block)
-        _check_memory(chosen, memory)
+        check_memory(chosen, memory)
         return chosen
     candidates = [plan(shape) for shape in _block_sizes(grid, lattice)]
     fitting = [p for p in candidates if p.memory.total <= memory]
     if not fitting:
-        _check_memory(candidates[0], memory)
+        check_memory(candidates[0], memory)
     aim = BLOCK_EDGE[len(grid.native_shape)]
     for p in fitting:
         covered = zip(p.blocks.block, grid.native_shape, strict=True)
@@ -457,7 +417,8 @@ def _fit(block: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(max(1, min(b, n)) for b, n in zip(block, shape, strict=True))
 
 
-def _check_memory(plan: Plan, bound: int) -> None:
+def check_memory(plan: Plan, bound: int) -> None:
+    """Raises RequestError where a plan needs more bytes than the bound; says for what."""
     if plan.memory.total <= bound:
         return
     parts = plan.memory

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from segpipe.config import Job, parse_size
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
+from segpipe.models.card import Card, WindowZscore
 from segpipe.models.registry import check_card
 from segpipe.run import fingerprint
-from segpipe.scene import Settings, read_card, resolve_settings
+from segpipe.scene import read_card
+from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import SceneRef, discover
 from segpipe.store import check_writable, is_url
 
@@ -44,8 +45,13 @@ def check_request(job: Job) -> Request:
 
 
 def _check_tiling(job: Job, card: Card) -> None:
-    """Sizes that suit no scene of the card's kind."""
+    """Sizes that suit no scene of the card's kind, or that the card forbids."""
     tiling, stride = job.tiling, card.window.stride
+    if tiling.window != "auto":
+        by_window = any(isinstance(s, WindowZscore) for s in card.input.normalisation)
+        if card.window.fixed or by_window:
+            why = "takes its own size only" if card.window.fixed else "normalises by the whole scene"
+            raise RequestError(f"tiling.window: found {tiling.window}; {card.name!r} {why}: valid: auto")
     for field in ("window", "halo", "block"):
         value = getattr(tiling, field)
         if value in ("auto", "whole"):

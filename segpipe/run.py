@@ -47,16 +47,16 @@ from segpipe.report.tables import (
     write_atomic,
     write_table,
 )
-from segpipe.scene import Settings, model_parts, read_card
+from segpipe.scene import model_parts, read_card
+from segpipe.settings import Settings
 from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
 from segpipe.sources.mosaic import SCHEME as MOSAIC
+from segpipe.sources.remote import is_remote, remote_identity
 from segpipe.store import Stage, is_url, join, open_store
 
 PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
 """Versions that a report names."""
-PREVIEWS = "previews.zip"
-"""Pictures of a scene, kept beside its tallies so that a report needs no pixels."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[Scene
 def _state(uri: str) -> list[Any]:
     """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
     location = uri.removeprefix(MOSAIC).split("#")[0]
+    if is_remote(location):
+        return [uri, remote_identity(location)[0]]
     path = Path(location)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file())
@@ -206,10 +208,10 @@ def write_run(run: Run, record: RunRecord) -> None:
         metrics = metric_table(results, classes)
         summary = summary_table(metrics, classes)
     previews = {}
-    for name, numbers in measured.items():
-        pictures = numbers.stage.read_bytes(PREVIEWS)
+    for scene in record.done:
+        pictures = measured[scene.name].stage.read_bytes(scene.keys["previews"])
         if pictures is not None:
-            previews[name] = load_previews(pictures)
+            previews[scene.name] = load_previews(pictures)
     with local_folder(run) as folder:
         _write_tables(folder, regions, metrics, summary)
         page = render_page(record, previews, regions, metrics, summary)

@@ -5,10 +5,10 @@ A `Scene` is a small value that travels to workers; pixels never do.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ import numpy as np
 from segpipe import ENGINE_VERSION
 from segpipe.blocks import SceneBlocks, ingest_all
 from segpipe.boxes import Box
-from segpipe.config import Compute, Job, StoreMode, parse_memory, parse_size
-from segpipe.errors import RequestError, SceneError
+from segpipe.config import Job, StoreMode, parse_memory, parse_size
+from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, model_grid
 from segpipe.inference.labels import label_dtype, nodata_value
+from segpipe.memory import Workload
 from segpipe.models.card import Card, load_card
-from segpipe.models.registry import resolve_precision
 from segpipe.models.weights import weights_fingerprint
 from segpipe.plan import (
     BLOCK_EDGE,
@@ -30,51 +30,15 @@ from segpipe.plan import (
     Index,
     Lattice,
     Plan,
-    Workload,
     block_id,
+    check_memory,
     make_lattice,
     make_plan,
 )
+from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import Source, open_source
 from segpipe.sources.base import Scaling, SceneRef
 from segpipe.store import ArraySpec, Stage, stage_key
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `auto` became, once, for all workers: part of every predict key."""
-
-    device: str
-    """cpu, cuda or cuda:1: where this process computes."""
-    device_class: str
-    """What the bits depend on: ``cpu-t2`` (threads) or the GPU's name."""
-    precision: str
-    batch: int
-    threads: int
-    tta: bool
-
-
-def resolve_settings(compute: Compute, card: Card) -> Settings:
-    """Decide device, precision, batch and threads.
-
-    Raises:
-        RequestError: a device that is not there, or a precision that the card's file cannot take.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available()
-    device = compute.device if compute.device != "auto" else ("cuda" if cuda else "cpu")
-    on_gpu = device.startswith("cuda")
-    if on_gpu and not cuda:
-        raise RequestError(
-            f"compute.device: found {device!r}, but torch {torch.__version__} sees no GPU; use auto or cpu"
-        )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int(compute.threads) if compute.threads != "auto" else int(cores or 1)
-    precision = resolve_precision(card, compute.precision, device)
-    batch = int(compute.batch) if compute.batch != "auto" else (8 if on_gpu else 1)
-    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu-t{threads}"
-    return Settings(device, name, precision, batch, threads, compute.tta.value == "flips")
 
 
 @dataclass(frozen=True)
@@ -112,9 +76,17 @@ class Scene:
         return self.job.tiling.store is StoreMode.direct
 
 
-@lru_cache(maxsize=16)
 def read_card(path: str) -> Card:
-    """A card, read once per process."""
+    """A card, read once per process and again when its file has changed."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return load_card(path)  # says what is wrong
+    return _read_card(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=16)
+def _read_card(path: str, mtime: int, size: int) -> Card:
     return load_card(path)
 
 
@@ -133,11 +105,11 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
         channels, bands = match_bands(card, source)
         geometry = source.geometry
         notes = list(source.notes)
-        parts = {"source": source.identity, "channels": channels, "bands": job.bands}
+        parts = {"source": source.identity, "channels": channels, "engine": ENGINE_VERSION}
         ingest = Stage(job.outputs.dir, stage_key("ingest", parts))
         first = SceneBlocks(
             source.uri, job.bands, channels, str(source.dtype), geometry,
-            None if job.tiling.store is StoreMode.direct else ingest,
+            None if job.tiling.store is StoreMode.direct else ingest, source.identity,
         )  # fmt: skip
         scaling = tuple(source.scaling[c] for c in channels)
         identity, dtype = source.identity, str(source.dtype)
@@ -147,8 +119,7 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
         first.close()
     grid, statistics = findings
     plan = plan_scene(job, card, settings, grid, np.dtype(dtype).itemsize)
-    predict_parts = predict_key_parts(job, card, settings, ingest.key, plan.lattice)
-    predict = Stage(job.outputs.dir, stage_key("predict", predict_parts))
+    predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
     cleanup = card.cleanup.model_dump()
     labels = predict
     if any(cleanup.values()):
@@ -176,6 +147,7 @@ def create_stages(scene: Scene) -> Scene:
         return scene
     arrays = image_arrays(len(scene.channels), scene.dtype)
     in_force = scene.ingest.create(scene.geometry, blocks, arrays, info)
+    check_memory(scene.plan, parse_memory(job.tiling.memory))
     if in_force != blocks:
         # made by another plan: its shards cannot be written block by block of this one
         with SceneBlocks.of(scene) as store:
@@ -372,11 +344,9 @@ def device_parts(settings: Settings) -> dict[str, Any]:
     }
 
 
-def predict_key_parts(
-    job: Job, card: Card, settings: Settings, ingest_key: str, lattice: Lattice
-) -> dict[str, Any]:
-    """Everything that can change a label. Block size, runner, memory and outputs are not in it."""
-    return {
+def predict_key(job: Job, card: Card, settings: Settings, ingest_key: str, lattice: Lattice) -> str:
+    """Key of everything that can change a label. Block size, runner, memory and outputs are not in it."""
+    parts = {
         "ingest": ingest_key,
         **model_parts(card),
         **device_parts(settings),
@@ -385,3 +355,20 @@ def predict_key_parts(
         "tta": settings.tta,
         "batch": settings.batch,
     }
+    return stage_key("predict", parts)
+
+
+def check_worker(scene: Scene) -> None:
+    """Refuse to compute where the bits would differ from those that were planned.
+
+    Raises:
+        SceneError: this process has another card, other weights, another device or version.
+    """
+    here = resolve_settings(scene.job.compute, scene.card)
+    mine = replace(scene.settings, device_class=here.device_class)
+    planned = scene.predict.key
+    if predict_key(scene.job, scene.card, mine, scene.ingest.key, scene.plan.lattice) != planned:
+        raise SceneError(
+            f"this worker would compute other bits than were planned on {scene.settings.device_class} (card, "
+            "weights, device or version of segpipe differ here); make the workers alike and run again"
+        )

@@ -11,8 +11,9 @@ import numpy as np
 
 from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
-from segpipe.plan import Index, block_id
-from segpipe.scene import Scene, label_arrays
+from segpipe.errors import SceneError
+from segpipe.plan import Index
+from segpipe.scene import Scene, check_worker, label_arrays, pending_blocks
 from segpipe.store import stop_requested
 
 SECONDS_PER_MPX = 2.0
@@ -62,8 +63,9 @@ def predict_blocks(
     from segpipe.models.registry import load_model
 
     begun = time.perf_counter()
-    done = scene.predict.done() if attempt > 1 else set()
-    todo = [i for i in blocks if block_id(i) not in done]
+    check_worker(scene)
+    pending = set(pending_blocks(scene)) if attempt > 1 else set(blocks)
+    todo = [i for i in blocks if i in pending]
     card, settings = scene.card, scene.settings
     model = load_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
@@ -78,8 +80,12 @@ def finish_labels(scene: Scene) -> Done:
     from segpipe.inference.cleanup import clean_labels
 
     begun = time.perf_counter()
+    scene.predict.check()
+    missing = pending_blocks(scene)
+    if missing:
+        raise SceneError(f"{len(missing)} blocks have no prediction; run the job again")
     scene.predict.compact()
-    if not scene.direct:
+    if not scene.direct and scene.ingest.exists:
         scene.ingest.compact()
     if scene.labels == scene.predict:
         return Done(0, 0, time.perf_counter() - begun, {})

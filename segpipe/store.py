@@ -1,6 +1,6 @@
 """The working store: the one place that knows how arrays and receipts lie on disk or in a bucket.
 
-``<out>/.store/<stage>-<key>/`` is a Zarr v3 group with a stage's arrays and, beside them,
+``<out>/.store/<stage>-<key>/<token>/`` is a Zarr v3 group with a stage's arrays and, beside it,
 ``receipts-<token>/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without
 one is computed again. Receipts are compacted into one object when a stage is complete.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import zarr
 from obstore.store import LocalStore, ObjectStore, from_url
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from segpipe.errors import RequestError
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.plan import Blocks
 
@@ -100,6 +100,16 @@ class ArraySpec:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """A stage between its making and its dropping."""
+
+    token: str
+    """Names the folder of its arrays and of its receipts."""
+    blocks: Blocks
+    """The unit of its shards."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of one scene. Cheap to pickle; handles open on first use."""
 
@@ -116,9 +126,25 @@ class Stage:
         return {"out": self.out, "key": self.key}
 
     @cached_property
+    def generation(self) -> Generation:
+        """The stage as it was made, read once by this handle.
+
+        Raises:
+            SceneError: it is not there (any more).
+        """
+        found = self.read_json("stage.json")
+        if found is None:
+            raise SceneError(
+                f"the stored stage {self.key} is gone (dropped by another run); run the job again"
+            )
+        parts = (tuple(found["blocks"][name]) for name in ("shape", "block", "absorb"))
+        return Generation(found["token"], Blocks(*parts))
+
+    @cached_property
     def group(self) -> zarr.Group:
-        """The stage's Zarr group, which must exist."""
-        return zarr.open_group(zarr.storage.ObjectStore(self.objects), mode="r+")
+        """The Zarr group of this generation; each generation has its own folder."""
+        location = join(self.out, STORE_FOLDER, self.key, self.generation.token)
+        return zarr.open_group(zarr.storage.ObjectStore(open_store(location)), mode="a")
 
     def array(self, name: str) -> zarr.Array[Any]:
         """One of the stage's arrays."""
@@ -129,22 +155,21 @@ class Stage:
     @property
     def exists(self) -> bool:
         """Whether the stage was created and not dropped since."""
-        return self.token is not None
+        return self.read_json("stage.json") is not None
 
     @property
-    def token(self) -> str | None:
-        """Changes when a stage is dropped and made again; None: it is not there.
+    def current(self) -> bool:
+        """Whether the generation of this handle is still the one in force: asked after a read.
 
-        Read it before and after a read: the same token means that the data were there all along.
+        A stage that another run drops reads as fill, without an error.
         """
         found = self.read_json("stage.json")
-        return found["token"] if found else None
+        return found is not None and found["token"] == self.generation.token
 
-    @property
-    def layout(self) -> Blocks:
-        """The blocks of a stage that exists."""
-        parts = self.read_json("stage.json")["blocks"]
-        return Blocks(tuple(parts["shape"]), tuple(parts["block"]), tuple(parts["absorb"]))
+    def check(self) -> None:
+        """Raises SceneError: what was read may be fill, or what was written is lost."""
+        if not self.current:
+            raise SceneError(f"the stored stage {self.key} was dropped by another run; run the job again")
 
     def create(
         self,
@@ -159,21 +184,16 @@ class Stage:
             The blocks in force: those of the stage as it is, where somebody else made it.
         """
         layout = {"shape": blocks.shape, "block": blocks.block, "absorb": blocks.absorb}
-        token = secrets.token_hex(8)
-        record = {"token": token, "blocks": layout, "geometry": geometry.to_dict(), **attributes}
-        try:
-            obstore.put(self.objects, "stage.json", _json(record), mode="create")
-        except obstore.exceptions.AlreadyExistsError:
-            blocks = self.layout
-        for name in ("group", "_receipts"):
+        record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": geometry.to_dict()}
+        with suppress(obstore.exceptions.AlreadyExistsError):
+            obstore.put(self.objects, "stage.json", _json({**attributes, **record}), mode="create")
+        for name in ("generation", "group", "_receipts"):
             self.__dict__.pop(name, None)  # from before the stage was there
-        store = zarr.storage.ObjectStore(self.objects)
-        conventions = dict(_conventions(geometry, arrays))
-        group = zarr.open_group(store, mode="a", attributes=conventions)
+        self.group.attrs.update(_conventions(geometry, arrays))
         for spec in arrays:
             with suppress(zarr.errors.ContainsArrayError):
-                _create_array(group, spec, geometry, blocks)
-        return blocks
+                _create_array(self.group, spec, geometry, self.generation.blocks)
+        return self.generation.blocks
 
     def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
         """Write one block of an array; the box must be whole shards (asserted: one shard, one writer)."""
@@ -192,8 +212,8 @@ class Stage:
 
     @cached_property
     def _receipts(self) -> str:
-        """Receipts lie under the stage's token: a late one of a dropped stage is never believed."""
-        return f"receipts-{self.token or '0'}"
+        """Receipts lie under the generation's token: a late one of a dropped stage is never believed."""
+        return f"receipts-{self.generation.token if self.exists else '0'}"
 
     def receipts(self) -> dict[str, dict[str, Any]]:
         """All receipts by name, compacted and loose.
@@ -220,10 +240,14 @@ class Stage:
             self._delete(loose)
 
     def drop(self) -> None:
-        """Remove the stage; its token first, so that a half-removed stage is never believed."""
+        """Remove this generation; its record first, so that a half-removed stage is never believed."""
+        if not self.exists or not self.current:
+            return
+        token = self.generation.token
         self._delete(["stage.json"])
-        paths = [meta["path"] for chunk in obstore.list(self.objects) for meta in chunk]
-        self._delete(paths)
+        for prefix in (token, f"receipts-{token}"):
+            self._delete([meta["path"] for chunk in obstore.list(self.objects, prefix) for meta in chunk])
+        self._delete([f"receipts-{token}.json"])
 
     def _delete(self, paths: list[str]) -> None:
         try:
@@ -283,23 +307,21 @@ def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry, blocks
         array.attrs["grid_mapping"] = "spatial_ref"
 
 
+@lru_cache(maxsize=16)
+def _stops(out: str) -> ObjectStore:
+    """Where requests to stop lie; asked before every block, so the client is kept."""
+    return open_store(join(out, STORE_FOLDER, "stop"))
+
+
 def request_stop(out: str, run: str) -> None:
     """Ask every worker of a run to stop before its next block."""
-    obstore.put(open_store(join(out, STORE_FOLDER, "stop")), run, b"")
-
-
-def clear_stop(out: str, run: str) -> None:
-    """Forget an earlier request to stop."""
-    try:
-        obstore.delete(open_store(join(out, STORE_FOLDER, "stop")), run)
-    except FileNotFoundError:
-        return
+    obstore.put(_stops(out), run, b"")
 
 
 def stop_requested(out: str, run: str) -> bool:
     """Whether somebody asked this run to stop."""
     try:
-        obstore.head(open_store(join(out, STORE_FOLDER, "stop")), run)
+        obstore.head(_stops(out), run)
     except FileNotFoundError:
         return False
     return True

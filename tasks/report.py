@@ -16,8 +16,8 @@ from segpipe.config import Job
 from segpipe.report.markdown import run_markdown
 from segpipe.report.pictures import load_previews
 from segpipe.report.record import RunRecord, SceneRecord
-from segpipe.run import PREVIEWS, Run, finish_run, read_tables
-from segpipe.scene import Settings
+from segpipe.run import Run, finish_run, read_tables
+from segpipe.settings import Settings
 from segpipe.store import Stage
 from tasks.told import told
 
@@ -58,7 +58,7 @@ def _pictures(run: Run, scenes: Sequence[SceneRecord]) -> str:
     """Thumbnails as a Markdown table, embedded: the UI's reader has no access to the run's folder."""
     rows = []
     for scene in scenes[:PICTURES]:
-        previews = Stage(run.out, scene.keys["measure"]).read_bytes(PREVIEWS)
+        previews = Stage(run.out, scene.keys["measure"]).read_bytes(scene.keys["previews"])
         if previews is not None:
             rows.append(f"| {scene.name} | ![{scene.name}]({_data_uri(load_previews(previews).thumbnail)}) |")
     if not rows:

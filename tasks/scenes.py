@@ -17,7 +17,8 @@ from segpipe.measure import check_measure, measure_scene
 from segpipe.plan import Index
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run
-from segpipe.scene import Scene, Settings, create_stages, prepare_scene
+from segpipe.scene import Scene, create_stages, prepare_scene
+from segpipe.settings import Settings
 from segpipe.sources import SceneRef
 from segpipe.steps import Done, finish_labels, predict_blocks
 from tasks.told import passing_fault, told

@@ -22,8 +22,8 @@ from segpipe.scene import (
     pending_blocks,
     prepare_scene,
     read_card,
-    resolve_settings,
 )
+from segpipe.settings import resolve_settings
 from segpipe.sources import discover, package_file
 from segpipe.steps import finish_labels, predict_blocks, read_labels
 

@@ -23,7 +23,9 @@ def clean_labels(labels: np.ndarray, card: Card) -> np.ndarray:
             continue
         if card.cleanup.largest_component:
             components = cc3d.connected_components(mask, connectivity=26 if mask.ndim == 3 else 8)
-            largest = int(np.bincount(components[components != 0]).argmax())
+            counts = cc3d.statistics(components, no_slice_conversion=True)["voxel_counts"]
+            counts[0] = 0
+            largest = int(counts.argmax())
             out[mask & (components != largest)] = background
             mask = out == item.value
         if card.cleanup.fill_holes:

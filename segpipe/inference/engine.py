@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from segpipe.boxes import Box
-from segpipe.errors import StoppedError
+from segpipe.errors import SceneError, StoppedError
 from segpipe.grid import onto_model, onto_native
+from segpipe.inference.device import Answer, activate, flip_views, to_host
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.normalise import Normaliser
@@ -161,7 +161,7 @@ class Engine:
 
     def _consume(self, batches: Iterator[_Batch], writer: Writer) -> None:
         """Keep one batch computing on the device while the one before is stitched."""
-        pending: tuple[_Batch, _Answer] | None = None
+        pending: tuple[_Batch, Answer] | None = None
         try:
             for batch in batches:
                 begun = time.perf_counter()
@@ -171,7 +171,7 @@ class Engine:
                     self._stitch(*pending, writer)
                     pending = None
                 if answer is None:
-                    self._stitch(batch, _Answer(None, None), writer)
+                    self._stitch(batch, Answer(None, None, None), writer)
                 else:
                     pending = (batch, answer)
             if pending is not None:
@@ -184,14 +184,17 @@ class Engine:
     def _batches(
         self, blocks: Sequence[Index], writer: Writer, should_stop: Callable[[], bool]
     ) -> Iterator[_Batch]:
+        torch.set_num_threads(1)  # this thread's own: its sums must not depend on the machine
         batch = self._empty()
         for index in blocks:
             if should_stop():
                 raise StoppedError("the run was asked to stop; run it again to resume")
             for item, window in self._open(index, writer):
-                if window is not None:
-                    batch.tensor[batch.used].copy_(torch.from_numpy(window))
-                    batch.used += 1
+                if window is None:  # a block without a valid element has nothing to wait for
+                    yield _Batch(torch.empty(0), [item])
+                    continue
+                batch.tensor[batch.used].copy_(torch.from_numpy(window))
+                batch.used += 1
                 batch.items.append(item)
                 if batch.used == self.plan.workload.batch:
                     yield batch
@@ -214,7 +217,7 @@ class Engine:
         own = Pixels(pixels.values[(slice(None), *inner)], pixels.valid[inner])
         writer.submit(lambda: self.store.ingest(index, box, own))
         normal = self.normaliser.elementwise(pixels)
-        block = self._block(index, box, own.valid)
+        block = _Block(index, box, own.valid.copy())  # a view would keep the whole read alive
         wanted = []
         for window in plan.windows(index):
             real = plan.lattice.window(window).intersect(Box.whole(plan.lattice.shape))
@@ -249,73 +252,88 @@ class Engine:
             values = np.pad(values, [(0, 0), *rest], mode=mode)
         return np.ascontiguousarray(values)
 
-    def _block(self, index: Index, box: Box, valid: np.ndarray) -> _Block:
-        plan = self.plan
-        region = plan.grid.model_box(box)
-        block = _Block(index, box, valid)
-        classes = len(self.card.classes)
-        if plan.blend == "gaussian":
-            block.merger = GaussianScores(region, plan.lattice, classes)
-        elif self.direct:
-            block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
-            if plan.workload.keep_scores:
-                block.score_merger = TrimScores(region, plan.lattice, classes)
-        else:
-            block.merger = TrimScores(region, plan.lattice, classes)
-        return block
-
     # -- forward ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _forward(self, batch: _Batch) -> _Answer:
-        x = batch.tensor.to(self.model.device, non_blocking=True)
+    def _forward(self, batch: _Batch) -> Answer:
+        on_cpu = self.model.device.type == "cpu"  # there a batch is computed one by one
+        x = batch.tensor[: batch.used] if on_cpu else batch.tensor.to(self.model.device, non_blocking=True)
         scores = self._probabilities(x)
         labels = None
         if self.direct:
             labels = scores.argmax(1).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
         keep = not self.direct or self.plan.workload.keep_scores
         self.timings.passes += batch.used
-        return _Answer(_to_host(labels), _to_host(scores) if keep else None)
+        finite = scores[: batch.used].isfinite().all()
+        return Answer(to_host(labels), to_host(scores) if keep else None, to_host(finite))
 
     def _probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over the test-time views of what the network says, as probabilities (n, k, …)."""
         total: torch.Tensor | None = None
         for view in self.views:
-            out = self.model(x.flip(view) if view else x)
-            p = activate(out, self.card.output.activation)
+            p = activate(self._scores(x.flip(view) if view else x), self.card.output.activation)
             p = p.flip(view) if view else p
             total = p if total is None else total + p
         assert total is not None
         return total / len(self.views) if len(self.views) > 1 else total
 
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        """The network's output; on a CPU window by window, where a batch saves nothing.
+
+        A window's place in a batch changes the last bits of some matrix products there.
+        """
+        if x.device.type == "cpu" and len(x) > 1:
+            return torch.cat([self.model(window) for window in x.split(1)])
+        return self.model(x)
+
     # -- stitch and write ---------------------------------------------------------------------
 
-    def _stitch(self, batch: _Batch, answer: _Answer, writer: Writer) -> None:
+    def _stitch(self, batch: _Batch, answer: Answer, writer: Writer) -> None:
         begun = time.perf_counter()
-        labels, scores = answer.wait()
+        labels, scores, finite = answer.wait()
+        if not finite:
+            raise SceneError(
+                f"the model {self.card.name!r} gave scores that are no numbers (NaN or infinite): a scene of "
+                "one value, a precision that overflows, or broken weights"
+            )
         self.timings.forward += time.perf_counter() - begun
         begun = time.perf_counter()
         position = 0
         for item in batch.items:
             block = item.block
             if item.window is not None:
-                assert block.merger is not None
+                merger, score_merger = self._mergers(block)
                 values = labels if self.direct else scores
                 assert values is not None
-                block.merger.aggregate(item.window, values[position])
-                if block.score_merger is not None:
+                merger.aggregate(item.window, values[position])
+                if score_merger is not None:
                     assert scores is not None
-                    block.score_merger.aggregate(item.window, scores[position])
+                    score_merger.aggregate(item.window, scores[position])
                 position += 1
             if item.last:
                 self._finish(block, writer)
         self.timings.stitch += time.perf_counter() - begun
 
+    def _mergers(self, block: _Block) -> tuple[Merger, TrimScores | None]:
+        """A block's mergers, made when its first window is stitched."""
+        if block.merger is None:
+            plan, classes = self.plan, len(self.card.classes)
+            region = plan.grid.model_box(block.box)
+            if plan.blend == "gaussian":
+                block.merger = GaussianScores(region, plan.lattice, classes)
+            elif self.direct:
+                block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
+                if plan.workload.keep_scores:
+                    block.score_merger = TrimScores(region, plan.lattice, classes)
+            else:
+                block.merger = TrimScores(region, plan.lattice, classes)
+        return block.merger, block.score_merger
+
     def _finish(self, block: _Block, writer: Writer) -> None:
         """Onto the native grid, to class values, to the writer."""
-        assert block.merger is not None
-        merged = block.merger.finalize()
-        scores = block.score_merger.finalize() if block.score_merger else None
+        merger, score_merger = self._mergers(block)
+        merged = merger.finalize()
+        scores = score_merger.finalize() if score_merger else None
         if self.direct:
             channel = merged
         elif self.plan.grid.identity:
@@ -348,17 +366,17 @@ class Engine:
         inside = block.box.intersect(plan.grid.crop)
         region = plan.grid.model_box(block.box)
         channel = np.zeros(block.box.shape, np.uint8 if len(merged) <= 256 else np.int32)
-        keep = np.zeros((len(merged), *block.box.shape), np.float32)[
-            : len(merged) if plan.workload.keep_scores else 0
-        ]
+        keep = None
+        if plan.workload.keep_scores:
+            keep = np.zeros((len(merged), *block.box.shape), np.float32)
         if inside.size == 0:
-            return channel, keep if len(keep) else None
+            return channel, keep
         nearest = self.card.input.score_resampling is Interpolation.nearest
         here = inside.within(block.box)
         best: np.ndarray | None = None
         for k in range(len(merged)):
             plane = onto_native(merged[k : k + 1], region, plan.grid, inside, nearest=nearest)[0]
-            if len(keep):
+            if keep is not None:
                 keep[k][here] = plane
             if best is None:
                 best = plane
@@ -366,53 +384,4 @@ class Engine:
             better = plane > best
             channel[here][better] = k
             np.copyto(best, plane, where=better)
-        return channel, keep if len(keep) else None
-
-
-@dataclass
-class _Answer:
-    """What a batch gave, on its way to the host."""
-
-    labels: tuple[torch.Tensor, torch.cuda.Event | None] | None
-    scores: tuple[torch.Tensor, torch.cuda.Event | None] | None
-
-    def wait(self) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """As arrays on the host."""
-        return _arrived(self.labels), _arrived(self.scores)
-
-
-def _to_host(tensor: torch.Tensor | None) -> tuple[torch.Tensor, torch.cuda.Event | None] | None:
-    """Start the copy to pinned memory right behind the kernels, so that it never waits for the next."""
-    if tensor is None or tensor.device.type != "cuda":
-        return None if tensor is None else (tensor, None)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
-
-
-def _arrived(pending: tuple[torch.Tensor, torch.cuda.Event | None] | None) -> np.ndarray | None:
-    if pending is None:
-        return None
-    tensor, event = pending
-    if event is not None:
-        event.synchronize()
-    return tensor.numpy()
-
-
-def activate(out: torch.Tensor, activation: str) -> torch.Tensor:
-    """Network output (n, k, …) as float32 probabilities of each class."""
-    out = out.float()
-    if activation == "softmax":
-        return out.softmax(1)
-    if activation == "sigmoid":
-        foreground = out.sigmoid()
-        return torch.cat([1 - foreground, foreground], 1)
-    return out
-
-
-def flip_views(ndim: int) -> list[tuple[int, ...]]:
-    """Every set of spatial axes of an (n, c, …) tensor, the empty one first."""
-    axes = range(2, 2 + ndim)
-    return [view for n in range(ndim + 1) for view in combinations(axes, n)]
+        return channel, keep

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from segpipe.errors import StoppedError
+
 T = TypeVar("T")
 
 
@@ -95,6 +97,8 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        # a stop is no fault: what is waiting is written
+        failed = error is not None and not isinstance(error, StoppedError)
+        self._pool.shutdown(wait=True, cancel_futures=failed)
         if error is None and self._error is not None:
             raise self._error

@@ -12,14 +12,14 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, sample_nearest
-from segpipe.inference.engine import activate
+from segpipe.inference.device import activate
 from segpipe.inference.normalise import Normaliser, Readable, sample_grid, scene_statistics
 from segpipe.models.card import Card, RegionOfInterest, load_card
 from segpipe.models.registry import load_model
 from segpipe.sources.base import Scaling
 
 if TYPE_CHECKING:
-    from segpipe.scene import Settings
+    from segpipe.settings import Settings
 
 
 def find_crop(
@@ -42,6 +42,7 @@ def find_crop(
     grid = sample_grid(first, geometry, first.window.shape)
     statistics = scene_statistics(first, geometry, scaling, reader)
     normaliser = Normaliser(first, scaling, statistics)
+    torch.set_num_threads(1)  # sums of window_zscore must not depend on who called before
     sample = sample_nearest(lambda box: normaliser.elementwise(reader.read(box)), grid, np.float32)
     sample = normaliser.window(np.ascontiguousarray(sample))
     model = load_model(first, settings.device, settings.threads, settings.precision)
@@ -79,6 +80,8 @@ def _native_box(mask: np.ndarray, grid: GridMap, roi: RegionOfInterest) -> Box:
         size = np.round((np.float32(1) + np.float32(2) * np.float32(roi.margin)) * size)
         begin = max(0, int(center - size / np.float32(2)))
         end = min(length, int(center + size / np.float32(2)))
+        if end <= begin:  # half-even rounding of a very short axis
+            begin, end = 0, length
         if grid.flips[axis]:
             begin, end = length - end, length - begin
         start[native], stop[native] = begin, end

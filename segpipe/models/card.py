@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from segpipe.config import Strict, read_yaml, validate
+from segpipe.config import Strict
+from segpipe.validate import read_yaml, validate
 
 
 class Provider(str, Enum):
@@ -64,6 +66,10 @@ class Clip(Strict):
     high: float
 
 
+QUANTILE_SAMPLES = 1 << 24
+"""Most elements that torch takes a quantile of."""
+
+
 class SceneQuantiles(Strict):
     """Clip to two quantiles of the scene's valid elements and map them to 0…1, per channel.
 
@@ -74,6 +80,14 @@ class SceneQuantiles(Strict):
     low: float = Field(0.005, ge=0, le=1)
     high: float = Field(0.995, ge=0, le=1)
     grid: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _small_enough(self) -> SceneQuantiles:
+        if self.grid is not None and math.prod(self.grid) > QUANTILE_SAMPLES:
+            raise ValueError(
+                f"grid: found {self.grid}; at most {QUANTILE_SAMPLES} elements, e.g. 256x256x256"
+            )
+        return self
 
 
 class SceneZscore(Strict):

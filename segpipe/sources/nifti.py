@@ -117,9 +117,7 @@ class NiftiSource(Source):
             # Slope 1 and intercept 0: the proxy hands out what is stored. keep_file_open holds
             # the one decompressor whose position and seek points make reads cheap.
             spec = (*self._spec, 1.0, 0.0)
-            self._proxy = ArrayProxy(
-                self._path, spec, mmap=False, keep_file_open=True
-            )
+            self._proxy = ArrayProxy(self._path, spec, mmap=False, keep_file_open=True)
         return self._proxy
 
     def _require_all_bytes(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,14 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from distributed import LocalCluster
+from distributed import LocalCluster, Worker
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterName,
+)
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
@@ -26,7 +32,7 @@ from tests.flows.conftest import JobMaker, load, results_of, wait_until
 
 WORK = 900
 """Slowness of the model: a block takes some tenths of a second."""
-BLOCKS = 16
+BLOCKS = 32
 STOPPED = "stopped; what is done stays, run the same job again to go on from there"
 STOPS_WITHIN = 20.0
 """Seconds, on a machine that does other things too; quiet, it is 2 to 6."""
@@ -34,8 +40,8 @@ STOPS_WITHIN = 20.0
 
 @pytest.fixture
 def slow_job(flow_job: JobMaker, flow_scenes: Path) -> Path:
-    """A job of one scene that takes long enough to be interrupted."""
-    return flow_job("slow", scenes=[flow_scenes / "scene_0.tif"], work=WORK)
+    """A job of two scenes that takes long enough to be interrupted."""
+    return flow_job("slow", scenes=[flow_scenes / "scene_0.tif", flow_scenes / "scene_1.tif"], work=WORK)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +163,15 @@ def test_a_run_of_the_command_line_is_cancelled_by_the_api(
     process = start(slow_job, server_environment, tmp_path / "log")
     some_receipts(job)
     (run,) = [r for r in on_server.read_flow_runs(flow_run_filter=named) if r.id not in known]
+    mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+
+    def blocks_told() -> re.Match[str] | None:
+        (progress,) = on_server.read_artifacts(artifact_filter=mine)
+        pattern = r"scene scene_0: (\d+) of 16 blocks; 0 of 2 scenes done"
+        return re.fullmatch(pattern, progress.description or "")
+
+    told = wait_until(blocks_told, 30, "a progress that counts blocks")
+    assert 0 < int(told[1]) <= 16
     begun = time.monotonic()
     on_server.set_flow_run_state(run.id, Cancelling())
     assert process.wait(STOPS_WITHIN) == 130
@@ -192,6 +207,11 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(
     check_resumes(job, undisturbed)
 
 
+def at_work(dask_worker: Worker) -> int:
+    """Runs in a Dask worker: tasks its threads are busy with, those that nobody waits for included."""
+    return len(dask_worker.active_threads)
+
+
 @pytest.mark.slow
 def test_workers_of_another_cluster_stop_too(
     server_environment: dict[str, str], slow_job: Path, undisturbed: dict[str, bytes], tmp_path: Path
@@ -206,5 +226,5 @@ def test_workers_of_another_cluster_stop_too(
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(STOPS_WITHIN) == 130
         with cluster.get_client() as client:
-            wait_until(lambda: not any(client.processing().values()), STOPS_WITHIN, "idle workers")
+            wait_until(lambda: not any(client.run(at_work).values()), STOPS_WITHIN, "idle workers")
         check_resumes(load(slow_job), undisturbed)

@@ -16,7 +16,8 @@ from affine import Affine
 
 from segpipe.config import Job
 from segpipe.plan import Index
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene, resolve_settings
+from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
+from segpipe.settings import resolve_settings
 from segpipe.sources import SceneRef
 from segpipe.steps import Done, finish_labels, predict_blocks
 
@@ -104,7 +105,7 @@ class Lab:
 
     def job(self, ref: SceneRef, card: str, out: str, scores: bool = False, **keys: Any) -> Job:
         """A job over one scene."""
-        outputs = {"dir": str(self.folder / out), "scores": scores, "keep": ["labels", "scores", "image"]}
+        outputs = {"dir": str(self.folder / out), "scores": scores, "keep": ["labels", "image"]}
         return Job.model_validate({"scenes": [ref.uri], "model": card, "outputs": outputs, **keys})
 
 

@@ -110,7 +110,8 @@ def regions(names: tuple[str, ...] = ("east",), repeat: int = 1) -> pd.DataFrame
         for index in range(repeat):
             for info, area in zip(CLASSES, (1e6, 250_000.0, 0.0), strict=True):
                 rows.append(
-                    {"scene": name, "region": f"district {index}" if index else "scene", "class": info.name, "value": info.value,
+                    {"scene": name, "region": f"district {index}" if index else "scene",
+                     "class": info.name, "value": info.value,
                      "count": area / 100, "area_m2": area, "share": area / 1.25e6, "state": "measured",
                      "seen": 0.5, "touches_edge": area > 3e5, "attempts": 1}
                 )  # fmt: skip

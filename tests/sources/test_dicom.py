@@ -38,9 +38,7 @@ def _whole(source: Source) -> np.ndarray:
 def test_real_ct_has_the_spacing_of_its_positions_and_hounsfield_units(shared: Find) -> None:
     """SliceThickness says 3 mm; positions say 2. Values as pydicom's own rescale gives them."""
     folder = shared("totalsegmentator_ct/dicom")
-    by_hand = sorted(
-        (dcmread(p) for p in folder.iterdir()), key=lambda d: float(d.ImagePositionPatient[2])
-    )
+    by_hand = sorted((dcmread(p) for p in folder.iterdir()), key=lambda d: float(d.ImagePositionPatient[2]))
     expected = np.stack([apply_rescale(d.pixel_array, d) for d in by_hand])
     with open_source(str(folder)) as source:
         assert _geometry(source).spacing == (2.0, 0.9765625, 0.9765625)
@@ -119,9 +117,7 @@ def test_gantry_tilt_stays_in_the_affine(tmp_path: Path, slice_file: Write, nois
         assert _geometry(source).element_sizes()[0] == pytest.approx(0.5 * 0.8 * 3), "not |step|"
 
 
-def test_jpeg_2000_is_decoded_to_the_same_values(
-    tmp_path: Path, write_series: Write, noise: Noise
-) -> None:
+def test_jpeg_2000_is_decoded_to_the_same_values(tmp_path: Path, write_series: Write, noise: Noise) -> None:
     volume = noise((3, 32, 40), "int16")
     folder = write_series(tmp_path / "j2k", volume, jpeg2000=True)
     assert dcmread(next(folder.iterdir())).file_meta.TransferSyntaxUID == JPEG2000Lossless
@@ -159,9 +155,7 @@ def test_signed_and_unsigned_slices_keep_all_values(tmp_path: Path, slice_file: 
         assert _whole(source).tolist() == [[[-5, 32767]], [[0, 65535]]]
 
 
-def test_monochrome1_keeps_its_values_and_says_so(
-    tmp_path: Path, write_series: Write, noise: Noise
-) -> None:
+def test_monochrome1_keeps_its_values_and_says_so(tmp_path: Path, write_series: Write, noise: Noise) -> None:
     volume = noise((2, 4, 4))
     folder = write_series(tmp_path / "x", volume, PhotometricInterpretation="MONOCHROME1")
     with open_source(str(folder)) as source:
@@ -170,9 +164,7 @@ def test_monochrome1_keeps_its_values_and_says_so(
 
 
 def test_missing_rescale_means_as_stored(tmp_path: Path, write_series: Write, noise: Noise) -> None:
-    folder = write_series(
-        tmp_path / "mr", noise((2, 4, 4)), RescaleSlope=None, RescaleIntercept=None
-    )
+    folder = write_series(tmp_path / "mr", noise((2, 4, 4)), RescaleSlope=None, RescaleIntercept=None)
     assert open_source(str(folder)).scaling == (Scaling(),)
 
 
@@ -190,18 +182,14 @@ def test_a_gap_is_refused_with_the_number_of_missing_slices(
         open_source(str(folder))
 
 
-def test_duplicates_are_refused(
-    tmp_path: Path, write_series: Write, slice_file: Write, noise: Noise
-) -> None:
+def test_duplicates_are_refused(tmp_path: Path, write_series: Write, slice_file: Write, noise: Noise) -> None:
     folder = write_series(tmp_path / "ct", noise((4, 4, 4)))
     slice_file(folder / "again.dcm", noise((4, 4)), ImagePositionPatient=[-10, -20, 7.5])
     with pytest.raises(SceneError, match=r"two slices at 7\.50 mm \(IM0003.dcm and again.dcm\)"):
         open_source(str(folder))
 
 
-def test_two_echoes_at_every_position_are_refused(
-    tmp_path: Path, slice_file: Write, noise: Noise
-) -> None:
+def test_two_echoes_at_every_position_are_refused(tmp_path: Path, slice_file: Write, noise: Noise) -> None:
     for n in range(8):
         slice_file(tmp_path / "e" / f"{n}.dcm", noise((4, 4)), ImagePositionPatient=[0, 0, n // 2])
     with pytest.raises(SceneError, match="several echoes or phases"):
@@ -288,9 +276,7 @@ def test_localizers_and_other_files_are_left_out_with_a_note(
     assert note == "left out files that are no image slices (1 SEG, 1 localizer, 1 not DICOM)"
 
 
-def test_nothing_we_keep_names_the_patient(
-    tmp_path: Path, write_series: Write, noise: Noise
-) -> None:
+def test_nothing_we_keep_names_the_patient(tmp_path: Path, write_series: Write, noise: Noise) -> None:
     source = open_source(str(write_series(tmp_path / "ct", noise((3, 4, 4)))))
     kept = json.dumps([source.identity, source.notes, source.geometry.to_dict(), source.uri])
     assert "secret" not in kept.lower()

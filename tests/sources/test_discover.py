@@ -44,9 +44,7 @@ def test_files_globs_and_folders_in_their_order_each_once(tmp_path: Path) -> Non
     ]
 
 
-def test_relative_entries_name_the_same_scenes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_entries_name_the_same_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _touch(tmp_path, "a.tif", "b.tif")
     monkeypatch.chdir(tmp_path)
     assert discover(["a.tif", "*.tif"]) == discover([f"{tmp_path}/*.tif"])
@@ -87,9 +85,7 @@ def test_series_folders_are_found_at_any_depth_however_they_are_matched(
         assert open_source(scene.uri).geometry.shape == (2, 4, 4)
 
 
-def test_names_come_from_paths_never_from_patients(
-    tmp_path: Path, write_series: Write, noise: Noise
-) -> None:
+def test_names_come_from_paths_never_from_patients(tmp_path: Path, write_series: Write, noise: Noise) -> None:
     write_series(tmp_path / "series", noise((2, 4, 4)))
     assert [s.name for s in discover([str(tmp_path)])] == ["series"]
 
@@ -174,9 +170,7 @@ def test_a_mosaic_is_one_scene_named_for_what_is_fixed(tmp_path: Path) -> None:
     assert discover(entries)[0].uri == entries[0]
 
 
-def test_a_missing_file_fails_alone_when_it_is_opened(
-    tmp_path: Path, write_tif: Write, noise: Noise
-) -> None:
+def test_a_missing_file_fails_alone_when_it_is_opened(tmp_path: Path, write_tif: Write, noise: Noise) -> None:
     write_tif(tmp_path / "a.tif", noise((1, 4, 4)))
     present, gone = discover([f"{tmp_path}/a.tif", f"{tmp_path}/gone.tif"])
     assert open_source(present.uri).geometry.shape == (4, 4)

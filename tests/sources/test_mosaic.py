@@ -23,9 +23,7 @@ NORTH_UP = rasterio.Affine(30.0, 0.0, 500_000.1, 0.0, -30.0, 4_000_000.7)
 ROTATED = rasterio.Affine(8.5, 2.25, 5e5, 2.25, -8.5, 4e6)
 
 
-def _cut(
-    write_tif: Write, folder: Path, array: np.ndarray, name: str, window: Window, **kw
-) -> Path:  # type: ignore[no-untyped-def]
+def _cut(write_tif: Write, folder: Path, array: np.ndarray, name: str, window: Window, **kw) -> Path:  # type: ignore[no-untyped-def]
     """A part of an array as a file of its own, where the part lies."""
     origin = kw.pop("transform", NORTH_UP)
     moved = origin @ rasterio.Affine.translation(window.col_off, window.row_off)
@@ -94,9 +92,7 @@ def test_where_files_overlap_the_last_with_data_wins(
     assert (pixels.values[:, 6, 6] == array[:, 6, 6]).all(), "a hole lets the earlier file through"
 
 
-def test_64_bit_integers_are_exact_or_refused(
-    tmp_path: Path, write_tif: Write, noise: Noise
-) -> None:
+def test_64_bit_integers_are_exact_or_refused(tmp_path: Path, write_tif: Write, noise: Noise) -> None:
     array = noise((1, 20, 20), "int64")
     for n, window in enumerate((Window(0, 0, 11, 20), Window(9, 0, 11, 20))):
         _cut(write_tif, tmp_path, array, f"plain{n}.tif", window)
@@ -107,9 +103,7 @@ def test_64_bit_integers_are_exact_or_refused(
         open_source(f"mosaic:{tmp_path}/nodata*.tif")
 
 
-def test_gaps_without_a_nodata_value_are_invalid_and_zeros_are_not(
-    tmp_path: Path, write_tif: Write
-) -> None:
+def test_gaps_without_a_nodata_value_are_invalid_and_zeros_are_not(tmp_path: Path, write_tif: Write) -> None:
     zeros = np.zeros((1, 10, 10), dtype="uint8")
     _cut(write_tif, tmp_path, zeros, "1.tif", Window(0, 0, 3, 10))
     _cut(write_tif, tmp_path, zeros, "2.tif", Window(5, 0, 5, 10))

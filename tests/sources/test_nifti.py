@@ -18,9 +18,7 @@ from segpipe.sources import Scaling, Source, open_source
 Find = Callable[[str], Path]
 Noise = Callable[..., np.ndarray]
 
-OBLIQUE = np.array(
-    [[1.9, 0.1, 0.3, -40], [-0.2, 1.8, 0.5, -50], [0.1, -0.4, 2.9, -60], [0, 0, 0, 1]]
-)
+OBLIQUE = np.array([[1.9, 0.1, 0.3, -40], [-0.2, 1.8, 0.5, -50], [0.1, -0.4, 2.9, -60], [0, 0, 0, 1]])
 
 
 def _geometry(source: Source) -> VolumeGeometry:
@@ -115,9 +113,7 @@ def test_oblique_and_sheared_affines_stay_whole(tmp_path: Path, noise: Noise) ->
             np.testing.assert_array_equal(_geometry(source).matrix, stored)
 
 
-def test_qform_serves_where_there_is_no_sform_and_differences_are_noted(
-    tmp_path: Path, noise: Noise
-) -> None:
+def test_qform_serves_where_there_is_no_sform_and_differences_are_noted(tmp_path: Path, noise: Noise) -> None:
     image = nib.Nifti1Image(noise((4, 5, 6), "int16"), None)
     image.set_sform(None, code=0)
     image.set_qform(np.diag([2.0, 3.0, 4.0, 1.0]), code=1)
@@ -172,9 +168,7 @@ def test_frames_are_different_scenes(nibabel_file: Find) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6, 1), (4, 5, 6, 1, 1)])
-def test_axes_of_length_one_do_no_harm(
-    shape: tuple[int, ...], tmp_path: Path, noise: Noise
-) -> None:
+def test_axes_of_length_one_do_no_harm(shape: tuple[int, ...], tmp_path: Path, noise: Noise) -> None:
     stored = noise(shape, "int16")
     path = _raw_nifti(tmp_path / "a.nii", stored)
     with open_source(str(path)) as source:
@@ -264,9 +258,7 @@ def test_a_file_that_is_no_volume_fails_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_plain_file_that_is_too_short_is_refused_when_opened(
-    tmp_path: Path, noise: Noise
-) -> None:
+def test_a_plain_file_that_is_too_short_is_refused_when_opened(tmp_path: Path, noise: Noise) -> None:
     path = tmp_path / "a.nii"
     nib.save(nib.Nifti1Image(noise((9, 9, 9), "int16"), np.eye(4)), path)
     path.write_bytes(path.read_bytes()[:1500])

@@ -59,9 +59,7 @@ def test_cloud_scene_has_names_tiles_and_no_crs(shared: Callable[[str], Path]) -
 
 
 @pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857", "EPSG:3358", "EPSG:32616", "EPSG:2056"])
-def test_crs_survives_source_and_file(
-    crs: str, tmp_path: Path, write_tif: Write, noise: Noise
-) -> None:
+def test_crs_survives_source_and_file(crs: str, tmp_path: Path, write_tif: Write, noise: Noise) -> None:
     path = write_tif(tmp_path / "a.tif", noise((1, 4, 5)), crs=crs)
     geometry = open_source(str(path)).geometry
     assert isinstance(geometry, RasterGeometry)
@@ -153,9 +151,7 @@ def test_float_nodata_agrees_with_gdal(
     path = write_tif(tmp_path / "a.tif", array, nodata=nodata)
     with rasterio.open(path) as dataset:
         expected = dataset.read_masks(1) > 0
-    np.testing.assert_array_equal(
-        open_source(str(path)).read(Box((0, 0), (20, 20))).valid, expected
-    )
+    np.testing.assert_array_equal(open_source(str(path)).read(Box((0, 0), (20, 20))).valid, expected)
     assert not expected[5:9].any()
 
 
@@ -188,9 +184,7 @@ def test_rounded_maximum_of_a_text_tag_is_the_nodata_meant() -> None:
 
 
 @pytest.mark.parametrize("internal", [True, False], ids=["internal", ".msk"])
-def test_dataset_mask_is_validity(
-    internal: bool, tmp_path: Path, write_tif: Write, noise: Noise
-) -> None:
+def test_dataset_mask_is_validity(internal: bool, tmp_path: Path, write_tif: Write, noise: Noise) -> None:
     path, array = tmp_path / "a.tif", noise((3, 40, 50), "uint8")
     mask = np.zeros((40, 50), dtype=bool)
     mask[5:30, 7:45] = True
@@ -242,9 +236,7 @@ def test_colour_table_yields_indices(tmp_path: Path, write_tif: Write) -> None:
         assert any("colour table" in note for note in source.notes)
 
 
-def test_bands_of_several_dtypes_are_read_in_one_that_holds_all(
-    tmp_path: Path, write_tif: Write
-) -> None:
+def test_bands_of_several_dtypes_are_read_in_one_that_holds_all(tmp_path: Path, write_tif: Write) -> None:
     a = write_tif(tmp_path / "a.tif", np.array([[[250]]], dtype="uint8"))
     b = write_tif(tmp_path / "b.tif", np.array([[[-7]]], dtype="int16"))
     with open_source(str(_stack(tmp_path / "ab.vrt", (a, "Byte"), (b, "Int16")))) as source:
@@ -263,9 +255,7 @@ def test_complex_values_are_refused(tmp_path: Path, write_tif: Write) -> None:
 
 
 def test_a_file_without_position_is_noted(tmp_path: Path, write_tif: Write, noise: Noise) -> None:
-    path = write_tif(
-        tmp_path / "scan.tif", noise((1, 5, 5)), crs=None, transform=rasterio.Affine.identity()
-    )
+    path = write_tif(tmp_path / "scan.tif", noise((1, 5, 5)), crs=None, transform=rasterio.Affine.identity())
     with open_source(str(path)) as source:
         assert source.geometry == RasterGeometry((5, 5), (1, 0, 0, 0, 1, 0), None)
         assert "no CRS: sizes are in pixels" in source.notes
@@ -273,9 +263,7 @@ def test_a_file_without_position_is_noted(tmp_path: Path, write_tif: Write, nois
 
 def test_ground_control_points_alone_are_noted(tmp_path: Path, noise: Noise) -> None:
     path = tmp_path / "gcp.tif"
-    gcps = [
-        GroundControlPoint(row, col, 1e5 + col, 2e5 - row) for row, col in ((0, 0), (0, 5), (5, 0))
-    ]
+    gcps = [GroundControlPoint(row, col, 1e5 + col, 2e5 - row) for row, col in ((0, 0), (0, 5), (5, 0))]
     with rasterio.open(
         path,
         "w",
@@ -294,9 +282,7 @@ def test_ground_control_points_alone_are_noted(tmp_path: Path, noise: Noise) -> 
         assert any("ground control points only" in note for note in source.notes)
 
 
-def test_band_names_given_go_over_those_of_the_file(
-    tmp_path: Path, write_tif: Write, noise: Noise
-) -> None:
+def test_band_names_given_go_over_those_of_the_file(tmp_path: Path, write_tif: Write, noise: Noise) -> None:
     path = str(write_tif(tmp_path / "a.tif", noise((3, 5, 5)), names=["B4", "B3"]))
     assert open_source(path).bands == ("B4", "B3", "band_3")
     assert open_source(path, band_names=["red", "green", "blue"]).bands == ("red", "green", "blue")
@@ -306,9 +292,7 @@ def test_band_names_given_go_over_those_of_the_file(
 
 def test_threads_read_side_by_side(tmp_path: Path, write_tif: Write, noise: Noise) -> None:
     array = noise((2, 256, 256), "uint16")
-    path = write_tif(
-        tmp_path / "a.tif", array, tiled=True, blockxsize=64, blockysize=64, compress="deflate"
-    )
+    path = write_tif(tmp_path / "a.tif", array, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
     start = threading.Barrier(8)
 
     def check(source: object, n: int) -> bool:

@@ -27,9 +27,7 @@ KINDS = (
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def case(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """One source of each kind."""
     folder = tmp_path_factory.mktemp("case")
     names = ("write_tif", "write_series", "slice_file", "noise")
@@ -45,9 +43,7 @@ def case(
 @given(data=st.data())
 def test_a_part_is_the_part_of_the_whole(case: Case, data: st.DataObject) -> None:
     source, values, valid = case
-    spans = [
-        data.draw(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted)) for n in valid.shape
-    ]
+    spans = [data.draw(st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted)) for n in valid.shape]
     box = Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
     indices = st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=4).map(tuple)
     channels = data.draw(st.none() | indices)
@@ -126,9 +122,7 @@ def _write_at(write: Callable[..., object], path: Path, array: np.ndarray, box: 
 
 def _nifti(kind: str, folder: Path, tools: dict[str, Callable[..., object]]) -> tuple:  # type: ignore[type-arg]
     frames = (2,) if "4D" in kind else ()
-    array = np.asarray(
-        tools["noise"]((23, 17, 29, *frames), "float32" if "NaN" in kind else "int16")
-    )
+    array = np.asarray(tools["noise"]((23, 17, 29, *frames), "float32" if "NaN" in kind else "int16"))
     if "NaN" in kind:
         array[array > 1] = np.nan
     path = folder / ("a.nii.gz" if "gz" in kind else "a.nii")
@@ -147,8 +141,6 @@ def _dicom(kind: str, folder: Path, tools: dict[str, Callable[..., object]]) -> 
     for k, plane in enumerate(volume):
         place = [0, 0, 2 * k]
         slope = 0.5 + k
-        tools["slice_file"](
-            folder / f"{k}.dcm", plane, ImagePositionPatient=place, RescaleSlope=slope
-        )
+        tools["slice_file"](folder / f"{k}.dcm", plane, ImagePositionPatient=place, RescaleSlope=slope)
     real = volume * (0.5 + np.arange(11.0))[:, None, None] - 1024
     return str(folder), real.astype("float32")[np.newaxis], valid

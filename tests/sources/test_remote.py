@@ -66,9 +66,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.kill()
 
 
-def test_a_window_of_a_remote_raster(
-    served: tuple[str, Path], write_tif: Write, noise: Noise
-) -> None:
+def test_a_window_of_a_remote_raster(served: tuple[str, Path], write_tif: Write, noise: Noise) -> None:
     address, folder = served
     array = noise((2, 300, 300))
     path = write_tif(folder / "a.tif", array, tiled=True, blockxsize=128, blockysize=128, nodata=0)

@@ -24,7 +24,7 @@ import torch
 from rasterio.windows import Window
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 CLASSES = ("developed", "agriculture", "herbaceous", "shrubland", "forest", "water", "sediment")
@@ -108,9 +108,7 @@ def fit(image: torch.Tensor, target: torch.Tensor, args: argparse.Namespace) -> 
         lr=args.lr,
         weight_decay=0.0,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=args.steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
     running = 0.0
     for step in range(1, args.steps + 1):

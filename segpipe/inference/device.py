@@ -1,0 +1,64 @@
+"""Between the device and the host: copies that wait for nothing else, activations, mirror images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+
+Pending = tuple[torch.Tensor, torch.cuda.Event | None]
+"""A tensor on the host, and what to wait for before it may be read."""
+
+
+@dataclass
+class Answer:
+    """What a batch gave, on its way to the host."""
+
+    labels: Pending | None
+    scores: Pending | None
+    finite: Pending | None
+    """One boolean: whether all scores are numbers."""
+
+    def wait(self) -> tuple[np.ndarray | None, np.ndarray | None, bool]:
+        """Labels and scores as arrays on the host, and whether all scores are numbers."""
+        finite = _arrived(self.finite)
+        return _arrived(self.labels), _arrived(self.scores), finite is None or bool(finite)
+
+
+def to_host(tensor: torch.Tensor | None) -> Pending | None:
+    """Start a copy to pinned memory right behind the kernels, so that it never waits for the next."""
+    if tensor is None or tensor.device.type != "cuda":
+        return None if tensor is None else (tensor, None)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return host, event
+
+
+def _arrived(pending: Pending | None) -> np.ndarray | None:
+    if pending is None:
+        return None
+    tensor, event = pending
+    if event is not None:
+        event.synchronize()
+    return tensor.numpy()
+
+
+def activate(out: torch.Tensor, activation: str) -> torch.Tensor:
+    """Network output (n, k, …) as float32 probabilities of each class."""
+    out = out.float()
+    if activation == "softmax":
+        return out.softmax(1)
+    if activation == "sigmoid":
+        foreground = out.sigmoid()
+        return torch.cat([1 - foreground, foreground], 1)
+    return out
+
+
+def flip_views(ndim: int) -> list[tuple[int, ...]]:
+    """Every set of spatial axes of an (n, c, …) tensor, the empty one first."""
+    axes = range(2, 2 + ndim)
+    return [view for n in range(ndim + 1) for view in combinations(axes, n)]

@@ -1,0 +1,105 @@
+"""YAML held against a pydantic model: every mistake told with its path and what would be valid."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from segpipe.errors import RequestError
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file, by the safe loader.
+
+    Raises:
+        RequestError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RequestError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RequestError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"{path}: found {type(data).__name__}, a mapping of keys was expected")
+    return data
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validate(model: type[ModelT], data: Mapping[str, Any], origin: str) -> ModelT:
+    """Validate a mapping, with mistakes told in the words of the file.
+
+    Raises:
+        RequestError: one line a mistake: ``file: path: what was found; what is valid``.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(model, dict(e))}" for e in error.errors()]
+        raise RequestError("\n".join(lines)) from error
+
+
+def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
+    """One pydantic error as ``path: what was found; what is valid there``."""
+    loc: tuple[str | int, ...] = error["loc"]
+    path = ".".join(str(part) for part in loc)
+    found = error["input"]
+    if error["type"] == "extra_forbidden":
+        valid = sorted(_model_at(model, loc[:-1]).model_fields)
+        close = difflib.get_close_matches(str(loc[-1]), valid, n=1)
+        hint = f"did you mean `{close[0]}`? " if close else ""
+        return f"{path}: unknown key; {hint}valid keys: {', '.join(valid)}"
+    if error["type"] == "missing":
+        return f"{path}: missing; {_describe(model, loc)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not path:
+        return message
+    if error["type"] in ("string_pattern_mismatch", "too_short"):
+        return f"{path}: found {found!r}; {_describe(model, loc)}"
+    return f"{path}: found {found!r}; {message[:1].lower()}{message[1:]}"
+
+
+def _field_at(model: type[BaseModel], loc: Sequence[str | int]) -> FieldInfo | None:
+    """The field a location names, looking through lists and optional models."""
+    field: FieldInfo | None = None
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        inner = _models_in(field.annotation)
+        if inner:
+            model = inner[0]
+    return field
+
+
+def _model_at(model: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel]:
+    field = _field_at(model, loc)
+    inner = _models_in(field.annotation) if field else []
+    return inner[0] if inner else model
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _models_in(a)]
+
+
+def _describe(model: type[BaseModel], loc: Sequence[str | int]) -> str:
+    field = _field_at(model, loc)
+    text = field.description if field else None
+    return f"valid: {text}" if text else "see the documentation of this key"
