@@ -37,6 +37,8 @@ THUMBNAILS = 200
 HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
 """Metrics shown as cards, of those over all classes; the summary table has every one."""
 _WEBP_QUALITY = 88
+FREQUENT = "mIoU of classes with"
+"""Beginning of the name of the mean over classes with enough reference."""
 
 
 @dataclass(frozen=True)
@@ -212,12 +214,15 @@ def _cards(record: RunRecord, totals: Sequence[Bars], summary: pd.DataFrame | No
 
 
 def _headline_rows(summary: pd.DataFrame | None) -> list[dict[Any, Any]]:
+    """The means of whole scenes; that of frequent classes only where it says something else."""
     if summary is None or summary.empty:
         return []
-    rows = summary[summary["metric"].isin(HEADLINES) & (summary["region"] == SCENE)]
-    if "class" in rows:
-        rows = rows[rows["class"].fillna("") == ""]
-    return rows.to_dict("records")
+    rows = summary[(summary["region"] == SCENE) & (summary["class"].fillna("") == "")]
+    frequent = rows["metric"].str.startswith(FREQUENT)
+    everything = rows.loc[rows["metric"] == "mIoU", "n_defined"]
+    differs = not rows.loc[frequent, "n_defined"].isin(everything).any()
+    kept = rows["metric"].isin(HEADLINES) | (frequent & differs)
+    return rows[kept].to_dict("records")
 
 
 def _metric_card(row: Mapping[Any, Any]) -> _Card:
@@ -236,7 +241,7 @@ def _metric_card(row: Mapping[Any, Any]) -> _Card:
         if number is not None and not pd.isna(number) and (number or key == "n_defined"):
             plural = word if number != 1 else word.replace("scenes", "scene")
             counts.append(f"{int(number):,} {plural}")
-    label = name[:1].upper() + name[1:] if name.islower() or " " in name else name
+    label = name if name.startswith("mIoU") else name[:1].upper() + name[1:]
     return _Card(label, units.number(value, 3), "", f"over {over} · {', '.join(counts)}")
 
 

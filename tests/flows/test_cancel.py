@@ -86,7 +86,7 @@ def check_resumes(job: Job, undisturbed: dict[str, bytes]) -> None:
     assert receipts(job) == kept
     assert 2 <= len(kept) < BLOCKS
     times = {path.name: at for path, at in kept.items()}
-    chunks = {p: p.stat().st_mtime_ns for p in Path(job.outputs.dir, ".store").glob("predict-*/labels/c/*/*")}
+    chunks = {p: p.stat().st_mtime_ns for p in Path(job.outputs.dir, ".store").glob("predict-*/**/labels/c/*/*")}
     assert segment(job, return_state=True).is_completed()
     assert results_of(job) == undisturbed
     after = {p: p.stat().st_mtime_ns for p in chunks}

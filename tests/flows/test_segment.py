@@ -189,9 +189,10 @@ def test_a_passing_fault_of_the_storage_is_tried_again(
     folder = Path(job.outputs.dir)
     for receipts in (folder / ".store" / key).glob("receipts*"):
         shutil.rmtree(receipts) if receipts.is_dir() else receipts.unlink()
-    shutil.rmtree(folder / ".store" / key / "labels" / "c")
+    (chunks,) = (folder / ".store" / key).glob("**/labels/c")
+    shutil.rmtree(chunks)
     shutil.rmtree(folder / job.name)
-    (folder / ".store" / key / "labels" / "c").write_text("in the way")
+    chunks.write_text("in the way")
 
     seen: list[TaskRun] = []
     started = last_run(on_server).id
@@ -203,7 +204,7 @@ def test_a_passing_fault_of_the_storage_is_tried_again(
             return [t for t in waiting if t.state_name == "AwaitingRetry"]
 
         seen.extend(wait_until(retrying, 60, "a task that waits to be tried again"))
-        (folder / ".store" / key / "labels" / "c").unlink()
+        chunks.unlink()
 
     with ThreadPoolExecutor(1) as pool:
         mended = pool.submit(mend)
