@@ -93,7 +93,8 @@ class Dispatch:
         todo = pending_blocks(scene)
         reused = scene.plan.blocks.count - len(todo)
         self.watch.begin(scene, reused)
-        futures = self._batches(scene, batches_of(scene, todo, self.request.job.compute.batch_minutes))
+        compute = self.request.job.compute
+        futures = self._batches(scene, batches_of(scene, todo, compute.batch_minutes, compute.workers))
         parameters = {"scene": scene, "run": self.run, "predicted": futures, "reused": reused}
         finished = self.runner.submit(finish_scene, {**parameters, "stop": self.stop})
         return replace(planned, futures=(*futures, finished))

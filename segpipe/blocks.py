@@ -151,11 +151,13 @@ class SceneBlocks:
             self._ingested.add(block_id(index))
 
     def finish(self, result: BlockResult) -> None:
-        """Write a block's labels (and scores), then its receipt."""
-        assert self.predict_stage is not None
-        self.predict_stage.write("labels", result.box.slices, result.labels)
-        if result.scores is not None:
-            self.predict_stage.write("scores", result.box.slices, result.scores)
+        """Write a block's labels (and scores), then its receipt.
+
+        Raises:
+            SceneError: another run dropped the predictions meanwhile.
+        """
+        stage = self.predict_stage
+        assert stage is not None
         receipt = {
             "valid": result.valid,
             "windows": result.windows,
@@ -163,7 +165,14 @@ class SceneBlocks:
             "attempts": self.attempt,
             "scores": result.scores is not None,
         }
-        self.predict_stage.commit(block_id(result.index), receipt)
+        try:
+            stage.write("labels", result.box.slices, result.labels)
+            if result.scores is not None:
+                stage.write("scores", result.box.slices, result.scores)
+            stage.commit(block_id(result.index), receipt)
+        except (KeyError, ValueError, OSError):  # arrays that vanished
+            stage.check()
+            raise
         self._finished += 1
         self.progress(self._finished)
 

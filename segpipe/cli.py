@@ -71,12 +71,15 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
         print("nothing to do: this job is done; the results of then:")
         _headline(found, before)
         return
+    from flows.here import run_here
     from flows.runners import task_runner
-    from flows.segment import segment
 
     task_runner(job.compute)
     _check_server()
-    state = segment(job, return_state=True)
+    state = run_here(job)
+    if state.is_cancelled():  # by Ctrl-C, or in the UI
+        print(state.message, file=sys.stderr)
+        raise typer.Exit(130)
     found, after = open_run(job, request.mark)
     if after is None or after == before:
         raise SegpipeError(state.message or "the run ended without a report")

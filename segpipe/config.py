@@ -227,24 +227,24 @@ class Job(Strict):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="Names the folder of the results.",
     )
-    description: str = Field("", description="What the reader of the report should know.")
     scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
     model: Text = Field("", description="Model card (YAML).")
-    labels: Text = Field(
-        "",
-        description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
-    )
     bands: list[str] = Field(
         default_factory=list,
         description="Names of the scene's bands in file order, where the file has none.",
     )
-    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
-    compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
     regions: Regions | None = Field(None, description="Where numbers are reported; empty: the whole scene.")
     reference: Reference | None = Field(None, description="The truth to compare with.")
+    outputs: Outputs = Field(default_factory=Outputs, description="What is written, and where.")
+    description: str = Field("", description="What the reader of the report should know.")
+    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
+    compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
+    labels: Text = Field(
+        "",
+        description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
+    )
     measure: Measure = Field(default_factory=Measure, description="Further measurements.")
     prompts: Prompts = Field(default_factory=Prompts, description="For promptable models.")
-    outputs: Outputs = Field(default_factory=Outputs, description="What is written, and where.")
 
     @model_validator(mode="after")
     def _one_of_model_or_labels(self) -> Job:

@@ -120,15 +120,18 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
     grid, statistics = findings
     plan = plan_scene(job, card, settings, grid, np.dtype(dtype).itemsize)
     predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
-    cleanup = card.cleanup.model_dump()
-    labels = predict
-    if any(cleanup.values()):
-        labels = Stage(job.outputs.dir, stage_key("clean", {"of": predict.key, **cleanup}))
-    scene = Scene(
+    return Scene(
         ref, job, settings, geometry, dtype, channels, bands, scaling, statistics, plan,
-        ingest, predict, labels, identity, tuple(notes),
+        ingest, predict, labels_stage(card, predict), identity, tuple(notes),
     )  # fmt: skip
-    return scene
+
+
+def labels_stage(card: Card, predict: Stage) -> Stage:
+    """Where the finished label map is: a stage of its own where the card cleans up."""
+    cleanup = card.cleanup.model_dump()
+    if not any(cleanup.values()):
+        return predict
+    return Stage(predict.out, stage_key("clean", {"of": predict.key, **cleanup}))
 
 
 def create_stages(scene: Scene) -> Scene:

@@ -13,7 +13,7 @@ from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.plan import Index
-from segpipe.scene import Scene, check_worker, label_arrays, pending_blocks
+from segpipe.scene import Scene, check_worker, label_arrays, labels_stage, pending_blocks
 from segpipe.store import stop_requested
 
 SECONDS_PER_MPX = 2.0
@@ -32,11 +32,14 @@ class Done:
     timings: dict[str, float]
 
 
-def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float) -> list[list[Index]]:
-    """Blocks grouped into batches of about this many minutes, each a run of neighbours."""
+def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float, workers: int) -> list[list[Index]]:
+    """Blocks grouped into batches of about this many minutes, each a run of neighbours.
+
+    At least one for each worker, so that a scene of few minutes is not one worker's alone.
+    """
     elements = math.prod(scene.plan.blocks.block)
     seconds = max(0.5, elements / 1e6 * SECONDS_PER_MPX)
-    size = max(1, int(minutes * 60 / seconds))
+    size = max(1, min(int(minutes * 60 / seconds), -(-len(blocks) // workers)))
     return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
 
@@ -76,11 +79,17 @@ def predict_blocks(
 
 
 def finish_labels(scene: Scene) -> Done:
-    """The card's clean-up over the finished label map, where it has one; compacts the receipts."""
+    """The card's clean-up over the finished label map, where it has one; compacts the receipts.
+
+    Raises:
+        SceneError: predictions are missing or were dropped, or the card's clean-up is no longer the planned.
+    """
     from segpipe.inference.cleanup import clean_labels
 
     begun = time.perf_counter()
     scene.predict.check()
+    if labels_stage(scene.card, scene.predict) != scene.labels:
+        raise SceneError("the card's clean-up changed since the scene was planned; run the job again")
     missing = pending_blocks(scene)
     if missing:
         raise SceneError(f"{len(missing)} blocks have no prediction; run the job again")

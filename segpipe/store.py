@@ -144,7 +144,11 @@ class Stage:
     def group(self) -> zarr.Group:
         """The Zarr group of this generation; each generation has its own folder."""
         location = join(self.out, STORE_FOLDER, self.key, self.generation.token)
-        return zarr.open_group(zarr.storage.ObjectStore(open_store(location)), mode="a")
+        store = zarr.storage.ObjectStore(open_store(location))
+        try:
+            return zarr.open_group(store, mode="a")
+        except zarr.errors.ContainsGroupError:  # another process made it between our look and our making
+            return zarr.open_group(store, mode="r+")
 
     def array(self, name: str) -> zarr.Array[Any]:
         """One of the stage's arrays."""

@@ -30,8 +30,8 @@ from flows.segment import segment
 from segpipe.config import Job
 from tests.flows.conftest import JobMaker, load, results_of, wait_until
 
-WORK = 900
-"""Slowness of the model: a block takes some tenths of a second."""
+WORK = 300
+"""Slowness of the model: a block takes about half a second."""
 BLOCKS = 32
 STOPPED = "stopped; what is done stays, run the same job again to go on from there"
 STOPS_WITHIN = 20.0
@@ -86,7 +86,9 @@ def check_resumes(job: Job, undisturbed: dict[str, bytes]) -> None:
     assert receipts(job) == kept
     assert 2 <= len(kept) < BLOCKS
     times = {path.name: at for path, at in kept.items()}
-    chunks = {p: p.stat().st_mtime_ns for p in Path(job.outputs.dir, ".store").glob("predict-*/**/labels/c/*/*")}
+    chunks = {
+        p: p.stat().st_mtime_ns for p in Path(job.outputs.dir, ".store").glob("predict-*/**/labels/c/*/*")
+    }
     assert segment(job, return_state=True).is_completed()
     assert results_of(job) == undisturbed
     after = {p: p.stat().st_mtime_ns for p in chunks}
@@ -184,7 +186,7 @@ def test_a_run_of_the_command_line_is_cancelled_by_the_api(
     check_resumes(job, undisturbed)
 
 
-@pytest.mark.parametrize("server", ["named", "own"])
+@pytest.mark.parametrize("server", ["own", pytest.param("named", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(
     server: str,
     server_environment: dict[str, str],

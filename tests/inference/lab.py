@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,18 @@ import torch
 import yaml
 from affine import Affine
 
+from segpipe.blocks import SceneBlocks
+from segpipe.boxes import Box
 from segpipe.config import Job
+from segpipe.inference.engine import BlockResult, BlockStore, Engine
+from segpipe.inference.labels import nodata_value
+from segpipe.inference.normalise import Normaliser, Statistics
+from segpipe.models.base import SegmentationModel
 from segpipe.plan import Index
 from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import SceneRef
+from segpipe.sources.base import Pixels
 from segpipe.steps import Done, finish_labels, predict_blocks
 
 CLASSES = [
@@ -49,6 +56,16 @@ class Pyramid(torch.nn.Module):
 
 RADIUS = 6
 STRIDE = 2
+CENTRED = [{"op": "subtract", "value": [128]}, {"op": "divide", "value": [40]}]
+"""Steps of a card that bring uint8 into the range of the networks here."""
+
+
+def patches(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Random squares of 6 elements with a little noise, uint8, never 0: (1, y, x)."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(20, 230, [-(-n // 6) for n in shape])
+    fine = np.kron(coarse, np.ones([6] * len(shape), int))[tuple(slice(0, n) for n in shape)]
+    return (fine + rng.integers(-15, 16, shape)).astype(np.uint8)[None]
 
 
 @dataclass(frozen=True)
@@ -79,9 +96,11 @@ class Lab:
         path.write_text(yaml.safe_dump(card))
         return str(path)
 
-    def raster(self, values: np.ndarray, nodata: float | None = None, **profile: Any) -> SceneRef:
-        """(c, y, x) as a GeoTIFF."""
-        path = self.folder / f"scene-{len(list(self.folder.iterdir()))}.tif"
+    def raster(
+        self, values: np.ndarray, nodata: float | None = None, path: str | None = None, **profile: Any
+    ) -> SceneRef:
+        """(c, y, x) as a GeoTIFF, a new one or over another."""
+        path = path or str(self.folder / f"scene-{len(list(self.folder.iterdir()))}.tif")
         settings = {
             "driver": "GTiff",
             "dtype": values.dtype,
@@ -95,7 +114,7 @@ class Lab:
         }
         with rasterio.open(path, "w", **settings) as target:
             target.write(values)
-        return SceneRef("scene", str(path))
+        return SceneRef("scene", path)
 
     def volume(self, values: np.ndarray, affine: np.ndarray) -> SceneRef:
         """(z, y, x) as a NIfTI file."""
@@ -134,3 +153,80 @@ def labels_of(scene: Scene) -> np.ndarray:
 def scores_of(scene: Scene) -> np.ndarray:
     """The score map (k, …)."""
     return np.asarray(scene.predict.array("scores")[...])
+
+
+def low_middle_high(x: torch.Tensor) -> torch.Tensor:
+    """Logits of the three classes from the first channel, pixel by pixel."""
+    x = x[:, :1]
+    return torch.cat([-x, 0 * x + 0.3, x], 1)
+
+
+@dataclass
+class Network:
+    """A network that is a function; it remembers how many windows each call saw."""
+
+    answer: Callable[[torch.Tensor], torch.Tensor] = low_middle_high
+    calls: list[int] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(batch))
+        return self.answer(batch)
+
+
+@dataclass
+class Watched:
+    """A store in front of a real one: it remembers what happened, and a hook runs before each act."""
+
+    store: BlockStore
+    before: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Called before ``read``, ``ingest`` or ``finish`` is passed on; it may raise."""
+    seen: list[str] = field(default_factory=list)
+    """``read`` when a read begins, ``ingest`` and ``finish`` when they are done."""
+
+    def read(self, box: Box) -> Pixels:
+        self.seen.append("read")
+        self.before.get("read", lambda: None)()
+        return self.store.read(box)
+
+    def ingest(self, index: Index, box: Box, pixels: Pixels) -> None:
+        self.before.get("ingest", lambda: None)()
+        self.store.ingest(index, box, pixels)
+        self.seen.append("ingest")
+
+    def finish(self, result: BlockResult) -> None:
+        self.before.get("finish", lambda: None)()
+        self.store.finish(result)
+        self.seen.append("finish")
+
+    @property
+    def ahead(self) -> int:
+        """Most blocks that were read and not yet committed, at any time."""
+        most = now = 0
+        for event in self.seen:
+            now += {"read": 1, "finish": -1, "ingest": 0}[event]
+            most = max(most, now)
+        return most
+
+
+def compute(
+    scene: Scene,
+    model: SegmentationModel,
+    store: BlockStore | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Engine:
+    """All pending blocks of a scene by another network than its card's, through the engine itself."""
+    card = scene.card
+    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    with SceneBlocks.of(scene) as real:
+        engine = Engine(
+            scene.plan,
+            card,
+            normaliser,
+            model,
+            store or real,
+            nodata_value(card),
+            scene.settings.tta,
+        )
+        engine.run(pending_blocks(scene), should_stop)
+    return engine

@@ -1,0 +1,448 @@
+"""What lies in the store is believed only while it is true: drops, generations, changed inputs, keys."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from segpipe.deliver import previews_name
+from segpipe.errors import RequestError, SceneError
+from segpipe.geometry import RasterGeometry
+from segpipe.plan import Blocks
+from segpipe.request import check_request
+from segpipe.scene import Scene, pending_blocks, read_card
+from segpipe.sources import SceneRef
+from segpipe.steps import finish_labels, predict_blocks
+from segpipe.store import ArraySpec, Stage
+from tests.inference.lab import CENTRED, CLASSES, Lab, Pyramid, labels_of, patches, predict, prepared, scores_of
+
+SHAPE = (96, 96)
+TILING = {"window": 32, "halo": 8, "block": 16}
+"""36 blocks over a scene of that shape."""
+INPUT = {"bands": ["b0"], "normalisation": CENTRED}
+OTHER_INPUT = {"bands": ["b0"], "normalisation": [{"op": "scale", "factor": 0.02, "offset": -2.0}]}
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
+
+
+@pytest.fixture
+def ref(lab: Lab) -> SceneRef:
+    """Data with a hole of nodata."""
+    values = patches(SHAPE)
+    values[0, 40:60, :30] = 0
+    return lab.raster(values, nodata=0)
+
+
+def undisturbed(lab: Lab, ref: SceneRef, **keys: object) -> Scene:
+    """The scene predicted with nobody else around, in a store of its own."""
+    job = lab.job(ref, lab.card(2, input=INPUT), "alone", **{"tiling": TILING, **keys})  # type: ignore[arg-type]
+    scene = prepared(job, ref)
+    predict(scene)
+    return scene
+
+
+# -- one ingest, two jobs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ingested", [True, False], ids=["ingested", "writing-through"])
+@pytest.mark.parametrize("again", [False, True], ids=["dropped", "dropped-and-made-again"])
+def test_a_job_survives_that_another_drops_their_common_ingest(
+    lab: Lab, ref: SceneRef, ingested: bool, again: bool
+) -> None:
+    other = prepared(lab.job(ref, lab.card(2, input=OTHER_INPUT), "shared", tiling=TILING), ref)
+    if ingested:
+        predict(other)
+    card = lab.card(2, input=INPUT)
+    scene = prepared(lab.job(ref, card, "shared", tiling=TILING), ref)
+    assert scene.ingest == other.ingest
+    assert scene.predict != other.predict
+    blocks = pending_blocks(scene)
+    finished = []
+
+    def progress(n: int) -> None:
+        finished.append(n)
+        if n == len(blocks) // 4:
+            other.ingest.drop()
+            assert not scene.ingest.exists
+            if again:  # by a third job, whose blocks are others
+                prepared(lab.job(ref, card, "shared", tiling={**TILING, "halo": 4, "block": 32}), ref)
+                assert scene.ingest.exists
+                assert not scene.ingest.current
+
+    predict_blocks(scene, blocks, "test", progress=progress)
+    finish_labels(scene)
+    assert finished == list(range(1, len(blocks) + 1))
+    expected = labels_of(undisturbed(lab, ref))
+    assert set(np.unique(expected)) == {c["value"] for c in CLASSES} | {255}
+    np.testing.assert_array_equal(labels_of(scene), expected)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["dropped", "dropped-and-made-again"])
+def test_a_batch_that_begins_after_the_drop_reads_the_source(lab: Lab, ref: SceneRef, again: bool) -> None:
+    """The same with the drop between two batches, and with handles that travelled to another worker."""
+    job = lab.job(ref, lab.card(2, input=INPUT), "shared", tiling=TILING)
+    scene = prepared(job, ref)
+    blocks = pending_blocks(scene)
+    predict_blocks(scene, blocks[:12], "test")
+    Stage(scene.ingest.out, scene.ingest.key).drop()
+    if again:
+        prepared(lab.job(ref, lab.card(2, input=OTHER_INPUT), "shared", tiling=TILING), ref)
+    predict_blocks(scene, blocks[12:24], "test")
+    fresh = replace(scene, ingest=Stage(scene.ingest.out, scene.ingest.key))
+    predict_blocks(fresh, blocks[24:], "test")
+    finish_labels(scene)
+    np.testing.assert_array_equal(labels_of(scene), labels_of(undisturbed(lab, ref)))
+
+
+def test_predictions_dropped_by_another_run_are_an_error_that_says_so(lab: Lab, ref: SceneRef) -> None:
+    job = lab.job(ref, lab.card(2, input=INPUT), "shared", tiling=TILING)
+    scene = prepared(job, ref)
+    blocks = pending_blocks(scene)
+
+    def progress(n: int) -> None:
+        if n == 4:
+            Stage(scene.predict.out, scene.predict.key).drop()
+
+    with pytest.raises(SceneError, match=r"predict-\w+ was dropped by another run; run the job again"):
+        predict_blocks(scene, blocks, "test", progress=progress)
+    with pytest.raises(SceneError, match="was dropped by another run"):
+        finish_labels(scene)
+    resumed = prepared(job, ref)
+    assert pending_blocks(resumed) == blocks
+    predict(resumed)
+    np.testing.assert_array_equal(labels_of(resumed), labels_of(undisturbed(lab, ref)))
+
+
+def test_labels_are_not_finished_while_a_block_is_missing(lab: Lab, ref: SceneRef) -> None:
+    scene = prepared(lab.job(ref, lab.card(2, input=INPUT), "out", tiling=TILING), ref)
+    predict_blocks(scene, pending_blocks(scene)[1:], "test")
+    with pytest.raises(SceneError, match="1 blocks have no prediction"):
+        finish_labels(scene)
+    assert len(scene.predict.receipts()) == 35
+
+
+# -- generations ----------------------------------------------------------------------------------
+
+GEOMETRY = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
+BLOCKS = Blocks((20, 30), (8, 10), (0, 0))
+ARRAYS = [ArraySpec("image", "uint8", 0, channels=2), ArraySpec("labels", "uint16", 9, labels=True)]
+
+
+def make(folder: Path, blocks: Blocks = BLOCKS, key: str = "stage-1") -> Stage:
+    """A handle of its own of a stage that exists."""
+    stage = Stage(str(folder), key)
+    stage.create(GEOMETRY, blocks, ARRAYS, {"scene": "s"})
+    return stage
+
+
+def test_eight_threads_make_one_generation(tmp_path: Path) -> None:
+    for attempt in range(5):
+        start = threading.Barrier(8)
+
+        def one(number: int, key: str = f"stage-{attempt}", start: threading.Barrier = start) -> Stage:
+            start.wait()
+            # each asks for blocks of its own: only one of them gets its wish
+            stage = make(tmp_path, replace(BLOCKS, block=(8, 10 if number % 2 else 15)), key)
+            part = (slice(0, 8), slice(0, 30))
+            assert stage.array("labels")[...].shape == (20, 30)
+            assert stage.array("image")[(slice(None), *part)].sum() == 0
+            return stage
+
+        with ThreadPoolExecutor(8) as pool:
+            stages = list(pool.map(one, range(8)))
+        assert len({s.generation for s in stages}) == 1
+        values = np.arange(8 * 30, dtype=np.uint16).reshape(8, 30)
+        stages[0].write("labels", (slice(0, 8), slice(0, 30)), values)
+        stages[0].commit("a", {"n": 1})
+        for stage in stages:
+            np.testing.assert_array_equal(stage.array("labels")[:8], values)
+            assert stage.receipts() == {"a": {"n": 1}}
+
+
+MAKE_MANY = """
+import sys, time
+from pathlib import Path
+from tests.inference.test_store import make
+out, begin = Path(sys.argv[1]), float(sys.argv[2])
+for n in range(40):
+    while time.time() < begin + n * 0.03:
+        pass
+    stage = make(out, key=f"stage-{n}")
+    print(stage.generation.token, stage.array("labels").shape, stage.array("image").shape)
+"""
+
+
+def test_two_processes_make_one_generation(tmp_path: Path) -> None:
+    """Threads of one process may wait for each other in a library's lock; processes do not."""
+    begin = time.time() + 6
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", MAKE_MANY, str(tmp_path), str(begin)]
+    running = [
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ended = [p.communicate(timeout=60) for p in running]
+    assert [p.returncode for p in running] == [0, 0], ended
+    assert ended[0][0] == ended[1][0]
+    assert len(set(ended[0][0].splitlines())) == 40
+
+
+def test_a_dropped_generation_is_never_believed(tmp_path: Path) -> None:
+    values = np.full((8, 10), 7, np.uint16)
+    part = (slice(8, 16), slice(10, 20))
+    old = make(tmp_path)
+    other_old = make(tmp_path)
+    assert other_old.generation == old.generation
+    old.write("labels", part, values)
+    old.commit("00001.00001", {"valid": 80})
+    old.compact()
+    old.commit("00000.00000", {"valid": 80})
+    assert old.current
+    old.check()
+
+    Stage(str(tmp_path), "stage-1").drop()
+    assert not old.exists
+    assert not old.current
+    with pytest.raises(SceneError, match=r"stage-1 was dropped by another run"):
+        old.check()
+    with pytest.raises(SceneError, match=r"stage-1 is gone"):
+        Stage(str(tmp_path), "stage-1").array("labels")
+    assert [p for p in (tmp_path / ".store").rglob("*") if p.is_file()] == []
+
+    new = make(tmp_path, replace(BLOCKS, block=(4, 10)))
+    assert new.generation.token != old.generation.token
+    assert new.generation.blocks.block == (4, 10)
+    assert new.receipts() == {}
+    assert new.done() == set()
+    assert (np.asarray(new.array("labels")[...]) == 9).all()
+    assert not old.current
+    with pytest.raises(SceneError, match="dropped by another run"):
+        old.check()
+
+    old.commit("00001.00001", {"valid": 80})  # a late one
+    assert new.done() == set()
+    assert Stage(str(tmp_path), "stage-1").receipts() == {}
+
+
+def test_an_old_handle_does_not_drop_the_new_generation(tmp_path: Path) -> None:
+    values = np.arange(80, dtype=np.uint16).reshape(8, 10)
+    part = (slice(8, 16), slice(10, 20))
+    old, other_old = make(tmp_path), make(tmp_path)
+    assert old.generation == other_old.generation
+    old.drop()
+    new = make(tmp_path)
+    new.write("labels", part, values)
+    new.commit("00001.00001", {"valid": 80})
+    other_old.drop()
+    old.drop()
+    assert new.current
+    assert new.receipts() == {"00001.00001": {"valid": 80}}
+    np.testing.assert_array_equal(new.array("labels")[part], values)
+    # the same handle may make it anew, and then drops what it made
+    new.drop()
+    new.create(GEOMETRY, BLOCKS, ARRAYS, {})
+    assert new.current
+    assert new.receipts() == {}
+    new.drop()
+    assert not new.exists
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        (slice(0, 8), slice(5, 10)),
+        (slice(0, 8), slice(0, 5)),
+        (slice(4, 12), slice(0, 10)),
+        (slice(8, 15), slice(0, 10)),
+        (slice(16, 19), slice(0, 10)),
+    ],
+    ids=str,
+)
+def test_a_write_that_is_not_whole_shards_is_refused(tmp_path: Path, part: tuple[slice, ...]) -> None:
+    stage = make(tmp_path)
+    values = np.full([s.stop - s.start for s in part], 3, np.uint16)
+    with pytest.raises(AssertionError, match="labels: slice"):
+        stage.write("labels", part, values)
+    with pytest.raises(AssertionError, match="image: slice"):
+        stage.write("image", part, np.stack([values, values]))
+    assert (np.asarray(stage.array("labels")[...]) == 9).all()
+
+
+def test_whole_shards_are_written_up_to_the_scenes_edge(tmp_path: Path) -> None:
+    stage = make(tmp_path)
+    stage.write("labels", (slice(16, 20), slice(10, 30)), np.full((4, 20), 3, np.uint16))
+    expected = np.full((20, 30), 9)
+    expected[16:, 10:] = 3
+    np.testing.assert_array_equal(stage.array("labels")[...], expected)
+
+
+# -- scores asked for later -----------------------------------------------------------------------
+
+
+def test_scores_asked_for_later_are_computed_also_by_a_retry(lab: Lab, ref: SceneRef) -> None:
+    card = lab.card(2, input=INPUT)
+    predict(prepared(lab.job(ref, card, "out", tiling=TILING), ref))
+    scene = prepared(lab.job(ref, card, "out", scores=True, tiling=TILING), ref)
+    blocks = pending_blocks(scene)
+    assert len(blocks) == scene.plan.blocks.count == 36
+    with pytest.raises(SceneError, match="36 blocks have no prediction"):
+        finish_labels(scene)
+    first = predict_blocks(scene, blocks[:10], "test")
+    second = predict_blocks(scene, blocks, "test", attempt=2)
+    assert (first.computed, second.computed, second.reused) == (10, 26, 10)
+    assert pending_blocks(scene) == []
+    finish_labels(scene)
+    other = prepared(lab.job(ref, card, "alone", scores=True, tiling=TILING), ref)
+    predict(other)
+    np.testing.assert_array_equal(scores_of(scene), scores_of(other))
+    np.testing.assert_array_equal(labels_of(scene), labels_of(other))
+    valid = labels_of(scene) != 255
+    np.testing.assert_allclose(scores_of(scene).sum(0)[valid], 1, atol=1e-5)
+    assert {r["scores"] for r in scene.predict.receipts().values()} == {True}
+
+
+# -- inputs that change between planning and computing --------------------------------------------
+
+
+def assert_nothing_committed(scene: Scene) -> None:
+    stage = Stage(scene.predict.out, scene.predict.key)
+    assert stage.exists
+    assert stage.receipts() == {}
+    assert (np.asarray(stage.array("labels")[...]) == 255).all()
+
+
+@pytest.mark.parametrize("store", ["zarr", "direct"])
+def test_a_source_that_changes_after_planning_is_an_error(lab: Lab, ref: SceneRef, store: str) -> None:
+    job = lab.job(ref, lab.card(2, input=INPUT), "out", tiling={**TILING, "store": store})
+    scene = prepared(job, ref)
+    lab.raster(patches(SHAPE, 5), nodata=0, path=ref.uri)
+    with pytest.raises(SceneError, match=r"scene-\d+\.tif: changed since it was planned; run the job again"):
+        predict_blocks(scene, pending_blocks(scene), "test")
+    assert_nothing_committed(scene)
+    again = prepared(job, ref)
+    assert again.predict.key != scene.predict.key
+    predict(again)
+    assert (labels_of(again) != 255).all()
+
+
+def test_weights_that_change_after_planning_are_an_error(lab: Lab, ref: SceneRef) -> None:
+    job = lab.job(ref, lab.card(2, input=INPUT), "out", tiling=TILING)
+    scene = prepared(job, ref)
+    module = Pyramid(2, 1, len(CLASSES)).eval()
+    with torch.no_grad():
+        module.last.bias += 1
+    torch.jit.script(module).save(str(lab.folder / "pyramid2d1.pt"))
+    with pytest.raises(SceneError, match="other bits than were planned"):
+        predict_blocks(scene, pending_blocks(scene), "test")
+    assert_nothing_committed(scene)
+    again = prepared(job, ref)
+    assert again.predict.key != scene.predict.key
+    assert again.ingest == scene.ingest
+    predict(again)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input": OTHER_INPUT},
+        {"output": {"activation": "none"}},
+        {"classes": [{**CLASSES[0], "value": 9}, *CLASSES[1:]]},
+        {"window": {"size": [32, 32], "halo": [8], "stride": 2, "padding": "edge"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_card_that_changes_after_planning_is_an_error(
+    lab: Lab, ref: SceneRef, change: dict[str, object]
+) -> None:
+    card = lab.card(2, input=INPUT)
+    scene = prepared(lab.job(ref, card, "out", tiling=TILING), ref)
+    edit(card, **change)
+    with pytest.raises(SceneError, match="other bits than were planned"):
+        predict_blocks(scene, pending_blocks(scene), "test")
+    assert_nothing_committed(scene)
+
+
+def test_a_clean_up_that_changes_after_planning_is_not_stored_under_the_old_key(
+    lab: Lab, ref: SceneRef
+) -> None:
+    keep, fill = {"largest_component": True}, {"fill_holes": True}
+    card = lab.card(2, input=INPUT, cleanup=keep)
+    job = lab.job(ref, card, "out", tiling=TILING)
+    scene = prepared(job, ref)
+    predict_blocks(scene, pending_blocks(scene), "test")
+    edit(card, cleanup=fill)
+    with pytest.raises(SceneError, match="clean-up"):
+        finish_labels(scene)
+    assert not scene.labels.exists
+    edit(card, cleanup=keep)
+    finish_labels(scene)
+    assert scene.labels.done() == {"whole"}
+
+
+def edit(card: str, **keys: object) -> None:
+    """Change keys of a card's file in place."""
+    path = Path(card)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}))
+
+
+def test_an_edited_card_is_read_again(lab: Lab) -> None:
+    path = lab.card(2)
+    before = read_card(path)
+    assert read_card(path) is before
+    edit(path, title="After")
+    assert (before.title, read_card(path).title) == ("", "After")
+    Path(path).unlink()
+    with pytest.raises(RequestError, match=Path(path).name):
+        read_card(path)
+
+
+# -- keys and refusals ----------------------------------------------------------------------------
+
+
+def test_pictures_are_kept_by_what_they_show(lab: Lab, ref: SceneRef) -> None:
+    card = lab.card(2, input=INPUT)
+    scene = prepared(lab.job(ref, card, "out", tiling=TILING), ref)
+    names = [previews_name(scene)]
+    edit(card, title="Words that no picture shows")
+    names.append(previews_name(scene))
+    edit(card, classes=[{**CLASSES[0], "color": "#123456"}, *CLASSES[1:]])
+    names.append(previews_name(scene))
+    edit(card, classes=[{**CLASSES[0], "name": "lowest"}, *CLASSES[1:]])
+    names.append(previews_name(scene))
+    edit(card, classes=CLASSES)
+    names.append(previews_name(scene))
+    assert names[0] == names[1] == names[4]
+    assert len(set(names)) == 3
+    again = prepared(lab.job(ref, card, "out", tiling=TILING), ref)
+    assert again.predict == scene.predict
+
+
+@pytest.mark.parametrize("window", ["16", "64x32", "whole"])
+@pytest.mark.parametrize("kind", ["window_zscore", "fixed"])
+def test_a_window_that_the_card_forbids_is_refused(lab: Lab, ref: SceneRef, kind: str, window: str) -> None:
+    if kind == "fixed":
+        card = lab.card(2, window={"size": [32], "halo": [8], "stride": 2, "fixed": True})
+        why = "takes its own size only"
+    else:
+        steps = [{"op": "window_zscore"}]
+        card = lab.card(
+            2, input={"bands": ["b0"], "normalisation": steps}, window={"size": "whole", "stride": 2}
+        )
+        why = "normalises by the whole scene"
+    with pytest.raises(RequestError, match=rf"^tiling.window: found {window}; .*{why}: valid: auto$"):
+        check_request(lab.job(ref, card, "out", tiling={"window": window}))
+    request = check_request(lab.job(ref, card, "out", tiling={"block": "16"}))
+    assert [s.uri for s in request.scenes] == [ref.uri]
