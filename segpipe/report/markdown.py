@@ -79,11 +79,11 @@ def _means(summary: pd.DataFrame | None) -> list[str]:
             [
                 _text(str(row.get("metric", ""))),
                 units.number(float(row.get("value", math.nan)), 3),
-                _text(str(row.get("over", ""))),
                 "" if defined is None or pd.isna(defined) else f"{int(defined):,}",
+                _text(str(row.get("over", ""))),
             ]
         )
-    return _table(["Metric", "Value", "Over", "Defined"], rows)
+    return _table(["Metric", "Value", "Defined", "Over"], rows)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
