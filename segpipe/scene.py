@@ -158,8 +158,26 @@ def create_stages(scene: Scene) -> Scene:
     return scene
 
 
+def check_blocks(scene: Scene) -> None:
+    """A receipt names a block of the stage as it was made: refuse another layout under the same names.
+
+    Raises:
+        SceneError: another run dropped the predictions, and maybe made them again with other blocks.
+    """
+    if scene.predict.generation.blocks != scene.plan.blocks:
+        raise SceneError(
+            f"the stored stage {scene.predict.key} was dropped by another run and made again with other "
+            "blocks; run the job again"
+        )
+
+
 def pending_blocks(scene: Scene) -> list[Index]:
-    """Blocks without a prediction, in the plan's order."""
+    """Blocks without a prediction, in the plan's order.
+
+    Raises:
+        SceneError: as `check_blocks`.
+    """
+    check_blocks(scene)
     receipts = scene.predict.receipts()
     wanted = scene.job.outputs.scores
     done = {name for name, r in receipts.items() if r.get("scores") or not wanted}

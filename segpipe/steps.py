@@ -13,7 +13,7 @@ from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.plan import Index
-from segpipe.scene import Scene, check_worker, label_arrays, labels_stage, pending_blocks
+from segpipe.scene import Scene, check_blocks, check_worker, label_arrays, labels_stage, pending_blocks
 from segpipe.store import stop_requested
 
 SECONDS_PER_MPX = 2.0
@@ -67,6 +67,7 @@ def predict_blocks(
 
     begun = time.perf_counter()
     check_worker(scene)
+    check_blocks(scene)
     pending = set(pending_blocks(scene)) if attempt > 1 else set(blocks)
     todo = [i for i in blocks if i in pending]
     card, settings = scene.card, scene.settings

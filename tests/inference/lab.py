@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ class Pyramid(torch.nn.Module):
         return 8 * self.last(torch.cat([a, self.up(b)], 1))
 
 
+@lru_cache(maxsize=8)
+def scripted(ndim: int, channels: int) -> bytes:
+    """The network as TorchScript: the same bytes each time, so that it is loaded once per process."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Pyramid(ndim, channels, len(CLASSES)).eval()), buffer)
+    return buffer.getvalue()
+
+
 RADIUS = 6
 STRIDE = 2
 CENTRED = [{"op": "subtract", "value": [128]}, {"op": "divide", "value": [40]}]
@@ -78,8 +88,7 @@ class Lab:
         """A card of the network above; ``changes`` replace keys."""
         weights = self.folder / f"pyramid{ndim}d{channels}.pt"
         if not weights.exists():
-            module = Pyramid(ndim, channels, len(CLASSES)).eval()
-            torch.jit.script(module).save(str(weights))
+            weights.write_bytes(scripted(ndim, channels))
         bands = [f"b{i}" for i in range(channels)] if ndim == 2 else []
         card = {
             "name": f"pyramid-{ndim}d",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -24,11 +25,22 @@ from segpipe.scene import Scene, pending_blocks, read_card
 from segpipe.sources import SceneRef
 from segpipe.steps import finish_labels, predict_blocks
 from segpipe.store import ArraySpec, Stage
-from tests.inference.lab import CENTRED, CLASSES, Lab, Pyramid, labels_of, patches, predict, prepared, scores_of
+from tests.inference.lab import (
+    CENTRED,
+    CLASSES,
+    Lab,
+    Pyramid,
+    labels_of,
+    patches,
+    predict,
+    prepared,
+    scores_of,
+)
 
-SHAPE = (96, 96)
+SHAPE = (80, 72)
 TILING = {"window": 32, "halo": 8, "block": 16}
-"""36 blocks over a scene of that shape."""
+COUNT = 20
+"""Blocks of a scene of that shape, cut so; the last 8 columns join the blocks before them."""
 INPUT = {"bands": ["b0"], "normalisation": CENTRED}
 OTHER_INPUT = {"bands": ["b0"], "normalisation": [{"op": "scale", "factor": 0.02, "offset": -2.0}]}
 
@@ -41,17 +53,26 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def ref(lab: Lab) -> SceneRef:
     """Data with a hole of nodata."""
+    return lab.raster(pixels(), nodata=0)
+
+
+def pixels() -> np.ndarray:
     values = patches(SHAPE)
     values[0, 40:60, :30] = 0
-    return lab.raster(values, nodata=0)
+    return values
 
 
-def undisturbed(lab: Lab, ref: SceneRef, **keys: object) -> Scene:
-    """The scene predicted with nobody else around, in a store of its own."""
-    job = lab.job(ref, lab.card(2, input=INPUT), "alone", **{"tiling": TILING, **keys})  # type: ignore[arg-type]
-    scene = prepared(job, ref)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores of the scene, predicted with nobody else around."""
+    lab = Lab(tmp_path_factory.mktemp("alone"))
+    ref = lab.raster(pixels(), nodata=0)
+    scene = prepared(lab.job(ref, lab.card(2, input=INPUT), "out", scores=True, tiling=TILING), ref)
     predict(scene)
-    return scene
+    labels = labels_of(scene)
+    assert set(np.unique(labels)) == {c["value"] for c in CLASSES} | {255}
+    np.testing.assert_array_equal(labels == 255, pixels()[0] == 0)
+    return labels, scores_of(scene)
 
 
 # -- one ingest, two jobs -------------------------------------------------------------------------
@@ -60,7 +81,7 @@ def undisturbed(lab: Lab, ref: SceneRef, **keys: object) -> Scene:
 @pytest.mark.parametrize("ingested", [True, False], ids=["ingested", "writing-through"])
 @pytest.mark.parametrize("again", [False, True], ids=["dropped", "dropped-and-made-again"])
 def test_a_job_survives_that_another_drops_their_common_ingest(
-    lab: Lab, ref: SceneRef, ingested: bool, again: bool
+    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray], ingested: bool, again: bool
 ) -> None:
     other = prepared(lab.job(ref, lab.card(2, input=OTHER_INPUT), "shared", tiling=TILING), ref)
     if ingested:
@@ -70,6 +91,7 @@ def test_a_job_survives_that_another_drops_their_common_ingest(
     assert scene.ingest == other.ingest
     assert scene.predict != other.predict
     blocks = pending_blocks(scene)
+    assert len(blocks) == COUNT
     finished = []
 
     def progress(n: int) -> None:
@@ -85,29 +107,31 @@ def test_a_job_survives_that_another_drops_their_common_ingest(
     predict_blocks(scene, blocks, "test", progress=progress)
     finish_labels(scene)
     assert finished == list(range(1, len(blocks) + 1))
-    expected = labels_of(undisturbed(lab, ref))
-    assert set(np.unique(expected)) == {c["value"] for c in CLASSES} | {255}
-    np.testing.assert_array_equal(labels_of(scene), expected)
+    np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["dropped", "dropped-and-made-again"])
-def test_a_batch_that_begins_after_the_drop_reads_the_source(lab: Lab, ref: SceneRef, again: bool) -> None:
+def test_a_batch_that_begins_after_the_drop_reads_the_source(
+    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray], again: bool
+) -> None:
     """The same with the drop between two batches, and with handles that travelled to another worker."""
     job = lab.job(ref, lab.card(2, input=INPUT), "shared", tiling=TILING)
     scene = prepared(job, ref)
     blocks = pending_blocks(scene)
-    predict_blocks(scene, blocks[:12], "test")
+    predict_blocks(scene, blocks[:7], "test")
     Stage(scene.ingest.out, scene.ingest.key).drop()
     if again:
         prepared(lab.job(ref, lab.card(2, input=OTHER_INPUT), "shared", tiling=TILING), ref)
-    predict_blocks(scene, blocks[12:24], "test")
+    predict_blocks(scene, blocks[7:14], "test")
     fresh = replace(scene, ingest=Stage(scene.ingest.out, scene.ingest.key))
-    predict_blocks(fresh, blocks[24:], "test")
+    predict_blocks(fresh, blocks[14:], "test")
     finish_labels(scene)
-    np.testing.assert_array_equal(labels_of(scene), labels_of(undisturbed(lab, ref)))
+    np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
 
 
-def test_predictions_dropped_by_another_run_are_an_error_that_says_so(lab: Lab, ref: SceneRef) -> None:
+def test_predictions_dropped_by_another_run_are_an_error_that_says_so(
+    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray]
+) -> None:
     job = lab.job(ref, lab.card(2, input=INPUT), "shared", tiling=TILING)
     scene = prepared(job, ref)
     blocks = pending_blocks(scene)
@@ -123,7 +147,27 @@ def test_predictions_dropped_by_another_run_are_an_error_that_says_so(lab: Lab, 
     resumed = prepared(job, ref)
     assert pending_blocks(resumed) == blocks
     predict(resumed)
-    np.testing.assert_array_equal(labels_of(resumed), labels_of(undisturbed(lab, ref)))
+    np.testing.assert_array_equal(labels_of(resumed), undisturbed[0])
+
+
+@pytest.mark.parametrize("before", [16, 32])
+def test_receipts_of_other_blocks_are_not_taken_for_ones_own(lab: Lab, ref: SceneRef, before: int) -> None:
+    """A worker's handles are new: it finds the stage made again by a job with other blocks."""
+    card = lab.card(2, input=INPUT)
+    sizes = (before, 48 - before)
+    jobs = [lab.job(ref, card, "shared", tiling={**TILING, "block": size}) for size in sizes]
+    scene = prepared(jobs[0], ref)
+    travelled = pickle.dumps(scene)
+    scene.predict.drop()
+    other = prepared(jobs[1], ref)
+    assert other.predict == scene.predict
+    late = pickle.loads(travelled)
+    with pytest.raises(SceneError, match="made again with other blocks; run the job again"):
+        predict_blocks(late, list(late.plan.blocks.indices())[:3], "test")
+    assert Stage(other.predict.out, other.predict.key).receipts() == {}
+    predict_blocks(other, pending_blocks(other), "test")
+    with pytest.raises(SceneError, match="made again with other blocks; run the job again"):
+        finish_labels(pickle.loads(travelled))
 
 
 def test_labels_are_not_finished_while_a_block_is_missing(lab: Lab, ref: SceneRef) -> None:
@@ -131,7 +175,7 @@ def test_labels_are_not_finished_while_a_block_is_missing(lab: Lab, ref: SceneRe
     predict_blocks(scene, pending_blocks(scene)[1:], "test")
     with pytest.raises(SceneError, match="1 blocks have no prediction"):
         finish_labels(scene)
-    assert len(scene.predict.receipts()) == 35
+    assert len(scene.predict.receipts()) == COUNT - 1
 
 
 # -- generations ----------------------------------------------------------------------------------
@@ -174,30 +218,38 @@ def test_eight_threads_make_one_generation(tmp_path: Path) -> None:
 
 MAKE_MANY = """
 import sys, time
-from pathlib import Path
-from tests.inference.test_store import make
-out, begin = Path(sys.argv[1]), float(sys.argv[2])
-for n in range(40):
+from segpipe.geometry import RasterGeometry
+from segpipe.plan import Blocks
+from segpipe.store import ArraySpec, Stage
+
+geometry = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
+arrays = [ArraySpec("image", "uint8", 0, channels=2), ArraySpec("labels", "uint16", 9)]
+print("ready", flush=True)
+begin = float(sys.stdin.readline())
+for n in range(50):
     while time.time() < begin + n * 0.03:
         pass
-    stage = make(out, key=f"stage-{n}")
+    stage = Stage(sys.argv[1], f"stage-{n}")
+    stage.create(geometry, Blocks((20, 30), (8, 10), (0, 0)), arrays, {})
     print(stage.generation.token, stage.array("labels").shape, stage.array("image").shape)
 """
 
 
 def test_two_processes_make_one_generation(tmp_path: Path) -> None:
     """Threads of one process may wait for each other in a library's lock; processes do not."""
-    begin = time.time() + 6
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", MAKE_MANY, str(tmp_path), str(begin)]
-    running = [
-        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    ended = [p.communicate(timeout=60) for p in running]
-    assert [p.returncode for p in running] == [0, 0], ended
+    command = [sys.executable, "-c", MAKE_MANY, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    begin = time.time() + 0.2
+    for process in running:
+        process.stdin.write(f"{begin}\n")
+        process.stdin.flush()
+    ended = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
     assert ended[0][0] == ended[1][0]
-    assert len(set(ended[0][0].splitlines())) == 40
+    assert len(set(ended[0][0].splitlines())) == 50
 
 
 def test_a_dropped_generation_is_never_believed(tmp_path: Path) -> None:
@@ -292,23 +344,23 @@ def test_whole_shards_are_written_up_to_the_scenes_edge(tmp_path: Path) -> None:
 # -- scores asked for later -----------------------------------------------------------------------
 
 
-def test_scores_asked_for_later_are_computed_also_by_a_retry(lab: Lab, ref: SceneRef) -> None:
+def test_scores_asked_for_later_are_computed_also_by_a_retry(
+    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray]
+) -> None:
     card = lab.card(2, input=INPUT)
     predict(prepared(lab.job(ref, card, "out", tiling=TILING), ref))
     scene = prepared(lab.job(ref, card, "out", scores=True, tiling=TILING), ref)
     blocks = pending_blocks(scene)
-    assert len(blocks) == scene.plan.blocks.count == 36
-    with pytest.raises(SceneError, match="36 blocks have no prediction"):
+    assert len(blocks) == scene.plan.blocks.count == COUNT
+    with pytest.raises(SceneError, match=f"{COUNT} blocks have no prediction"):
         finish_labels(scene)
     first = predict_blocks(scene, blocks[:10], "test")
     second = predict_blocks(scene, blocks, "test", attempt=2)
-    assert (first.computed, second.computed, second.reused) == (10, 26, 10)
+    assert (first.computed, second.computed, second.reused) == (10, COUNT - 10, 10)
     assert pending_blocks(scene) == []
     finish_labels(scene)
-    other = prepared(lab.job(ref, card, "alone", scores=True, tiling=TILING), ref)
-    predict(other)
-    np.testing.assert_array_equal(scores_of(scene), scores_of(other))
-    np.testing.assert_array_equal(labels_of(scene), labels_of(other))
+    np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
+    np.testing.assert_array_equal(scores_of(scene), undisturbed[1])
     valid = labels_of(scene) != 255
     np.testing.assert_allclose(scores_of(scene).sum(0)[valid], 1, atol=1e-5)
     assert {r["scores"] for r in scene.predict.receipts().values()} == {True}

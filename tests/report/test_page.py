@@ -363,7 +363,7 @@ def test_markdown() -> None:
     text = run_markdown(record(scene(), failed), regions(), metrics(), summary(), "runs/x/report.html")
     assert "**1 of 2 scenes failed** · run run-7 · 2 min 05 s" in text
     assert r"- **we\|st**: ends at \| byte \<12\>" in text
-    assert "| mIoU | 0.600 | classes, then scenes | 1 |" in text
+    assert "| mIoU | 0.600 | 1 | classes, then scenes |" in text
     assert "| forest | 25.00 | 20.0 % | 0.600 | 0.750 |" in text
     assert "Report: `runs/x/report.html`" in text
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
