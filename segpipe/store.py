@@ -193,7 +193,8 @@ class Stage:
             obstore.put(self.objects, "stage.json", _json({**attributes, **record}), mode="create")
         for name in ("generation", "group", "_receipts"):
             self.__dict__.pop(name, None)  # from before the stage was there
-        self.group.attrs.update(_conventions(geometry, arrays))
+        if not self.group.attrs:
+            self.group.attrs.update(_conventions(geometry, arrays))
         for spec in arrays:
             with suppress(zarr.errors.ContainsArrayError):
                 _create_array(self.group, spec, geometry, self.generation.blocks)

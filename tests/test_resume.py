@@ -21,7 +21,6 @@ from world import PROGRAM, Ended, World, command, environment, only_run, polygon
 
 from segpipe.config import load_job
 from segpipe.request import check_request
-from segpipe.scene import read_card
 from segpipe.store import Stage
 
 TABLES = (
@@ -64,7 +63,7 @@ def stage(out: Path, kind: str) -> Path:
 def shards(out: Path, kind: str) -> dict[str, tuple[int, int]]:
     """Every written piece of a stage's arrays, with its inode and time of writing."""
     found = {}
-    for path in (out / ".store").glob(f"{kind}-*/*/c/**/*"):
+    for path in (out / ".store").glob(f"{kind}-*/*/*/c/**/*"):
         if path.is_file() and "#" not in path.name:
             found[str(path.relative_to(out))] = (path.stat().st_ino, path.stat().st_mtime_ns)
     return found
@@ -85,7 +84,8 @@ def committed(out: Path, kind: str) -> set[str]:
 def shard_of(out: Path, kind: str, block: str) -> str:
     """Path of the shard of labels that a block is."""
     place = "/".join(str(int(part)) for part in block.split("."))
-    return str((stage(out, kind) / "labels" / "c" / place).relative_to(out))
+    [labels] = stage(out, kind).glob("*/labels")  # under the generation's token
+    return str((labels / "c" / place).relative_to(out))
 
 
 def run(job: Path, server: str) -> Ended:
@@ -137,7 +137,12 @@ INSTANTS = [
         ("while predicting", RECEIPTS, DRAWN.randrange(1, BLOCKS // 2), DRAWN.uniform(0, 0.05))
         for _ in range(2)
     ),
-    ("while cleaning up", ".store/clean-*/labels/c/*/*", DRAWN.randrange(1, BLOCKS), DRAWN.uniform(0, 0.02)),
+    (
+        "while cleaning up",
+        ".store/clean-*/*/labels/c/*/*",
+        DRAWN.randrange(1, BLOCKS),
+        DRAWN.uniform(0, 0.02),
+    ),
     ("while exporting", f"trial/*/scenes/{SCENE}", 1, DRAWN.uniform(0, 0.4)),
 ]
 """Five instants: after so many files of a pattern, a random while later."""
@@ -298,7 +303,6 @@ def test_receipts_are_complete_while_another_run_compacts_them(tmp_path: Path) -
 def mark(world: World, folder: Path, **fields: Any) -> str:
     fields = {"reference": {"path": f"{folder}/truth/*.tif"}, "scenes": [f"{folder}/scene*.tif"], **fields}
     fields.setdefault("model", str(folder / "models" / "nearest.yaml"))
-    read_card.cache_clear()
     return check_request(load_job(world.job(folder / "out", **fields))).mark
 
 

@@ -10,12 +10,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from segpipe.blocks import SceneBlocks
+from segpipe.boxes import Box
+from segpipe.config import Job
 from segpipe.deliver import previews_name
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import RasterGeometry
@@ -56,6 +60,11 @@ def ref(lab: Lab) -> SceneRef:
     return lab.raster(pixels(), nodata=0)
 
 
+def job_of(lab: Lab, ref: SceneRef, card: str, out: str = "out", scores: bool = False, **tiling: Any) -> Job:
+    """One thread: others may be using the cores."""
+    return lab.job(ref, card, out, scores, tiling={**TILING, **tiling}, compute={"threads": 1})
+
+
 def pixels() -> np.ndarray:
     values = patches(SHAPE)
     values[0, 40:60, :30] = 0
@@ -67,7 +76,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, n
     """Labels and scores of the scene, predicted with nobody else around."""
     lab = Lab(tmp_path_factory.mktemp("alone"))
     ref = lab.raster(pixels(), nodata=0)
-    scene = prepared(lab.job(ref, lab.card(2, input=INPUT), "out", scores=True, tiling=TILING), ref)
+    scene = prepared(job_of(lab, ref, lab.card(2, input=INPUT), "out", scores=True), ref)
     predict(scene)
     labels = labels_of(scene)
     assert set(np.unique(labels)) == {c["value"] for c in CLASSES} | {255}
@@ -83,11 +92,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, n
 def test_a_job_survives_that_another_drops_their_common_ingest(
     lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray], ingested: bool, again: bool
 ) -> None:
-    other = prepared(lab.job(ref, lab.card(2, input=OTHER_INPUT), "shared", tiling=TILING), ref)
+    other = prepared(job_of(lab, ref, lab.card(2, input=OTHER_INPUT), "shared"), ref)
     if ingested:
         predict(other)
     card = lab.card(2, input=INPUT)
-    scene = prepared(lab.job(ref, card, "shared", tiling=TILING), ref)
+    scene = prepared(job_of(lab, ref, card, "shared"), ref)
     assert scene.ingest == other.ingest
     assert scene.predict != other.predict
     blocks = pending_blocks(scene)
@@ -100,7 +109,7 @@ def test_a_job_survives_that_another_drops_their_common_ingest(
             other.ingest.drop()
             assert not scene.ingest.exists
             if again:  # by a third job, whose blocks are others
-                prepared(lab.job(ref, card, "shared", tiling={**TILING, "halo": 4, "block": 32}), ref)
+                prepared(job_of(lab, ref, card, "shared", halo=4, block=32), ref)
                 assert scene.ingest.exists
                 assert not scene.ingest.current
 
@@ -110,18 +119,46 @@ def test_a_job_survives_that_another_drops_their_common_ingest(
     np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
 
 
+@pytest.mark.parametrize("state", ["dropped", "half-dropped", "made-again"])
+def test_a_reader_at_work_turns_to_the_source(lab: Lab, ref: SceneRef, state: str) -> None:
+    scene = prepared(job_of(lab, ref, lab.card(2, input=INPUT)), ref)
+    predict(scene)
+    first = next(scene.plan.blocks.indices())
+    whole, part = Box.whole(SHAPE), scene.plan.blocks.box(first)
+    with SceneBlocks.of(scene) as store:
+        before = store.read(whole)
+        if state == "half-dropped":  # the record goes first, then the shards: they read as fill
+            folder = Path(scene.ingest.out) / ".store" / scene.ingest.key
+            (folder / "stage.json").unlink()
+            for shard in folder.glob("*/*/c/**/*"):
+                if shard.is_file():
+                    shard.unlink()
+        else:
+            Stage(scene.ingest.out, scene.ingest.key).drop()
+        if state == "made-again":
+            prepared(job_of(lab, ref, lab.card(2, input=OTHER_INPUT)), ref)
+        after = store.read(whole)
+        store.ingest(first, part, store.read(part))
+    for found in (before, after):
+        np.testing.assert_array_equal(found.values, pixels())
+        np.testing.assert_array_equal(found.valid, pixels()[0] != 0)
+    fresh = Stage(scene.ingest.out, scene.ingest.key)
+    assert fresh.exists == (state == "made-again")
+    assert fresh.done() == set()
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["dropped", "dropped-and-made-again"])
 def test_a_batch_that_begins_after_the_drop_reads_the_source(
     lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray], again: bool
 ) -> None:
     """The same with the drop between two batches, and with handles that travelled to another worker."""
-    job = lab.job(ref, lab.card(2, input=INPUT), "shared", tiling=TILING)
+    job = job_of(lab, ref, lab.card(2, input=INPUT), "shared")
     scene = prepared(job, ref)
     blocks = pending_blocks(scene)
     predict_blocks(scene, blocks[:7], "test")
     Stage(scene.ingest.out, scene.ingest.key).drop()
     if again:
-        prepared(lab.job(ref, lab.card(2, input=OTHER_INPUT), "shared", tiling=TILING), ref)
+        prepared(job_of(lab, ref, lab.card(2, input=OTHER_INPUT), "shared"), ref)
     predict_blocks(scene, blocks[7:14], "test")
     fresh = replace(scene, ingest=Stage(scene.ingest.out, scene.ingest.key))
     predict_blocks(fresh, blocks[14:], "test")
@@ -132,7 +169,7 @@ def test_a_batch_that_begins_after_the_drop_reads_the_source(
 def test_predictions_dropped_by_another_run_are_an_error_that_says_so(
     lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    job = lab.job(ref, lab.card(2, input=INPUT), "shared", tiling=TILING)
+    job = job_of(lab, ref, lab.card(2, input=INPUT), "shared")
     scene = prepared(job, ref)
     blocks = pending_blocks(scene)
 
@@ -155,7 +192,7 @@ def test_receipts_of_other_blocks_are_not_taken_for_ones_own(lab: Lab, ref: Scen
     """A worker's handles are new: it finds the stage made again by a job with other blocks."""
     card = lab.card(2, input=INPUT)
     sizes = (before, 48 - before)
-    jobs = [lab.job(ref, card, "shared", tiling={**TILING, "block": size}) for size in sizes]
+    jobs = [job_of(lab, ref, card, "shared", block=size) for size in sizes]
     scene = prepared(jobs[0], ref)
     travelled = pickle.dumps(scene)
     scene.predict.drop()
@@ -171,7 +208,7 @@ def test_receipts_of_other_blocks_are_not_taken_for_ones_own(lab: Lab, ref: Scen
 
 
 def test_labels_are_not_finished_while_a_block_is_missing(lab: Lab, ref: SceneRef) -> None:
-    scene = prepared(lab.job(ref, lab.card(2, input=INPUT), "out", tiling=TILING), ref)
+    scene = prepared(job_of(lab, ref, lab.card(2, input=INPUT)), ref)
     predict_blocks(scene, pending_blocks(scene)[1:], "test")
     with pytest.raises(SceneError, match="1 blocks have no prediction"):
         finish_labels(scene)
@@ -348,8 +385,8 @@ def test_scores_asked_for_later_are_computed_also_by_a_retry(
     lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray]
 ) -> None:
     card = lab.card(2, input=INPUT)
-    predict(prepared(lab.job(ref, card, "out", tiling=TILING), ref))
-    scene = prepared(lab.job(ref, card, "out", scores=True, tiling=TILING), ref)
+    predict(prepared(job_of(lab, ref, card), ref))
+    scene = prepared(job_of(lab, ref, card, scores=True), ref)
     blocks = pending_blocks(scene)
     assert len(blocks) == scene.plan.blocks.count == COUNT
     with pytest.raises(SceneError, match=f"{COUNT} blocks have no prediction"):
@@ -378,7 +415,7 @@ def assert_nothing_committed(scene: Scene) -> None:
 
 @pytest.mark.parametrize("store", ["zarr", "direct"])
 def test_a_source_that_changes_after_planning_is_an_error(lab: Lab, ref: SceneRef, store: str) -> None:
-    job = lab.job(ref, lab.card(2, input=INPUT), "out", tiling={**TILING, "store": store})
+    job = job_of(lab, ref, lab.card(2, input=INPUT), store=store)
     scene = prepared(job, ref)
     lab.raster(patches(SHAPE, 5), nodata=0, path=ref.uri)
     with pytest.raises(SceneError, match=r"scene-\d+\.tif: changed since it was planned; run the job again"):
@@ -391,7 +428,7 @@ def test_a_source_that_changes_after_planning_is_an_error(lab: Lab, ref: SceneRe
 
 
 def test_weights_that_change_after_planning_are_an_error(lab: Lab, ref: SceneRef) -> None:
-    job = lab.job(ref, lab.card(2, input=INPUT), "out", tiling=TILING)
+    job = job_of(lab, ref, lab.card(2, input=INPUT))
     scene = prepared(job, ref)
     module = Pyramid(2, 1, len(CLASSES)).eval()
     with torch.no_grad():
@@ -420,7 +457,7 @@ def test_a_card_that_changes_after_planning_is_an_error(
     lab: Lab, ref: SceneRef, change: dict[str, object]
 ) -> None:
     card = lab.card(2, input=INPUT)
-    scene = prepared(lab.job(ref, card, "out", tiling=TILING), ref)
+    scene = prepared(job_of(lab, ref, card), ref)
     edit(card, **change)
     with pytest.raises(SceneError, match="other bits than were planned"):
         predict_blocks(scene, pending_blocks(scene), "test")
@@ -432,7 +469,7 @@ def test_a_clean_up_that_changes_after_planning_is_not_stored_under_the_old_key(
 ) -> None:
     keep, fill = {"largest_component": True}, {"fill_holes": True}
     card = lab.card(2, input=INPUT, cleanup=keep)
-    job = lab.job(ref, card, "out", tiling=TILING)
+    job = job_of(lab, ref, card)
     scene = prepared(job, ref)
     predict_blocks(scene, pending_blocks(scene), "test")
     edit(card, cleanup=fill)
@@ -466,7 +503,7 @@ def test_an_edited_card_is_read_again(lab: Lab) -> None:
 
 def test_pictures_are_kept_by_what_they_show(lab: Lab, ref: SceneRef) -> None:
     card = lab.card(2, input=INPUT)
-    scene = prepared(lab.job(ref, card, "out", tiling=TILING), ref)
+    scene = prepared(job_of(lab, ref, card), ref)
     names = [previews_name(scene)]
     edit(card, title="Words that no picture shows")
     names.append(previews_name(scene))
@@ -478,7 +515,7 @@ def test_pictures_are_kept_by_what_they_show(lab: Lab, ref: SceneRef) -> None:
     names.append(previews_name(scene))
     assert names[0] == names[1] == names[4]
     assert len(set(names)) == 3
-    again = prepared(lab.job(ref, card, "out", tiling=TILING), ref)
+    again = prepared(job_of(lab, ref, card), ref)
     assert again.predict == scene.predict
 
 
@@ -495,6 +532,6 @@ def test_a_window_that_the_card_forbids_is_refused(lab: Lab, ref: SceneRef, kind
         )
         why = "normalises by the whole scene"
     with pytest.raises(RequestError, match=rf"^tiling.window: found {window}; .*{why}: valid: auto$"):
-        check_request(lab.job(ref, card, "out", tiling={"window": window}))
-    request = check_request(lab.job(ref, card, "out", tiling={"block": "16"}))
+        check_request(job_of(lab, ref, card, window=window))
+    request = check_request(job_of(lab, ref, card, window="auto"))
     assert [s.uri for s in request.scenes] == [ref.uri]
