@@ -169,7 +169,7 @@ def test_the_record_tells_job_model_versions_and_scenes(raster: Made, world: Wor
     assert scene["uri"] == str(raster.scene)
     assert scene["geometry"]["shape"] == [72, 96]
     assert scene["geometry"]["spacing"] == [PIXEL, PIXEL]
-    assert set(scene["keys"]) == {"ingest", "predict", "labels", "measure"}
+    assert set(scene["keys"]) == {"ingest", "predict", "labels", "measure", "previews"}
     assert (scene["plan"]["windows"], scene["plan"]["window"]) == (9, "32x32")
     for file in scene["files"].values():
         assert (raster.run / file).is_file()
