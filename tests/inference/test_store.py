@@ -254,7 +254,7 @@ def test_eight_threads_make_one_generation(tmp_path: Path) -> None:
 
 
 MAKE_MANY = """
-import sys, time
+import os, sys, time
 from segpipe.geometry import RasterGeometry
 from segpipe.plan import Blocks
 from segpipe.store import ArraySpec, Stage
@@ -269,6 +269,8 @@ for n in range(50):
     stage = Stage(sys.argv[1], f"stage-{n}")
     stage.create(geometry, Blocks((20, 30), (8, 10), (0, 0)), arrays, {})
     print(stage.generation.token, stage.array("labels").shape, stage.array("image").shape)
+sys.stdout.flush()
+os._exit(0)  # obstore's threads may abort an interpreter that ends right after a read
 """
 
 
