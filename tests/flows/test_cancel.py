@@ -34,8 +34,8 @@ WORK = 300
 """Slowness of the model: a block takes about half a second."""
 BLOCKS = 32
 STOPPED = "stopped; what is done stays, run the same job again to go on from there"
-STOPS_WITHIN = 20.0
-"""Seconds, on a machine that does other things too; quiet, it is 2 to 6."""
+STOPS_WITHIN = 60.0
+"""Seconds until the tests give up, not what is aimed at: a quiet machine takes 2 to 6."""
 
 
 @pytest.fixture
@@ -65,9 +65,10 @@ def undisturbed(
 
 
 def receipts(job: Job) -> dict[Path, int]:
-    """Receipts of predicted blocks, with the time of each."""
+    """Receipts of predicted blocks, with the time of each; a finished scene's are one object."""
     folder = Path(job.outputs.dir, ".store")
-    return {path: path.stat().st_mtime_ns for path in folder.glob("predict-*/receipts-*/*.json")}
+    loose, compacted = folder.glob("predict-*/receipts-*/*.json"), folder.glob("predict-*/receipts-*.json")
+    return {path: path.stat().st_mtime_ns for path in (*loose, *compacted)}
 
 
 def some_receipts(job: Job) -> dict[Path, int]:
@@ -84,7 +85,7 @@ def check_resumes(job: Job, undisturbed: dict[str, bytes]) -> None:
     kept = receipts(job)
     time.sleep(2)
     assert receipts(job) == kept
-    assert 2 <= len(kept) < BLOCKS
+    assert 1 <= len(kept) < BLOCKS
     times = {path.name: at for path, at in kept.items()}
     chunks = {
         p: p.stat().st_mtime_ns for p in Path(job.outputs.dir, ".store").glob("predict-*/**/labels/c/*/*")
@@ -172,7 +173,7 @@ def test_a_run_of_the_command_line_is_cancelled_by_the_api(
         pattern = r"scene scene_0: (\d+) of 16 blocks; 0 of 2 scenes done"
         return re.fullmatch(pattern, progress.description or "")
 
-    told = wait_until(blocks_told, 30, "a progress that counts blocks")
+    told = wait_until(blocks_told, 60, "a progress that counts blocks")
     assert 0 < int(told[1]) <= 16
     begun = time.monotonic()
     on_server.set_flow_run_state(run.id, Cancelling())
