@@ -15,7 +15,7 @@ from prefect.task_runners import TaskRunner
 from flows.watch import Watch
 from segpipe.config import Runner
 from segpipe.deliver import failed_record
-from segpipe.plan import Index
+from segpipe.lattice import Index
 from segpipe.report.record import SceneRecord
 from segpipe.request import Request
 from segpipe.run import Run

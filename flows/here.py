@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import State
+from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
@@ -14,8 +15,26 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from flows.segment import segment
 from flows.server import free_port, local_server
 from segpipe.config import Job
+from segpipe.errors import RequestError
 
 DRAIN_SECONDS = 10.0
+
+
+def check_server() -> None:
+    """Ask whether the server that the environment or profile names is there.
+
+    Raises:
+        RequestError: nothing answers.
+    """
+    url = get_current_settings().api.url
+    if url is None:
+        return
+    with get_client(sync_client=True) as client:
+        if client.api_healthcheck() is not None:
+            raise RequestError(
+                f"PREFECT_API_URL: no Prefect server answers at {url}; start one with "
+                "`prefect server start`, or unset it for a temporary one"
+            )
 
 
 def run_here(job: Job) -> State[Any]:

@@ -1,6 +1,10 @@
 """segpipe: segmentation over lakes of large rasters and 3D volumes, and the numbers that follow."""
 
+from segpipe.allocator import use_huge_pages
+
 __version__ = "0.1.0"
 
 ENGINE_VERSION = 1
 """Raised only when the same inputs give other bits; part of every predict key."""
+
+use_huge_pages()

@@ -11,7 +11,8 @@ import numpy as np
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
-from segpipe.plan import Blocks, Index, block_id
+from segpipe.lattice import Index
+from segpipe.plan import Blocks, block_id
 from segpipe.sources import Source, open_source
 from segpipe.sources.base import Pixels
 from segpipe.store import Stage

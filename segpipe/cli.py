@@ -71,11 +71,11 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
         print("nothing to do: this job is done; the results of then:")
         _headline(found, before)
         return
-    from flows.here import run_here
+    from flows.here import check_server, run_here
     from flows.runners import task_runner
 
     task_runner(job.compute)
-    _check_server()
+    check_server()
     state = run_here(job)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
         print(state.message, file=sys.stderr)
@@ -86,26 +86,6 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
     _headline(found, after)
     if not state.is_completed():
         raise typer.Exit(1)
-
-
-def _check_server() -> None:
-    """Ask whether the server that the environment or profile names is there.
-
-    Raises:
-        RequestError: nothing answers.
-    """
-    from prefect.client.orchestration import get_client
-    from prefect.settings import get_current_settings
-
-    url = get_current_settings().api.url
-    if url is None:
-        return
-    with get_client(sync_client=True) as client:
-        if client.api_healthcheck() is not None:
-            raise RequestError(
-                f"PREFECT_API_URL: no Prefect server answers at {url}; start one with "
-                "`prefect server start`, or unset it for a temporary one"
-            )
 
 
 def _headline(run: Run, record: RunRecord) -> None:

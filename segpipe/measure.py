@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from segpipe.allocator import release
 from segpipe.errors import StoppedError
 from segpipe.inference.labels import nodata_value
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
@@ -73,6 +74,7 @@ def measure_scene(scene: Scene, run: str) -> tuple[Measured, Done]:
             tally = measure_tile(labels, nodata, truth, regions, box, scene.geometry.box, scale)
             stage.commit(name, tally.to_json())
             computed += 1
+            release()
         stage.write_json("info.json", info)
         stage.compact()
     seconds = time.perf_counter() - begun

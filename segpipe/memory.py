@@ -28,6 +28,8 @@ class Workload:
     keep_scores: bool
     activation_bytes: int = 400
     """Forward pass, bytes per element of a batch (the card's, or an estimate for U-Nets)."""
+    source_cache: int = 0
+    """Bytes that the source's reader keeps of what it decoded."""
     cleanup: bool = False
     """Whether the card cleans up the finished label map, which is read whole for it."""
 
@@ -39,7 +41,7 @@ class Memory:
     libraries: int
     """Python, torch and their caches."""
     read: int
-    """Blocks with their margins, as stored, with validity and normalised."""
+    """Blocks with their margins, as stored, with validity and normalised; the reader's cache."""
     windows: int
     """Batches waiting for the model."""
     forward: int
@@ -89,7 +91,7 @@ def predict_memory(
         per_block += 8  # argmax counts in 64 bits
     return Memory(
         libraries=LIBRARY_BYTES,
-        read=IN_FLIGHT * read * per_read,
+        read=IN_FLIGHT * read * per_read + load.source_cache,
         windows=WINDOWS_ALIVE * load.batch * window * 4 * load.channels,
         forward=load.batch * window * (load.activation_bytes + 8 * load.classes),
         scores=IN_FLIGHT * (model * per_model + block * per_block) + (16 * block if resampled else 0),

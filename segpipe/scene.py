@@ -21,18 +21,16 @@ from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, model_grid
 from segpipe.inference.labels import label_dtype, nodata_value
+from segpipe.lattice import Index, Lattice, make_lattice
 from segpipe.memory import Workload
 from segpipe.models.card import Card, load_card
 from segpipe.models.weights import weights_fingerprint
 from segpipe.plan import (
     BLOCK_EDGE,
     Blocks,
-    Index,
-    Lattice,
     Plan,
     block_id,
     check_memory,
-    make_lattice,
     make_plan,
 )
 from segpipe.settings import Settings, resolve_settings
@@ -112,13 +110,13 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
             None if job.tiling.store is StoreMode.direct else ingest, source.identity,
         )  # fmt: skip
         scaling = tuple(source.scaling[c] for c in channels)
-        identity, dtype = source.identity, str(source.dtype)
+        identity, dtype, cache = source.identity, str(source.dtype), source.cache_bytes
     try:
         findings = _first_pass(job, card, settings, geometry, scaling, first, ingest)
     finally:
         first.close()
     grid, statistics = findings
-    plan = plan_scene(job, card, settings, grid, np.dtype(dtype).itemsize)
+    plan = plan_scene(job, card, settings, grid, np.dtype(dtype), cache)
     predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
     return Scene(
         ref, job, settings, geometry, dtype, channels, bands, scaling, statistics, plan,
@@ -193,7 +191,7 @@ def dry_plan(job: Job, ref: SceneRef, settings: Settings) -> Plan:
     with open_source(ref.uri, band_names=job.bands) as source:
         match_bands(card, source)
         grid = scene_grid(card, source.geometry, None)
-        return plan_scene(job, card, settings, grid, source.dtype.itemsize)
+        return plan_scene(job, card, settings, grid, source.dtype, source.cache_bytes)
 
 
 def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:
@@ -318,12 +316,15 @@ def _per_axis(sizes: Sequence[int], ndim: int) -> list[int]:
     return list(sizes) * ndim if len(sizes) == 1 else list(sizes)
 
 
-def plan_scene(job: Job, card: Card, settings: Settings, grid: GridMap, itemsize: int) -> Plan:
+def plan_scene(
+    job: Job, card: Card, settings: Settings, grid: GridMap, dtype: np.dtype[Any], source_cache: int
+) -> Plan:
     """The plan of a scene under a job; see `segpipe.plan`."""
     ndim = len(grid.axes)
     load = Workload(
         image_channels=card.channels,
-        image_itemsize=itemsize,
+        image_itemsize=dtype.itemsize,
+        source_cache=source_cache,
         channels=card.channels,
         classes=len(card.classes),
         label_itemsize=np.dtype(label_dtype(card)).itemsize,

@@ -12,7 +12,7 @@ import numpy as np
 from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
-from segpipe.plan import Index
+from segpipe.lattice import Index
 from segpipe.scene import Scene, check_blocks, check_worker, label_arrays, labels_stage, pending_blocks
 from segpipe.store import stop_requested
 

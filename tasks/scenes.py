@@ -13,8 +13,8 @@ from prefect.tasks import exponential_backoff
 
 from segpipe.config import Job
 from segpipe.deliver import attempts_of, done_record, drop_unkept, export_scene
+from segpipe.lattice import Index
 from segpipe.measure import check_measure, measure_scene
-from segpipe.plan import Index
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run
 from segpipe.scene import Scene, create_stages, prepare_scene

@@ -14,8 +14,9 @@ from segpipe.boxes import Box
 from segpipe.errors import RequestError
 from segpipe.geometry import volume_geometry
 from segpipe.grid import GridMap, model_grid, onto_model, onto_native
+from segpipe.lattice import lattice_axis, make_lattice
 from segpipe.memory import Workload
-from segpipe.plan import Blocks, lattice_axis, make_lattice, make_plan
+from segpipe.plan import Blocks, make_plan
 
 MANY = settings(max_examples=100, deadline=None)
 LOAD = Workload(

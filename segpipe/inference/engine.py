@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from segpipe.allocator import release
 from segpipe.boxes import Box
 from segpipe.errors import SceneError, StoppedError
 from segpipe.grid import onto_model, onto_native
@@ -23,9 +24,10 @@ from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.normalise import Normaliser
 from segpipe.inference.overlap import Prefetch, Writer
+from segpipe.lattice import Index
 from segpipe.models.base import SegmentationModel
 from segpipe.models.card import Card, Interpolation
-from segpipe.plan import Index, Plan
+from segpipe.plan import Plan
 from segpipe.sources.base import Pixels
 
 READ_AHEAD = 2
@@ -356,6 +358,7 @@ class Engine:
         def write() -> None:
             begun = time.perf_counter()
             self.store.finish(result)
+            release()
             self.timings.write += time.perf_counter() - begun
 
         writer.submit(write)

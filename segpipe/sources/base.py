@@ -68,6 +68,11 @@ class Source(ABC):
         """Shape in which the file is stored where it is tiled (array order), else None."""
         return None
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the reader keeps of what it has decoded, at most."""
+        return 0
+
     @abstractmethod
     def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
         """Read a box that lies inside the scene.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import rasterio
@@ -41,6 +42,22 @@ REMOTE_OPTIONS = {
 """GDAL options for files behind a URL."""
 
 
+CACHE_BYTES = 64 * 2**20
+"""GDAL's cache of decoded blocks, enough for tiles; its default, 5 % of the machine, lets memory
+follow the size of the raster. The user's own GDAL_CACHEMAX stands."""
+
+CACHE_LIMIT = 512 * 2**20
+"""The most for a raster in strips, where reading a box decodes rows of the whole width."""
+
+CACHED_ROWS = 2560
+"""A row of blocks with their halos: with so many rows cached, no strip is decoded twice."""
+
+
+def cache_for_strips(row_bytes: int) -> int:
+    """Bytes of cache for a raster in strips whose rows, of all bands, have this many bytes."""
+    return min(max(row_bytes * CACHED_ROWS, CACHE_BYTES), CACHE_LIMIT)
+
+
 def gdal_reason(error: BaseException) -> str:
     """What GDAL said: rasterio keeps it in the cause of "Read failed. See previous exception"."""
     cause: BaseException = error
@@ -67,6 +84,7 @@ class Handles:
         self._uri = uri
         self._target = target
         self._remote = remote
+        self.cache_bytes = CACHE_BYTES
         self._idle: list[Any] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -78,7 +96,7 @@ class Handles:
         Raises:
             SceneError: the file cannot be opened or, inside the block, read.
         """
-        with Env(**REMOTE_OPTIONS) if self._remote else nullcontext():
+        with self._options():
             with self._lock:
                 dataset = self._idle.pop() if self._idle else None
             if dataset is None:
@@ -96,6 +114,12 @@ class Handles:
             idle, self._idle, self._closed = self._idle, [], True
         for dataset in idle:
             dataset.close()
+
+    def _options(self) -> AbstractContextManager[Any]:
+        options: dict[str, Any] = dict(REMOTE_OPTIONS) if self._remote else {}
+        if "GDAL_CACHEMAX" not in os.environ:
+            options["GDAL_CACHEMAX"] = self.cache_bytes
+        return Env(**options) if options else nullcontext()
 
     def _open(self) -> Any:
         try:

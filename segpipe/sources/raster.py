@@ -23,7 +23,7 @@ from segpipe.sources.common import (
     resolve_channels,
     scaling_of,
 )
-from segpipe.sources.gdal import Handles, window_of
+from segpipe.sources.gdal import Handles, cache_for_strips, window_of
 from segpipe.sources.remote import is_remote, remote_identity
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -109,6 +109,11 @@ class RasterSource(Source):
         """(rows, columns) of the file's tiles; None for strips and mosaics."""
         return self._chunk
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of GDAL's block cache: some tiles, or a row of blocks where the file has strips."""
+        return self._handles.cache_bytes
+
     def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
         """Read a box (y, x): values (c, y, x) as stored, valid (y, x).
 
@@ -163,6 +168,9 @@ class RasterSource(Source):
         # A VRT's blocks are GDAL's guess, not how the pixels are stored.
         tiled = dataset.driver != "VRT" and width != dataset.width
         self._chunk = (int(height), int(width)) if tiled else None
+        if not tiled:
+            row = dataset.width * sum(np.dtype(d).itemsize for d in dataset.dtypes)
+            self._handles.cache_bytes = cache_for_strips(row)
         self.geometry, where = _geometry(self.uri, dataset)
         self.notes = (*where, *self._pixel_notes(dataset, channels))
 

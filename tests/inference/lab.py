@@ -22,8 +22,8 @@ from segpipe.config import Job
 from segpipe.inference.engine import BlockResult, BlockStore, Engine
 from segpipe.inference.labels import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
+from segpipe.lattice import Index
 from segpipe.models.base import SegmentationModel
-from segpipe.plan import Index
 from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import SceneRef

@@ -23,9 +23,10 @@ from segpipe.geometry import volume_geometry
 from segpipe.grid import GridMap, model_grid
 from segpipe.inference.engine import DeviceMemoryError
 from segpipe.inference.roi import _native_box
+from segpipe.lattice import make_lattice
 from segpipe.memory import IN_FLIGHT, Workload
 from segpipe.models.card import RegionOfInterest
-from segpipe.plan import Plan, block_id, make_lattice, make_plan
+from segpipe.plan import Plan, block_id, make_plan
 from segpipe.scene import Scene, pending_blocks
 from segpipe.sources import SceneRef
 from segpipe.steps import predict_blocks
