@@ -185,6 +185,7 @@ def _copy(draft: Path, final: Path, predictor: str, resampling: str) -> None:
         PREDICTOR=predictor,
         OVERVIEWS="IGNORE_EXISTING",
         OVERVIEW_RESAMPLING=resampling,
+        NUM_THREADS="ALL_CPUS",  # the same bytes: tiles are compressed apart and written in order
         BIGTIFF="IF_SAFER",
     )
 

@@ -58,6 +58,20 @@ def activate(out: torch.Tensor, activation: str) -> torch.Tensor:
     return out
 
 
+def best_class(scores: torch.Tensor) -> torch.Tensor:
+    """The first channel of the highest score, (n, k, …) → (n, …).
+
+    By `max`, which also gives the first of equals: on a CPU `argmax` over this axis is not vectorised
+    and took a third of a small network's time.
+    """
+    return scores.max(1).indices.to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+
+
+def all_finite(scores: torch.Tensor) -> torch.Tensor:
+    """One boolean, in one pass without a copy: NaN and infinity reach the extremes."""
+    return torch.stack(torch.aminmax(scores)).isfinite().all()
+
+
 def flip_views(ndim: int) -> list[tuple[int, ...]]:
     """Every set of spatial axes of an (n, c, …) tensor, the empty one first."""
     axes = range(2, 2 + ndim)

@@ -19,7 +19,7 @@ from segpipe.allocator import release
 from segpipe.boxes import Box
 from segpipe.errors import SceneError, StoppedError
 from segpipe.grid import onto_model, onto_native
-from segpipe.inference.device import Answer, activate, flip_views, to_host
+from segpipe.inference.device import Answer, activate, all_finite, best_class, flip_views, to_host
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.normalise import Normaliser
@@ -263,11 +263,11 @@ class Engine:
         scores = self._probabilities(x)
         labels = None
         if self.direct:
-            labels = scores.argmax(1).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+            labels = best_class(scores)
         keep = not self.direct or self.plan.workload.keep_scores
         self.timings.passes += batch.used
-        finite = scores[: batch.used].isfinite().all()
-        return Answer(to_host(labels), to_host(scores) if keep else None, to_host(finite))
+        finite = to_host(all_finite(scores[: batch.used]))
+        return Answer(to_host(labels), to_host(scores) if keep else None, finite)
 
     def _probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over the test-time views of what the network says, as probabilities (n, k, …)."""

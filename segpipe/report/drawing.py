@@ -183,5 +183,5 @@ def png(picture: np.ndarray | Image.Image) -> bytes:
     """PNG bytes without a time or any metadata: the same picture gives the same bytes."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=False, compress_level=7)
+    image.save(buffer, "PNG", optimize=False, compress_level=5)
     return buffer.getvalue()

@@ -32,6 +32,10 @@ from segpipe.sources.common import (
 READ_ERRORS = (OSError, ValueError, EOFError, ImageFileError, HeaderDataError)
 """What nibabel and indexed_gzip raise at a damaged file."""
 
+COMPRESSED = (".gz", ".bz2", ".zst")
+SLAB_BYTES = 256 * 2**20
+"""Most that is kept of a compressed file's slices: without them each row of blocks decodes them anew."""
+
 
 class NiftiSource(Source):
     """A volume (c, z, y, x): the file's (i, j, k) axes reversed, one channel.
@@ -41,7 +45,8 @@ class NiftiSource(Source):
     not finite are invalid; the format declares no other.
 
     Compressed files are read through one persistent handle with seek points (indexed_gzip), so
-    that reading forward never starts again and reading back resumes at the nearest point.
+    that reading forward never starts again and reading back resumes at the nearest point; the
+    slices decoded last are kept for the next block beside, up to `SLAB_BYTES`.
     """
 
     geometry: VolumeGeometry
@@ -65,8 +70,11 @@ class NiftiSource(Source):
         image = _load(path)
         stored = image.dataobj
         self._path = str(stored.file_like)
+        self._compressed = self._path.lower().endswith(COMPRESSED)
         self._spec = (stored.shape, stored.dtype, stored.offset)
+        self._bytes = int(np.prod(stored.shape[:3], dtype=np.int64)) * stored.dtype.itemsize
         self._proxy: ArrayProxy | None = None
+        self._slab: tuple[range, np.ndarray] = (range(0), np.empty(0))
         self._frame = _frame(self.uri, stored.shape, frame)
         self.dtype = _native(self.uri, stored.dtype)
         self._require_all_bytes()
@@ -98,11 +106,9 @@ class NiftiSource(Source):
             return no_pixels(self, box, chosen)
         try:
             with self._lock:
-                part = np.asarray(self._open()[(*box.slices[::-1], *self._frame)])
+                volume = self._voxels(box)
         except READ_ERRORS as error:
             raise SceneError(f"{self.uri}: {_damage(error)}") from error
-        # (i, j, k) in Fortran order is (k, j, i) in C order: the transpose moves no byte.
-        volume = np.ascontiguousarray(part.T, dtype=self.dtype)
         values = np.stack([volume] * len(chosen)) if len(chosen) > 1 else volume[np.newaxis]
         return Pixels(values, finite(values))
 
@@ -110,6 +116,33 @@ class NiftiSource(Source):
         """Release the file; a later read opens it again."""
         with self._lock:
             self._proxy = None
+            self._slab = (range(0), np.empty(0))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the slices kept of a compressed file."""
+        return min(self._bytes, SLAB_BYTES) if self._compressed else 0
+
+    def _voxels(self, box: Box) -> np.ndarray:
+        """The box (k, j, i); called with the lock held."""
+        (k0, k1), (j0, j1), (i0, i1) = zip(box.start, box.stop, strict=True)
+        rows, columns = self.geometry.shape[1:]
+        if not self._compressed or (k1 - k0) * rows * columns * self.dtype.itemsize > SLAB_BYTES:
+            return self._slices(range(k0, k1), slice(j0, j1), slice(i0, i1))
+        kept, slab = self._slab
+        if not (k0 >= kept.start and k1 <= kept.stop):
+            kept, slab = range(k0, k1), self._slices(range(k0, k1), slice(None), slice(None))
+            self._slab = (kept, slab)
+        return slab[k0 - kept.start : k1 - kept.start, j0:j1, i0:i1].copy()
+
+    def _slices(self, numbers: range, rows: slice, columns: slice) -> np.ndarray:
+        """A box (k, j, i), one read a slice: a crop would be one a row, and more than half of the time."""
+        proxy = self._open()
+        found = []
+        for k in numbers:
+            whole = np.asarray(proxy[(slice(None), rows, k, *self._frame)])
+            found.append(whole.T[:, columns].astype(self.dtype))  # (i, j) in Fortran order is (j, i)
+        return np.stack(found)
 
     def _open(self) -> ArrayProxy:
         """The proxy of the unscaled values; called with the lock held."""
@@ -123,7 +156,7 @@ class NiftiSource(Source):
     def _require_all_bytes(self) -> None:
         """A plain file that is too short is known before the first read."""
         shape, dtype, offset = self._spec
-        if self._path.lower().endswith((".gz", ".bz2", ".zst")):
+        if self._compressed:
             return
         size = Path(self._path).stat().st_size
         wanted = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
