@@ -6,6 +6,9 @@ INSTALLED := .venv/.installed
 export PREFECT_HOME := $(CURDIR)/.prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
+# Files side by side; at most four, for each starts servers and networks of its own.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo demo-data test test-all bench lint serve lock clean help
 
 help:
@@ -29,10 +32,10 @@ demo-data: $(INSTALLED)
 	$(BIN)/python -m flows.demo --data-only
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pipeline

@@ -127,7 +127,7 @@ def test_no_window_twice_when_blocks_are_multiples_of_the_step(
     assert plan.redundancy == 1.0
 
 
-@MANY
+@settings(MANY, max_examples=30)  # every block of every plan is walked
 @given(axes(), st.integers(1, 90), st.sampled_from(["trim", "gaussian"]))
 def test_predicted_passes_are_the_real_ones(
     params: tuple[int, int, int, int], block: int, blend: str

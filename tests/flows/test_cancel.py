@@ -104,7 +104,11 @@ def served(flow_server: str, server_environment: dict[str, str], tmp_path: Path)
     command = [sys.executable, "-m", "segpipe.cli", "serve", "--host", str(address.hostname)]
     with (tmp_path / "serve.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, "--port", str(address.port)], env=server_environment, stdout=log, stderr=log
+            [*command, "--port", str(address.port)],
+            env=server_environment,
+            stdout=log,
+            stderr=log,
+            preexec_fn=enable_ctrl_c,
         )
         try:
             yield
@@ -139,6 +143,11 @@ def test_a_served_run_is_cancelled_by_the_api(
     check_resumes(job, undisturbed)
 
 
+def enable_ctrl_c() -> None:
+    """A shell's background job ignores it, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(job_file: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """`segpipe run` as a terminal starts it: in a process group of its own, with Ctrl-C enabled."""
     command = [sys.executable, "-m", "segpipe.cli", "run", str(job_file)]
@@ -149,7 +158,7 @@ def start(job_file: Path, environment: dict[str, str], log: Path) -> subprocess.
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=enable_ctrl_c,
     )
 
 
