@@ -40,6 +40,8 @@ test-all: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.zonal
+	$(BIN)/python -m benchmarks.allocator
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from prefect.task_runners import TaskRunner
 from flows.watch import Watch
 from segpipe.config import Runner
 from segpipe.deliver import failed_record
+from segpipe.labelled import MeasurableScene
 from segpipe.lattice import Index
 from segpipe.report.record import SceneRecord
 from segpipe.request import Request
@@ -89,12 +90,15 @@ class Dispatch:
         self.watch.wait(plan)
         if not plan.state.is_completed():
             return planned
-        scene: Scene = plan.result()
-        todo = pending_blocks(scene)
-        reused = scene.plan.blocks.count - len(todo)
-        self.watch.begin(scene, reused)
-        compute = self.request.job.compute
-        futures = self._batches(scene, batches_of(scene, todo, compute.batch_minutes, compute.workers))
+        scene: MeasurableScene = plan.result()
+        futures: list[PrefectFuture[Any]] = []
+        reused = 0
+        if isinstance(scene, Scene):
+            todo = pending_blocks(scene)
+            reused = scene.plan.blocks.count - len(todo)
+            self.watch.begin(scene, reused)
+            compute = self.request.job.compute
+            futures = self._batches(scene, batches_of(scene, todo, compute.batch_minutes, compute.workers))
         parameters = {"scene": scene, "run": self.run, "predicted": futures, "reused": reused}
         finished = self.runner.submit(finish_scene, {**parameters, "stop": self.stop})
         return replace(planned, futures=(*futures, finished))

@@ -165,11 +165,14 @@ class SceneBlocks:
             "skipped": result.skipped,
             "attempts": self.attempt,
             "scores": result.scores is not None,
+            "uncertainty": result.uncertainty is not None,
         }
         try:
             stage.write("labels", result.box.slices, result.labels)
             if result.scores is not None:
                 stage.write("scores", result.box.slices, result.scores)
+            if result.uncertainty is not None:
+                stage.write("uncertainty", result.box.slices, result.uncertainty)
             stage.commit(block_id(result.index), receipt)
         except (KeyError, ValueError, OSError):  # arrays that vanished
             stage.check()

@@ -17,9 +17,11 @@ from segpipe import __version__
 from segpipe.errors import RequestError, SegpipeError
 
 if TYPE_CHECKING:
-    from segpipe.plan import Plan
+    from segpipe.config import Job
     from segpipe.report.record import RunRecord
     from segpipe.run import Run
+    from segpipe.settings import Settings
+    from segpipe.sources import SceneRef
 
 app = typer.Typer(
     help="Segment satellite rasters and 3D medical volumes, and report areas, volumes and overlap "
@@ -105,31 +107,44 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
     """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
     from segpipe.config import load_job
     from segpipe.request import check_request
-    from segpipe.scene import dry_plan
 
     job = load_job(job_file, overrides or [])
     request = check_request(job)
-    print(f"{job.name}: {len(request.scenes)} scenes on {request.settings.device_class}")
+    how = f"on {request.settings.device_class}" if job.model else "with labels measured as given"
+    print(f"{job.name}: {len(request.scenes)} scenes {how}")
     failed = []
     for ref in request.scenes:
         try:
-            planned = dry_plan(job, ref, request.settings)
+            line = _plan_line(job, ref, request.settings) if job.model else _labels_line(job, ref)
         except SegpipeError as error:
             failed.append(f"{ref.name}: {' '.join(str(error).split())}")
             continue
-        print(f"  {ref.name}: {_plan_line(planned)}")
-    print("passes are an upper bound: windows without a valid element are skipped when read")
+        print(f"  {ref.name}: {line}")
+    if job.model:
+        print("passes are an upper bound: windows without a valid element are skipped when read")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 
 
-def _plan_line(planned: Plan) -> str:
+def _labels_line(job: Job, ref: SceneRef) -> str:
+    """What a scene with given labels takes, in a line."""
+    from segpipe.labelled import prepare_labelled
+    from segpipe.metrics.tally import measure_tiles
+
+    scene = prepare_labelled(job, ref)
+    tiles = sum(1 for _ in measure_tiles(scene.geometry))
+    image = " and the image" if job.measure.intensity else ""
+    return f"{tiles:,} tiles to measure of {scene.labels}{image}"
+
+
+def _plan_line(job: Job, ref: SceneRef, settings: Settings) -> str:
     """What a scene takes, in a line."""
     from segpipe.report.units import byte_size
+    from segpipe.scene import dry_plan
 
-    s = planned.summary()
+    s = dry_plan(job, ref, settings).summary()
     return (
         f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "
         f"{s['forward_passes']:,} passes (redundancy {s['redundancy']:.3f}), "
@@ -145,6 +160,25 @@ def report(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/
     found, record = load_run(run_folder)
     write_run(found, record)
     _headline(found, record)
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")],
+    after: Annotated[str, typer.Argument(metavar="RUN", help="The run to hold against it.")],
+    out: Annotated[
+        str, typer.Option(help="Folder of the files; left out: compare-<first run> in the second's folder.")
+    ] = "",
+) -> None:
+    """Tell what changed from one run to another, per scene, region and class."""
+    from segpipe.compare import compare_runs
+    from segpipe.report.comparison import headline
+
+    found = compare_runs(before, after, out)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for line in headline(found):
+        print(line)
 
 
 @app.command()

@@ -164,7 +164,8 @@ class Regions(Strict):
     """Where numbers are reported: a polygon layer or a label atlas."""
 
     path: str = Field(
-        description="Vector layer (GeoPackage, GeoJSON, Shapefile, …) or label atlas (NIfTI, GeoTIFF)."
+        description="Vector layer (GeoPackage, GeoJSON, Shapefile, GeoParquet, …), label atlas (NIfTI, "
+        "GeoTIFF), or a grid: grid:1000 (squares of 1000 units of the scene's CRS), h3:7."
     )
     name: Text = Field(
         "",
@@ -186,9 +187,21 @@ class Reference(Strict):
 class Measure(Strict):
     """What is measured beside areas and overlap."""
 
-    surface: bool = Field(False, description="Surface and boundary distances.")
-    tolerance: float = Field(1.0, gt=0, description="Tolerance of surface Dice, in mm or m.")
-    intensity: bool = Field(False, description="Statistics of the image per region and class.")
+    surface: bool = Field(
+        False, description="Distances between surfaces, surface Dice, boundary IoU and F1, per class."
+    )
+    tolerance: float = Field(
+        1.0, gt=0, description="Distance up to which a surface counts as met, in mm or m (px without a CRS)."
+    )
+    tolerances: dict[str, float] = Field(
+        default_factory=dict, description="The same for single classes, by name, over `tolerance`."
+    )
+    width: float = Field(
+        2.0, gt=0, description="Width of the band along the boundary for boundary IoU, in mm or m."
+    )
+    intensity: bool = Field(
+        False, description="Statistics of the image per region, class and channel: mean, sd, percentiles."
+    )
 
 
 class Prompts(Strict):
@@ -210,6 +223,11 @@ class Outputs(Strict):
         description="cog for rasters, nifti for volumes.",
     )
     scores: bool = Field(False, description="Also write the probability of each class.")
+    uncertainty: bool = Field(
+        False,
+        description="Also map and report how sure the model is: entropy, margin, confidence and, with "
+        "blending or test-time augmentation, disagreement.",
+    )
     keep: list[Keep] = Field(
         default_factory=lambda: [Keep.labels],
         description="Working arrays that stay in the store; scores stay with the labels.",
@@ -243,6 +261,11 @@ class Job(Strict):
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
     )
+    classes: Text = Field(
+        "",
+        description="Classes of `labels`: a CSV or YAML file with value, name (, color, background); "
+        "empty: the values that are found, there or in the reference.",
+    )
     measure: Measure = Field(default_factory=Measure, description="Further measurements.")
     prompts: Prompts = Field(default_factory=Prompts, description="For promptable models.")
 
@@ -251,6 +274,11 @@ class Job(Strict):
         if bool(self.model) == bool(self.labels):
             found = "both" if self.model else "neither"
             raise ValueError(f"give one of `model` or `labels`; found {found}")
+        if self.model and self.classes:
+            raise ValueError("`classes` goes with `labels`; a model's card has its own")
+        for field in ("scores", "uncertainty"):
+            if self.labels and getattr(self.outputs, field):
+                raise ValueError(f"`outputs.{field}` needs a model; labels that are given have no scores")
         if self.compute.address and self.compute.runner is not Runner.dask:
             raise ValueError("compute.address needs compute.runner: dask")
         return self
@@ -259,9 +287,6 @@ class Job(Strict):
     def _nothing_asked_for_in_vain(self) -> Job:
         """A key of the interface that this version cannot serve yet is refused, never ignored."""
         later = {
-            "labels": bool(self.labels),
-            "measure.surface": self.measure.surface,
-            "measure.intensity": self.measure.intensity,
             "prompts": bool(self.prompts.text or self.prompts.path),
         }
         for field, asked in later.items():

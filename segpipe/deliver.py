@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segpipe import __version__
-from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Format, Keep
 from segpipe.export.cog import write_cog, write_cog_scores
+from segpipe.export.common import LabelReader, ScoreReader
 from segpipe.export.nifti import write_nifti, write_nifti_scores
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.inference.labels import nodata_value
-from segpipe.measure import Measured
-from segpipe.models.card import Interpolation
+from segpipe.inference.uncertainty import LEVELS
+from segpipe.labelled import MeasurableScene
+from segpipe.measure import Measured, shown_classes
+from segpipe.models.card import Class, Interpolation
 from segpipe.reference import find_reference, open_reference
-from segpipe.report.pictures import Previews, dump_previews, load_previews
+from segpipe.report.pictures import FORMAT, Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import GeometrySummary, SceneRecord
 from segpipe.report.tables import write_atomic
@@ -29,10 +32,13 @@ from segpipe.run import Run, local_folder
 from segpipe.scene import Scene
 from segpipe.sources import package_file
 from segpipe.sources.base import Pixels, SceneRef
-from segpipe.steps import Done, read_labels
+from segpipe.steps import Done
+
+LARGEST_EXPORTED = 65534
+"""Greatest label that the files of people's tools are written with."""
 
 
-def export_scene(scene: Scene, measured: Measured, run: Run) -> dict[str, str]:
+def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[str, str]:
     """Write a scene's files into the run's folder; those that are there already stay.
 
     Returns:
@@ -53,44 +59,108 @@ def export_scene(scene: Scene, measured: Measured, run: Run) -> dict[str, str]:
     return files
 
 
-def _write_maps(scene: Scene, measured: Measured, target: Path) -> dict[str, Path]:
-    geometry, card = scene.geometry, scene.card
-    formats = scene.job.outputs.formats
-    scores = scene.job.outputs.scores
-    written: dict[str, Path] = {}
+def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict[str, Path]:
+    """The label map, and the scores where the job wants them: COG for rasters, NIfTI for volumes."""
+    geometry, formats = scene.geometry, scene.job.outputs.formats
+    classes = shown_classes(scene, measured.values)
     if isinstance(geometry, RasterGeometry) and Format.cog in formats:
-        tags = {"SEGPIPE_VERSION": __version__, "SEGPIPE_LABELS": scene.labels.key, "MODEL": card.name}
-        written["labels"] = target / "labels.tif"
+        suffix = ".tif"
+    elif isinstance(geometry, VolumeGeometry) and Format.nifti in formats:
+        suffix = ".nii.gz"
+    else:
+        return {}
+    written: dict[str, Path] = {}
+    if not _why_no_file(classes):
+        written["labels"] = target / f"labels{suffix}"
         if not written["labels"].exists():
-            nodata = nodata_value(card)
-            write_cog(read_labels(scene), geometry, card.classes, nodata, written["labels"], tags)
-        if scores:
-            written["scores"] = target / "scores.tif"
-            if not written["scores"].exists():
-                write_cog_scores(_scores(scene), geometry, card.classes, written["scores"], tags)
-    if isinstance(geometry, VolumeGeometry) and Format.nifti in formats:
-        header = _nifti_header(scene.ref.uri)
-        written["labels"] = target / "labels.nii.gz"
-        nodata_used = _has_nodata(measured)
-        if not written["labels"].exists():
-            nodata_or_none = nodata_value(card) if nodata_used else None
-            path = written["labels"]
-            write_nifti(read_labels(scene), geometry, header, card.classes, nodata_or_none, path)
-        if scores:
-            written["scores"] = target / "scores.nii.gz"
-            if not written["scores"].exists():
-                path = written["scores"]
-                write_nifti_scores(_scores(scene), geometry, header, card.classes, path)
+            _write_labels(scene, measured, classes, written["labels"])
+    for name, shares in _shares(scene).items():
+        written[name] = target / f"{name}{suffix}"
+        if not written[name].exists():
+            _write_shares(scene, shares, written[name])
     return written
+
+
+def _why_no_file(classes: Sequence[Class]) -> str:
+    """Why no file can hold a label map of these classes; empty: one can."""
+    if not classes:
+        return "the label map has no valid element"
+    largest = max(c.value for c in classes)
+    return f"its values go up to {largest}, over {LARGEST_EXPORTED}" if largest > LARGEST_EXPORTED else ""
+
+
+def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[Class], path: Path) -> None:
+    geometry = scene.geometry
+    predicted_raster = isinstance(scene, Scene) and isinstance(geometry, RasterGeometry)
+    nodata = None
+    if predicted_raster or _has_nodata(measured):
+        nodata = 255 if max(c.value for c in classes) < 255 else 65535
+    with scene.open_labels() as read:
+        labels = read if nodata is None else _with_nodata(read, scene.nodata, nodata)
+        if isinstance(geometry, RasterGeometry):
+            write_cog(labels, geometry, classes, nodata, path, _tags(scene))
+        else:
+            assert isinstance(geometry, VolumeGeometry)
+            write_nifti(labels, geometry, _nifti_header(scene.ref.uri), classes, nodata, path)
+
+
+def _with_nodata(read: LabelReader, before: int, after: int) -> LabelReader:
+    """The reader with another number for no data."""
+    if before == after:
+        return read
+
+    def renamed(box: Box, /) -> np.ndarray:
+        labels = read(box)
+        return np.where(labels == before, after, labels)
+
+    return renamed
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """A map of several channels, each a share of 1."""
+
+    read: ScoreReader
+    channels: tuple[Class, ...]
+    """Only their names count."""
+
+
+def _shares(scene: MeasurableScene) -> dict[str, _Shares]:
+    """The maps beside the labels that the job wants, by their file's name."""
+    found: dict[str, _Shares] = {}
+    if not isinstance(scene, Scene):
+        return found
+    if scene.job.outputs.scores:
+        array = scene.predict.array("scores")
+        found["scores"] = _Shares(lambda box: np.asarray(array[(slice(None), *box.slices)]), scene.classes)
+    if scene.uncertainty:
+        labels, doubt = scene.labels.array("labels"), scene.open_uncertainty()
+
+        def read(box: Box, /) -> np.ndarray:
+            shares = doubt(box).astype(np.float32) / np.float32(LEVELS)
+            return np.where(np.asarray(labels[box.slices]) == scene.nodata, np.float32(np.nan), shares)
+
+        names = enumerate(scene.uncertainty)
+        found["uncertainty"] = _Shares(read, tuple(Class(value=i, name=n, color="#000000") for i, n in names))
+    return found
+
+
+def _write_shares(scene: MeasurableScene, shares: _Shares, path: Path) -> None:
+    geometry = scene.geometry
+    if isinstance(geometry, RasterGeometry):
+        write_cog_scores(shares.read, geometry, shares.channels, path, _tags(scene))
+    else:
+        assert isinstance(geometry, VolumeGeometry)
+        write_nifti_scores(shares.read, geometry, _nifti_header(scene.ref.uri), shares.channels, path)
+
+
+def _tags(scene: MeasurableScene) -> dict[str, str]:
+    model = {"MODEL": scene.card.name} if isinstance(scene, Scene) else {}
+    return {"SEGPIPE_VERSION": __version__, "SEGPIPE_LABELS": scene.labels_key, **model}
 
 
 def _has_nodata(measured: Measured) -> bool:
     return bool((measured.tally.label < 0).any())
-
-
-def _scores(scene: Scene) -> Any:
-    array = scene.predict.array("scores")
-    return lambda box: np.asarray(array[(slice(None), *box.slices)])
 
 
 def _nifti_header(uri: str) -> str | None:
@@ -101,42 +171,56 @@ def _nifti_header(uri: str) -> str | None:
     return str(package_file(location)) if location.startswith("pkg://") else location
 
 
-def previews_name(scene: Scene) -> str:
-    """Object that holds a scene's pictures beside its tallies: names, colours and bands are part of it."""
-    shown = [scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in scene.card.classes]]
+def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None) -> str:
+    """Object that holds a scene's pictures beside its tallies: names, colours and bands are part of it.
+
+    Args:
+        classes: as shown (`shown_classes`); left out: the model's.
+    """
+    listed = scene.classes if classes is None else classes
+    shown = [FORMAT, scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
     return f"previews-{hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]}.zip"
 
 
-def _previews(scene: Scene, measured: Measured) -> Previews:
+def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
     """The scene's pictures: made once per measure key, then kept beside the tallies."""
-    known = measured.stage.read_bytes(previews_name(scene))
+    classes = shown_classes(scene, measured.values)
+    name = previews_name(scene, classes)
+    known = measured.stage.read_bytes(name)
     if known is not None:
         return load_previews(known)
-    card, geometry = scene.card, scene.geometry
-    nodata = nodata_value(card)
-    reference = None
-    if scene.job.reference is not None:
-        uri = find_reference(scene.job.reference, scene.ref.name)
-        reference = open_reference(scene.job.reference, uri, geometry)
-    try:
-        with SceneBlocks.of(scene) as store:
+    geometry, nodata = scene.geometry, scene.nodata
+    with ExitStack() as stack:
+        store = stack.enter_context(scene.open_image())
+        labels = stack.enter_context(scene.open_labels())
+        truth = None
+        if scene.job.reference is not None:
+            uri = find_reference(scene.job.reference, scene.ref.name)
+            truth = stack.enter_context(open_reference(scene.job.reference, uri, geometry)).read
 
-            def image(box: Box, channels: tuple[int, ...] | None = None, /) -> Pixels:
-                pixels = store.read(box)
-                return pixels if channels is None else Pixels(pixels.values[list(channels)], pixels.valid)
+        def image(box: Box, channels: tuple[int, ...] | None = None, /) -> Pixels:
+            pixels = store.read(box)
+            return pixels if channels is None else Pixels(pixels.values[list(channels)], pixels.valid)
 
-            labels = read_labels(scene)
-            truth = reference.read if reference else None
-            if isinstance(geometry, RasterGeometry):
-                previews = raster_preview(image, labels, truth, geometry, scene.bands, card.classes, nodata)
-            else:
-                assert isinstance(geometry, VolumeGeometry)
-                previews = volume_preview(image, labels, truth, geometry, card.classes, nodata)
-    finally:
-        if reference is not None:
-            reference.close()
-    measured.stage.write_bytes(previews_name(scene), dump_previews(previews))
+        doubt = _entropy(scene)
+        if isinstance(geometry, RasterGeometry):
+            previews = raster_preview(
+                image, labels, truth, geometry, scene.bands, classes, nodata,
+                count=len(scene.channels), read_uncertainty=doubt,
+            )  # fmt: skip
+        else:
+            assert isinstance(geometry, VolumeGeometry)
+            previews = volume_preview(image, labels, truth, geometry, classes, nodata, read_uncertainty=doubt)
+    measured.stage.write_bytes(name, dump_previews(previews))
     return previews
+
+
+def _entropy(scene: MeasurableScene) -> Callable[[Box], np.ndarray] | None:
+    """A reader of the uncertainty map's entropy, a share of 1; None where there is no such map."""
+    if not scene.uncertainty:
+        return None
+    doubt, at = scene.open_uncertainty(), scene.uncertainty.index("entropy")
+    return lambda box: doubt(box)[at] / LEVELS
 
 
 def drop_unkept(scene: Scene) -> None:
@@ -150,7 +234,7 @@ def drop_unkept(scene: Scene) -> None:
 
 
 def done_record(
-    scene: Scene,
+    scene: MeasurableScene,
     measured: Measured,
     files: Mapping[str, str],
     steps: Mapping[str, Done],
@@ -161,23 +245,26 @@ def done_record(
     Args:
         steps: by stage; a stage of which nothing was computed is listed as reused.
     """
+    classes = shown_classes(scene, measured.values)
     notes = [*scene.notes, *measured.notes]
-    if scene.card.input.image_resampling is Interpolation.nearest and not scene.plan.grid.identity:
-        notes.append("resampled by nearest neighbour, as the card's own pipeline does")
+    keys = {"labels": scene.labels_key, "measure": measured.stage.key}
+    keys["previews"] = previews_name(scene, classes)
+    plan: dict[str, Any] = {}
+    if isinstance(scene, Scene):
+        keys = {"ingest": scene.ingest.key, "predict": scene.predict.key, **keys}
+        plan = scene.plan.summary()
+        if scene.card.input.image_resampling is Interpolation.nearest and not scene.plan.grid.identity:
+            notes.append("resampled by nearest neighbour, as the card's own pipeline does")
+    if scene.job.outputs.formats and _why_no_file(classes):
+        notes.append(f"no file of labels was written: {_why_no_file(classes)}")
     return SceneRecord(
         name=scene.ref.name,
         uri=scene.ref.uri,
         state="done",
         notes=tuple(notes),
         geometry=geometry_summary(scene.geometry),
-        keys={
-            "ingest": scene.ingest.key,
-            "predict": scene.predict.key,
-            "labels": scene.labels.key,
-            "measure": measured.stage.key,
-            "previews": previews_name(scene),
-        },
-        plan=scene.plan.summary(),
+        keys=keys,
+        plan=plan,
         timings={name: round(step.seconds, 3) for name, step in steps.items()},
         attempts=attempts,
         files=dict(files),
@@ -204,7 +291,9 @@ def geometry_summary(geometry: Geometry) -> GeometrySummary:
     return GeometrySummary("raster", geometry.shape, crs.name if crs else None, geometry.spacing, unit)
 
 
-def attempts_of(scene: Scene) -> int:
-    """How often the scene's hardest block was tried."""
+def attempts_of(scene: MeasurableScene) -> int:
+    """How often the scene's hardest block was tried; 1 where none was predicted."""
+    if not isinstance(scene, Scene):
+        return 1
     receipts: Sequence[dict[str, Any]] = list(scene.predict.receipts().values())
     return max((int(r.get("attempts", 1)) for r in receipts), default=1)

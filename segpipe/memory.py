@@ -28,6 +28,8 @@ class Workload:
     keep_scores: bool
     activation_bytes: int = 400
     """Forward pass, bytes per element of a batch (the card's, or an estimate for U-Nets)."""
+    uncertainty: int = 0
+    """Channels of the uncertainty map; 0: none."""
     source_cache: int = 0
     """Bytes that the source's reader keeps of what it decoded."""
     cleanup: bool = False
@@ -66,8 +68,7 @@ def predict_memory(
     block: int,
     window: int,
     scene: int,
-    resampled: bool,
-    blended: bool,
+    direct: bool,
 ) -> Memory:
     """The peak of one worker: from its largest block, not from the scene (but for the clean-up).
 
@@ -78,22 +79,18 @@ def predict_memory(
         block: elements of the largest block.
         window: elements of a window.
         scene: elements of the scene.
-        resampled: whether the model grid differs from the native one.
-        blended: whether scores are summed over windows (gaussian).
+        direct: whether only class numbers leave the device.
     """
     per_read = load.image_channels * load.image_itemsize + 1 + 8 * load.channels
-    direct = not resampled and not blended
-    per_model = load.label_itemsize if direct else 4 * (load.classes + 1)
-    per_block = load.label_itemsize
-    if load.keep_scores and (direct or resampled):
+    per_model = load.label_itemsize if direct else 4 * (load.classes + 2)
+    per_block = load.label_itemsize + (20 if load.uncertainty else 0)
+    if load.keep_scores:
         per_block += 4 * load.classes
-    if blended and not resampled:
-        per_block += 8  # argmax counts in 64 bits
     return Memory(
         libraries=LIBRARY_BYTES,
         read=IN_FLIGHT * read * per_read + load.source_cache,
         windows=WINDOWS_ALIVE * load.batch * window * 4 * load.channels,
         forward=load.batch * window * (load.activation_bytes + 8 * load.classes),
-        scores=IN_FLIGHT * (model * per_model + block * per_block) + (16 * block if resampled else 0),
+        scores=IN_FLIGHT * (model * per_model + block * per_block) + (0 if direct else 16 * block),
         cleanup=CLEANUP_BYTES * scene if load.cleanup else 0,
     )

@@ -166,6 +166,12 @@ class Plan:
         """Upper bound: windows without a valid element are skipped when read."""
         return self.window_passes * self.passes_per_window
 
+    @property
+    def direct(self) -> bool:
+        """Whether only class numbers leave the device: no scores are blended, resampled or kept."""
+        load = self.workload
+        return self.grid.identity and self.blend == "trim" and not (load.keep_scores or load.uncertainty)
+
     @cached_property
     def memory(self) -> Memory:
         """Predicted peak of one worker: from the largest block, not from the scene."""
@@ -177,8 +183,7 @@ class Plan:
             block=block,
             window=math.prod(self.lattice.window_shape),
             scene=math.prod(self.blocks.shape),
-            resampled=not self.grid.identity,
-            blended=self.blend != "trim",
+            direct=self.direct,
         )
 
     @property
@@ -187,6 +192,7 @@ class Plan:
         load = self.workload
         per_element = load.image_channels * load.image_itemsize + 1 + load.label_itemsize
         per_element += 4 * load.classes if load.keep_scores else 0
+        per_element += 2 * load.uncertainty
         return math.prod(self.blocks.shape) * per_element
 
     def summary(self) -> dict[str, Any]:

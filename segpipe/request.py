@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 
+from segpipe.classes import load_classes
 from segpipe.config import Job, parse_size
 from segpipe.errors import RequestError
+from segpipe.labelled import NO_MODEL
 from segpipe.models.card import Card, WindowZscore
 from segpipe.models.registry import check_card
+from segpipe.regions import is_grid, parse_grid
 from segpipe.run import fingerprint
 from segpipe.scene import read_card
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import SceneRef, discover
 from segpipe.store import check_writable, is_url
+from segpipe.surfaces import tolerances
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,16 @@ def check_request(job: Job) -> Request:
     Raises:
         RequestError: naming the field, what was found and what would be valid.
     """
-    card = read_card(job.model)
-    check_card(card)
-    _check_tiling(job, card)
     _check_paths(job)
-    settings = resolve_settings(job.compute, card)
+    card, settings = None, NO_MODEL
+    if job.classes:
+        load_classes(job.classes)
+    if job.model:
+        card = read_card(job.model)
+        check_card(card)
+        _check_tiling(job, card)
+        tolerances(job.measure, card.classes)
+        settings = resolve_settings(job.compute, card)
     scenes = tuple(discover(job.scenes))
     check_writable(job.outputs.dir)
     return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
@@ -64,9 +73,17 @@ def _check_tiling(job: Job, card: Card) -> None:
 
 
 def _check_paths(job: Job) -> None:
-    """Regions and reference of every scene; what lies behind a URL or in a glob shows when it is read."""
-    for field, config in (("regions", job.regions), ("reference", job.reference)):
-        if config is None or is_url(config.path) or has_magic(config.path):
+    """What every scene is measured with; what lies behind a URL or in a glob shows when it is read."""
+    paths = {
+        "labels": job.labels,
+        "regions.path": job.regions.path if job.regions else "",
+        "reference.path": job.reference.path if job.reference else "",
+    }
+    if job.regions and is_grid(job.regions.path):
+        parse_grid(job.regions)
+        del paths["regions.path"]
+    for field, path in paths.items():
+        if not path or is_url(path) or has_magic(path) or path.startswith("/vsi"):
             continue
-        if not Path(config.path).exists() and not config.path.startswith("/vsi"):
-            raise RequestError(f"{field}.path: {config.path} does not exist (seen from the working folder)")
+        if not Path(path).exists():
+            raise RequestError(f"{field}: {path} does not exist (seen from the working folder)")

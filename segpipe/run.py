@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,14 +23,18 @@ import obstore
 import pandas as pd
 
 from segpipe import ENGINE_VERSION
+from segpipe.classes import load_classes, with_found
 from segpipe.config import Job
 from segpipe.errors import RequestError
 from segpipe.measure import TALLY_VERSION, Measured, load_measured
-from segpipe.metrics.tally import SizeScale
-from segpipe.models.card import Card
+from segpipe.metrics.tally import SizeScale, Tally
+from segpipe.models.card import Card, Class
 from segpipe.models.weights import weights_fingerprint
-from segpipe.report.page import render_page
-from segpipe.report.pictures import load_previews
+from segpipe.report.agreement import agreement_table
+from segpipe.report.frames import NO_REFERENCE
+from segpipe.report.intensity import SceneIntensity, intensity_table
+from segpipe.report.page import page_paths, render_pages
+from segpipe.report.pictures import Previews, load_previews
 from segpipe.report.record import (
     ClassInfo,
     ModelSummary,
@@ -39,13 +43,20 @@ from segpipe.report.record import (
     dump_record,
     load_record,
 )
+from segpipe.report.summary import summary_table
+from segpipe.report.surface import SceneSurfaces, surface_table
 from segpipe.report.tables import (
     SceneResult,
+    confusion_table,
     metric_table,
     region_table,
-    summary_table,
     write_atomic,
     write_table,
+)
+from segpipe.report.uncertainty import (
+    SceneCalibration,
+    calibration_table,
+    uncertainty_table,
 )
 from segpipe.scene import model_parts, read_card
 from segpipe.settings import Settings
@@ -95,7 +106,7 @@ def local_folder(run: Run) -> Iterator[Path]:
                 obstore.put(store, path.relative_to(name).as_posix(), path)
 
 
-def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[SceneRef]) -> str:
+def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequence[SceneRef]) -> str:
     """Hash of everything a run's results depend on: what was asked, the model, and the inputs' state.
 
     Runner, workers, memory and block size are left out: they change no result.
@@ -111,10 +122,11 @@ def fingerprint(job: Job, card: Card, settings: Settings, scenes: Sequence[Scene
         files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]
     if job.reference is not None:
         files += [job.reference.path]
+    files += [path for path in (job.labels, job.classes) if path]
     parts = {
         "asked": asked,
-        "model": model_parts(card),
-        "card": card.model_dump(mode="json"),
+        "model": model_parts(card) if card else None,
+        "card": card.model_dump(mode="json") if card else None,
         "settings": [settings.device_class, settings.precision, settings.batch],
         "inputs": [_state(uri) for uri in files],
         "versions": [ENGINE_VERSION, TALLY_VERSION],
@@ -168,7 +180,7 @@ def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | Non
 def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRecord) -> bool:
     """Whether nobody took a page, table or picture out of a run's folder."""
     there = {meta["path"] for chunk in obstore.list(store, f"{name}/") for meta in chunk}
-    files = {"report.html", "regions.csv", "regions.parquet"}
+    files = {*page_paths(record), "regions.csv", "regions.parquet"}
     files |= {file for scene in record.done for file in scene.files.values()}
     return {f"{name}/{file}" for file in files} <= there
 
@@ -181,54 +193,78 @@ def finish_run(
     run: Run, job: Job, settings: Settings, scenes: Sequence[SceneRecord], notes: Sequence[str] = ()
 ) -> RunRecord:
     """Write tables, ``run.json`` and the page of a run whose scenes have all ended."""
-    card = read_card(job.model)
+    model = model_summary(read_card(job.model)) if job.model else None
+    device = {"device": settings.device_class, "precision": settings.precision} if model else {}
+    given = [] if model else ["labels measured as given: no model was run"]
     record = RunRecord(
         job_name=job.name,
         run_id=run.name,
         started=run.started,
         finished=_now(),
         job=job.model_dump(mode="json"),
-        model=model_summary(card),
-        versions={**_versions(), "device": settings.device_class, "precision": settings.precision},
+        model=model,
+        classes=() if model else _given_classes(run, job, scenes),
+        versions={**_versions(), **device},
         scenes=tuple(scenes),
-        notes=tuple(n for n in (job.description, *notes) if n),
+        notes=tuple(n for n in (job.description, *given, *notes) if n),
     )
     write_run(run, record)
     return record
+
+
+def _given_classes(run: Run, job: Job, scenes: Sequence[SceneRecord]) -> tuple[ClassInfo, ...]:
+    """The classes listed; where none are, the values found in any scene."""
+    if job.classes:
+        return _class_infos(load_classes(job.classes))
+    found = {v for s in scenes if s.state == "done" for v in _measured(run.out, s).values}
+    return _class_infos(with_found((), found))
 
 
 def write_run(run: Run, record: RunRecord) -> None:
     """Tables, page and record of a run, from its stages alone; the record last."""
     measured = {s.name: _measured(run.out, s) for s in record.done}
     results = [_result(s, measured.get(s.name)) for s in record.scenes]
-    classes = record.legend
-    regions = region_table(results, classes)
-    metrics = summary = None
-    if record.job.get("reference"):
-        metrics = metric_table(results, classes)
-        summary = summary_table(metrics, classes)
-    previews = {}
-    for scene in record.done:
-        pictures = measured[scene.name].stage.read_bytes(scene.keys["previews"])
-        if pictures is not None:
-            previews[scene.name] = load_previews(pictures)
+    tables = _tables(record, results, measured)
+    keys = {s.name: s.keys["previews"] for s in record.done}
+
+    def previews(scene: str) -> Previews | None:
+        pictures = measured[scene].stage.read_bytes(keys[scene])
+        return None if pictures is None else load_previews(pictures)
+
     with local_folder(run) as folder:
-        _write_tables(folder, regions, metrics, summary)
-        page = render_page(record, previews, regions, metrics, summary)
-        write_atomic(folder / "report.html", page.encode())
+        for name, table in tables.items():
+            write_table(table, folder / name)
+        for path, text in render_pages(record, previews, tables):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / path, text.encode())
         write_atomic(folder / "run.json", dump_record(record).encode())
 
 
-def _write_tables(
-    folder: Path,
-    regions: pd.DataFrame,
-    metrics: pd.DataFrame | None,
-    summary: pd.DataFrame | None,
-) -> None:
-    write_table(regions, folder / "regions")
-    if metrics is not None and summary is not None:
-        write_table(metrics, folder / "metrics")
-        write_table(summary, folder / "summary")
+def _tables(
+    record: RunRecord, results: Sequence[SceneResult], measured: Mapping[str, Measured]
+) -> dict[str, pd.DataFrame]:
+    """Every table that the job asked for, by its file's name."""
+    classes, job, scenes = record.legend, record.job, record.scenes
+    tables = {"regions": region_table(results, classes)}
+    if job.get("reference"):
+        metrics = tables["metrics"] = metric_table(results, classes)
+        blocks: list[Tally] = []
+        if len(scenes) == 1 and measured:
+            receipts = next(iter(measured.values())).stage.receipts()
+            blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
+        tables["summary"] = summary_table(metrics, classes, blocks=blocks)
+        tables["agreement"] = agreement_table(metrics)
+        tables["confusion"] = confusion_table(results, classes)
+    if job.get("measure", {}).get("intensity"):
+        tables["intensity"] = intensity_table([_intensity(s, measured.get(s.name)) for s in scenes], classes)
+    if job.get("measure", {}).get("surface"):
+        tables["surface"] = surface_table([_surfaces(s, measured.get(s.name)) for s in scenes], classes)
+    if job.get("outputs", {}).get("uncertainty"):
+        found = [_uncertainty(s, measured.get(s.name)) for s in scenes]
+        tables["uncertainty"] = uncertainty_table(found, classes)
+        if job.get("reference"):
+            tables["calibration"] = calibration_table([_calibration(s, measured.get(s.name)) for s in scenes])
+    return tables
 
 
 def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
@@ -263,9 +299,36 @@ def _result(scene: SceneRecord, measured: Measured | None) -> SceneResult:
     return SceneResult(scene.name, measured.regions, scene.attempts, measured.tally, scale, measured.outside)
 
 
+def _intensity(scene: SceneRecord, measured: Measured | None) -> SceneIntensity:
+    if measured is None:
+        return SceneIntensity(scene.name, reason=scene.error)
+    return SceneIntensity(scene.name, measured.regions, measured.channels, measured.intensity)
+
+
+def _uncertainty(scene: SceneRecord, measured: Measured | None) -> SceneIntensity:
+    if measured is None:
+        return SceneIntensity(scene.name, reason=scene.error)
+    return SceneIntensity(scene.name, measured.regions, measured.doubts, measured.uncertainty)
+
+
+def _calibration(scene: SceneRecord, measured: Measured | None) -> SceneCalibration:
+    if measured is None:
+        return SceneCalibration(scene.name, reason=scene.error, failed=True)
+    return SceneCalibration(scene.name, measured.calibration, "" if measured.calibration else NO_REFERENCE)
+
+
+def _surfaces(scene: SceneRecord, measured: Measured | None) -> SceneSurfaces:
+    if measured is None:
+        return SceneSurfaces(scene.name, reason=scene.error, failed=True)
+    return SceneSurfaces(scene.name, measured.surfaces, "" if measured.surfaces else NO_REFERENCE)
+
+
+def _class_infos(classes: Sequence[Class]) -> tuple[ClassInfo, ...]:
+    return tuple(ClassInfo(c.value, c.name, c.color, c.background) for c in classes)
+
+
 def model_summary(card: Card) -> ModelSummary:
     """What a report says of the model."""
-    classes = tuple(ClassInfo(c.value, c.name, c.color, c.background) for c in card.classes)
     return ModelSummary(
         name=card.name,
         title=card.title,
@@ -277,7 +340,7 @@ def model_summary(card: Card) -> ModelSummary:
         source=card.source,
         weights=card.weights,
         fingerprint=weights_fingerprint(card),
-        classes=classes,
+        classes=_class_infos(card.classes),
     )
 
 

@@ -5,7 +5,8 @@ A `Scene` is a small value that travels to workers; pixels never do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +15,19 @@ from typing import Any
 import numpy as np
 
 from segpipe import ENGINE_VERSION
+from segpipe.bands import match_bands
 from segpipe.blocks import SceneBlocks, ingest_all
 from segpipe.boxes import Box
-from segpipe.config import Job, StoreMode, parse_memory, parse_size
+from segpipe.config import TTA, Blend, Job, StoreMode, parse_memory, parse_size
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, model_grid
 from segpipe.inference.labels import label_dtype, nodata_value
+from segpipe.inference.uncertainty import uncertainty_channels
+from segpipe.labelled import MeasurableScene
 from segpipe.lattice import Index, Lattice, make_lattice
 from segpipe.memory import Workload
-from segpipe.models.card import Card, load_card
+from segpipe.models.card import Card, Class, load_card
 from segpipe.models.weights import weights_fingerprint
 from segpipe.plan import (
     BLOCK_EDGE,
@@ -34,39 +38,62 @@ from segpipe.plan import (
     make_plan,
 )
 from segpipe.settings import Settings, resolve_settings
-from segpipe.sources import Source, open_source
+from segpipe.sources import open_source
 from segpipe.sources.base import Scaling, SceneRef
 from segpipe.store import ArraySpec, Stage, stage_key
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A scene ready for work. Small, immutable, picklable."""
+@dataclass(frozen=True, kw_only=True)
+class Scene(MeasurableScene):
+    """A scene ready for a model; its channels are the model's."""
 
-    ref: SceneRef
-    job: Job
     settings: Settings
-    geometry: Geometry
-    dtype: str
-    """Of the stored pixels."""
-    channels: tuple[int, ...]
-    """The source's channel for each channel of the model."""
-    bands: tuple[str, ...]
-    """Names of those channels."""
-    scaling: tuple[Scaling, ...]
     statistics: tuple[tuple[tuple[float, float], ...], ...]
     plan: Plan
     ingest: Stage
     predict: Stage
     labels: Stage
     """Where the finished label map is: the clean-up's stage, or the prediction's."""
-    identity: dict[str, Any]
-    notes: tuple[str, ...]
 
     @property
     def card(self) -> Card:
         """The model's card (read once per process)."""
         return read_card(self.job.model)
+
+    @property
+    def classes(self) -> tuple[Class, ...]:
+        return tuple(self.card.classes)
+
+    @property
+    def nodata(self) -> int:
+        return nodata_value(self.card)
+
+    @property
+    def labels_key(self) -> str:
+        return self.labels.key
+
+    @contextmanager
+    def open_labels(self) -> Iterator[Callable[[Box], np.ndarray]]:
+        """The finished label map in the store."""
+        array = self.labels.array("labels")
+        yield lambda box: np.asarray(array[box.slices])
+
+    def check_labels(self) -> None:
+        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
+        self.labels.check()
+
+    @property
+    def uncertainty(self) -> tuple[str, ...]:
+        return doubts(self.job)
+
+    def open_uncertainty(self) -> Callable[[Box], np.ndarray]:
+        """(channel, …) uint16 of a box, in 1/65535."""
+        array = self.predict.array("uncertainty")
+        return lambda box: np.asarray(array[(slice(None), *box.slices)])
+
+    def open_image(self) -> SceneBlocks:
+        """The ingest where that is there, else the source."""
+        return SceneBlocks.of(self)
 
     @property
     def direct(self) -> bool:
@@ -119,8 +146,9 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
     plan = plan_scene(job, card, settings, grid, np.dtype(dtype), cache)
     predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
     return Scene(
-        ref, job, settings, geometry, dtype, channels, bands, scaling, statistics, plan,
-        ingest, predict, labels_stage(card, predict), identity, tuple(notes),
+        ref=ref, job=job, settings=settings, geometry=geometry, dtype=dtype, channels=channels, bands=bands,
+        scaling=scaling, statistics=statistics, plan=plan, ingest=ingest, predict=predict,
+        labels=labels_stage(card, predict), identity=identity, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -140,9 +168,7 @@ def create_stages(scene: Scene) -> Scene:
     """
     card, job = scene.card, scene.job
     info = {"scene": scene.ref.name, "identity": scene.identity}
-    blocks = scene.predict.create(
-        scene.geometry, scene.plan.blocks, label_arrays(card, job.outputs.scores), info
-    )
+    blocks = scene.predict.create(scene.geometry, scene.plan.blocks, label_arrays(card, job), info)
     scene = replace(scene, plan=replace(scene.plan, blocks=blocks))
     if scene.direct or not pending_blocks(scene):
         return scene
@@ -177,8 +203,9 @@ def pending_blocks(scene: Scene) -> list[Index]:
     """
     check_blocks(scene)
     receipts = scene.predict.receipts()
-    wanted = scene.job.outputs.scores
-    done = {name for name, r in receipts.items() if r.get("scores") or not wanted}
+    outputs = scene.job.outputs
+    wanted = [name for name in ("scores", "uncertainty") if getattr(outputs, name)]
+    done = {name for name, r in receipts.items() if all(r.get(w) for w in wanted)}
     return [i for i in scene.plan.blocks.indices() if block_id(i) not in done]
 
 
@@ -202,46 +229,21 @@ def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:
     ]
 
 
-def label_arrays(card: Card, scores: bool) -> list[ArraySpec]:
+def label_arrays(card: Card, job: Job) -> list[ArraySpec]:
     """Arrays of the predict stage."""
     arrays = [ArraySpec("labels", label_dtype(card), nodata_value(card), labels=True)]
-    if scores:
+    if job.outputs.scores:
         arrays.append(ArraySpec("scores", "float32", 0.0, channels=len(card.classes)))
+    if job.outputs.uncertainty:
+        arrays.append(ArraySpec("uncertainty", "uint16", 0, channels=len(doubts(job))))
     return arrays
 
 
-def match_bands(card: Card, source: Source) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The source's channel for each of the model's.
-
-    By name where the source has names (case does not matter), by position where it has none and
-    the counts agree.
-
-    Raises:
-        SceneError: kind, names or counts do not fit; says what the scene has and what the card asks.
-    """
-    kind = source.geometry.kind
-    if kind != card.kind:
-        raise SceneError(f"the scene is a {kind}, the card {card.name!r} is for a {card.kind}")
-    wanted = card.input.bands
-    if not wanted:
-        if source.count != 1:
-            raise SceneError(f"the scene has {source.count} channels, the card {card.name!r} takes one")
-        return (0,), source.bands or ("image",)
-    have = {name.lower(): i for i, name in enumerate(source.bands)}
-    if all(name.lower() in have for name in wanted):
-        return tuple(have[name.lower()] for name in wanted), tuple(wanted)
-    if source.bands and len(have) == source.count:
-        missing = [name for name in wanted if name.lower() not in have]
-        raise SceneError(
-            f"bands: the scene has no {', '.join(missing)}; it has {', '.join(source.bands)}; the card "
-            f"{card.name!r} asks for {', '.join(wanted)}; name the scene's bands with the job's `bands`"
-        )
-    if source.count != len(wanted):
-        raise SceneError(
-            f"bands: the scene has {source.count} unnamed bands, the card {card.name!r} asks for "
-            f"{len(wanted)} ({', '.join(wanted)}); name the scene's bands with the job's `bands`"
-        )
-    return tuple(range(len(wanted))), tuple(wanted)
+def doubts(job: Job) -> tuple[str, ...]:
+    """Channels of the uncertainty map; none where it is not wanted."""
+    if not job.outputs.uncertainty:
+        return ()
+    return uncertainty_channels(job.compute.tta is not TTA.none or job.tiling.blend is not Blend.trim)
 
 
 def _first_pass(
@@ -330,6 +332,7 @@ def plan_scene(
         label_itemsize=np.dtype(label_dtype(card)).itemsize,
         batch=settings.batch,
         keep_scores=job.outputs.scores,
+        uncertainty=len(doubts(job)),
         activation_bytes=card.window.forward_bytes,
         cleanup=any(card.cleanup.model_dump().values()),
     )

@@ -13,8 +13,8 @@ from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.lattice import Index
-from segpipe.scene import Scene, check_blocks, check_worker, label_arrays, labels_stage, pending_blocks
-from segpipe.store import stop_requested
+from segpipe.scene import Scene, check_blocks, check_worker, labels_stage, pending_blocks
+from segpipe.store import ArraySpec, stop_requested
 
 SECONDS_PER_MPX = 2.0
 """A first guess for sizing batches of blocks, before anything was measured."""
@@ -86,6 +86,7 @@ def finish_labels(scene: Scene) -> Done:
         SceneError: predictions are missing or were dropped, or the card's clean-up is no longer the planned.
     """
     from segpipe.inference.cleanup import clean_labels
+    from segpipe.inference.labels import label_dtype
 
     begun = time.perf_counter()
     scene.predict.check()
@@ -101,7 +102,8 @@ def finish_labels(scene: Scene) -> Done:
         return Done(0, 0, time.perf_counter() - begun, {})
     if "whole" in scene.labels.done():
         return Done(0, 1, time.perf_counter() - begun, {})
-    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, label_arrays(scene.card, False), {})
+    clean = ArraySpec("labels", label_dtype(scene.card), scene.nodata, labels=True)
+    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {})
     labels = np.asarray(scene.predict.array("labels")[...])
     cleaned = clean_labels(labels, scene.card)
     for index in blocks.indices():

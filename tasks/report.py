@@ -67,9 +67,9 @@ def _pictures(run: Run, scenes: Sequence[SceneRecord]) -> str:
     return "\n".join(["", "| Scene | Labels over image |", "| --- | --- |", *rows, more])
 
 
-def _data_uri(png: bytes) -> str:
+def _data_uri(picture: bytes) -> str:
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "JPEG", quality=80)
+    Image.open(io.BytesIO(picture)).convert("RGB").save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

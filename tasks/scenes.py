@@ -13,6 +13,7 @@ from prefect.tasks import exponential_backoff
 
 from segpipe.config import Job
 from segpipe.deliver import attempts_of, done_record, drop_unkept, export_scene
+from segpipe.labelled import MeasurableScene, prepare_labelled
 from segpipe.lattice import Index
 from segpipe.measure import check_measure, measure_scene
 from segpipe.report.record import SceneRecord
@@ -38,8 +39,12 @@ BACKOFF = exponential_backoff(backoff_factor=2)
     cache_policy=NO_CACHE,
 )
 @told
-def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
-    """Open, check and plan a scene, regions and reference too; make its stages."""
+def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> MeasurableScene:
+    """Open, check and plan a scene, regions and reference too; make the stages of a model."""
+    if job.labels:
+        given = prepare_labelled(job, ref)
+        check_measure(given)
+        return given
     scene = prepare_scene(job, ref, settings)
     check_measure(scene)
     return create_stages(scene)
@@ -71,15 +76,20 @@ def predict_batch_retried(retries: int) -> Task[..., Any]:
     cache_policy=NO_CACHE,
 )
 @told
-def finish_scene(scene: Scene, run: Run, predicted: Sequence[Done], reused: int, stop: str) -> SceneRecord:
-    """Clean up, measure and export a scene whose blocks are all predicted."""
-    steps = {"predict": _together(predicted, reused), "clean-up": finish_labels(scene)}
+def finish_scene(
+    scene: MeasurableScene, run: Run, predicted: Sequence[Done], reused: int, stop: str
+) -> SceneRecord:
+    """Clean up, measure and export a scene whose blocks are all predicted, or whose labels are given."""
+    steps: dict[str, Done] = {}
+    if isinstance(scene, Scene):
+        steps = {"predict": _together(predicted, reused), "clean-up": finish_labels(scene)}
     measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
     record = done_record(scene, measured, files, steps, attempts_of(scene))
-    drop_unkept(scene)
+    if isinstance(scene, Scene):
+        drop_unkept(scene)
     return record
 
 

@@ -62,6 +62,9 @@ def volume(world: World, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(only_run(folder / "out"), scene, ended)
 
 
+TABLES = ("regions", "metrics", "summary", "agreement", "confusion")
+
+
 def read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
@@ -74,7 +77,7 @@ def test_the_folder_of_a_run_holds_what_the_design_says(raster: Made) -> None:
     assert files == {
         "report.html",
         "run.json",
-        *(f"{name}.{kind}" for name in ("regions", "metrics", "summary") for kind in ("csv", "parquet")),
+        *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")),
         *(
             f"scenes/scene1/{name}"
             for name in ("labels.tif", "labels.tif.aux.xml", "labels.qml", "preview.png")

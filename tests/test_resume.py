@@ -30,6 +30,10 @@ TABLES = (
     "metrics.parquet",
     "summary.csv",
     "summary.parquet",
+    "agreement.csv",
+    "agreement.parquet",
+    "confusion.csv",
+    "confusion.parquet",
 )
 SCENE = "large"
 BLOCKS = 30

@@ -73,7 +73,12 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "neither": ({"model": None}, ["one of `model` or `labels`", "found neither"]),
     "no scenes": ({"scenes": []}, ["scenes: ", "found []; valid: Files, globs"]),
     "prompts": ({"prompts": {"text": ["lakes"]}}, ["`prompts` is not available", "remove it"]),
-    "surface": ({"measure": {"surface": True}}, ["`measure.surface` is not available"]),
+    "tolerance": ({"measure": {"tolerance": 0}}, ["measure.tolerance: ", "found 0"]),
+    "uncertainty of given labels": (
+        {"model": None, "labels": "x.tif", "outputs": {"uncertainty": True}},
+        ["`outputs.uncertainty` needs a model"],
+    ),
+    "grid without a size": ({"regions": {"path": "grid:"}}, ["regions.path", "grid:"]),
     "address without dask": (
         {"compute": {"address": "tcp://x:1"}},
         ["compute.address needs compute.runner: dask"],

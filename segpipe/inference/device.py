@@ -8,6 +8,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from segpipe.inference.uncertainty import log_classes
+
 Pending = tuple[torch.Tensor, torch.cuda.Event | None]
 """A tensor on the host, and what to wait for before it may be read."""
 
@@ -70,6 +72,12 @@ def best_class(scores: torch.Tensor) -> torch.Tensor:
 def all_finite(scores: torch.Tensor) -> torch.Tensor:
     """One boolean, in one pass without a copy: NaN and infinity reach the extremes."""
     return torch.stack(torch.aminmax(scores)).isfinite().all()
+
+
+def entropy(scores: torch.Tensor) -> torch.Tensor:
+    """Entropy of (n, k, …) probabilities, as (n, 1, …) shares of ln k."""
+    total: torch.Tensor = torch.special.entr(scores.clamp(0, 1)).sum(1, keepdim=True)
+    return total / log_classes(scores.shape[1])
 
 
 def flip_views(ndim: int) -> list[tuple[int, ...]]:

@@ -18,10 +18,11 @@ import torch
 from segpipe.allocator import release
 from segpipe.boxes import Box
 from segpipe.errors import SceneError, StoppedError
-from segpipe.grid import onto_model, onto_native
-from segpipe.inference.device import Answer, activate, all_finite, best_class, flip_views, to_host
+from segpipe.grid import onto_model
+from segpipe.inference.device import Answer, activate, all_finite, best_class, entropy, flip_views, to_host
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
+from segpipe.inference.native import NativeAnswer, native_answer
 from segpipe.inference.normalise import Normaliser
 from segpipe.inference.overlap import Prefetch, Writer
 from segpipe.lattice import Index
@@ -54,6 +55,8 @@ class BlockResult:
     """Class values over the box, native grid; the plan's nodata where the scene is not valid."""
     scores: np.ndarray | None
     """(k, …) float32 probabilities, where they were asked for."""
+    uncertainty: np.ndarray | None
+    """(channel, …) uint16, where it was asked for."""
     valid: int
     """Number of valid elements."""
     windows: int
@@ -99,7 +102,6 @@ class _Block:
     box: Box
     valid: np.ndarray
     merger: Merger | None = None
-    score_merger: TrimScores | None = None
     windows: int = 0
     skipped: int = 0
 
@@ -139,7 +141,9 @@ class Engine:
         self.nodata = nodata
         self.views = flip_views(len(plan.grid.axes)) if tta else [()]
         self.values = np.array(card.values, dtype=label_dtype(card))
-        self.direct = plan.grid.identity and plan.blend == "trim"
+        self.direct = plan.direct
+        self.several = plan.workload.uncertainty > 0 and (tta or plan.blend != "trim")
+        """Whether an element has several answers, whose disagreement is wanted."""
         self.timings = Timings()
 
     def run(self, blocks: Sequence[Index], should_stop: Callable[[], bool]) -> Timings:
@@ -264,17 +268,21 @@ class Engine:
         labels = None
         if self.direct:
             labels = best_class(scores)
-        keep = not self.direct or self.plan.workload.keep_scores
         self.timings.passes += batch.used
         finite = to_host(all_finite(scores[: batch.used]))
-        return Answer(to_host(labels), to_host(scores) if keep else None, finite)
+        return Answer(to_host(labels), None if self.direct else to_host(scores), finite)
 
     def _probabilities(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean over the test-time views of what the network says, as probabilities (n, k, …)."""
+        """Mean over the test-time views of what the network says, as probabilities (n, k, …).
+
+        One channel more where several answers are compared: the mean of their entropies.
+        """
         total: torch.Tensor | None = None
         for view in self.views:
             p = activate(self._scores(x.flip(view) if view else x), self.card.output.activation)
             p = p.flip(view) if view else p
+            if self.several:
+                p = torch.cat([p, entropy(p)], 1)
             total = p if total is None else total + p
         assert total is not None
         return total / len(self.views) if len(self.views) > 1 else total
@@ -304,52 +312,43 @@ class Engine:
         for item in batch.items:
             block = item.block
             if item.window is not None:
-                merger, score_merger = self._mergers(block)
                 values = labels if self.direct else scores
                 assert values is not None
-                merger.aggregate(item.window, values[position])
-                if score_merger is not None:
-                    assert scores is not None
-                    score_merger.aggregate(item.window, scores[position])
+                self._merger(block).aggregate(item.window, values[position])
                 position += 1
             if item.last:
                 self._finish(block, writer)
         self.timings.stitch += time.perf_counter() - begun
 
-    def _mergers(self, block: _Block) -> tuple[Merger, TrimScores | None]:
-        """A block's mergers, made when its first window is stitched."""
+    def _merger(self, block: _Block) -> Merger:
+        """A block's merger, made when its first window is stitched."""
         if block.merger is None:
             plan, classes = self.plan, len(self.card.classes)
             region = plan.grid.model_box(block.box)
-            if plan.blend == "gaussian":
-                block.merger = GaussianScores(region, plan.lattice, classes)
-            elif self.direct:
+            if self.direct:
                 block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
-                if plan.workload.keep_scores:
-                    block.score_merger = TrimScores(region, plan.lattice, classes)
             else:
-                block.merger = TrimScores(region, plan.lattice, classes)
-        return block.merger, block.score_merger
+                kind = GaussianScores if plan.blend == "gaussian" else TrimScores
+                block.merger = kind(region, plan.lattice, classes + self.several)
+        return block.merger
 
     def _finish(self, block: _Block, writer: Writer) -> None:
         """Onto the native grid, to class values, to the writer."""
-        merger, score_merger = self._mergers(block)
-        merged = merger.finalize()
-        scores = score_merger.finalize() if score_merger else None
-        if self.direct:
-            channel = merged
-        elif self.plan.grid.identity:
-            scores, channel = merged, merged.argmax(0)
-        else:
-            channel, scores = self._native(merged, block)
+        merged = self._merger(block).finalize()
+        answer = NativeAnswer(merged, None, None)
+        if not self.direct:
+            nearest = self.card.input.score_resampling is Interpolation.nearest
+            answer = native_answer(merged, len(self.card.classes), self.plan, block.box, nearest)
+        channel = answer.channel
         labels = self.values[channel]
         labels[~block.valid] = self.nodata
-        block.merger = block.score_merger = None
+        block.merger = None
         result = BlockResult(
             block.index,
             block.box,
             labels,
-            scores if self.plan.workload.keep_scores else None,
+            answer.scores,
+            answer.uncertainty,
             int(block.valid.sum()),
             block.windows,
             block.skipped,
@@ -362,29 +361,3 @@ class Engine:
             self.timings.write += time.perf_counter() - begun
 
         writer.submit(write)
-
-    def _native(self, merged: np.ndarray, block: _Block) -> tuple[np.ndarray, np.ndarray | None]:
-        """Resample scores class by class, keeping only the best: (channel numbers, scores)."""
-        plan = self.plan
-        inside = block.box.intersect(plan.grid.crop)
-        region = plan.grid.model_box(block.box)
-        channel = np.zeros(block.box.shape, np.uint8 if len(merged) <= 256 else np.int32)
-        keep = None
-        if plan.workload.keep_scores:
-            keep = np.zeros((len(merged), *block.box.shape), np.float32)
-        if inside.size == 0:
-            return channel, keep
-        nearest = self.card.input.score_resampling is Interpolation.nearest
-        here = inside.within(block.box)
-        best: np.ndarray | None = None
-        for k in range(len(merged)):
-            plane = onto_native(merged[k : k + 1], region, plan.grid, inside, nearest=nearest)[0]
-            if keep is not None:
-                keep[k][here] = plane
-            if best is None:
-                best = plane
-                continue
-            better = plane > best
-            channel[here][better] = k
-            np.copyto(best, plane, where=better)
-        return channel, keep

@@ -1,4 +1,4 @@
-"""Where numbers are reported: the whole scene, the polygons of a layer, or a label atlas."""
+"""Where numbers are reported: the whole scene, the polygons of a layer, a grid, or a label atlas."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from segpipe.config import Regions
 from segpipe.geometry import Geometry
 from segpipe.regions.atlas import is_atlas, load_atlas
 from segpipe.regions.base import FULL, SCENE, Cover, RegionSet, WholeScene, WithScene
+from segpipe.regions.grids import is_grid, load_grid, parse_grid
 from segpipe.regions.polygons import load_polygons
 
-__all__ = ["FULL", "SCENE", "Cover", "RegionSet", "WholeScene", "load_regions", "measured_regions"]
+__all__ = [
+    "FULL",
+    "SCENE",
+    "Cover",
+    "RegionSet",
+    "WholeScene",
+    "is_grid",
+    "load_regions",
+    "measured_regions",
+    "parse_grid",
+]
 
 
 def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
@@ -24,6 +35,8 @@ def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
     """
     if config is None:
         return WholeScene(geometry)
+    if is_grid(config.path):
+        return load_grid(config, geometry)
     if is_atlas(config.path):
         return load_atlas(config, geometry)
     return load_polygons(config, geometry)

@@ -6,20 +6,11 @@ inverse affine takes polygons there, so rotated and south-up rasters need nothin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import geopandas
 import numpy as np
-import pyogrio
 import shapely
-from exactextract import exact_extract
-from exactextract.feature import JSONFeatureSource
-from exactextract.raster import NumPyRasterSource
 from pyproj import CRS, Geod, Transformer
 from pyproj.exceptions import ProjError
 
@@ -27,7 +18,9 @@ from segpipe.boxes import Box
 from segpipe.config import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry, RasterGeometry, horizontal_crs
-from segpipe.regions.base import FULL, Cover, RegionSet, different
+from segpipe.regions.base import FULL, Cover, RegionSet
+from segpipe.regions.cover import unit_cover
+from segpipe.regions.layer import Layer, only_polygons, read_layer
 
 DENSIFY_TOLERANCE = 1e-3
 """Before a change of CRS edges are split until they follow the line this closely, in pixels."""
@@ -36,20 +29,6 @@ PROBE = 0.4
 
 Projection = Callable[[np.ndarray], np.ndarray]
 """Coordinates (n, 2) of a layer to pixel space (n, 2)."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A vector layer as read: polygons in its own CRS."""
-
-    path: str
-    names: tuple[str, ...]
-    polygons: np.ndarray
-    """Valid 2D (multi)polygons, maybe empty ones; object array."""
-    crs: CRS | None
-    notes: tuple[str, ...]
-    digest: str
-    """Hash of names, coordinates as in the file and CRS."""
 
 
 class PolygonRegions(RegionSet):
@@ -98,36 +77,6 @@ class PolygonRegions(RegionSet):
         return self._identity
 
 
-def unit_cover(polygon: shapely.Geometry, cells: Box) -> np.ndarray:
-    """Share of each cell of a box that a polygon in pixel space covers, in 1/65536.
-
-    exactextract answers 0 for a grid whose rows run downwards, without an error: it is given a
-    grid whose rows run upwards, and the polygon mirrored with it.
-    """
-    fraction = np.zeros(cells.shape, dtype=np.uint32)
-    if not cells.size:
-        return fraction
-    (y0, x0), (y1, x1) = cells.start, cells.stop
-    frame = shapely.box(x0, y0, x1, y1)
-    if not shapely.within(polygon, frame):
-        polygon = only_polygons(shapely.intersection(polygon, frame))
-    if polygon.is_empty:
-        return fraction
-    local = shapely.transform(polygon, lambda xy: np.column_stack((xy[:, 0] - x0, y1 - xy[:, 1])))
-    ones = np.broadcast_to(np.uint8(1), cells.shape)
-    grid = NumPyRasterSource(ones, 0, 0, x1 - x0, y1 - y0)
-    feature = {
-        "type": "Feature",
-        "geometry": shapely.geometry.mapping(local),
-        "properties": {},
-    }
-    (result,) = exact_extract(grid, JSONFeatureSource([feature]), ["cell_id", "coverage"])
-    found = result["properties"]
-    fixed = np.rint(np.asarray(found["coverage"], dtype=np.float64) * FULL)
-    fraction.reshape(-1)[np.asarray(found["cell_id"], dtype=np.int64)] = fixed.astype(np.uint32)
-    return fraction
-
-
 def load_polygons(config: Regions, geometry: Geometry) -> PolygonRegions:
     """The polygons of a layer over one raster.
 
@@ -142,8 +91,40 @@ def load_polygons(config: Regions, geometry: Geometry) -> PolygonRegions:
             f"regions.path: {config.path} is a polygon layer, and the scene is a volume; "
             "give a label atlas (NIfTI), or leave `regions` out for the whole scene"
         )
-    layer = read_layer(config)
+    return place_layer(read_layer(config), geometry)
+
+
+def place_layer(layer: Layer, geometry: RasterGeometry, *, drop_missed: bool = False) -> PolygonRegions:
+    """A layer in the pixel space of a raster.
+
+    Args:
+        layer: in any CRS; None only where the raster has none.
+        geometry: of the raster.
+        drop_missed: leave out the regions that do not touch the scene, instead of keeping their names.
+
+    Raises:
+        RequestError, SceneError: as `load_polygons`.
+    """
     scene_crs = None if geometry.projection is None else horizontal_crs(geometry.projection)
+    _check_crs(layer, scene_crs)
+    same = scene_crs is None or layer.crs is None or layer.crs == scene_crs
+    transformer = None if same else Transformer.from_crs(layer.crs, scene_crs, always_xy=True)
+    windows = footprint(geometry, transformer)
+    pixels, outside = _to_pixels(layer, geometry, transformer, windows)
+    touched = ~shapely.is_empty(pixels)
+    if not touched.any():
+        raise SceneError(
+            f"{layer.path}: none of its {len(pixels)} regions touches the scene; in the layer's "
+            f"coordinates it spans {_spans(layer.polygons)} and the scene {_spans(windows)}"
+        )
+    kept = np.flatnonzero(touched) if drop_missed else np.arange(len(pixels))
+    names = [layer.names[i] for i in kept]
+    identity = {"kind": "polygons", "layer": layer.digest}
+    return PolygonRegions(names, pixels[kept], outside[kept].tolist(), identity, layer.notes)
+
+
+def _check_crs(layer: Layer, scene_crs: CRS | None) -> None:
+    """Either both have a CRS, or neither has."""
     if layer.crs is None and scene_crs is not None:
         raise RequestError(
             f"regions.path: {layer.path} has no CRS and the scenes have one "
@@ -155,123 +136,42 @@ def load_polygons(config: Regions, geometry: Geometry) -> PolygonRegions:
             "be laid over each other; use a layer without CRS in the scene's own coordinates "
             "(GeoPackage or Shapefile: GeoJSON is always WGS 84)"
         )
-    same = scene_crs is None or layer.crs is None or layer.crs == scene_crs
-    transformer = None if same else Transformer.from_crs(layer.crs, scene_crs, always_xy=True)
-    to_pixels = _projection(geometry, transformer)
-    windows = _footprint(geometry, transformer)
-    touching = set(shapely.STRtree(layer.polygons).query(windows, predicate="intersects"))
-    rows, columns = geometry.shape
-    scene_box = shapely.box(0, 0, columns, rows)
+
+
+def _to_pixels(
+    layer: Layer, geometry: RasterGeometry, transformer: Transformer | None, windows: shapely.Geometry
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each polygon in pixel space, empty where it misses the scene, and its cover beyond the scene."""
     pixels = np.full(len(layer.polygons), shapely.Polygon(), dtype=object)
-    outside = [0] * len(pixels)
-    for index in sorted(touching):
-        polygon = layer.polygons[index]
-        near = polygon
-        if transformer is not None and not shapely.within(polygon, windows):
-            near = only_polygons(shapely.intersection(polygon, windows))
-        placed = _placed(near, to_pixels, bent=transformer is not None)
-        if placed is None:
-            raise SceneError(
-                f"{layer.path}: region {layer.names[index]!r} cannot be transformed from "
-                f"{layer.crs.name if layer.crs else 'its coordinates'} to the scene's CRS"
-            )
-        inside = shapely.intersection(placed, scene_box).area
-        if inside > 0:
-            pixels[index] = placed
-            whole = placed.area
-            if near is not polygon:
-                whole *= ground_area(polygon, layer.crs) / ground_area(near, layer.crs)
-            outside[index] = max(0, round((whole - inside) * FULL)) if whole > inside else 0
-            if shapely.within(placed, scene_box):
-                outside[index] = 0
-    missed = int(sum(polygon.is_empty for polygon in pixels))
-    if missed == len(pixels):
+    outside = np.zeros(len(pixels), dtype=np.int64)
+    index = np.sort(shapely.STRtree(layer.polygons).query(windows, predicate="intersects"))
+    polygons = layer.polygons[index]
+    near, to_pixels = polygons.copy(), _projection(geometry, transformer)
+    if transformer is None:
+        placed = shapely.transform(polygons, to_pixels)
+    else:
+        cut = ~shapely.within(polygons, windows)
+        near[cut] = [only_polygons(part) for part in shapely.intersection(polygons[cut], windows)]
+        placed = np.array([_bent(polygon, to_pixels) for polygon in near], dtype=object)
+    for i in np.flatnonzero(shapely.is_missing(placed)):
         raise SceneError(
-            f"{layer.path}: none of its {missed} regions touches the scene; in the layer's "
-            f"coordinates it spans {_spans(layer.polygons)} and the scene {_spans(windows)}"
+            f"{layer.path}: region {layer.names[index[i]]!r} cannot be transformed from "
+            f"{layer.crs.name if layer.crs else 'its coordinates'} to the scene's CRS"
         )
-    identity = {"kind": "polygons", "layer": layer.digest}
-    return PolygonRegions(layer.names, pixels, outside, identity, layer.notes)
-
-
-def read_layer(config: Regions) -> Layer:
-    """A polygon layer with its names; read once while its file does not change.
-
-    Raises:
-        RequestError: not a vector file, no such layer or attribute, or no polygons in it.
-    """
-    path = Path(config.path)
-    files = [path, *(path.with_suffix(s) for s in (".dbf", ".prj", ".shx"))]
-    stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _read_layer(config.path, config.layer or None, config.name or None, stamp)
-
-
-@lru_cache(maxsize=4)
-def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: object) -> Layer:
-    try:
-        layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
-    except pyogrio.errors.DataSourceError as error:
-        raise RequestError(
-            f"regions.path: {path} cannot be read ({' '.join(str(error).split())}); give a vector "
-            "layer (GeoPackage, GeoJSON, Shapefile, …) or a label atlas (NIfTI, GeoTIFF)"
-        ) from error
-    if name is not None and name not in layers:
-        raise RequestError(f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}")
-    if name is None and len(layers) != 1:
-        raise RequestError(f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}")
-    frame = geopandas.read_file(path, layer=name or layers[0], engine="pyogrio")
-    columns = [str(column) for column in frame.columns if column != frame.geometry.name]
-    if attribute is not None and attribute not in columns:
-        raise RequestError(
-            f"regions.name: found {attribute!r}; attributes of {path}: {', '.join(columns) or 'none'}"
-        )
-    raw = np.asarray(frame.geometry.array, dtype=object)
-    raw = np.array([shapely.Polygon() if g is None else shapely.force_2d(g) for g in raw], object)
-    if not len(raw) or all(g.is_empty for g in raw):
-        raise RequestError(f"regions.path: {path} has no polygons")
-    for geometry in raw:
-        if shapely.get_dimensions(geometry) not in (-1, 2):
-            raise RequestError(f"regions.path: {path} holds a {geometry.geom_type}; polygons are expected")
-    names = (
-        [str(i + 1) for i in range(len(raw))]
-        if attribute is None
-        else [_label(v, i) for i, v in enumerate(frame[attribute])]
-    )
-    crs = None if frame.crs is None else horizontal_crs(CRS.from_user_input(frame.crs))
-    broken = ~shapely.is_valid(raw)
-    polygons = np.array(
-        [only_polygons(shapely.make_valid(g) if bad else g) for g, bad in zip(raw, broken, strict=True)],
-        dtype=object,
-    )
-    notes = []
-    if broken.any():
-        which = ", ".join(names[i] for i in np.flatnonzero(broken)[:5])
-        notes.append(f"{int(broken.sum())} invalid region polygons were repaired: {which}")
-    empty = [n for n, g in zip(names, polygons, strict=True) if g.is_empty]
-    if empty:
-        notes.append(f"{len(empty)} regions have no area: {', '.join(empty[:5])}")
-    digest = hashlib.sha256(repr((names, None if crs is None else crs.to_wkt())).encode())
-    for wkb in shapely.to_wkb(raw, byte_order=1):
-        digest.update(wkb)
-    return Layer(path, different(names), polygons, crs, tuple(notes), digest.hexdigest())
-
-
-def _label(value: Any, index: int) -> str:
-    """The name of a polygon: its attribute as text, or its place where that is empty."""
-    if value is None or value != value or value == "":  # NaN differs from itself
-        return str(index + 1)
-    if isinstance(value, float) and value.is_integer():  # GDAL makes whole numbers with gaps float
-        return str(int(value))
-    return str(value)
-
-
-def only_polygons(geometry: shapely.Geometry) -> shapely.Geometry:
-    """The areal part of a geometry: what make_valid and intersection leave beside it is dropped."""
-    if geometry.geom_type in ("Polygon", "MultiPolygon"):
-        return geometry
-    parts = shapely.get_parts(shapely.get_parts(geometry))
-    areal = [part for part in parts if part.geom_type == "Polygon"]
-    return shapely.MultiPolygon(areal) if areal else shapely.Polygon()
+    broken = ~shapely.is_valid(placed)
+    placed[broken] = [only_polygons(shapely.make_valid(polygon)) for polygon in placed[broken]]
+    rows, columns = geometry.shape
+    scene = shapely.box(0, 0, columns, rows)
+    inside = shapely.area(placed)
+    whole = inside.copy()
+    crossing = ~shapely.within(placed, scene)
+    inside[crossing] = shapely.area(shapely.intersection(placed[crossing], scene))
+    touched = np.rint(inside * FULL) > 0  # less is nothing: grids touch by the last bit of a coordinate
+    for i in np.flatnonzero(touched & (near != polygons)):
+        whole[i] *= ground_area(polygons[i], layer.crs) / ground_area(near[i], layer.crs)
+    pixels[index[touched]] = placed[touched]
+    outside[index[touched]] = np.rint(np.maximum(whole - inside, 0) * FULL)[touched]
+    return pixels, outside
 
 
 def ground_area(polygon: shapely.Geometry, crs: CRS | None) -> float:
@@ -302,7 +202,7 @@ def _projection(geometry: RasterGeometry, transformer: Transformer | None) -> Pr
     return project
 
 
-def _footprint(geometry: RasterGeometry, transformer: Transformer | None) -> shapely.Geometry:
+def footprint(geometry: RasterGeometry, transformer: Transformer | None) -> shapely.Geometry:
     """The scene in the layer's coordinates: its outline, or boxes around it in another CRS.
 
     The boxes are a twentieth larger on each side. A polygon is cut to them before it is
@@ -337,25 +237,24 @@ def _footprint(geometry: RasterGeometry, transformer: Transformer | None) -> sha
     return shapely.box(west - x_margin, south, east + x_margin, north)
 
 
-def _placed(polygon: shapely.Geometry, to_pixels: Projection, *, bent: bool) -> shapely.Geometry | None:
-    """A polygon in pixel space; ``bent``: straight edges may become curves. None: no values."""
+def _bent(polygon: shapely.Geometry, to_pixels: Projection) -> shapely.Geometry | None:
+    """A polygon in pixel space, its straight edges become curves. None: it has no place there."""
     parts = []
     for part in shapely.get_parts(polygon):
         rings = [
             densified(shapely.get_coordinates(ring), to_pixels, DENSIFY_TOLERANCE)
-            if bent
-            else to_pixels(shapely.get_coordinates(ring))
             for ring in (part.exterior, *part.interiors)
         ]
         if not all(np.isfinite(ring).all() for ring in rings):
             return None
         parts.append(shapely.Polygon(rings[0], rings[1:]))
-    placed = shapely.MultiPolygon(parts) if len(parts) != 1 else parts[0]
-    return placed if shapely.is_valid(placed) else only_polygons(shapely.make_valid(placed))
+    return shapely.MultiPolygon(parts) if len(parts) != 1 else parts[0]
 
 
 def densified(ring: np.ndarray, project: Projection, tolerance: float) -> np.ndarray:
     """A ring projected, with vertices added until its edges follow the projected lines.
+
+    An edge gets the same vertices whichever way it runs, so that neighbours keep their common border.
 
     Args:
         ring: (n, 2), straight edges between its points.
@@ -364,15 +263,23 @@ def densified(ring: np.ndarray, project: Projection, tolerance: float) -> np.nda
     """
     image = project(ring)
     for _ in range(20):
-        probe = ring[:-1] + PROBE * (ring[1:] - ring[:-1])
+        (low, high), (low_image, high_image) = _one_way(ring, ring), _one_way(ring, image)
+        probe = low + PROBE * (high - low)
         probe_image = project(probe)
-        far = _distance(probe_image, image[:-1], image[1:]) > tolerance
+        far = _distance(probe_image, low_image, high_image) > tolerance
         if not far.any():
             break
         where = np.flatnonzero(far) + 1
         ring = np.insert(ring, where, probe[far], axis=0)
         image = np.insert(image, where, probe_image[far], axis=0)
     return image
+
+
+def _one_way(ring: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends of each edge of a ring, given for the ring or its image: the west one first (then south)."""
+    (x0, y0), (x1, y1) = ring[:-1].T, ring[1:].T
+    turned = ((x0 > x1) | ((x0 == x1) & (y0 > y1)))[:, np.newaxis]
+    return np.where(turned, points[1:], points[:-1]), np.where(turned, points[:-1], points[1:])
 
 
 def _distance(point: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from segpipe.report import units
+from segpipe.report.definitions import Definition, of_column
 from segpipe.report.record import ClassInfo
 
 ROWS = 2000
@@ -22,7 +23,7 @@ class Column:
 
     label: str
     kind: str
-    """text, class, number, whole, ratio, percent, size or state."""
+    """text, class, number, whole, ratio, real, percent, size or state."""
     meaning: str
 
 
@@ -37,18 +38,10 @@ COLUMNS = {
     "value": Column("Value", "whole", "The class's value in label files."),
     "count": Column(
         "Count", "number",
-        "Elements (pixels or voxels) of the class in the region. A pixel cut by a polygon's edge "
-        "counts by the fraction of it inside.",
+        "Elements (pixels or voxels). A pixel cut by a polygon's edge counts by the fraction of it inside.",
     ),
-    "area_m2": Column(
-        "Area", "size",
-        "On the ground: from the affine on a projected grid, on the ellipsoid, row by row, on "
-        "geographic and Web Mercator grids. The CSV holds m².",
-    ),
-    "volume_mm3": Column(
-        "Volume", "size",
-        "Voxels times the determinant of the affine on the native grid. The CSV holds mm³.",
-    ),
+    "area_m2": Column("Area", "size", "On the ground. The CSV holds m²."),
+    "volume_mm3": Column("Volume", "size", "Of the class in the region. The CSV holds mm³."),
     "area_px": Column(
         "Area", "size", "In pixels, because the scene has no CRS and so no size on the ground."
     ),
@@ -72,20 +65,41 @@ COLUMNS = {
     "tp": Column("TP", "number", "True positives: elements of the class in both."),
     "fp": Column("FP", "number", "False positives: predicted, but another class in the reference."),
     "fn": Column("FN", "number", "False negatives: in the reference, but predicted otherwise."),
-    "iou": Column(
-        "IoU", "ratio",
-        "Intersection over union, TP / (TP + FP + FN). Not defined (—) where the class is absent "
-        "in both; then the reason says so and no mean counts it as 0 or 1.",
+    "tn": Column("TN", "number", "True negatives: compared elements of the class in neither."),
+    "iou": Column("IoU", "ratio", ""),
+    "dice": Column("Dice", "ratio", ""),
+    "precision": Column("Precision", "ratio", ""),
+    "recall": Column("Recall", "ratio", ""),
+    "specificity": Column("Specificity", "ratio", ""),
+    "size_ratio": Column(
+        "Ratio of sizes", "ratio", "Predicted / reference; not defined (—) where the reference lacks it."
     ),
-    "dice": Column(
-        "Dice", "ratio", "2·TP / (2·TP + FP + FN). Not defined (—) where IoU is not."
-    ),
-    "precision": Column(
-        "Precision", "ratio", "TP / (TP + FP). Not defined (—) where the class is not predicted."
-    ),
-    "recall": Column(
-        "Recall", "ratio", "TP / (TP + FN). Not defined (—) where the reference lacks the class."
-    ),
+    "pixel_accuracy": Column("Pixel accuracy", "ratio", ""),
+    "balanced_accuracy": Column("Balanced accuracy", "ratio", ""),
+    "kappa": Column("Kappa", "ratio", ""),
+    "frequency_weighted_iou": Column("Frequency-weighted IoU", "ratio", ""),
+    "classes": Column("Classes", "text", "Values that entered: those that either map has there."),
+    "n_classes": Column("Number", "whole", "How many values entered."),
+    "n_reference_classes": Column("In reference", "whole", "How many of them the reference has."),
+    "channel": Column("Channel", "text", "Of the image, or of the uncertainty map."),
+    "n": Column("n", "number", "Elements with a valid pixel, by cover."),
+    "mean": Column("Mean", "real", "Weighted by cover."),
+    "sd": Column("SD", "real", "Standard deviation, divided by n."),
+    "min": Column("Min", "real", "Smallest."),
+    "max": Column("Max", "real", "Largest."),
+    "p05": Column("5th percentile", "real", "Right within the bin."),
+    "p50": Column("Median", "real", "Right within the bin."),
+    "p95": Column("95th percentile", "real", "Right within the bin."),
+    "bin": Column("Bin", "real", "Width of the histogram's bins, which the percentiles are right within."),
+    "unit": Column("Unit", "text", "Of the numbers in the row."),
+    "low": Column("Low", "ratio", "Lower end of the 95 % interval."),
+    "high": Column("High", "ratio", "Upper end of the 95 % interval."),
+    "interval": Column("Interval over", "text", "What was resampled for it, or why there is none."),
+    "tolerance": Column("Tolerance", "real", "Of the surface Dice, in the unit of the row."),
+    "width": Column("Width", "real", "Of the boundary metrics, in the unit of the row."),
+    "confidence": Column("Confidence", "ratio", "Mean score of the best class over the elements of the bin."),
+    "accuracy": Column("Accuracy", "ratio", "Share of the elements of the bin that are right."),
+    "ece": Column("ECE", "ratio", ""),
     "reason": Column("Reason", "text", "Why a ratio is not defined."),
     "metric": Column(
         "Metric",
@@ -105,7 +119,29 @@ COLUMNS = {
     ),
     "n_failed": Column("Failed", "whole", "Scenes that failed and are left out."),
 }  # fmt: skip
-_SUMMARY_VALUE = Column("Value", "ratio", "The metric.")
+_COMPARED = {
+    "predicted": "Size of the class in the prediction, over the elements that were compared.",
+    "reference": "Size of the class in the reference, over the elements that were compared.",
+    "difference": "Predicted − reference.",
+}
+"""Sizes of the metric table, named for what and the unit."""
+_OF_TABLE = {
+    ("summary", "value"): Column("Value", "ratio", "The metric."),
+    ("calibration", "low"): Column(
+        "From", "ratio", "Lower end of the bin of confidence; empty: over all bins."
+    ),
+    ("calibration", "high"): Column("To", "ratio", "Upper end of the bin."),
+}
+"""Columns that mean something else in one table."""
+_DISTANCES = {
+    "hausdorff": "Hausdorff", "hd95": "HD95", "assd": "ASSD", "asd_to_reference": "ASD to reference",
+    "asd_to_prediction": "ASD to prediction",
+}  # fmt: skip
+for _kind in ("element", "voxel"):
+    COLUMNS |= {f"{k}_{_kind}": Column(f"{v} ({_kind})", "real", "") for k, v in _DISTANCES.items()}
+    COLUMNS[f"surface_dice_{_kind}"] = Column(f"Surface Dice ({_kind})", "ratio", "")
+for _name, _label in (("iou", "IoU"), ("f1", "F1"), ("precision", "precision"), ("recall", "recall")):
+    COLUMNS[f"boundary_{_name}"] = Column(f"Boundary {_label}", "ratio", "")
 _TONES = {"failed": "warn", "no_data": "warn", "yes": "yes", "no": "muted"}
 
 
@@ -129,6 +165,8 @@ class Head:
     unit: str
     numeric: bool
     meaning: str
+    definition: str = ""
+    """Id of what explains it at length; empty: nothing does."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +176,13 @@ class Table:
     id: str
     title: str
     file: str
-    """The CSV that holds all of it."""
+    """The CSV that holds all of it, from the run's folder."""
     heads: tuple[Head, ...]
     rows: tuple[tuple[Cell, ...], ...]
     total: int
-    """Rows in the CSV."""
+    """Rows there are; those left out are in the CSV."""
+    note: str = ""
+    """How the rows are ordered, where not as in the CSV."""
 
 
 def page_table(
@@ -151,44 +191,71 @@ def page_table(
     file: str,
     frame: pd.DataFrame,
     classes: Sequence[ClassInfo],
+    limit: int = ROWS,
+    note: str = "",
 ) -> Table:
-    """The first `ROWS` rows of a frame. Columns that hold nothing at all are left out."""
-    names = [str(c) for c in frame.columns if not (c in units.SIZES and frame[c].isna().all())]
-    shown = frame.head(ROWS)
+    """The first ``limit`` rows of a frame. Columns of sizes that hold nothing at all are left out."""
+    names = [str(c) for c in frame.columns if not (_size_of(str(c)) and frame[c].isna().all())]
+    shown = frame.head(limit)
     heads, columns = [], []
+    colors = {c.name: c for c in classes}
     for name in names:
-        head, draw = _column(name, frame, {c.name: c for c in classes}, summary=id == "summary")
+        head, draw = _column(id, name, frame, colors)
         heads.append(head)
         columns.append([draw(v) for v in shown[name].tolist()])
     rows = tuple(zip(*columns, strict=True)) if columns else ()
-    return Table(id, title, file, tuple(heads), rows, len(frame))
+    return Table(id, title, file, tuple(heads), rows, len(frame), note)
 
 
 def _column(
-    name: str, frame: pd.DataFrame, classes: Mapping[str, ClassInfo], summary: bool
+    table: str, name: str, frame: pd.DataFrame, classes: Mapping[str, ClassInfo]
 ) -> tuple[Head, Callable[[Any], Cell]]:
     """The header, and what draws a value of it."""
-    spec = COLUMNS.get(name, Column(name, "text", ""))
-    if summary and name == "value":
-        spec = _SUMMARY_VALUE
+    spec = _OF_TABLE.get((table, name)) or _spec(name, frame)
+    found = of_column(name)
+    definition, meaning = (found.id if found else ""), spec.meaning or _explained(found)
     if spec.kind == "size":
-        unit = units.size_unit(name, frame[name].dropna().tolist())
-        head = Head(spec.label, unit.symbol, True, spec.meaning)
+        unit = units.size_unit(_size_of(name), frame[name].dropna().tolist())
+        head = Head(spec.label, unit.symbol, True, meaning, definition)
         return head, lambda v: _numeric(v, lambda x: units.size(x, unit))
     if spec.kind == "class":
-        return Head(spec.label, "", False, spec.meaning), lambda v: _class(v, classes)
+        return Head(spec.label, "", False, meaning, definition), lambda v: _class(v, classes)
     if spec.kind in _NUMBERS:
-        head = Head(spec.label, "%" if spec.kind == "percent" else "", True, spec.meaning)
+        head = Head(spec.label, "%" if spec.kind == "percent" else "", True, meaning, definition)
         form = _NUMBERS[spec.kind]
         return head, lambda v: _numeric(v, form)
-    kind = _state if spec.kind == "state" else _plain
-    return Head(spec.label, "", False, spec.meaning), kind
+    return Head(spec.label, "", False, meaning, definition), _state if spec.kind == "state" else _plain
+
+
+def _spec(name: str, frame: pd.DataFrame) -> Column:
+    """What a column is; one that nobody described is shown by its own name and type."""
+    if name in COLUMNS:
+        return COLUMNS[name]
+    what, _, unit = name.rpartition("_")
+    if what in _COMPARED and f"_{unit}" in _UNITS:
+        return Column(what.capitalize(), "size", _COMPARED[what])
+    numeric = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
+    return Column(name.replace("_", " "), "real" if numeric else "text", "")
+
+
+_UNITS = {"_m2": "area_m2", "_mm3": "volume_mm3", "_px": "area_px"}
+
+
+def _size_of(name: str) -> str:
+    """The column of `units.SIZES` whose unit this one has; empty: it is no size."""
+    what, _, unit = name.rpartition("_")
+    return _UNITS.get(f"_{unit}", "") if name in units.SIZES or what in _COMPARED else ""
+
+
+def _explained(found: Definition | None) -> str:
+    return " ".join(filter(None, (f"{found.formula}.", found.meaning, found.undefined))) if found else ""
 
 
 _NUMBERS: dict[str, Callable[[float], str]] = {
     "whole": lambda v: units.number(v, 0),
     "number": lambda v: units.number(v, 0 if v == int(v) else 1),
     "ratio": lambda v: units.number(v, 3),
+    "real": lambda v: units.number(v, units.decimals(v)),
     "percent": lambda v: units.percent(v).removesuffix(" %"),
 }
 

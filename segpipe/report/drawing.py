@@ -20,6 +20,11 @@ DIFFERENCE = {
     "wrong": ("wrong class", "#882255"),
 }
 """Paul Tol's colours: told apart with any common colour vision, and in grey by lightness."""
+HEAT = (
+    "#00224e", "#083370", "#35456c", "#4f576c", "#666970", "#7d7c78", "#948e77", "#aea371", "#c8b866",
+    "#e5cf52", "#fee838",
+)  # fmt: skip
+"""Eleven stops of cividis (Nuñez et al. 2018): lightness grows evenly for every common colour vision."""
 INK, PAPER, MUTED = "#1b1f24", "#ffffff", "#57606a"
 _STRETCH = (2.0, 98.0)
 
@@ -131,6 +136,16 @@ def difference(
     return result
 
 
+def heat(shares: np.ndarray, labels: np.ndarray, nodata: int | None) -> np.ndarray:
+    """RGBA map of shares 0…1, darker for less; transparent where there is no label."""
+    at = np.clip(np.nan_to_num(shares.astype(np.float64)), 0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colors = np.array([rgb(c) for c in HEAT], dtype=np.float64)
+    planes = [np.interp(at, stops, colors[:, i]) for i in range(3)]
+    alpha = np.full(labels.shape, 255.0) if nodata is None else np.where(labels == nodata, 0.0, 255.0)
+    return np.stack([*planes, alpha], axis=-1).round().astype(np.uint8)
+
+
 def resize(picture: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarray:
     """To (rows, columns): smooth for images, nearest for labels and maps of colours."""
     if picture.shape[:2] == size:
@@ -177,6 +192,20 @@ def scale_bar(picture: np.ndarray, per_pixel: float, unit: str) -> np.ndarray:
     draw.rectangle((x, y - 3, end, y + 1), fill="white")
     text_with_halo(draw, (x, y - 7), name, 14, "ls")
     return np.asarray(image)
+
+
+def webp(picture: np.ndarray, quality: int = 85) -> bytes:
+    """Lossy WebP bytes, transparency kept exactly: a photograph in a fifth of a PNG's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=2)
+    return buffer.getvalue()
+
+
+def jpeg(picture: np.ndarray, quality: int) -> bytes:
+    """JPEG bytes of RGB (rows, columns, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
 
 
 def png(picture: np.ndarray | Image.Image) -> bytes:

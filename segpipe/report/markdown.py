@@ -12,6 +12,8 @@ from segpipe.report import units
 from segpipe.report.record import RunRecord
 from segpipe.report.shares import class_bars
 
+HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
+"""Metrics told first, of those over all classes; the summary table has every one."""
 FAILURES = 20
 CLASSES = 30
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!])")
@@ -79,11 +81,12 @@ def _means(summary: pd.DataFrame | None) -> list[str]:
             [
                 _text(str(row.get("metric", ""))),
                 units.number(float(row.get("value", math.nan)), 3),
+                units.interval(row),
                 "" if defined is None or pd.isna(defined) else f"{int(defined):,}",
                 _text(str(row.get("over", ""))),
             ]
         )
-    return _table(["Metric", "Value", "Defined", "Over"], rows)
+    return _table(["Metric", "Value", "95 % interval", "Defined", "Over"], rows)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -102,7 +105,7 @@ def headline(
     metrics: pd.DataFrame | None = None,
     summary: pd.DataFrame | None = None,
 ) -> list[str]:
-    """The run in a few lines of plain text, for a terminal: sizes per class, then the means."""
+    """The run in a few lines of plain text, for a terminal: sizes per class, then the main means."""
     lines = [f"{record.job_name}: {len(record.done)} of {len(record.scenes)} scenes done"]
     for group in class_bars(regions, metrics, record.legend):
         for bar in group.bars[:CLASSES]:
@@ -110,6 +113,10 @@ def headline(
             lines.append(f"  {bar.name:<16} {bar.size:>12} {group.unit}  {bar.share:>7}{scores}")
     if summary is not None:
         for row in _over_scenes(summary).to_dict("records"):
-            value = units.number(float(row["value"]), 3)
-            lines.append(f"  {row['metric']:<16} {value:>12}  {row['over']} (n={row['n_defined']})")
+            if row["metric"] in HEADLINES:
+                value, between = units.number(float(row["value"]), 3), units.interval(row)
+                between = f", 95 % interval {between}" if between else ""
+                lines.append(
+                    f"  {row['metric']:<16} {value:>12}  {row['over']} (n={row['n_defined']}){between}"
+                )
     return lines

@@ -26,28 +26,47 @@ document.querySelectorAll("table.data").forEach((table) => {
     });
   });
 });
-// Search: every word must occur in the row.
-const filter = (input) => {
-  const table = document.getElementById(input.dataset.table);
+// Search: every word must occur in the row, and its state be the one that is chosen.
+const filter = (id) => {
+  const input = document.querySelector(`input[data-table="${id}"]`);
+  const choice = document.querySelector(`select[data-table="${id}"]`);
   const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
   let shown = 0;
-  for (const row of table.tBodies[0].rows) {
+  for (const row of document.getElementById(id).tBodies[0].rows) {
     const text = row.textContent.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
+    row.hidden = !words.every((word) => text.includes(word))
+      || Boolean(choice && choice.value && row.dataset.state !== choice.value);
     shown += !row.hidden;
   }
-  const count = document.getElementById(input.dataset.table + "-count");
-  count.textContent = words.length ? `${shown} of ${count.dataset.all}` : count.dataset.all;
+  const count = document.getElementById(id + "-count");
+  const some = words.length || (choice && choice.value);
+  count.textContent = some ? `${shown} of ${count.dataset.all}` : count.dataset.all;
 };
-document.querySelectorAll("input[type=search]").forEach((input) => {
-  input.addEventListener("input", () => filter(input));
+document.querySelectorAll("input[data-table], select[data-table]").forEach((input) => {
+  input.addEventListener("input", () => filter(input.dataset.table));
 });
-document.querySelectorAll("a[data-find]").forEach((link) => {
-  link.addEventListener("click", () => {
-    const input = document.querySelector(`input[data-table="${link.hash.slice(1)}-table"]`);
-    if (input) { input.value = link.dataset.find; filter(input); }
-  });
+// Slices: one picture at a time.
+document.querySelectorAll(".slider").forEach((slider) => {
+  const range = slider.querySelector("input"), pictures = [...slider.querySelectorAll(".stage img")];
+  const turn = () => {
+    const shown = pictures[Number(range.value)];
+    pictures.forEach((picture) => { picture.hidden = picture !== shown; });
+    slider.querySelector("output").textContent = shown.alt;
+    range.setAttribute("aria-valuetext", shown.alt);
+  };
+  range.addEventListener("input", turn);
+  turn();
 });
+// Definitions: a link opens the one it leads to; paper has them all.
+const reveal = (hash) => {
+  const target = hash.startsWith("#def-") && document.getElementById(hash.slice(1));
+  if (target) target.open = true;
+};
+document.querySelectorAll('a[href^="#def-"]').forEach((link) => {
+  link.addEventListener("click", () => reveal(link.hash));
+});
+reveal(location.hash);
+addEventListener("beforeprint", () => document.querySelectorAll(".def").forEach((d) => { d.open = true; }));
 // Zoom: pictures of one scene at one place, so that arrow keys flicker between them.
 const dialog = document.querySelector("dialog");
 let views = [], current = 0;
@@ -66,12 +85,12 @@ document.querySelectorAll(".view").forEach((view) => {
     dialog.showModal();
   });
 });
-dialog.addEventListener("click", (event) => {
+dialog?.addEventListener("click", (event) => {
   const step = event.target.dataset.step;
   if (step) show(current + Number(step));
   else if (event.target.closest("[data-close]") || event.target.tagName === "IMG") dialog.close();
 });
-dialog.addEventListener("keydown", (event) => {
+dialog?.addEventListener("keydown", (event) => {
   if (event.key === "ArrowRight") show(current + 1);
   if (event.key === "ArrowLeft") show(current - 1);
 });

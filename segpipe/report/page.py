@@ -1,44 +1,45 @@
-"""The report: one HTML page with everything inside, drawn from the run's record and tables.
+"""The report's pages, drawn from a run's record, tables and pictures.
 
-It loads nothing: a content security policy forbids it, and allows no script but the page's own.
-Every text is escaped by the template; the same input gives the same bytes.
+A run of one scene is one page with everything inside. A run of more is an index, ``report.html``,
+with a thumbnail a scene, and a page for each scene that is done. Every page holds all it shows: a
+content security policy forbids it to load anything, and allows no script but its own. Every text is
+escaped by the templates; the same input gives the same bytes.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import io
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import jinja2
 import pandas as pd
-from PIL import Image
 
 from segpipe.regions.base import SCENE
 from segpipe.report import units
-from segpipe.report.cells import ROWS, page_table
-from segpipe.report.pictures import LegendEntry, Panel, Previews
+from segpipe.report.cells import ROWS, Table, page_table
+from segpipe.report.confusion import confusion_matrix
+from segpipe.report.definitions import Definition, needed, of_metric
+from segpipe.report.markdown import HEADLINES
+from segpipe.report.overview import figures, scene_scores, scene_table
+from segpipe.report.pictures import Previews
 from segpipe.report.record import ModelSummary, RunRecord, SceneRecord
+from segpipe.report.scene_page import scene_view
 from segpipe.report.shares import LISTED, Bars, class_bars
+from segpipe.report.templates import data_uri, relative, render
 
-_HERE = Path(__file__).parent
-SECTIONS = 16
-"""Scenes shown with pictures; every further one has its row and its ``preview.png``."""
-THUMBNAILS = 200
-HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
-"""Metrics shown as cards, of those over all classes; the summary table has every one."""
-_WEBP_QUALITY = 88
+INDEX = "report.html"
+FAILURES = 10
+"""Failed scenes told at once; the others are folded away."""
+INDEX_ROWS = 500
+"""Rows of a table in the index of many scenes; pages of scenes show `ROWS`."""
 FREQUENT = "mIoU of classes with"
 """Beginning of the name of the mean over classes with enough reference."""
+HIDDEN = ("confusion",)
+"""Tables that are shown as a figure."""
+Tables = Mapping[str, pd.DataFrame]
+"""By name of the file without its ending: regions, and any others."""
 
 
 @dataclass(frozen=True)
@@ -47,139 +48,135 @@ class _Card:
     value: str
     unit: str
     detail: str
+    definition: str = ""
+    interval: str = ""
     bad: bool = False
 
 
-@dataclass(frozen=True)
-class _Figure:
-    title: str
-    caption: str
-    alt: str
-    src: str
-    width: int
-    height: int
-    legend: tuple[LegendEntry, ...]
+def scene_path(name: str) -> str:
+    """A scene's page, from the run's folder."""
+    return f"scenes/{name}/report.html"
 
 
-@dataclass(frozen=True)
-class _Section:
-    scene: SceneRecord
-    anchor: str
-    facts: tuple[str, ...]
-    panels: tuple[_Figure, ...]
-    bars: tuple[Bars, ...]
-    measured: bool
-    """Whether the region table has rows of it."""
-    notes: tuple[str, ...]
-    details: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+def page_paths(record: RunRecord) -> list[str]:
+    """The pages of a run, from its folder."""
+    return [INDEX, *(scene_path(s.name) for s in record.done if len(record.scenes) > 1)]
 
 
-@dataclass(frozen=True)
-class _IndexRow:
-    scene: SceneRecord
-    anchor: str
-    thumbnail: str
-    size: str
-    seconds: str
-    time: str
-
-
-def render_page(
-    record: RunRecord,
-    previews: Mapping[str, Previews],
-    regions: pd.DataFrame,
-    metrics: pd.DataFrame | None = None,
-    summary: pd.DataFrame | None = None,
-) -> str:
-    """The text of ``report.html``.
+def render_pages(
+    record: RunRecord, previews: Callable[[str], Previews | None], tables: Tables
+) -> Iterator[tuple[str, str]]:
+    """Path in the run's folder and text of every page, one after the other.
 
     Args:
-        record: of the run; ``files`` of its scenes are relative to the page's folder.
-        previews: by scene name; a scene without one is shown without pictures.
-        regions: the region table, in SI units.
-        metrics: the metric table; None without a reference.
-        summary: the means; None without a reference.
+        record: of the run; ``files`` of its scenes are relative to its folder.
+        previews: by scene name, asked once for each; None: shown without pictures.
+        tables: ``regions``, in SI units, and those there are of ``metrics``, ``summary``,
+            ``agreement``, ``confusion``, …
     """
-    classes = record.legend
-    shown = record.done[:SECTIONS]
-    anchors = {scene.name: f"scene-{i + 1}" for i, scene in enumerate(shown)}
+    shown = {name: frame for name, frame in tables.items() if name == "regions" or len(frame)}
+    if len(record.scenes) == 1:
+        views = [scene_view(s, previews(s.name), {}, record.legend) for s in record.done]
+        yield INDEX, _index(record, shown, views, {})
+        return
+    parts = {name: _split(frame) for name, frame in shown.items() if "scene" in frame}
+    thumbnails: dict[str, str] = {}
+    for number, scene in enumerate(record.done):
+        pictures = previews(scene.name)
+        if pictures is not None:
+            thumbnails[scene.name] = data_uri("webp", pictures.thumbnail)
+        own = {name: part[scene.name] for name, part in parts.items() if scene.name in part}
+        around = (record.done[number - 1] if number else None, *record.done[number + 1 : number + 2])
+        yield scene_path(scene.name), _scene(record, scene, pictures, own, around)
+    yield INDEX, _index(record, shown, [], thumbnails)
+
+
+def _index(record: RunRecord, tables: Tables, views: Sequence[Any], thumbnails: Mapping[str, str]) -> str:
+    classes, regions, metrics = record.legend, tables["regions"], tables.get("metrics")
+    many = len(record.scenes) > 1
+    links = {s.name: relative(scene_path(s.name)) for s in record.done} if many else {}
     totals = class_bars(regions, metrics, classes)
-    css, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = _environment().get_template("page.html")
-    return page.render(
+    charts = figures(regions, metrics, classes, links) if many else []
+    matrix = confusion_matrix(tables.get("confusion"), classes)
+    scenes = scene_table(record, regions, metrics, ROWS) if many else None
+    also = {c.definition for c in charts} | ({"confusion"} if matrix else set())
+    return render(
+        "page.html",
         record=record,
+        root="./",
         lead=_lead(record),
-        cards=_cards(record, totals, summary),
+        finding=_finding(record, totals, tables),
+        cards=_cards(record, totals, tables.get("summary")),
         totals=totals,
         failed=record.failed[:ROWS],
-        index=_index(record, previews, anchors) if len(record.scenes) > 1 else (),
-        sections=_sections(record, anchors, previews, regions, metrics),
-        left_out=len(record.done) - len(shown),
-        tables=[
-            page_table(name, name.capitalize(), f"{name}.csv", frame, classes)
-            for name, frame in (("regions", regions), ("metrics", metrics), ("summary", summary))
-            if frame is not None
-        ],
+        told=FAILURES,
+        scenes=scenes,
+        thumbnails=thumbnails,
+        links=links,
+        views=views,
+        charts=charts,
+        matrix=matrix,
+        tables=_tables(tables, record, INDEX_ROWS if many else ROWS, many),
+        definitions=_definitions(tables, also),
+        files=sorted(f"{name}.csv" for name in tables),
         listed=LISTED,
-        compared=metrics is not None,
         model=_model(record.model) if record.model else (),
         provenance=_provenance(record),
         job=json.dumps(record.job, indent=2, ensure_ascii=False, default=str),
-        css=css,
-        js=script,
-        script_hash=f"sha256-{digest}",
     )
 
 
-def _sections(
+def _scene(
     record: RunRecord,
-    anchors: Mapping[str, str],
-    previews: Mapping[str, Previews],
-    regions: pd.DataFrame,
-    metrics: pd.DataFrame | None,
-) -> list[_Section]:
-    """The scenes shown with pictures."""
-    by_scene = _split(regions)
-    compared = {} if metrics is None else _split(metrics)
+    scene: SceneRecord,
+    previews: Previews | None,
+    tables: Tables,
+    around: Sequence[SceneRecord | None],
+) -> str:
+    view = scene_view(scene, previews, tables, record.legend)
+    root = "../" * scene_path(scene.name).count("/")
+    neighbours = [
+        (word, other.name, relative(scene_path(other.name), root))
+        for word, other in zip(("Previous", "Next"), around, strict=False)
+        if other is not None
+    ]
+    return render(
+        "scene.html",
+        record=record,
+        root=root,
+        view=view,
+        neighbours=neighbours,
+        tables=_tables(tables, record, ROWS),
+        definitions=_definitions(tables, {"confusion"} if view.matrix else set()),
+        listed=LISTED,
+        provenance=_provenance(record),
+    )
+
+
+def _tables(tables: Tables, record: RunRecord, limit: int, many: bool = False) -> list[Table]:
+    """Those that are shown as tables; of ``many`` scenes the lowest IoU first, of one without its name."""
     result = []
-    for scene in (s for s in record.done if s.name in anchors):
-        rows = by_scene.get(scene.name, regions.iloc[:0])
-        bars: tuple[Bars, ...] = ()
-        if len(record.done) > 1:  # of a single scene the totals above say the same
-            bars = class_bars(rows, compared.get(scene.name), record.legend)
-        anchor = anchors[scene.name]
-        result.append(_section(scene, anchor, previews.get(scene.name), bars, measured=len(rows) > 0))
+    for name, frame in tables.items():
+        if name in HIDDEN:
+            continue
+        note = ""
+        if not many:
+            frame = frame.drop(columns="scene", errors="ignore")
+        elif name == "metrics":
+            frame, note = frame.sort_values("iou", kind="stable"), "lowest IoU first"
+        title = name.replace("_", " ").capitalize()
+        result.append(page_table(name, title, f"{name}.csv", frame, record.legend, limit, note))
     return result
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["color"] = _color
-    environment.filters["relative"] = _relative
-    return environment
-
-
-def _color(text: str) -> str:
-    """A colour that is safe inside a style attribute."""
-    return text if re.fullmatch(r"#[0-9a-fA-F]{6}", text) else "#808080"
-
-
-def _relative(path: str) -> str:
-    """A link below the page's folder: quoting the colon keeps any scheme out."""
-    return "./" + quote(path.lstrip("/"), safe="/")
+def _definitions(tables: Tables, also: Collection[str]) -> list[Definition]:
+    columns = {str(c) for name, frame in tables.items() if name not in HIDDEN for c in frame.columns}
+    metrics = set(tables["summary"]["metric"]) if "summary" in tables else set()
+    return list(needed(columns, metrics, {*also, *tables}))
 
 
 def _split(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    if frame.empty or "scene" not in frame:
-        return {}
+    """The rows of each scene."""
     return {str(name): rows for name, rows in frame.groupby("scene", sort=False)}
 
 
@@ -195,6 +192,33 @@ def _lead(record: RunRecord) -> str:
     )
 
 
+def _finding(record: RunRecord, totals: Sequence[Bars], tables: Tables) -> str:
+    """The run's result in a sentence or two: the largest class, how well it was found, what is worst."""
+    parts = []
+    for group in totals:
+        present = [b for b in group.bars if not b.background and b.length > 0]
+        if present:
+            top = max(present, key=lambda b: b.length)
+            parts.append(
+                f"The largest class is {top.name}: {top.size} {group.unit}, {top.share} of what was measured."
+            )
+    rows = _headline_rows(tables.get("summary"))
+    mean = next((r for r in rows if r["metric"] == "mIoU"), None)
+    if mean is not None and math.isfinite(mean["value"]):
+        interval = _interval(mean)
+        parts.append(f"mIoU is {units.number(mean['value'], 3)}{f' ({interval})' if interval else ''}.")
+        scores = scene_scores(tables.get("metrics"), record.legend)["miou"].dropna().to_dict()
+        if len(scores) > 1:
+            worst = min(scores, key=scores.__getitem__)
+            parts.append(f"The weakest scene is {worst} with {units.number(scores[worst], 3)}.")
+    return " ".join(parts)
+
+
+def _interval(row: Mapping[Any, Any]) -> str:
+    between = units.interval(row)
+    return f"95 % interval {between} over {row.get('interval', 'resamples')}" if between else ""
+
+
 def _cards(record: RunRecord, totals: Sequence[Bars], summary: pd.DataFrame | None) -> list[_Card]:
     failed = len(record.failed)
     reused = sum(1 for s in record.done if "predict" in s.reused)
@@ -202,14 +226,14 @@ def _cards(record: RunRecord, totals: Sequence[Bars], summary: pd.DataFrame | No
     if reused:
         state += f"; {reused} reused from the store"
     count = f"{len(record.done):,}"
-    cards = [_Card("Scenes done", count, f"of {len(record.scenes):,}", state, bool(failed))]
+    cards = [_Card("Scenes done", count, f"of {len(record.scenes):,}", state, bad=bool(failed))]
     cards.extend(_metric_card(row) for row in _headline_rows(summary))
     for group in totals:
         present = [b for b in group.bars if not b.background and b.length > 0]
         if present:
             top = max(present, key=lambda b: b.length)
             detail = f"the largest class: {top.share} of what was measured"
-            cards.append(_Card(top.name, top.size, group.unit, detail))
+            cards.append(_Card(top.name, top.size, group.unit, detail, "size"))
     return cards
 
 
@@ -242,89 +266,9 @@ def _metric_card(row: Mapping[Any, Any]) -> _Card:
             plural = word if number != 1 else word.replace("scenes", "scene")
             counts.append(f"{int(number):,} {plural}")
     label = name if name.startswith("mIoU") else name[:1].upper() + name[1:]
-    return _Card(label, units.number(value, 3), "", f"over {over} · {', '.join(counts)}")
-
-
-def _section(
-    scene: SceneRecord,
-    anchor: str,
-    previews: Previews | None,
-    bars: tuple[Bars, ...],
-    measured: bool,
-) -> _Section:
-    panels = tuple(_figure(p, previews) for p in previews.panels) if previews else ()
-    notes = (*scene.notes, *(previews.notes if previews else ()))
-    timings = [(k, units.duration(v)) for k, v in scene.timings.items()]
-    details = (
-        ("Plan", _pairs(scene.plan)),
-        ("Time", (*timings, ("attempts", str(scene.attempts)))),
-        ("Keys", (*scene.keys.items(), ("reused", ", ".join(scene.reused) or "nothing"))),
-        ("Source", (("uri", scene.uri),)),
-    )
-    return _Section(scene, anchor, _facts(scene), panels, bars, measured, notes, details)
-
-
-def _figure(panel: Panel, previews: Previews) -> _Figure:
-    legend = {"labels": previews.legend, "difference": previews.difference_legend}.get(panel.key, ())
-    return _Figure(panel.title, panel.caption, panel.alt, _source(panel), panel.width, panel.height, legend)
-
-
-def _source(panel: Panel) -> str:
-    """The picture as a data URI: photographs as WebP, a fifth of the bytes; flat maps as PNG."""
-    if panel.key == "difference":
-        return _data_uri("png", panel.png)
-    return _webp(panel.png)
-
-
-def _webp(content: bytes) -> str:
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(content)).save(buffer, "WEBP", quality=_WEBP_QUALITY, method=4)
-    return _data_uri("webp", buffer.getvalue())
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _facts(scene: SceneRecord) -> tuple[str, ...]:
-    geometry = scene.geometry
-    if geometry is None:
-        return ()
-    facts = [_extent(scene)]
-    if geometry.spacing:
-        values = [f"{v:.4g}" for v in geometry.spacing]
-        same = len(set(values)) == 1
-        facts.append(f"{values[0] if same else ' × '.join(values)} {geometry.unit}".strip())
-    if geometry.kind == "raster":
-        facts.append(geometry.crs or "no CRS")
-    elif geometry.orientation:
-        facts.append(f"orientation {geometry.orientation}")
-    if scene.timings:
-        facts.append(units.duration(sum(scene.timings.values())))
-    if scene.reused:
-        facts.append(f"reused: {', '.join(scene.reused)}")
-    return tuple(facts)
-
-
-def _extent(scene: SceneRecord) -> str:
-    if scene.geometry is None:
-        return "—"
-    elements = "pixels" if scene.geometry.kind == "raster" else "voxels"
-    return " × ".join(f"{n:,}" for n in scene.geometry.shape) + f" {elements}"
-
-
-def _index(
-    record: RunRecord, previews: Mapping[str, Previews], anchors: Mapping[str, str]
-) -> list[_IndexRow]:
-    rows: list[_IndexRow] = []
-    for scene in (*record.failed, *record.done)[:ROWS]:
-        picture = previews.get(scene.name) if len(rows) < THUMBNAILS else None
-        thumbnail = _webp(picture.thumbnail) if picture else ""
-        seconds = sum(scene.timings.values())
-        anchor = anchors.get(scene.name, "")
-        time = units.duration(seconds) if scene.timings else "—"
-        rows.append(_IndexRow(scene, anchor, thumbnail, _extent(scene), f"{seconds:.3f}", time))
-    return rows
+    found = of_metric(name)
+    detail = f"over {over} · {', '.join(counts)}"
+    return _Card(label, units.number(value, 3), "", detail, found.id if found else "", _interval(row))
 
 
 def _model(model: ModelSummary) -> list[tuple[str, str]]:
@@ -350,22 +294,3 @@ def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Finished", record.finished),
     ]
     return [("Run", run), ("Versions", sorted(record.versions.items()))]
-
-
-def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """A plan's entries as words: bytes and ratios readable, lists as sizes."""
-    result = []
-    for key, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if "bytes" in key or key.startswith("memory"):
-                text = units.byte_size(value)
-            else:
-                text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-        elif isinstance(value, list | tuple):
-            text = " × ".join(str(v) for v in value)
-        elif isinstance(value, Mapping):
-            text = ", ".join(f"{k} {v}" for k, v in value.items())
-        else:
-            text = "—" if value is None else str(value)
-        result.append((key.replace("_", " "), text))
-    return tuple(result)

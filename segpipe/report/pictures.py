@@ -5,17 +5,23 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from segpipe.errors import RequestError
 from segpipe.report.colors import rgb
-from segpipe.report.drawing import INK, MUTED, PAPER, font, png
+from segpipe.report.drawing import INK, MUTED, PAPER, font, png, webp
 
+FORMAT = 2
+"""Of the archive; part of its name, so that one of another format is made again and not read."""
 THUMBNAIL = 192
 """Longest side of a thumbnail, in pixels."""
+THUMBNAIL_BYTES = 20_000
+"""Most bytes of a thumbnail: an index of many scenes holds one of each."""
 _GAP, _LINE, _LEGEND_ENTRIES = 24, 22, 60
 _COMPOSITE_PANEL = 640
 
@@ -33,15 +39,39 @@ class Panel:
     """One picture."""
 
     key: str
-    """``image``, ``labels``, ``reference`` or ``difference``."""
+    """``image``, ``labels``, ``reference``, ``difference`` or ``uncertainty``."""
     title: str
     caption: str
     """What is shown and how, in a sentence."""
     alt: str
     """What a reader who cannot see the picture should know."""
-    png: bytes
+    content: bytes
     width: int
     height: int
+    kind: Literal["webp", "png"] = "png"
+    """Of the content: photographs as WebP, flat maps as PNG."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of a stack."""
+
+    jpeg: bytes
+    caption: str
+    """Which one it is, and where."""
+
+
+@dataclass(frozen=True)
+class SliceStack:
+    """Slices of a volume to leaf through, all of one size."""
+
+    slices: tuple[Slice, ...]
+    """From the feet up."""
+    first: int
+    """Which one to show first."""
+    width: int
+    height: int
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -56,39 +86,69 @@ class Previews:
     composite: bytes
     """PNG: the panels side by side with titles and legend, for ``preview.png``."""
     thumbnail: bytes
-    """PNG: labels over image, at most `THUMBNAIL` pixels."""
+    """WebP: labels over image, at most `THUMBNAIL` pixels and `THUMBNAIL_BYTES`."""
     notes: tuple[str, ...] = ()
     """Orientation convention, thinning."""
+    slices: SliceStack | None = None
+    """Of a volume."""
 
 
 def assemble(
     panels: Sequence[Panel],
+    pictures: Mapping[str, np.ndarray],
     legend: Sequence[LegendEntry],
     difference_legend: Sequence[LegendEntry],
     notes: Sequence[str],
+    *,
+    thumbnail: np.ndarray | None = None,
+    slices: SliceStack | None = None,
 ) -> Previews:
-    """Panels with the composite and the thumbnail made of them."""
-    shown = next((p for p in panels if p.key == "labels"), panels[0])
-    small = Image.open(io.BytesIO(shown.png))
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    """Panels with the composite and the thumbnail made of them.
+
+    Args:
+        panels: in the order shown.
+        pictures: what is in them, RGBA by key.
+        legend: classes.
+        difference_legend: kinds of difference; empty without a reference.
+        notes: what a reader must know.
+        thumbnail: RGBA; left out: the labels' panel.
+        slices: of a volume.
+    """
+    small = pictures["labels"] if thumbnail is None else thumbnail
     return Previews(
         tuple(panels),
         tuple(legend),
         tuple(difference_legend),
-        _composite(panels, legend, difference_legend),
-        png(small),
+        _composite(panels, pictures, legend, difference_legend),
+        _thumbnail(small),
         tuple(notes),
+        slices,
     )
+
+
+def _thumbnail(picture: np.ndarray) -> bytes:
+    """WebP in the best quality that fits `THUMBNAIL_BYTES`."""
+    small = Image.fromarray(picture)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    for quality in (60, 40, 20):
+        content = webp(np.asarray(small), quality)
+        if len(content) <= THUMBNAIL_BYTES:
+            break
+    return content
 
 
 def dump_previews(previews: Previews) -> bytes:
     """A zip archive of everything; the same previews give the same bytes."""
     index = asdict(previews)
     for panel in index["panels"]:
-        del panel["png"]
-    files = {f"{p.key}.png": p.png for p in previews.panels}
-    files |= {"composite.png": previews.composite, "thumbnail.png": previews.thumbnail}
+        del panel["content"]
+    files = {f"{p.key}.{p.kind}": p.content for p in previews.panels}
+    files |= {"composite.png": previews.composite, "thumbnail.webp": previews.thumbnail}
     del index["composite"], index["thumbnail"]
+    if previews.slices is not None:
+        for number, item in enumerate(previews.slices.slices):
+            files[f"slice-{number:03d}.jpeg"] = item.jpeg
+            del index["slices"]["slices"][number]["jpeg"]
     files["index.json"] = json.dumps(index, indent=1, ensure_ascii=False).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -107,42 +167,55 @@ def load_previews(content: bytes) -> Previews:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             index = json.loads(archive.read("index.json"))
             panels = tuple(
-                Panel(**panel, png=archive.read(f"{panel['key']}.png")) for panel in index["panels"]
+                Panel(**panel, content=archive.read(f"{panel['key']}.{panel['kind']}"))
+                for panel in index["panels"]
             )
             return Previews(
                 panels,
                 tuple(LegendEntry(**entry) for entry in index["legend"]),
                 tuple(LegendEntry(**entry) for entry in index["difference_legend"]),
                 archive.read("composite.png"),
-                archive.read("thumbnail.png"),
+                archive.read("thumbnail.webp"),
                 tuple(index["notes"]),
+                _load_slices(archive, index["slices"]),
             )
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"stored previews cannot be read ({error}); run the job again") from error
 
 
+def _load_slices(archive: zipfile.ZipFile, index: dict[str, Any] | None) -> SliceStack | None:
+    if index is None:
+        return None
+    slices = tuple(
+        Slice(archive.read(f"slice-{number:03d}.jpeg"), entry["caption"])
+        for number, entry in enumerate(index["slices"])
+    )
+    return SliceStack(**{**index, "slices": slices})
+
+
 def _composite(
     panels: Sequence[Panel],
+    pictures: Mapping[str, np.ndarray],
     legend: Sequence[LegendEntry],
     difference_legend: Sequence[LegendEntry],
 ) -> bytes:
     """Panels in a row, or below each other where they are wide (the planes of a volume)."""
-    pictures = [Image.open(io.BytesIO(p.png)).convert("RGBA") for p in panels]
-    stacked = all(p.width > 1.5 * p.height for p in pictures)
+    drawn = [Image.fromarray(pictures[p.key]) for p in panels]
+    stacked = all(p.width > 1.5 * p.height for p in drawn)
     widest = _COMPOSITE_PANEL * (2 if stacked else 1)
-    for index, picture in enumerate(pictures):
+    for index, picture in enumerate(drawn):
         if picture.width > widest:
             size = (widest, max(1, round(picture.height * widest / picture.width)))
-            pictures[index] = picture.resize(size, Image.Resampling.LANCZOS)
-    cell = (max(p.width for p in pictures), max(p.height for p in pictures) + 2 * _LINE)
-    columns = 1 if stacked else len(pictures)
-    rows = -(-len(pictures) // columns)
+            drawn[index] = picture.resize(size, Image.Resampling.LANCZOS)
+    cell = (max(p.width for p in drawn), max(p.height for p in drawn) + 2 * _LINE)
+    columns = 1 if stacked else len(drawn)
+    rows = -(-len(drawn) // columns)
     width = max(columns * (cell[0] + _GAP) + _GAP, 480)
     groups = [("Classes", legend), ("Difference", difference_legend)]
     placed, end = _legend_places(groups, width, rows * (cell[1] + _GAP) + _GAP)
     canvas = Image.new("RGB", (width, end), PAPER)
     draw = ImageDraw.Draw(canvas)
-    for index, (panel, picture) in enumerate(zip(panels, pictures, strict=True)):
+    for index, (panel, picture) in enumerate(zip(panels, drawn, strict=True)):
         x = _GAP + (index % columns) * (cell[0] + _GAP)
         y = _GAP + (index // columns) * (cell[1] + _GAP)
         draw.text((x, y), panel.title, fill=INK, font=font(17))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from nibabel import orientations
@@ -17,23 +17,66 @@ from PIL import Image, ImageDraw
 from segpipe.boxes import Box
 from segpipe.geometry import VolumeGeometry
 from segpipe.models.card import Class
-from segpipe.report.drawing import layers, limits, resize, scale_bar, stretch, text_with_halo
-from segpipe.report.sampling import ArrayReader, ImageReader, sample_image, sample_labels, thinned
+from segpipe.report.drawing import heat, layers, limits, resize, scale_bar, stretch, text_with_halo
+from segpipe.report.sampling import ArrayReader, Readers, sample_image, sample_labels, thinned
 
 CONVENTION = "Radiological convention: the patient's right is on the left."
 SLAB_ELEMENTS = 2**24
 """Labels read at once while the largest structure is looked for."""
-_RIGHT, _FRONT, _UP = 0, 1, 2  # axes of RAS
-_VIEWS = (  # name, RAS axis cut through, RAS axis of the rows (top +), of the columns (left +)
-    ("Axial", _UP, _FRONT, _RIGHT),
-    ("Coronal", _FRONT, _UP, _RIGHT),
-    ("Sagittal", _RIGHT, _UP, _FRONT),
-)
-_LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))
-_GAP, _FOOT, _MARGIN = 8, 26, 18
+RIGHT, FRONT, UP = 0, 1, 2  # axes of RAS
+
+
+class View(NamedTuple):
+    """A plane by its axes of RAS: the one cut through, of the rows (top +) and of the columns (left +)."""
+
+    name: str
+    across: int
+    top: int
+    left: int
+
+
+AXIAL = View("Axial", UP, FRONT, RIGHT)
+_VIEWS = (AXIAL, View("Coronal", FRONT, UP, RIGHT), View("Sagittal", RIGHT, UP, FRONT))
+LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))
+"""Plus and minus of each axis of RAS."""
+_GAP, _FOOT = 8, 26
 _AIR = 0.2
 _OBLIQUE = 0.99
 """Cosine under which an axis is said to be oblique (8 degrees)."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """How a volume's array lies in the patient: the closest axis of RAS for each of its own."""
+
+    axis: tuple[int, int, int]
+    """Array axis by axis of RAS."""
+    sign: tuple[int, int, int]
+    """By axis of RAS: +1 where the index grows toward right, front or up, else -1."""
+
+    @classmethod
+    def of(cls, geometry: VolumeGeometry) -> Anatomy:
+        """By the affine."""
+        known: Any = orientations  # nibabel is typed in parts
+        # per voxel axis i, j, k: the closest axis of RAS, and +1 or -1 along it
+        world = known.io_orientation(geometry.matrix)
+        axis, sign = [0, 0, 0], [1, 1, 1]
+        for voxel, (ras, direction) in enumerate(world):
+            axis[int(ras)], sign[int(ras)] = 2 - voxel, int(direction)
+        return cls((axis[0], axis[1], axis[2]), (sign[0], sign[1], sign[2]))
+
+    def upright(self, array: np.ndarray, view: View) -> np.ndarray:
+        """A cut (…, rows, columns), axes in array order, with the view's top and left where they belong."""
+        turned = array if self.axis[view.top] < self.axis[view.left] else array.swapaxes(-1, -2)
+        # anatomical plus is up and left, so an index that grows toward it is reversed
+        return turned[..., :: -self.sign[view.top], :: -self.sign[view.left]]
+
+    def millimetres(self, geometry: VolumeGeometry, view: View) -> tuple[float, float]:
+        """Height and width of a cut."""
+        high, wide = (
+            geometry.shape[a] * geometry.spacing[a] for a in (self.axis[view.top], self.axis[view.left])
+        )
+        return high, wide
 
 
 @dataclass(frozen=True)
@@ -41,7 +84,11 @@ class VolumePictures:
     """The three planes in a row, once per kind of picture."""
 
     pictures: dict[str, np.ndarray]
-    """RGBA by ``image``, ``labels``, ``reference``, ``difference``."""
+    """RGBA by ``image``, ``labels``, ``reference``, ``difference``, ``uncertainty``."""
+    axial: np.ndarray
+    """RGBA: the labels in the axial plane alone, for a thumbnail."""
+    centre: tuple[int, ...]
+    """Voxel that the planes go through, array order."""
     seen: tuple[np.ndarray, ...]
     """The labels in the planes, to know which classes the legend needs."""
     bounds: tuple[float, float]
@@ -66,12 +113,11 @@ class _Cut:
     valid: np.ndarray
     labels: np.ndarray
     reference: np.ndarray | None
+    uncertainty: np.ndarray | None
 
 
 def volume_pictures(
-    read_image: ImageReader,
-    read_labels: ArrayReader,
-    read_reference: ArrayReader | None,
+    read: Readers,
     geometry: VolumeGeometry,
     classes: Sequence[Class],
     nodata: int | None,
@@ -79,11 +125,8 @@ def volume_pictures(
     channel: int,
 ) -> VolumePictures:
     """Cut, turn upright, draw, and lay the planes side by side at one scale."""
-    centre, name = structure_centre(read_labels, geometry.shape, classes, nodata)
-    cuts = [
-        _cut(view, read_image, read_labels, read_reference, geometry, centre, channel, width)
-        for view in _VIEWS
-    ]
+    centre, name = structure_centre(read.labels, geometry.shape, classes, nodata)
+    cuts = [_cut(view, read, geometry, centre, channel, width) for view in _VIEWS]
     every = np.concatenate([c.values.ravel() for c in cuts])
     seen = np.concatenate([c.valid.ravel() for c in cuts])
     bounds, what = tissue_limits(every, seen)
@@ -92,24 +135,31 @@ def volume_pictures(
         room / sum(c.millimetres[1] for c in cuts),
         0.75 * width / max(c.millimetres[0] for c in cuts),
     )
-    drawn = []
-    for cut in cuts:
-        size = (
-            max(1, int(cut.millimetres[0] * scale)),
-            max(1, int(cut.millimetres[1] * scale)),
-        )
-        base = resize(stretch(cut.values[None], cut.valid, [bounds]), size, smooth=True)
-        labels = resize(cut.labels, size, smooth=False)
-        reference = None if cut.reference is None else resize(cut.reference, size, smooth=False)
-        drawn.append(layers(base, labels, reference, classes, nodata))
-    pictures = {key: _compose([d[key] for d in drawn], cuts, centre, geometry, 1 / scale) for key in drawn[0]}
+    drawn = [_draw(cut, scale, bounds, classes, nodata) for cut in cuts]
+    pictures = {key: _compose([d[key] for d in drawn], cuts, 1 / scale) for key in drawn[0]}
     notes = [CONVENTION]
     matrix = geometry.matrix[:3, :3] / np.linalg.norm(geometry.matrix[:3, :3], axis=0)
     if np.abs(matrix).max(axis=0).min() < _OBLIQUE:
         notes.append("The volume is oblique: planes follow its own axes, named for the closest.")
     arrays = [c.labels for c in cuts] + [c.reference for c in cuts if c.reference is not None]
     place = f"through the median voxel of {name}" if name else "through the middle of the volume"
-    return VolumePictures(pictures, tuple(a.ravel() for a in arrays), bounds, what, place, tuple(notes))
+    seen_labels = tuple(a.ravel() for a in arrays)
+    axial = drawn[0]["labels"]
+    return VolumePictures(pictures, axial, centre, seen_labels, bounds, what, place, tuple(notes))
+
+
+def _draw(
+    cut: _Cut, scale: float, bounds: tuple[float, float], classes: Sequence[Class], nodata: int | None
+) -> dict[str, np.ndarray]:
+    """A cut's pictures by key, at ``scale`` pixels a millimetre."""
+    size = (max(1, int(cut.millimetres[0] * scale)), max(1, int(cut.millimetres[1] * scale)))
+    base = resize(stretch(cut.values[None], cut.valid, [bounds]), size, smooth=True)
+    labels = resize(cut.labels, size, smooth=False)
+    reference = None if cut.reference is None else resize(cut.reference, size, smooth=False)
+    pictures = layers(base, labels, reference, classes, nodata)
+    if cut.uncertainty is not None:
+        pictures["uncertainty"] = heat(resize(cut.uncertainty, size, smooth=False), labels, nodata)
+    return pictures
 
 
 def structure_centre(
@@ -163,51 +213,34 @@ def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, f
 
 
 def _cut(
-    view: tuple[str, int, int, int],
-    read_image: ImageReader,
-    read_labels: ArrayReader,
-    read_reference: ArrayReader | None,
+    view: View,
+    read: Readers,
     geometry: VolumeGeometry,
     centre: tuple[int, ...],
     channel: int,
     width: int,
 ) -> _Cut:
-    name, across, top, left = view
-    anatomy: Any = orientations  # nibabel is typed in parts
-    # per voxel axis i, j, k: the closest axis of RAS, and +1 or -1 along it
-    world = anatomy.io_orientation(geometry.matrix)
-    axis = {int(ras): 2 - voxel for voxel, (ras, _) in enumerate(world)}  # RAS to array axis
-    sign = {int(ras): int(direction) for ras, direction in world}
-    axes = (min(axis[top], axis[left]), max(axis[top], axis[left]))
-    plane = thinned(geometry.shape, axes, centre[axis[across]], width)
+    anatomy = Anatomy.of(geometry)
+    rows, columns = sorted((anatomy.axis[view.top], anatomy.axis[view.left]))
+    plane = thinned(geometry.shape, (rows, columns), centre[anatomy.axis[view.across]], width)
 
-    def upright(array: np.ndarray) -> np.ndarray:
-        turned = array if axis[top] < axis[left] else array.swapaxes(-1, -2)
-        # anatomical plus is up and left, so an index that grows toward it is reversed
-        return turned[..., :: -sign[top], :: -sign[left]]
+    def sampled(reader: ArrayReader | None) -> np.ndarray | None:
+        return None if reader is None else anatomy.upright(sample_labels(reader, plane), view)
 
-    values, valid = sample_image(read_image, plane, (channel,))
+    values, valid = sample_image(read.image, plane, (channel,))
     return _Cut(
-        name,
-        (*_LETTERS[left], *_LETTERS[top]),
-        (
-            geometry.shape[axis[top]] * geometry.spacing[axis[top]],
-            geometry.shape[axis[left]] * geometry.spacing[axis[left]],
-        ),
-        upright(values[0]),
-        upright(valid),
-        upright(sample_labels(read_labels, plane)),
-        None if read_reference is None else upright(sample_labels(read_reference, plane)),
+        view.name,
+        (*LETTERS[view.left], *LETTERS[view.top]),
+        anatomy.millimetres(geometry, view),
+        anatomy.upright(values[0], view),
+        anatomy.upright(valid, view),
+        anatomy.upright(sample_labels(read.labels, plane), view),
+        sampled(read.reference),
+        sampled(read.uncertainty),
     )
 
 
-def _compose(
-    planes: Sequence[np.ndarray],
-    cuts: Sequence[_Cut],
-    centre: tuple[int, ...],
-    geometry: VolumeGeometry,
-    per_pixel: float,
-) -> np.ndarray:
+def _compose(planes: Sequence[np.ndarray], cuts: Sequence[_Cut], per_pixel: float) -> np.ndarray:
     """Planes in a row on black, with letters at their sides and the convention below."""
     high = max(p.shape[0] for p in planes)
     wide = sum(p.shape[1] for p in planes) + _GAP * (len(planes) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,16 +13,26 @@ from segpipe.geometry import RasterGeometry, VolumeGeometry
 from segpipe.models.card import Class
 from segpipe.report.drawing import (
     DIFFERENCE,
+    heat,
     layers,
     limits,
+    png,
     resize,
     scale_bar,
     stretch,
+    webp,
 )
-from segpipe.report.drawing import png as encode
 from segpipe.report.pictures import LegendEntry, Panel, Previews, assemble
 from segpipe.report.planes import volume_pictures
-from segpipe.report.sampling import ArrayReader, ImageReader, sample_image, sample_labels, thinned
+from segpipe.report.sampling import (
+    ArrayReader,
+    ImageReader,
+    Readers,
+    sample_image,
+    sample_labels,
+    thinned,
+)
+from segpipe.report.slices import axial_slices
 
 _NAMED = (("red", "b04", "b4"), ("green", "b03", "b3"), ("blue", "b02", "b2"))
 """Names of the bands shown as red, green and blue: colour words, then Sentinel-2's."""
@@ -32,7 +43,21 @@ TITLES = {
     "labels": "Segmentation",
     "reference": "Reference",
     "difference": "Difference",
+    "uncertainty": "Uncertainty",
 }
+
+
+@dataclass(frozen=True)
+class RasterPictures:
+    """A raster's pictures before they are encoded."""
+
+    pictures: dict[str, np.ndarray]
+    """RGBA by ``image``, ``labels``, ``reference``, ``difference``, ``uncertainty``."""
+    seen: tuple[np.ndarray, ...]
+    """The labels in them, to know which classes the legend needs."""
+    caption: str
+    """Of the image."""
+    notes: tuple[str, ...]
 
 
 def raster_preview(
@@ -45,8 +70,9 @@ def raster_preview(
     nodata: int | None,
     max_size: int = 900,
     count: int | None = None,
+    read_uncertainty: ArrayReader | None = None,
 ) -> Previews:
-    """Panels of a raster: image, labels over it, reference over it, difference.
+    """Panels of a raster: image, labels over it, reference over it, difference, uncertainty.
 
     Args:
         read_image: windowed reader of pixels and validity, `Source.read` for one.
@@ -58,15 +84,34 @@ def raster_preview(
         nodata: the label of pixels without data.
         max_size: longest side of a panel, in pixels.
         count: the image's channels; needed only when ``bands`` is empty and there are several.
+        read_uncertainty: windowed reader of shares, 0 (sure) to 1.
     """
+    read = Readers(read_image, read_labels, read_reference, read_uncertainty)
+    drawn = raster_pictures(read, geometry, bands, classes, nodata, max_size, count)
+    panels, legend, differences = _panels(drawn.pictures, drawn.caption, drawn.seen, classes, nodata)
+    return assemble(panels, drawn.pictures, legend, differences, drawn.notes)
+
+
+def raster_pictures(
+    read: Readers,
+    geometry: RasterGeometry,
+    bands: Sequence[str],
+    classes: Sequence[Class],
+    nodata: int | None,
+    max_size: int,
+    count: int | None,
+) -> RasterPictures:
+    """Thin, draw, and turn north up."""
     channels, shown = rgb_channels(bands, count)
     plane = thinned(geometry.shape, (0, 1), 0, max_size)
-    values, valid = sample_image(read_image, plane, channels)
+    values, valid = sample_image(read.image, plane, channels)
     bounds = limits(values, valid)
     base = stretch(values, valid, bounds)
-    labels = sample_labels(read_labels, plane)
-    reference = None if read_reference is None else sample_labels(read_reference, plane)
+    labels = sample_labels(read.labels, plane)
+    reference = None if read.reference is None else sample_labels(read.reference, plane)
     pictures = layers(base, labels, reference, classes, nodata)
+    if read.uncertainty is not None:
+        pictures["uncertainty"] = heat(sample_labels(read.uncertainty, plane), labels, nodata)
     size, per_pixel = _display(geometry, base.shape[:2], plane.factors[0])
     rows, columns = _north_up(geometry)
     for key, picture in pictures.items():
@@ -83,7 +128,8 @@ def raster_preview(
         notes.append("The raster is rotated: pictures follow its rows, north is not up.")
     ranges = "; ".join(f"{low:.4g} to {high:.4g}" for low, high in bounds)
     caption = f"{shown}, stretched from the 2nd to the 98th percentile of the scene ({ranges})."
-    return _assemble(pictures, caption, (labels, reference), classes, nodata, notes)
+    seen = (labels,) if reference is None else (labels, reference)
+    return RasterPictures(pictures, seen, caption, tuple(notes))
 
 
 def volume_preview(
@@ -95,8 +141,9 @@ def volume_preview(
     nodata: int | None,
     max_size: int = 1200,
     channel: int = 0,
+    read_uncertainty: ArrayReader | None = None,
 ) -> Previews:
-    """Panels of a volume: axial, coronal and sagittal planes through the largest structure.
+    """Panels of a volume: three planes through the largest structure; and axial slices to leaf through.
 
     The planes go through the median voxel, along each axis, of the class with most voxels. They
     are upright by the affine (closest anatomical axes), in radiological convention, with square
@@ -104,23 +151,28 @@ def volume_preview(
 
     Args:
         read_image: windowed reader of voxels and validity.
-        read_labels: windowed reader of the label map; streamed once in slabs to find the planes.
+        read_labels: windowed reader of the label map; streamed in slabs, once to find the planes and
+            once for the slices.
         read_reference: as for `raster_preview`.
         geometry: of the scene.
         classes: values, names and colours.
         nodata: the label of voxels without data.
         max_size: width of a panel, in pixels.
         channel: of the image to show.
+        read_uncertainty: as for `raster_preview`.
     """
-    result = volume_pictures(
-        read_image, read_labels, read_reference, geometry, classes, nodata, max_size, channel
-    )
-    low, high = result.bounds
+    read = Readers(read_image, read_labels, read_reference, read_uncertainty)
+    drawn = volume_pictures(read, geometry, classes, nodata, max_size, channel)
+    low, high = drawn.bounds
     caption = (
-        f"Axial, coronal and sagittal planes {result.place}; grey from {low:.4g} to {high:.4g} "
-        f"({result.range})."
+        f"Axial, coronal and sagittal planes {drawn.place}; grey from {low:.4g} to {high:.4g} "
+        f"({drawn.range})."
     )
-    return _assemble(result.pictures, caption, result.seen, classes, nodata, result.notes)
+    stack = axial_slices(read, geometry, classes, nodata, drawn.bounds, drawn.centre, channel)
+    panels, legend, differences = _panels(drawn.pictures, caption, drawn.seen, classes, nodata)
+    return assemble(
+        panels, drawn.pictures, legend, differences, drawn.notes, thumbnail=drawn.axial, slices=stack
+    )
 
 
 def rgb_channels(bands: Sequence[str], count: int | None = None) -> tuple[tuple[int, ...], str]:
@@ -172,18 +224,15 @@ def _display(geometry: RasterGeometry, cells: tuple[int, int], factor: int) -> t
     return (max(1, round(cells[0] * ratio)), cells[1]), wide * factor
 
 
-def _assemble(
+def _panels(
     pictures: dict[str, np.ndarray],
     caption: str,
-    seen: Sequence[np.ndarray | None],
+    seen: Sequence[np.ndarray],
     classes: Sequence[Class],
     nodata: int | None,
-    notes: Sequence[str],
-) -> Previews:
-    present: set[int] = set()
-    for labels in seen:
-        if labels is not None:
-            present.update(int(v) for v in np.unique(labels))
+) -> tuple[list[Panel], list[LegendEntry], list[LegendEntry]]:
+    """Pictures with words, and the legends of classes and of differences."""
+    present = {int(v) for labels in seen for v in np.unique(labels)}
     entries = [
         LegendEntry(c.name, c.color)
         for c in classes
@@ -195,14 +244,20 @@ def _assemble(
         "labels": f"Predicted classes over the image: {named}.",
         "reference": "The reference over the image, in the same colours.",
         "difference": "Where prediction and reference agree or differ. Blank: not compared.",
+        "uncertainty": "Entropy of the class scores: dark where the model is sure, bright where "
+        "classes are equally likely.",
     }
-    panels = [
-        Panel(
-            key, TITLES[key], captions[key], f"{TITLES[key]}: {captions[key]}",
-            encode(picture), picture.shape[1], picture.shape[0],
-        )
-        for key, picture in pictures.items()
-    ]  # fmt: skip
+    panels = [_panel(key, captions[key], picture) for key, picture in pictures.items()]
     compared = "difference" in pictures
     legend = [LegendEntry(name, color) for name, color in DIFFERENCE.values()] if compared else []
-    return assemble(panels, entries, legend, notes)
+    return panels, entries, legend
+
+
+def _panel(key: str, caption: str, picture: np.ndarray) -> Panel:
+    title = TITLES[key]
+    high, wide = picture.shape[:2]
+    flat = key == "difference"
+    return Panel(
+        key, title, caption, f"{title}: {caption}", png(picture) if flat else webp(picture), wide, high,
+        "png" if flat else "webp",
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from segpipe.sources.base import Pixels
 
 READ_EDGE = 2048
 """Edge of a read, in elements; memory is this squared times the channels shown."""
+SLAB_ELEMENTS = 2**23
+"""Elements of a read where cuts through a volume are taken in one pass."""
 
 
 class ImageReader(Protocol):
@@ -30,6 +33,40 @@ class ArrayReader(Protocol):
     """Reads a window of a label map: ``read(box)`` has the box's shape."""
 
     def __call__(self, box: Box, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Windowed readers of a scene."""
+
+    image: ImageReader
+    labels: ArrayReader
+    reference: ArrayReader | None = None
+    """In the classes' values; any other value is not compared."""
+    uncertainty: ArrayReader | None = None
+    """Shares of 0 (sure) to 1."""
+
+
+class Cells(Protocol):
+    """The cells of a picture, or of a stack of them, and the reads that fill them."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Cells: (rows, columns), or (cuts, rows, columns)."""
+        ...
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """Elements per cell along rows and columns."""
+        ...
+
+    def parts(self) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+        """Reads that cover all cells once, each with the cells it fills: whole cells only."""
+        ...
+
+    def flat(self, values: np.ndarray, box: Box) -> np.ndarray:
+        """(…, *box.shape) as elements (…, rows, columns) or (…, cuts, rows, columns)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,8 +95,8 @@ class Plane:
             start[axis], stop[axis] = span.start, span.stop
         return Box(tuple(start), tuple(stop))
 
-    def parts(self) -> Iterator[tuple[Box, tuple[slice, slice]]]:
-        """Reads that cover the plane once, each with the cells it fills: whole cells only."""
+    def parts(self) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+        """Reads of at most `READ_EDGE` along each axis."""
         steps = [max(1, READ_EDGE // f) for f in self.factors]
         for cells in grid_boxes(self.size, steps):
             spans = [
@@ -69,12 +106,64 @@ class Plane:
             rows, columns = cells.slices
             yield self.box(spans[0], spans[1]), (rows, columns)
 
-    def flat(self, values: np.ndarray) -> np.ndarray:
+    def flat(self, values: np.ndarray, box: Box) -> np.ndarray:
         """(…, *box.shape) as (…, rows, columns): the cut's own axis is dropped."""
         if len(self.shape) == 2:
             return values
         dropped = ({0, 1, 2} - set(self.axes)).pop()
         return np.asarray(np.take(values, 0, axis=values.ndim - 3 + dropped))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parallel cuts through a volume, read in one pass over slabs along its first axis.
+
+    One pass, because a compressed file is decoded from its beginning and a chunk as a whole.
+    """
+
+    shape: tuple[int, ...]
+    """Of the volume, (z, y, x)."""
+    across: int
+    """The axis cut through; the other two become rows and columns, ascending."""
+    at: tuple[int, ...]
+    """Indices on it, ascending."""
+    factor: int
+    """Elements per cell along rows and columns."""
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """The same along both axes."""
+        return self.factor, self.factor
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Cuts, and cells along rows and columns; the last may be short."""
+        rows, columns = (-(-n // self.factor) for axis, n in enumerate(self.shape) if axis != self.across)
+        return len(self.at), rows, columns
+
+    def parts(self) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+        """Slabs of about `SLAB_ELEMENTS`; those without a cut are not read."""
+        depth = max(1, SLAB_ELEMENTS // prod(self.shape[1:]))
+        every = slice(None)
+        if self.across:
+            depth = max(1, depth // self.factor) * self.factor
+        for start in range(0, self.shape[0], depth):
+            stop = min(start + depth, self.shape[0])
+            cells: tuple[slice, ...] = (every, slice(start // self.factor, -(-stop // self.factor)), every)
+            if not self.across:
+                first, last = np.searchsorted(self.at, (start, stop)).tolist()
+                if first == last:
+                    continue
+                start, stop = self.at[first], self.at[last - 1] + 1
+                cells = (slice(first, last), every, every)
+            yield Box((start, 0, 0), (stop, *self.shape[1:])), cells
+
+    def flat(self, values: np.ndarray, box: Box) -> np.ndarray:
+        """(…, *box.shape) as (…, cuts, rows, columns)."""
+        here = [i - box.start[self.across] for i in self.at if i < box.stop[self.across]]
+        here = [i for i in here if i >= 0]
+        axis = values.ndim - 3 + self.across
+        return np.moveaxis(np.take(values, here, axis=axis), axis, -3)
 
 
 def thinned(shape: tuple[int, ...], axes: tuple[int, int], at: int, limit: int) -> Plane:
@@ -83,47 +172,48 @@ def thinned(shape: tuple[int, ...], axes: tuple[int, int], at: int, limit: int) 
     return Plane(shape, axes, (factor, factor), at)
 
 
-def sample_image(read: ImageReader, plane: Plane, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def sample_image(
+    read: ImageReader, picture: Cells, channels: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the valid elements of every cell.
 
     Returns:
-        float32 (channels, rows, columns), and bool (rows, columns): cells with any valid element.
+        float32 (channels, *size), and bool (*size): cells with any valid element.
     """
-    values = np.zeros((len(channels), *plane.size), dtype=np.float32)
-    valid = np.zeros(plane.size, dtype=bool)
-    for box, cells in plane.parts():
+    values = np.zeros((len(channels), *picture.size), dtype=np.float32)
+    valid = np.zeros(picture.size, dtype=bool)
+    for box, cells in picture.parts():
         pixels = read(box, channels)
-        seen = plane.flat(pixels.valid)
-        number = _sums(seen.astype(np.float64), plane.factors)
+        seen = picture.flat(pixels.valid, box)
+        number = _sums(seen.astype(np.float64), picture.factors)
         for index in range(len(channels)):
-            channel = np.where(seen, plane.flat(pixels.values[index]), 0)
-            total = _sums(channel.astype(np.float64), plane.factors)
+            channel = np.where(seen, picture.flat(pixels.values[index], box), 0)
+            total = _sums(channel.astype(np.float64), picture.factors)
             values[index][cells] = total / np.maximum(number, 1)
         valid[cells] = number > 0
     return values, valid
 
 
-def sample_labels(read: ArrayReader, plane: Plane) -> np.ndarray:
-    """The element at the centre of every cell, (rows, columns)."""
+def sample_labels(read: ArrayReader, picture: Cells) -> np.ndarray:
+    """The element at the centre of every cell, of the picture's size."""
     result: np.ndarray | None = None
-    for box, cells in plane.parts():
-        part = plane.flat(np.asarray(read(box)))
+    for box, cells in picture.parts():
+        part = picture.flat(np.asarray(read(box)), box)
         rows, columns = (
             np.minimum(np.arange(f // 2, n - 1 + f, f), n - 1)[: -(-n // f)]
-            for n, f in zip(part.shape, plane.factors, strict=True)
+            for n, f in zip(part.shape[-2:], picture.factors, strict=True)
         )
         if result is None:
-            result = np.zeros(plane.size, dtype=part.dtype)
-        result[cells] = part[np.ix_(rows, columns)]
+            result = np.zeros(picture.size, dtype=part.dtype)
+        result[cells] = part[..., rows[:, None], columns]
     if result is None:
-        raise ValueError(f"an empty scene has no picture: {plane.shape}")
+        raise ValueError(f"an empty scene has no picture: {picture}")
     return result
 
 
 def _sums(values: np.ndarray, factors: tuple[int, int]) -> np.ndarray:
-    """Sum over cells of ``factors`` elements; the last along an axis may be short."""
-    if factors == (1, 1):
-        return values
-    for axis, factor in enumerate(factors):
-        values = np.add.reduceat(values, np.arange(0, values.shape[axis], factor), axis=axis)
+    """Sum over cells of ``factors`` elements, (…, rows, columns); the last along an axis may be short."""
+    for axis, factor in zip((-2, -1), factors, strict=True):
+        if factor > 1:
+            values = np.add.reduceat(values, np.arange(0, values.shape[axis], factor), axis=axis)
     return values

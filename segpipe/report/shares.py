@@ -97,9 +97,9 @@ def _pooled(metrics: pd.DataFrame | None, rows: pd.DataFrame) -> dict[str, tuple
         return {}
     wanted = metrics["scene"].isin(rows["scene"].unique()) & (metrics["region"] == SCENE)
     kept = metrics[wanted].dropna(subset=["tp", "fp", "fn"])
+    sums = kept.groupby("class", sort=False)[["tp", "fp", "fn"]].sum()
     result = {}
-    for name, group in kept.groupby("class", sort=False):
-        tp, fp, fn = (float(group[c].sum()) for c in ("tp", "fp", "fn"))
+    for name, tp, fp, fn in sums.itertuples():
         union = tp + fp + fn
         result[str(name)] = (
             tp / union if union else math.nan,

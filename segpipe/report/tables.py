@@ -1,4 +1,4 @@
-"""The tables: regions, metrics and their summary, as data frames and as files.
+"""The tables: regions, metrics and confusion, as data frames and as files.
 
 Counts are in elements of the scene, areas and volumes in SI. A number that is not there is empty,
 and `state` says why; 0 is only ever a measured 0.
@@ -7,59 +7,51 @@ and `state` says why; 0 is only ever a measured 0.
 from __future__ import annotations
 
 import io
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segpipe.metrics.overlap import (
-    CaseCounts,
-    Counts,
-    accuracy,
-    class_counts,
-    mean,
-    ratio,
-)
+from segpipe.metrics.overlap import Counts, RegionCounts, class_counts, is_compared, ratio, reasons, totals
 from segpipe.metrics.tally import NODATA, NOT_REQUESTED, SizeScale, Tally
-from segpipe.regions.base import FULL, SCENE
+from segpipe.regions.base import FULL
+from segpipe.report.frames import (
+    FAILED,
+    MEASURED,
+    NO_DATA,
+    NO_REFERENCE,
+    NOT_A_CLASS,
+    NOT_REQUESTED_STATE,
+    NOTHING_COMPARED,
+    SIZE_COLUMNS,
+    ClassLike,
+    Piece,
+    frame,
+    text_of,
+)
+from segpipe.report.summary import summary_table
 
-MEASURED = "measured"
-NO_DATA = "no_data"
-FAILED = "failed"
-NOT_REQUESTED_STATE = "not_requested"
+__all__ = [
+    "SceneResult",
+    "confusion_table",
+    "csv_bytes",
+    "metric_table",
+    "parquet_bytes",
+    "region_table",
+    "summary_table",
+    "write_atomic",
+    "write_table",
+]
 
-MIN_REFERENCE = 1000
-"""Elements of the reference from which a class counts in the summary's mean without rare ones."""
-NOT_A_CLASS = "no class of the model"
-NOTHING_COMPARED = "no element with both a valid pixel and a reference"
-
-SIZE_COLUMNS = {"m2": "area_m2", "mm3": "volume_mm3", "px": "area_px"}
-
-
-class ClassLike(Protocol):
-    """What the tables need of a class: a card's `Class` has it."""
-
-    @property
-    def value(self) -> int:
-        """Value in label maps."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What people read."""
-        ...
-
-    @property
-    def background(self) -> bool:
-        """Left out of means."""
-        ...
+_HEAD = {"scene": "str", "region": "str"}
+_CLASS = {"class": "str", "value": "Int64"}
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,111 @@ class SceneResult:
     """Why it failed, in one line."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The regions of all scenes one after the other, *groups*, so that a table is made at once."""
+
+    results: Sequence[SceneResult]
+    scene: np.ndarray
+    """Of each group: index of its scene."""
+    regions: list[str]
+    """Of each group: the region's name."""
+    tally: Tally
+    """Of all scenes, its region a group."""
+
+    @classmethod
+    def of(cls, results: Iterable[SceneResult]) -> _Batch:
+        """The groups in the order given; a failed scene has at least one, without a name."""
+        results = list(results)
+        names = [r.regions if r.tally is not None else r.regions or ("",) for r in results]
+        number = np.array([len(n) for n in names], dtype=np.int64)
+        first = np.cumsum(number) - number
+        tallies = [(r.tally, begin) for r, begin in zip(results, first, strict=True) if r.tally is not None]
+        region = [tally.region + begin for tally, begin in tallies]
+        others = {
+            name: np.concatenate([getattr(tally, name) for tally, _ in tallies] or [_NONE])
+            for name in ("label", "reference", "cover", "size", "edge")
+        }
+        tally = Tally(region=np.concatenate(region or [_NONE]), **others)
+        scene = np.repeat(np.arange(len(results)), number)
+        return cls(results, scene, [name for part in names for name in part], tally)
+
+    @property
+    def units(self) -> list[str]:
+        """Units of size that scenes have, in the columns' order."""
+        found = {r.scale.unit for r in self.results if r.scale is not None}
+        return [unit for unit in SIZE_COLUMNS if unit in found]
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Of each group: whether its scene failed."""
+        return np.asarray(np.array([r.tally is None for r in self.results], dtype=bool)[self.scene])
+
+    @property
+    def asked(self) -> np.ndarray:
+        """Of each group: whether its scene was to be compared with a reference."""
+        without = self.scene[self.tally.region[self.tally.reference == NOT_REQUESTED]]
+        return ~np.isin(self.scene, without)
+
+    def sizes(self, group: np.ndarray, units: np.ndarray, unit: str) -> np.ndarray:
+        """`SizeScale.size` of each row; NaN where its scene has another unit."""
+        scales = [r.scale if r.scale and r.scale.unit == unit else None for r in self.results]
+        steps = np.array([1 << scale.bits if scale else 1 for scale in scales])[self.scene]
+        largest = np.array([scale.largest if scale else np.nan for scale in scales])[self.scene]
+        return np.asarray(units / steps[group] * largest[group])
+
+    def head(self, group: np.ndarray) -> dict[str, np.ndarray]:
+        """Scene and region of rows."""
+        scenes = text_of([r.scene for r in self.results], self.scene[group])
+        return {"scene": scenes, "region": text_of(self.regions, group)}
+
+    def attempts(self, group: np.ndarray) -> np.ndarray:
+        """Of the scenes of rows."""
+        return np.asarray(np.array([r.attempts for r in self.results], dtype=np.int64)[self.scene[group]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a table: in each group the classes, then other values that occur there."""
+
+    group: np.ndarray
+    value: np.ndarray
+    place: np.ndarray
+    """Where the sums of group and value are; -1: nothing was counted."""
+    names: np.ndarray
+    """Of the class, or the value as text."""
+    stranger: np.ndarray
+    """Whether the value is no class of the model."""
+
+    @classmethod
+    def of(cls, groups: int, classes: Sequence[ClassLike], group: np.ndarray, value: np.ndarray) -> _Rows:
+        """Rows for sums by (group, value), which are sorted so; negative values get none."""
+        known = {c.value: c.name for c in classes}
+        own = np.fromiter(known, dtype=np.int64, count=len(known))
+        values = np.union1d(own, value)
+        strange = np.flatnonzero((value >= 0) & ~np.isin(value, own))
+        rows = np.r_[np.repeat(np.arange(groups), len(own)), group[strange]]
+        each = np.r_[np.tile(own, groups), value[strange]]
+        order = np.argsort(rows, kind="stable")
+        rows, each, stranger = rows[order], each[order], order >= groups * len(own)
+        rank = np.asarray(np.searchsorted(values, each))
+        there = group * len(values) + np.searchsorted(values, value)
+        key = rows * len(values) + rank
+        place = np.searchsorted(there, key)
+        found = np.append(there, -1)[place] == key
+        names = text_of([known.get(v, str(v)) for v in values.tolist()], rank)
+        return cls(rows, each, np.where(found, place, -1), names, stranger)
+
+    def take(self, sums: np.ndarray) -> np.ndarray:
+        """A column of sums for the rows; 0 where nothing was counted."""
+        return np.asarray(np.append(sums, np.zeros(1, dtype=sums.dtype))[self.place])
+
+    def head(self, batch: _Batch) -> dict[str, np.ndarray]:
+        """The columns that say what the rows are of."""
+        head = batch.head(self.group)
+        return {**head, "class": self.names, "value": self.value, "attempts": batch.attempts(self.group)}
+
+
 def region_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
     """Area or volume by scene, region and class, in the order given.
 
@@ -89,273 +186,156 @@ def region_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -
     ``share`` of the seen part of the region, by size; ``seen``, share of the region with valid
     pixels; ``touches_edge``, whether elements of the class lie on the scene's border.
     """
-    results = list(results)
-    units = {r.scale.unit for r in results if r.scale is not None}
-    sizes = [column for unit, column in SIZE_COLUMNS.items() if unit in units]
-    columns: dict[str, str] = {
-        "scene": "str",
-        "region": "str",
-        "class": "str",
-        "value": "Int64",
+    batch = _Batch.of(results)
+    types: dict[str, str] = {
+        **_HEAD,
+        **_CLASS,
         "count": "float64",
-        **dict.fromkeys(sizes, "float64"),
+        **{SIZE_COLUMNS[unit]: "float64" for unit in batch.units},
         "share": "float64",
         "state": "str",
         "seen": "float64",
         "touches_edge": "boolean",
         "attempts": "Int64",
     }
-    rows = [row for result in results for row in _region_rows(result, classes)]
-    return _frame(rows, columns)
+    group, label, (cover, size, edge) = _by_label(batch.tally)
+    groups, failed = len(batch.scene), batch.failed
+    rows = _Rows.of(groups, classes, group, label)
+    valid = label != NODATA
+    covered = totals(group, np.where(valid, cover, 0), groups)
+    seen_size = totals(group, np.where(valid, size, 0), groups)
+    whole = totals(group, cover, groups) + _outside(batch)
+    seen = np.where(failed, np.nan, np.nan_to_num(ratio(covered, whole)))
+    measured = (covered > 0)[rows.group]
+    states = np.where(failed, 0, np.where(covered > 0, 1, 2))[rows.group]
+    numbers = {
+        "count": rows.take(cover) / FULL,
+        **{SIZE_COLUMNS[unit]: batch.sizes(rows.group, rows.take(size), unit) for unit in batch.units},
+        "share": ratio(rows.take(size), seen_size[rows.group]),
+        "touches_edge": rows.take(edge) > 0,
+    }
+    columns = {name: np.where(measured, values, np.nan) for name, values in numbers.items()}
+    columns |= {"state": text_of((FAILED, MEASURED, NO_DATA), states), "seen": seen[rows.group]}
+    return frame([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
 
 
-def _region_rows(result: SceneResult, classes: Sequence[ClassLike]) -> list[dict[str, Any]]:
-    if result.tally is None or result.scale is None:
-        return [
-            _head(result, name, c.value, c.name, FAILED) for name in result.regions or ("",) for c in classes
-        ]
-    known = {c.value: c.name for c in classes}
-    sums: dict[tuple[int, int], list[int]] = {}
-    for region, label, _, cover, size, edge in result.tally.rows():
-        cell = sums.setdefault((region, label), [0, 0, 0])
-        for i, n in enumerate((cover, size, edge)):
-            cell[i] += n
-    here: dict[int, list[int]] = {}
-    for region, label in sums:
-        here.setdefault(region, []).append(label)
-    column = SIZE_COLUMNS[result.scale.unit]
-    rows = []
-    for index, name in enumerate(result.regions):
-        labels = here.get(index, [])
-        valid = [sums[index, v] for v in labels if v != NODATA]
-        covered = sum(cell[0] for cell in valid)
-        whole = covered + (result.outside[index] if result.outside else 0)
-        whole += sums.get((index, NODATA), [0])[0]
-        seen = ratio(covered, whole) if whole else 0.0
-        for value in _values(known, labels):
-            state = MEASURED if covered else NO_DATA
-            row = _head(result, name, value, known.get(value, str(value)), state)
-            row["seen"] = seen
-            if covered:
-                cover, size, edge = sums.get((index, value), [0, 0, 0])
-                row["count"] = cover / FULL
-                row[column] = result.scale.size(size)
-                row["share"] = ratio(size, sum(cell[1] for cell in valid))
-                row["touches_edge"] = edge > 0
-            rows.append(row)
-    return rows
+def _outside(batch: _Batch) -> np.ndarray:
+    """Of each group its fixed-point cover beyond the scene."""
+    result = np.zeros(len(batch.scene), dtype=np.int64)
+    first = np.searchsorted(batch.scene, np.arange(len(batch.results)))
+    for scene, begin in zip(batch.results, first.tolist(), strict=True):
+        if scene.tally is not None and scene.outside:
+            result[begin : begin + len(scene.regions)] = scene.outside
+    return result
+
+
+def _by_label(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Region, label and sums (cover, size, edge) over all reference classes, by region, then label."""
+    sums = np.stack([tally.cover, tally.size, tally.edge])
+    region, label = tally.region, tally.label
+    if not len(tally):
+        return region, label, sums
+    first = np.flatnonzero(np.r_[True, (region[1:] != region[:-1]) | (label[1:] != label[:-1])])
+    return region[first], label[first], np.add.reduceat(sums, first, axis=1)
 
 
 def metric_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
     """Overlap with the reference by scene, region and class, in the order given.
 
-    ``tp``, ``fp`` and ``fn`` are elements with a valid pixel and a reference; a ratio over zero is
-    empty, and ``reason`` says why. A value that the reference has and the model has not gets a row
-    too: it counts as wrong in the pixel accuracy, and not in any mean over classes.
+    ``tp``, ``fp``, ``fn`` and ``tn`` are elements with a valid pixel and a reference; over the same
+    elements are the sizes ``predicted_*`` and ``reference_*`` (in m2, mm3 or px, whichever the
+    scenes have), ``difference_*``, predicted - reference, and ``size_ratio``, predicted / reference.
+    So ``predicted_*`` is less than the region table's size where the reference says nothing. A ratio
+    over zero is empty, and ``reason`` says why. A value that the reference has and the model has not
+    gets a row too: it counts as wrong in what is over all classes at once (`agreement_table`), and
+    not in any mean of IoU or Dice.
     """
-    columns: dict[str, str] = {
-        "scene": "str",
-        "region": "str",
-        "class": "str",
-        "value": "Int64",
-        **dict.fromkeys(("tp", "fp", "fn", "iou", "dice", "precision", "recall"), "float64"),
+    batch = _Batch.of(results)
+    sizes = [f"{what}_{unit}" for unit in batch.units for what in ("predicted", "reference", "difference")]
+    numbers = (
+        "tp",
+        "fp",
+        "fn",
+        "tn",
+        "iou",
+        "dice",
+        "precision",
+        "recall",
+        "specificity",
+        *sizes,
+        "size_ratio",
+    )
+    types: dict[str, str] = {
+        **_HEAD,
+        **_CLASS,
+        **dict.fromkeys(numbers, "float64"),
         "reason": "str",
         "state": "str",
         "attempts": "Int64",
     }
-    rows = [row for result in results for row in _metric_rows(result, classes)]
-    return _frame(rows, columns)
+    found = class_counts(batch.tally)
+    groups = len(batch.scene)
+    rows = _Rows.of(groups, classes, found.group, found.value)
+    compared = np.bincount(found.group, minlength=groups) > 0
+    case = np.select([batch.failed, compared, batch.asked], [0, 1, 2], 3)[rows.group]
+    full = RegionCounts(
+        rows.group,
+        rows.value,
+        Counts(*(rows.take(v) for v in (found.counts.tp, found.counts.fp, found.counts.fn))),
+        groups,
+        rows.take(found.predicted_size),
+        rows.take(found.reference_size),
+    )
+    failures = text_of([r.reason for r in batch.results], batch.scene[rows.group])
+    why = np.where(case == 0, failures, text_of(("", "", NOTHING_COMPARED, NO_REFERENCE), case))
+    columns = {name: np.where(case == 1, v, np.nan) for name, v in _overlap(batch, full).items()}
+    columns["reason"] = np.where(case == 1, reasons(full, rows.stranger, NOT_A_CLASS), why)
+    columns["state"] = text_of((FAILED, MEASURED, NO_DATA, NOT_REQUESTED_STATE), case)
+    return frame([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
 
 
-def _metric_rows(result: SceneResult, classes: Sequence[ClassLike]) -> list[dict[str, Any]]:
-    known = {c.value: c.name for c in classes}
-    if result.tally is None:
-        return [
-            _head(result, region, c.value, c.name, FAILED, reason=result.reason)
-            for region in result.regions or ("",)
-            for c in classes
-        ]
-    counts = class_counts(result.tally)
-    asked = not bool((result.tally.reference == NOT_REQUESTED).any())
-    here: dict[int, list[int]] = {}
-    for region, value in counts:
-        here.setdefault(region, []).append(value)
-    rows = []
-    for index, name in enumerate(result.regions):
-        compared = index in here
-        state = (MEASURED if compared else NO_DATA) if asked else NOT_REQUESTED_STATE
-        reason = (NOTHING_COMPARED if asked else "no reference") if not compared else ""
-        for value in _values(known, here.get(index, [])):
-            row = _head(result, name, value, known.get(value, str(value)), state, reason=reason)
-            if compared:
-                row |= _overlap(counts.get((index, value), Counts()))
-                if value not in known:
-                    row["reason"] = "; ".join(filter(None, (NOT_A_CLASS, row["reason"])))
-            rows.append(row)
-    return rows
-
-
-def _overlap(counts: Counts) -> dict[str, Any]:
-    return {
-        "tp": counts.tp / FULL,
-        "fp": counts.fp / FULL,
-        "fn": counts.fn / FULL,
-        "iou": counts.iou,
-        "dice": counts.dice,
-        "precision": counts.precision,
-        "recall": counts.recall,
-        "reason": counts.reason,
+def _overlap(batch: _Batch, rows: RegionCounts) -> dict[str, np.ndarray]:
+    """The numbers of the metric table's rows."""
+    counts = rows.counts
+    numbers = {name: getattr(counts, name) / FULL for name in ("tp", "fp", "fn")}
+    numbers |= {name: getattr(counts, name) for name in ("iou", "dice", "precision", "recall")}
+    numbers |= {"tn": rows.tn / FULL, "specificity": rows.specificity, "size_ratio": rows.size_ratio}
+    sizes = {
+        "predicted": rows.predicted_size,
+        "reference": rows.reference_size,
+        "difference": rows.predicted_size - rows.reference_size,
     }
+    for unit in batch.units:
+        numbers |= {f"{what}_{unit}": batch.sizes(rows.group, size, unit) for what, size in sizes.items()}
+    return numbers
 
 
-def _head(result: SceneResult, region: str, value: int, name: str, state: str, **more: Any) -> dict[str, Any]:
-    return {
-        "scene": result.scene,
-        "region": region,
-        "class": name,
-        "value": value,
-        "state": state,
-        "attempts": result.attempts,
-        **more,
-    }
+def confusion_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
+    """The confusion matrices as one long table: scene × region × reference class × predicted class.
 
-
-def _values(known: dict[int, str], found: Iterable[int]) -> list[int]:
-    """Values of the classes in their order, then others that were found, by value."""
-    return [*known, *sorted({v for v in found if v >= 0} - known.keys())]
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """One row of the metric table, as whole numbers again."""
-
-    scene: str
-    region: str
-    value: int
-    counts: Counts
-
-
-def summary_table(
-    metrics: pd.DataFrame, classes: Sequence[ClassLike], min_reference: int = MIN_REFERENCE
-) -> pd.DataFrame:
-    """The means of a metric table, with what they average and what they could not.
-
-    Columns: ``metric``; ``class``, empty for means over classes; ``over``, what is averaged, from
-    the inside out; ``region``, ``scene`` (whole scenes) or ``regions`` (every region of every scene
-    counts the same); ``value``; and of the cells (scene × region × class) that entered:
-    ``n_defined``, ``n_missed`` and ``n_hallucinated`` (among the defined, at 0), ``n_undefined``
-    (absent in both, or nothing to compare: left out of the mean); ``n_failed``, scenes that failed
-    (left out too). Empty when no scene was compared with a reference.
+    Only pairs that occur have a row: in a region that has any, a pair without one is a measured 0;
+    one that has none was not compared, and the metric table says why. ``count`` is in elements with
+    a valid pixel and a reference, their size in ``area_m2``, ``volume_mm3`` or ``area_px``.
     """
-    columns = {
-        **dict.fromkeys(("metric", "class", "over", "region"), "str"),
-        "value": "float64",
-        **dict.fromkeys(("n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed"), "Int64"),
+    batch = _Batch.of(results)
+    types: dict[str, str] = {
+        **_HEAD,
+        **{"reference": "str", "reference_value": "Int64", "predicted": "str", "predicted_value": "Int64"},
+        "count": "float64",
+        **{SIZE_COLUMNS[unit]: "float64" for unit in batch.units},
     }
-    asked = metrics[metrics["state"] != NOT_REQUESTED_STATE]
-    failed = int(asked.loc[asked["state"] == FAILED, "scene"].nunique())
-    kept = asked[asked["state"] != FAILED]
-    if not len(kept) and not failed:
-        return _frame([], columns)
-    cells = [
-        _Cell(scene, region, int(value), _fixed(tp, fp, fn))
-        for scene, region, value, tp, fp, fn in zip(
-            *(kept[name] for name in ("scene", "region", "value", "tp", "fp", "fn")), strict=True
-        )
-    ]
-    rows = _means([c for c in cells if c.region == SCENE], classes, True, failed, min_reference)
-    regions = [c for c in cells if c.region != SCENE]
-    if regions:
-        rows += _means(regions, classes, False, failed, min_reference)
-    return _frame(rows, columns)
-
-
-def _means(
-    everything: Sequence[_Cell],
-    classes: Sequence[ClassLike],
-    whole_scenes: bool,
-    failed: int,
-    min_reference: int,
-) -> list[dict[str, Any]]:
-    """Rows of the summary over whole scenes, or over the regions in them."""
-    means = [c for c in classes if not c.background]
-    wanted = {c.value for c in means}
-    cells = [cell for cell in everything if cell.value in wanted]
-    frequent = [c for c in cells if c.counts.actual >= min_reference * FULL]
-    left_out = [c.name for c in classes if c.background]
-    of = f"classes (without {', '.join(left_out)})" if left_out else "classes"
-    only = "scenes" if whole_scenes else "regions, then scenes"
-    then = f"then {only}"
-    rows: list[dict[str, Any]] = []
-
-    def put(metric: str, over: str, value: float, tested: Iterable[Counts], name: str = "") -> None:
-        n = CaseCounts.of(tested)
-        scope = SCENE if whole_scenes else "regions"
-        row = {"metric": metric, "class": name, "over": over, "region": scope, "value": value}
-        row |= {"n_defined": n.defined, "n_missed": n.missed, "n_hallucinated": n.hallucinated}
-        rows.append(row | {"n_undefined": n.undefined, "n_failed": failed})
-
-    put("mIoU", f"{of}, {then}", _nested(cells, _iou), [c.counts for c in cells])
-    put("mean Dice", f"{of}, {then}", _nested(cells, _dice), [c.counts for c in cells])
-    pooled = _pooled(cells, wanted)
-    put("pooled mIoU", f"{of}, of sums over {only}", mean(map(_iou, pooled)), pooled)
-    put("pooled mean Dice", f"{of}, of sums over {only}", mean(map(_dice, pooled)), pooled)
-    parts = [sum((c.counts for c in p), Counts()) for p in _grouped(everything)]
-    right = accuracy(c.counts for c in everything)
-    put("pixel accuracy", f"all compared elements of all {only}", right, parts)
-    many = f"{of} with at least {min_reference} reference elements in it, {then}"
-    title = f"mIoU of classes with reference ≥ {min_reference}"
-    put(title, many, _nested(frequent, _iou), [c.counts for c in frequent])
-    for c in means:
-        own = [cell for cell in cells if cell.value == c.value]
-        put("mean IoU", only, _nested(own, _iou), [o.counts for o in own], c.name)
-        put("mean Dice", only, _nested(own, _dice), [o.counts for o in own], c.name)
-    return rows
-
-
-def _iou(counts: Counts) -> float:
-    return counts.iou
-
-
-def _dice(counts: Counts) -> float:
-    return counts.dice
-
-
-def _fixed(tp: float, fp: float, fn: float) -> Counts:
-    """Elements as whole 1/65536 again, which is what they were; nothing compared is nothing."""
-    tp, fp, fn = (0.0 if math.isnan(v) else v for v in (tp, fp, fn))
-    return Counts(round(tp * FULL), round(fp * FULL), round(fn * FULL))
-
-
-def _grouped(cells: Iterable[_Cell]) -> list[list[_Cell]]:
-    """Cells of one region of one scene together, in order of first appearance."""
-    groups: dict[tuple[str, str], list[_Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.scene, cell.region), []).append(cell)
-    return list(groups.values())
-
-
-def _nested(cells: Sequence[_Cell], score: Callable[[Counts], float]) -> float:
-    """Mean over classes, then over regions, then over scenes, of what is defined at each level."""
-    scenes: dict[str, list[float]] = {}
-    for group in _grouped(cells):
-        inner = mean(score(cell.counts) for cell in group)
-        scenes.setdefault(group[0].scene, []).append(inner)
-    return mean(mean(values) for values in scenes.values())
-
-
-def _pooled(cells: Sequence[_Cell], values: Iterable[int]) -> list[Counts]:
-    """Counts of each class, summed over regions and scenes."""
-    return [sum((cell.counts for cell in cells if cell.value == value), Counts()) for value in sorted(values)]
-
-
-def _frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
-    """A data frame with these columns and types, also without rows."""
-    data = {}
-    for name, dtype in columns.items():
-        empty = "" if dtype == "str" else math.nan if dtype == "float64" else pd.NA
-        data[name] = pd.Series([row.get(name, empty) for row in rows], dtype=dtype)
-    return pd.DataFrame(data)
+    tally, known = batch.tally, {c.value: c.name for c in classes}
+    kept = np.flatnonzero(is_compared(tally))
+    order = kept[np.lexsort((tally.label[kept], tally.reference[kept], tally.region[kept]))]
+    group = tally.region[order]
+    columns = batch.head(group)
+    for what, values in (("reference", tally.reference[order]), ("predicted", tally.label[order])):
+        distinct, code = np.unique(values, return_inverse=True)
+        columns[what] = text_of([known.get(v, str(v)) for v in distinct.tolist()], code)
+        columns[f"{what}_value"] = values
+    columns["count"] = tally.cover[order] / FULL
+    columns |= {SIZE_COLUMNS[unit]: batch.sizes(group, tally.size[order], unit) for unit in batch.units}
+    return frame([Piece(len(order), columns)], types)
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def percent(value: float) -> str:
     if 0.9995 <= value < 1:
         return ">99.9 %"
     return f"{100 * value:.1f} %"
+
+
+def interval(row: Mapping[Any, Any]) -> str:
+    """``0.452 to 0.474`` of a row with ``low`` and ``high``; empty where it has none."""
+    low, high = (float(row.get(key, math.nan)) for key in ("low", "high"))
+    return f"{number(low, 3)} to {number(high, 3)}" if math.isfinite(low + high) else ""
 
 
 def duration(seconds: float) -> str:

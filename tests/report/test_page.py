@@ -6,13 +6,10 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 import re
-import shutil
-import subprocess
-import time
-import urllib.request
 from html.parser import HTMLParser
-from pathlib import Path
+from urllib.parse import unquote, urljoin
 
 import numpy as np
 import pandas as pd
@@ -22,9 +19,14 @@ from segpipe.errors import RequestError
 from segpipe.geometry import RasterGeometry
 from segpipe.models.card import Class
 from segpipe.report import units
+from segpipe.report.agreement import agreement_table
 from segpipe.report.cells import ROWS, page_table
-from segpipe.report.markdown import run_markdown
-from segpipe.report.page import SECTIONS, render_page
+from segpipe.report.definitions import DEFINITIONS
+from segpipe.report.intensity import SceneIntensity, intensity_table
+from segpipe.report.markdown import headline, run_markdown
+from segpipe.report.overview import scene_scores, scene_table
+from segpipe.report.page import FAILURES, INDEX, INDEX_ROWS, page_paths, render_pages
+from segpipe.report.pictures import THUMBNAIL_BYTES
 from segpipe.report.preview import raster_preview
 from segpipe.report.record import (
     ClassInfo,
@@ -36,6 +38,9 @@ from segpipe.report.record import (
     load_record,
 )
 from segpipe.report.shares import class_bars
+from segpipe.report.surface import SceneSurfaces, surface_table
+from segpipe.report.tables import SceneResult, metric_table, region_table, summary_table
+from segpipe.report.uncertainty import SceneCalibration, calibration_table, uncertainty_table
 from segpipe.sources.base import Pixels
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -165,18 +170,66 @@ def previews():
     )
 
 
+def confusion(names: tuple[str, ...] = ("east",)) -> pd.DataFrame:
+    """Whole scenes: forest 60 right and 20 called water; water 5 called forest; one region too."""
+    pairs = [("forest", "forest", 60.0), ("forest", "water", 20.0), ("water", "forest", 5.0)]
+    rows = [(name, "scene", *pair) for name in names for pair in pairs]
+    rows.append((names[0], "district 1", "forest", "forest", 1e6))
+    return pd.DataFrame(rows, columns=["scene", "region", "reference", "predicted", "count"])
+
+
+def pages(run: RunRecord, pictures=None, **tables: pd.DataFrame) -> dict[str, str]:
+    return dict(render_pages(run, (pictures or {}).get, {"regions": regions(), **tables}))
+
+
+def only_page(run: RunRecord, pictures=None, **tables: pd.DataFrame) -> str:
+    (page,) = pages(run, pictures, **tables).values()
+    return page
+
+
 def full_page() -> str:
-    return render_page(record(), {"east": previews()}, regions(repeat=3), metrics(), summary())
+    return only_page(
+        record(), {"east": previews()}, regions=regions(repeat=3), metrics=metrics(), summary=summary(),
+        confusion=confusion(),
+    )  # fmt: skip
 
 
-def test_nothing_is_loaded_from_anywhere() -> None:
-    page = full_page()
+def many(number: int = 6, **tables: pd.DataFrame) -> tuple[RunRecord, dict[str, str]]:
+    """A run of scenes whose IoU of forest falls with their number; the last but one failed."""
+    names = [f"s{i}" for i in range(number)]
+    failed = names[-2]
+    scenes = [
+        scene(n, state="failed", error="ends at byte 12", geometry=None, files={})
+        if n == failed
+        else scene(n)
+        for n in names
+    ]
+    rows = []
+    for i, name in enumerate(names):
+        iou = math.nan if name == failed else 0.9 - 0.1 * i
+        rows.append((name, "scene", "forest", 1, iou, iou, 100.0 + i, 100.0))
+    frame = pd.DataFrame(
+        rows, columns=["scene", "region", "class", "value", "iou", "dice", "predicted_m2", "reference_m2"]
+    )
+    frame = frame.assign(tp=frame["iou"], fp=0.0, fn=0.0, state="measured", reason="")
+    shot = previews()
+    run = record(*scenes)
+    made = pages(
+        run, dict.fromkeys(names, shot), regions=regions(tuple(n for n in names if n != failed)),
+        metrics=frame, summary=summary(), **tables,
+    )  # fmt: skip
+    return run, made
+
+
+@pytest.mark.parametrize("path", ["report.html", "scenes/s1/report.html", "single"])
+def test_nothing_is_loaded_from_anywhere(path: str) -> None:
+    page = full_page() if path == "single" else many(confusion=confusion(("s1",)))[1][path]
     tags = Reader(page).tags
     for tag, attributes in tags:
         if "src" in attributes:
             assert (attributes["src"] or "").startswith("data:"), (tag, attributes)
         if "href" in attributes:
-            assert re.match(r"(#|\./|[a-z]+\.(csv|json)$)", attributes["href"] or ""), attributes
+            assert re.match(r"(#|\./|\.\./)", attributes["href"] or ""), attributes
         assert tag not in ("link", "iframe", "object", "base", "form")
         assert not [name for name in attributes if name.startswith("on")]
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", page)
@@ -202,14 +255,34 @@ def test_text_from_outside_is_escaped() -> None:
     run = record(bad, failed, job_name=EVIL, run_id=EVIL, job={EVIL: EVIL}, model=card, notes=(EVIL,))
     numbers = summary().assign(metric=EVIL)
     numbers.loc[0, "metric"] = "mIoU"
-    page = render_page(run, {EVIL: previews()}, table, metrics().assign(reason=EVIL, scene=EVIL), numbers)
-    reader = Reader(page)
-    assert sum(tag == "script" for tag, _ in reader.tags) == 1
-    assert page.count("<script>") == 1
-    assert not [a for _, a in reader.tags if "onerror" in a]
-    assert "red;}" not in page
-    assert "./javascript%3Aalert%281%29" in page
-    assert "&lt;script&gt;alert" in page
+    shown = pages(
+        run, {EVIL: previews()}, regions=table, metrics=metrics().assign(reason=EVIL, scene=EVIL),
+        summary=numbers, confusion=confusion((EVIL,)).assign(reference=EVIL),
+    )  # fmt: skip
+    assert set(shown) == set(page_paths(run)) == {INDEX, f"scenes/{EVIL}/report.html"}
+    for path, page in shown.items():
+        reader = Reader(page)
+        assert sum(tag == "script" for tag, _ in reader.tags) == 1
+        assert page.count("<script>") == 1
+        assert not [a for _, a in reader.tags if "onerror" in a]
+        assert "red;}" not in page
+        assert "./javascript%3Aalert%281%29" in page or path == INDEX
+        assert "&lt;script&gt;alert" in page
+
+
+def test_links_between_pages_lead_to_pages() -> None:
+    """As a browser resolves them, and wherever a scene's name puts its page."""
+    run, made = many()
+    assert set(made) == set(page_paths(run)) == {INDEX, *(f"scenes/{s.name}/report.html" for s in run.done)}
+    for path, page in made.items():
+        links = [a["href"] or "" for tag, a in Reader(page).tags if tag == "a" and "href" in a]
+        to_pages = [urljoin(f"file:///run/{path}", x) for x in links if x.endswith("report.html")]
+        assert to_pages
+        assert {unquote(x).removeprefix("file:///run/") for x in to_pages} <= set(made)
+        files = {unquote(urljoin(f"file:///run/{path}", x)) for x in links if x.endswith("labels.tif")}
+        assert files == (
+            {f"file:///run/{path.replace('report.html', 'labels.tif')}"} if path != INDEX else set()
+        )
 
 
 def test_same_input_same_bytes() -> None:
@@ -220,9 +293,9 @@ def test_rows_and_units() -> None:
     reader = Reader(full_page())
     head, *rows = reader.rows["regions-table"]
     assert len(rows) == 9
-    assert head[:7] == ["Scene", "Region", "Class", "Value", "Count", "Area (ha)", "Share (%)"]
+    assert head[:6] == ["Region", "Class", "Value", "Count", "Area (ha)", "Share (%)"]  # of one scene
     assert rows[1] == [
-        "east", "scene", "forest", "1", "2,500", "25.0", "20.0", "measured", "50.0", "no", "1",
+        "scene", "forest", "1", "2,500", "25.0", "20.0", "measured", "50.0", "no", "1",
     ]  # fmt: skip
     cells = [a for tag, a in reader.tags if tag == "td" and a.get("data-v") == "250000.0"]
     assert len(cells) == 3  # sorted by the SI value
@@ -235,7 +308,7 @@ def test_headline() -> None:
     text = re.sub(r"<[^>]+>", " ", full_page().split("</style>")[1])
     text = re.sub(r"\s+", " ", text)
     assert "1 scene segmented with Land cover U-Net, 2026-03-01 14:05 UTC, in 2 min 05 s." in text
-    assert "0.600 mIoU over classes, then scenes · 1 defined, 1 undefined, 1 scene failed" in text
+    assert "0.600 mIoU ? over classes, then scenes · 1 defined, 1 undefined, 1 scene failed" in text
     assert "0.750 Mean Dice" in text
     assert "25.00 ha forest" in text
     assert "Only one season." in text and "sha256:5b1f" in text and "41d07c55ab90" in text
@@ -244,39 +317,85 @@ def test_headline() -> None:
 
 def test_failures_come_first_with_reasons() -> None:
     failed = scene("west", state="failed", error="west.tif ends at byte 12", geometry=None, attempts=3)
-    page = render_page(record(scene(), failed), {}, regions())
+    page = pages(record(scene(), failed))[INDEX]
     assert page.index("west.tif ends at byte 12") < page.index('<div class="cards">')
     assert "1 of 2 scenes failed" in page and "3 attempts" in page
     assert Reader(page).rows["index-table"][1][1:3] == ["west", "failed"]
 
 
+def test_many_failures_are_folded_away() -> None:
+    failed = [scene(f"f{i}", state="failed", error=f"byte {i}", geometry=None) for i in range(FAILURES + 5)]
+    page = pages(record(scene(), *failed))[INDEX]
+    assert "<summary>5 more failed scenes</summary>" in page
+    assert page.index(f"byte {FAILURES - 1}<") < page.index("5 more failed") < page.index(f"byte {FAILURES}<")
+
+
 def test_thousands_of_rows_are_cut_and_said_so() -> None:
-    table = regions(repeat=1000)
-    page = render_page(record(), {}, table)
+    page = only_page(record(), regions=regions(repeat=1000))
     assert len(Reader(page).rows["regions-table"]) == 1 + ROWS
     assert "the first 2,000 of 3,000 rows" in page and "regions.csv" in page
+    made = pages(record(scene(), scene("west")), regions=regions(repeat=1000))
+    assert len(Reader(made[INDEX]).rows["regions-table"]) == 1 + INDEX_ROWS
+    assert len(Reader(made["scenes/east/report.html"]).rows["regions-table"]) == 1 + ROWS
+    assert "Scene" not in Reader(made["scenes/east/report.html"]).rows["regions-table"][0]
 
 
-def test_many_scenes_keep_the_page_light() -> None:
-    names = tuple(f"scene {i}" for i in range(SECTIONS + 30))
-    pictures = previews()
-    page = render_page(
-        record(*(scene(n) for n in names)),
-        dict.fromkeys(names, pictures),
-        regions(names),
-        metrics(),
-        summary(),
-    )
-    assert page.count('<article class="scene"') == SECTIONS
-    assert f"the first {SECTIONS} finished scenes" in page and "The other 30" in page
-    assert len(Reader(page).rows["index-table"]) == 1 + len(names)
+def test_a_million_rows_of_regions_make_no_page_heavy() -> None:
+    table = regions(repeat=2).iloc[np.r_[0:3, np.tile((3, 4, 5), 333_334)]]
+    assert len(table) > 1e6
+    made = pages(record(scene(), scene("west")), regions=table)
+    assert max(map(len, made.values())) < 2e6
+    assert "of 1,000,005 rows" in made[INDEX]
+
+
+def test_many_scenes_have_a_light_index_and_a_page_each() -> None:
+    _, made = many(40)
+    assert len(made) == 1 + 39
+    index, own = made[INDEX], made["scenes/s0/report.html"]
+    assert 'class="panels"' not in index and 'class="panels"' in own
+    thumbnails = re.findall(r"data:image/webp;base64,([^\"]+)", index)
+    assert len(thumbnails) == 39
+    assert max(len(base64.b64decode(t)) for t in thumbnails) <= THUMBNAIL_BYTES
+    assert len(index) < 39 * THUMBNAIL_BYTES * 4 / 3 + 300_000
+    assert "Previous: s0" in made["scenes/s1/report.html"] and "Next: s2" in made["scenes/s1/report.html"]
+    assert "Previous:" not in own
+
+
+def test_the_worst_scene_comes_first() -> None:
+    _, made = many()
+    head, *rows = Reader(made[INDEX]).rows["index-table"]
+    assert head == ["", "Scene", "State", "mIoU", "Mean Dice", "Weakest class", "forest (ha)", "Seen", "Time"]
+    assert [r[1] for r in rows] == ["s4", "s5", "s3", "s2", "s1", "s0"]  # s4 failed
+    assert rows[1][2:] == ["done", "0.400", "0.400", "forest 0.400", "25.00", "50.0 %", "1 min 01 s"]
+    assert rows[0][2:] == ["failed", *["—"] * 5, "1 min 01 s"]
+    metric_rows = Reader(made[INDEX]).rows["metrics-table"]
+    assert [r[0] for r in metric_rows[1:]] == ["s5", "s3", "s2", "s1", "s0", "s4"]
+    assert "The weakest scene is s5 with 0.400." in made[INDEX]
+
+
+def test_scores_of_scenes_are_means_over_the_classes_defined() -> None:
+    rows = [
+        ("a", "scene", "background", 0.99, 0.99), ("a", "scene", "forest", 0.5, 0.6),
+        ("a", "scene", "water", 0.1, 0.2), ("a", "district", "water", 0.0, 0.0),
+        ("b", "scene", "forest", 0.8, 0.9), ("b", "scene", "water", math.nan, math.nan),
+        ("c", "scene", "forest", math.nan, math.nan), ("a", "scene", "77", 0.0, 0.0),
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["scene", "region", "class", "iou", "dice"])
+    scores = scene_scores(frame, CLASSES)
+    assert scores.loc["a"].tolist() == [pytest.approx(0.3), pytest.approx(0.4), "water", 0.1]
+    assert scores.loc["b"].tolist() == [0.8, 0.9, "forest", 0.8]
+    assert scores.loc["c"].isna().all()
+    table = scene_table(record(scene("c"), scene("b"), scene("a")), regions(("a", "b")), frame, 2)
+    assert [r.scene.name for r in table.rows] == ["a", "b"]
+    empty = scene_table(record(scene("c"), scene("b")), regions(("b",)), None, 9)
+    assert [r.scene.name for r in empty.rows] == ["c", "b"] and not empty.worst_first
 
 
 def test_accessible_names() -> None:
     tags = Reader(full_page()).tags
     assert all(a.get("alt") is not None for tag, a in tags if tag == "img")
     heads = [a for tag, a in tags if tag == "th" and "aria-sort" in a]
-    assert len(heads) == 11 + 11 + 10
+    assert len(heads) == 10 + 10 + 10
     assert all(a.get("aria-label") for tag, a in tags if tag == "input")
     ids = [a["id"] for _, a in tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -284,6 +403,58 @@ def test_accessible_names() -> None:
         (a["href"] or "")[1:] for tag, a in tags if tag == "a" and (a.get("href") or "").startswith("#")
     }
     assert anchors <= set(ids)
+
+
+def test_definitions_are_one_click_away() -> None:
+    """Every mark leads to a definition on the page, and a page explains only what it shows."""
+    for page in (full_page(), *many(confusion=confusion(("s1",)))[1].values()):
+        tags = Reader(page).tags
+        ids = [a["id"] for tag, a in tags if tag == "details" and (a.get("id") or "").startswith("def-")]
+        marks = {a["href"] for _, a in tags if "why-link" in (a.get("class") or "")}
+        assert marks and marks <= {f"#{i}" for i in ids}
+        assert len(ids) == len(set(ids)) < len(DEFINITIONS)
+    text = re.sub(r"<[^>]+>", " ", full_page())
+    assert "TP / (TP + FP + FN)" in text and "never 0 or 1" in text
+    assert "Hausdorff" not in text
+
+
+def test_columns_that_nobody_described_are_shown_all_the_same() -> None:
+    surface = pd.DataFrame({"scene": ["east"], "class": ["forest"], "crinkle_mm": [12.25], "odd": ["a<b"]})
+    page = only_page(record(), surface=surface)
+    assert Reader(page).rows["surface-table"] == [
+        ["Class", "crinkle mm", "odd"], ["forest", "12.25", "a<b"],
+    ]  # fmt: skip
+    assert 'id="def-surface"' in page and "surface.csv" in page
+    assert "intensity.csv" not in only_page(record(), intensity=surface.iloc[:0])  # asked for, and empty
+
+
+def test_every_column_of_every_table_is_described() -> None:
+    """Of the tables that the library writes, by their own functions."""
+    cards = [Class(value=c.value, name=c.name, color=c.color, background=c.background) for c in CLASSES]
+    metric = metric_table([SceneResult("east", ("scene",), 1, reason="broken")], cards)
+    tables = {
+        "regions": region_table([], cards), "metrics": metric, "summary": summary_table(metric, cards),
+        "agreement": agreement_table(metric), "intensity": intensity_table([SceneIntensity("east")], cards),
+        "surface": surface_table([SceneSurfaces("east", failed=True)], cards),
+        "uncertainty": uncertainty_table([SceneIntensity("east")], cards),
+        "calibration": calibration_table([SceneCalibration("east", failed=True)]),
+    }  # fmt: skip
+    for name, frame in tables.items():
+        table = page_table(name, name, f"{name}.csv", frame, CLASSES)
+        assert [h.label for h in table.heads if not h.meaning] == [], name
+        assert len({h.label for h in table.heads}) == len(table.heads), name
+
+
+def test_intervals_are_shown_with_the_means() -> None:
+    numbers = summary().assign(low=0.55, high=[0.65, 0.8, 0.7, math.nan], interval="12 scenes")
+    page = only_page(record(), metrics=metrics(), summary=numbers)
+    assert '<div class="i">95 % interval 0.550 to 0.650 over 12 scenes</div>' in page
+    assert "mIoU is 0.600 (95 % interval 0.550 to 0.650 over 12 scenes)." in page
+    head, first, *_, last = Reader(page).rows["summary-table"]
+    shown = [dict(zip(head, row, strict=True)) for row in (first, last)]
+    assert [(r["Low"], r["High"], r["Interval over"]) for r in shown] == [
+        ("0.550", "0.650", "12 scenes"), ("0.550", "—", "12 scenes"),
+    ]  # fmt: skip
 
 
 def test_every_column_is_defined() -> None:
@@ -297,15 +468,15 @@ def test_every_column_is_defined() -> None:
 def test_volumes_without_reference_or_previews() -> None:
     table = regions().rename(columns={"area_m2": "volume_mm3"})
     table["volume_mm3"] = [7e6, 1_953_000.0, 30.0]
-    page = render_page(record(), {}, table)
+    page = only_page(record(), regions=table)
     reader = Reader(page)
     assert "metrics-table" not in reader.rows and "metrics.csv" not in page
-    assert [r[5] for r in reader.rows["regions-table"]] == ["Volume (mL)", "7,000.0", "1,953.0", "<0.1"]
+    assert [r[4] for r in reader.rows["regions-table"]] == ["Volume (mL)", "7,000.0", "1,953.0", "<0.1"]
 
 
 def test_a_run_of_nothing() -> None:
     empty = regions().iloc[:0]
-    page = render_page(record(scenes=(), model=None), {}, empty)
+    page = only_page(record(scenes=(), model=None), regions=empty)
     assert "0 scenes segmented" in page
 
 
@@ -363,77 +534,26 @@ def test_markdown() -> None:
     text = run_markdown(record(scene(), failed), regions(), metrics(), summary(), "runs/x/report.html")
     assert "**1 of 2 scenes failed** · run run-7 · 2 min 05 s" in text
     assert r"- **we\|st**: ends at \| byte \<12\>" in text
-    assert "| mIoU | 0.600 | 1 | classes, then scenes |" in text
+    assert "| mIoU | 0.600 |  | 1 | classes, then scenes |" in text
     assert "| forest | 25.00 | 20.0 % | 0.600 | 0.750 |" in text
     assert "Report: `runs/x/report.html`" in text
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}
-    assert widths == {5, 6}
+    assert widths == {6}
+    between = summary().assign(low=0.55, high=0.65)
+    text = run_markdown(record(), regions(), metrics(), between, "report.html")
+    assert "| mIoU | 0.600 | 0.550 to 0.650 | 1 | classes, then scenes |" in text
 
 
-@pytest.mark.slow
-def test_in_a_browser(tmp_path: Path) -> None:
-    """Sort, search and zoom work in Chromium under the page's own security policy."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    connect = pytest.importorskip("websockets.sync.client").connect
-    (tmp_path / "report.html").write_text(full_page(), encoding="utf-8")
-    browser = subprocess.Popen(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-         f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "report.html").as_uri()],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        port_file = tmp_path / "profile" / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not port_file.exists() or not port_file.read_text().strip():
-            assert time.monotonic() < deadline, "chromium did not start"
-            time.sleep(0.2)
-        port = port_file.read_text().split()[0]
-        pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
-        target = next(p for p in pages if p["type"] == "page")
-        with connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
-
-            def send(method: str, parameters: dict[str, object]):
-                socket.send(json.dumps({"id": 1, "method": method, "params": parameters}))
-                while (answer := json.loads(socket.recv(timeout=30))).get("id") != 1:
-                    pass
-                assert "exceptionDetails" not in answer["result"], answer
-                return answer["result"]
-
-            def run(script: str):
-                answer = send("Runtime.evaluate", {"expression": script, "returnByValue": True})
-                return answer["result"].get("value")
-
-            while run("document.querySelectorAll('.view').length && document.readyState") != "complete":
-                assert time.monotonic() < deadline, "the page was not shown"
-                time.sleep(0.1)
-            area = "[...document.querySelectorAll('#regions-table tbody tr')].map(r => r.cells[5].dataset.v)"
-            button = "document.querySelectorAll('#regions-table th button')[5].click()"
-            run(button)
-            assert [float(v) for v in run(area)] == [0.0] * 3 + [250_000.0] * 3 + [1e6] * 3
-            run(button)
-            assert [float(v) for v in run(area)] == [1e6] * 3 + [250_000.0] * 3 + [0.0] * 3
-            head = "document.querySelectorAll('#regions-table th')[5].getAttribute('aria-sort')"
-            assert run(head) == "descending"
-            run("document.querySelectorAll('#metrics-table th button')[5].click()")
-            iou = "[...document.querySelectorAll('#metrics-table tbody tr')].map(r => r.cells[5].textContent)"
-            assert run(iou) == ["0.600", "—"]
-            run(
-                "const i = document.querySelector('input[data-table=regions-table]');"
-                "i.value = 'forest 1'; i.dispatchEvent(new Event('input'))"
-            )
-            assert run("document.querySelector('#regions-table-count').textContent") == "3 of 9"
-            run("document.querySelector('.view').click()")
-            assert run("document.querySelector('dialog').open") is True
-            run("document.querySelector('[data-step=\"1\"]').click()")
-            assert run("document.querySelector('dialog b').textContent") == "east · Segmentation"
-            run("document.querySelector('dialog').close()")
-            assert run("document.documentElement.scrollWidth") <= run("innerWidth")
-            size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-            send("Emulation.setDeviceMetricsOverride", size)
-            assert run("innerWidth") == 390  # a phone would zoom out if anything were wider
-            assert run("document.documentElement.scrollWidth") == 390
-    finally:
-        browser.terminate()
-        browser.wait(timeout=20)
+def test_the_terminals_lines() -> None:
+    numbers = pd.concat(
+        [summary().assign(low=0.55, high=0.65), summary().assign(metric="mean Cohen's kappa")]
+    )
+    lines = headline(record(), regions(), metrics(), numbers)
+    assert lines == [
+        "landcover: 1 of 1 scenes done",
+        "  background             100.00 ha   80.0 %  IoU —  Dice —",
+        "  forest                  25.00 ha   20.0 %  IoU 0.600  Dice 0.750",
+        "  water                    0.00 ha    0.0 %  IoU —  Dice —",
+        "  mIoU                    0.600  classes, then scenes (n=1), 95 % interval 0.550 to 0.650",
+        "  mean Dice               0.750  classes, then scenes (n=1), 95 % interval 0.550 to 0.650",
+    ]

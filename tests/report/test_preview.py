@@ -19,10 +19,24 @@ from segpipe.geometry import RasterGeometry, volume_geometry
 from segpipe.models.card import Class
 from segpipe.report.colors import rgb
 from segpipe.report.drawing import DIFFERENCE
-from segpipe.report.pictures import Panel, Previews, dump_previews, load_previews
-from segpipe.report.planes import structure_centre
-from segpipe.report.preview import raster_preview, rgb_channels, volume_preview
-from segpipe.report.sampling import READ_EDGE, Plane, sample_image, sample_labels, thinned
+from segpipe.report.pictures import THUMBNAIL_BYTES, dump_previews, load_previews
+from segpipe.report.planes import VolumePictures, structure_centre, volume_pictures
+from segpipe.report.preview import (
+    RasterPictures,
+    raster_pictures,
+    raster_preview,
+    rgb_channels,
+    volume_preview,
+)
+from segpipe.report.sampling import (
+    READ_EDGE,
+    Plane,
+    Readers,
+    Stack,
+    sample_image,
+    sample_labels,
+    thinned,
+)
 from segpipe.sources.base import Pixels
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -35,12 +49,13 @@ ORGAN, BONE = (
 )
 
 
-def picture(panel: Panel) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(panel.png)).convert("RGBA")).astype(int)
+def panel(drawn: RasterPictures | VolumePictures, key: str) -> np.ndarray:
+    """RGBA as drawn, before it is encoded."""
+    return drawn.pictures[key].astype(int)
 
 
-def panel(previews: Previews, key: str) -> np.ndarray:
-    return picture(next(p for p in previews.panels if p.key == key))
+def decoded(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGBA")).astype(int)
 
 
 def reader(image: np.ndarray, valid: np.ndarray | None = None):
@@ -54,22 +69,27 @@ def reader(image: np.ndarray, valid: np.ndarray | None = None):
     return read
 
 
-def raster(
-    labels: np.ndarray, reference: np.ndarray | None = None, classes=(FOREST, WATER), **more
-) -> Previews:
+def raster_input(labels: np.ndarray, reference: np.ndarray | None = None, **more) -> dict[str, object]:
+    """Readers and geometry of a raster, by the names of `raster_preview`'s arguments."""
     shape = labels.shape
     image = more.pop("image", np.linspace(0, 100, labels.size).reshape(1, *shape).astype(np.float32))
     transform = more.pop("transform", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0))
-    return raster_preview(
-        reader(image, more.pop("valid", None)),
-        lambda box: labels[box.slices],
-        None if reference is None else lambda box: reference[box.slices],
-        RasterGeometry(shape, transform, more.pop("crs", UTM)),
-        more.pop("bands", ()),
-        classes,
-        255,
+    return {
+        "read_image": reader(image, more.pop("valid", None)),
+        "read_labels": lambda box: labels[box.slices],
+        "read_reference": None if reference is None else lambda box: reference[box.slices],
+        "geometry": RasterGeometry(shape, transform, more.pop("crs", UTM)),
+        "bands": more.pop("bands", ()),
+        "classes": more.pop("classes", (FOREST, WATER)),
+        "nodata": 255,
         **more,
-    )
+    }
+
+
+def raster(labels: np.ndarray, reference: np.ndarray | None = None, **more) -> RasterPictures:
+    given = raster_input(labels, reference, **more)
+    read = Readers(*(given.pop(f"read_{what}") for what in ("image", "labels", "reference")))
+    return raster_pictures(read, **given, max_size=900, count=None)
 
 
 def test_real_landsat_pixels() -> None:
@@ -85,10 +105,8 @@ def test_real_landsat_pixels() -> None:
     labels = np.where(valid, np.roll(reference, 5, axis=1), 255).astype(np.uint8)
     colors = ("#d7191c", "#f4d35e", "#b8de8f", "#8c6d31", "#1b7837", "#2b83ba", "#c2a5cf")
     classes = [Class(value=i + 1, name=f"class {i + 1}", color=c) for i, c in enumerate(colors)]
-    result = raster_preview(
-        reader(image, valid), lambda b: labels[b.slices], lambda b: reference[b.slices], place,
-        ("blue", "green", "red", "nir", "swir16"), classes, 255,
-    )  # fmt: skip
+    read = Readers(reader(image, valid), lambda b: labels[b.slices], lambda b: reference[b.slices])
+    result = raster_pictures(read, place, ("blue", "green", "red", "nir", "swir16"), classes, 255, 900, None)
     red, green, blue = image[2], image[1], image[0]
     shown = panel(result, "image")
     assert shown.shape == (443, 489, 4)
@@ -120,7 +138,8 @@ def test_difference_has_every_kind() -> None:
     assert [tuple(p[:3]) for p in row[:4]] == kinds
     assert row[4].tolist() == [232, 234, 237, 255]
     assert row[5, 3] == 0
-    assert [e.name.split()[0] for e in result.difference_legend] == [
+    whole = raster_preview(**raster_input(labels, reference, classes=(GROUND, ORGAN, BONE)))
+    assert [e.name.split()[0] for e in whole.difference_legend] == [
         "agree",
         "missed",
         "hallucinated",
@@ -138,7 +157,9 @@ def test_background_and_nodata_are_not_painted() -> None:
     assert over[3, 3].tolist() == [255, 0, 0, 255]  # the outline is opaque
     expected = 0.6 * image[4, 4, :3] + 0.4 * np.array([255, 0, 0])
     assert np.abs(over[4, 4, :3] - expected).max() <= 1
-    assert [e.name for e in result.legend] == ["organ"]
+    assert [e.name for e in raster_preview(**raster_input(labels, classes=(GROUND, ORGAN))).legend] == [
+        "organ"
+    ]
 
 
 def test_a_label_of_no_class_is_grey_not_hidden() -> None:
@@ -239,20 +260,113 @@ def oriented(axes: tuple[int, ...], signs: tuple[int, ...]):
     return arrays[0], arrays[1], volume_geometry(arrays[0].shape, turned[0].affine)
 
 
-def volume(image: np.ndarray, labels: np.ndarray, place) -> Previews:
-    return volume_preview(
-        reader(image[None]), lambda b: labels[b.slices], None, place, (GROUND, ORGAN, BONE), None, 600
-    )
+def volume_input(image: np.ndarray, labels: np.ndarray, place) -> tuple:
+    return reader(image[None]), lambda b: labels[b.slices], None, place, (GROUND, ORGAN, BONE), None
+
+
+def volume(image: np.ndarray, labels: np.ndarray, place) -> VolumePictures:
+    read_image, read_labels, _, *rest = volume_input(image, labels, place)
+    return volume_pictures(Readers(read_image, read_labels), *rest, 600, 0)
 
 
 def test_every_voxel_order_gives_the_same_upright_pictures() -> None:
-    expected = volume(*oriented((0, 1, 2), (1, 1, 1)))
+    expected = volume_preview(*volume_input(*oriented((0, 1, 2), (1, 1, 1))), 300)
     for axes in permutations(range(3)):
         for signs in product((1, -1), repeat=3):
             image, labels, place = oriented(axes, signs)
-            found = volume(image, labels, place)
+            found = volume_preview(*volume_input(image, labels, place), 300)
             for a, b in zip(expected.panels, found.panels, strict=True):
-                assert a.png == b.png, (place.orientation, a.key)
+                assert a.content == b.content, (place.orientation, a.key)
+            assert found.slices == expected.slices, place.orientation
+            assert found.thumbnail == expected.thumbnail
+
+
+def test_slices_go_from_the_feet_up_at_the_heights_of_the_affine() -> None:
+    """Each slice is the anatomy's own, where nibabel puts its middle voxel."""
+    _, labels = anatomy()  # (x, y, z), z superior, 20 slices of 3 mm
+    stack = volume_preview(*volume_input(*oriented((2, 0, 1), (-1, 1, -1)))).slices
+    assert stack is not None and len(stack.slices) == 20
+    affine = np.diag([2.0, 2.5, 3.0, 1.0])
+    for z, item in enumerate(stack.slices):
+        height = nib.affines.apply_affine(affine, (5.5, 7.5, z))[2]
+        assert item.caption == f"Slice {z + 1} of 20, S {height:.1f} mm"
+        shown = decoded(item.jpeg)
+        assert shown.shape[:2] == (stack.height, stack.width) == (256, 154)  # 40 mm by 24 mm
+        reds = (shown[..., 0] > 1.4 * shown[..., 1] + 30).mean()
+        assert (reds > 0.05) == (labels[:, :, z] == 5).any(), z
+    at = [3 * z for z in range(20)]
+    assert at[stack.first] == 3 * 14  # the median of the organ, z 11 to 17
+    middle = decoded(stack.slices[stack.first].jpeg)
+    red = middle[..., 0] > 1.4 * middle[..., 1] + 30
+    assert np.flatnonzero(red.any(axis=0)).max() < 0.5 * stack.width  # the patient's right
+    assert np.flatnonzero(red.any(axis=1)).max() < 0.5 * stack.height  # and front
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_stack_is_read_once_in_bounded_slabs(
+    across: int, factor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segpipe.report.sampling.SLAB_ELEMENTS", 2000)
+    rng = np.random.default_rng(1)
+    shape = (17, 20, 23)
+    labels = rng.integers(0, 9, shape, dtype=np.uint8)
+    image, valid = rng.random((2, *shape), dtype=np.float32), rng.random(shape) < 0.8
+    at = (0, 1, 7, 12, 16)
+    stack = Stack(shape, across, at, factor)
+    reads: list[Box] = []
+
+    def read(box: Box) -> np.ndarray:
+        reads.append(box)
+        return labels[box.slices]
+
+    found = sample_labels(read, stack)
+    values, seen = sample_image(reader(image, valid), stack, (1,))
+    kept = [axis for axis in range(3) if axis != across]
+    for number, index in enumerate(at):
+        plane = Plane(shape, (kept[0], kept[1]), (factor, factor), index)
+        assert np.array_equal(found[number], sample_labels(lambda b: labels[b.slices], plane))
+        alone, alone_seen = sample_image(reader(image, valid), plane, (1,))
+        assert np.array_equal(values[:, number], alone) and np.array_equal(seen[number], alone_seen)
+    assert max(b.size for b in reads) <= max(2000, factor * 20 * 23)
+    assert sum(b.size for b in reads) <= labels.size
+    slabs = [set(range(b.start[0], b.stop[0])) for b in reads]
+    assert sum(map(len, slabs)) == len(set().union(*slabs))  # no slice of the file twice
+
+
+def test_a_stack_of_slices_stays_small() -> None:
+    """Noise compresses worst: quality gives way, and in the end the number of slices."""
+    rng = np.random.default_rng(2)
+    image = rng.integers(0, 4000, (90, 256, 256), dtype=np.int16)
+    labels = np.zeros(image.shape, np.uint8)
+    labels[40:50, 100:150, 100:150] = 5
+    place = volume_geometry(image.shape, np.eye(4))
+    stack = volume_preview(*volume_input(image, labels, place)).slices
+    assert stack is not None
+    assert sum(len(s.jpeg) for s in stack.slices) <= 600_000
+    assert 12 <= len(stack.slices) <= 48
+    ranks = [int(s.caption.split()[1]) for s in stack.slices]
+    steps = np.diff(ranks)
+    assert set(steps) <= {steps.min(), steps.min() + 1}
+    assert abs(ranks[stack.first] - 45) <= steps.max()
+
+
+def test_uncertainty_is_drawn_in_cividis() -> None:
+    colormaps = pytest.importorskip("matplotlib").colormaps
+    labels = np.ones((1, 101), np.uint8)
+    labels[0, 50] = 255
+    shares = np.linspace(0, 1, 101)[None]
+    given = raster_input(labels)
+    read = Readers(
+        *(given.pop(f"read_{w}") for w in ("image", "labels", "reference")), lambda b: shares[b.slices]
+    )
+    drawn = panel(raster_pictures(read, **given, max_size=900, count=None), "uncertainty")
+    expected = np.round(np.array(colormaps["cividis"](shares[0])) * 255)
+    kept = labels[0] != 255
+    assert np.abs(drawn[0, kept, :3] - expected[kept, :3]).max() <= 8  # of 255, between the stops
+    assert drawn[0, :, 3].tolist() == np.where(kept, 255, 0).tolist()
+    whole = raster_preview(**raster_input(labels), read_uncertainty=lambda b: shares[b.slices])
+    assert [p.key for p in whole.panels] == ["image", "labels", "uncertainty"]
 
 
 def test_radiological_convention() -> None:
@@ -298,10 +412,9 @@ def test_real_ct() -> None:
     classes = [GROUND, Class(value=5, name="liver", color="#ff0000")]
     place = volume_geometry(values.shape, image.affine)
     liver = np.where(labels == 5, 5, 0).astype(np.uint8)
-    result = volume_preview(
-        reader(values[None]), lambda b: liver[b.slices], lambda b: liver[b.slices], place, classes, None
-    )
-    assert [p.key for p in result.panels] == ["image", "labels", "reference", "difference"]
+    read = Readers(reader(values[None]), lambda b: liver[b.slices], lambda b: liver[b.slices])
+    result = volume_pictures(read, place, classes, None, 1200, 0)
+    assert list(result.pictures) == ["image", "labels", "reference", "difference"]
     over = panel(result, "labels")
     red = over[..., 0] - np.maximum(over[..., 1], over[..., 2]) > 60
     axial = np.flatnonzero(red[:, :400].any(axis=0))
@@ -311,20 +424,43 @@ def test_real_ct() -> None:
 
 def test_same_input_same_bytes_and_archive() -> None:
     labels = np.random.default_rng(4).integers(1, 3, (60, 70), dtype=np.uint8)
-    first, second = raster(labels, labels), raster(labels, labels)
+    first, second = (raster_preview(**raster_input(labels, labels)) for _ in range(2))
     assert first == second
     assert dump_previews(first) == dump_previews(second)
     assert load_previews(dump_previews(first)) == first
+    deep = volume_preview(*volume_input(*oriented((0, 1, 2), (1, 1, 1))))
+    assert load_previews(dump_previews(deep)) == deep
     with pytest.raises(RequestError, match="run the job again"):
         load_previews(b"not a zip")
 
 
+def test_panels_are_what_was_drawn() -> None:
+    """Flat maps to the bit; photographs nearly, and their transparency to the bit."""
+    labels = np.repeat(np.repeat(np.array([[1, 2], [2, 255]], np.uint8), 40, 0), 40, 1)
+    truth = np.roll(labels, 10, 0)
+    drawn = raster(labels, truth, valid=labels != 255)
+    for shown in raster_preview(**raster_input(labels, truth, valid=labels != 255)).panels:
+        found, expected = decoded(shown.content), panel(drawn, shown.key)
+        assert (shown.height, shown.width) == expected.shape[:2]
+        assert np.array_equal(found[..., 3], expected[..., 3])
+        seen = expected[..., 3] > 0
+        error = np.abs(found - expected)[seen]
+        assert error.max() == 0 if shown.key == "difference" else error.mean() < 5
+
+
 def test_composite_and_thumbnail() -> None:
-    result = raster(np.ones((300, 400), np.uint8), np.ones((300, 400), np.uint8))
+    result = raster_preview(**raster_input(np.ones((300, 400), np.uint8), np.ones((300, 400), np.uint8)))
     composite = Image.open(io.BytesIO(result.composite))
     assert composite.width > 4 * 400 and composite.mode == "RGB"
     assert composite.getpixel((1, 1)) == (255, 255, 255)
     assert max(Image.open(io.BytesIO(result.thumbnail)).size) == 192
+
+
+def test_a_thumbnail_of_noise_is_small_too() -> None:
+    rng = np.random.default_rng(6)
+    noise = rng.random((3, 400, 400), dtype=np.float32)
+    result = raster_preview(**raster_input(rng.integers(1, 3, (400, 400), dtype=np.uint8), image=noise))
+    assert len(result.thumbnail) <= THUMBNAIL_BYTES == 20_000
 
 
 def lab(color: np.ndarray) -> np.ndarray:

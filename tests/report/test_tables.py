@@ -3,6 +3,7 @@
 import io
 import math
 import random
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -10,60 +11,28 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyproj import CRS
-from sklearn.metrics import accuracy_score, f1_score, jaccard_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    confusion_matrix,
+    jaccard_score,
+    recall_score,
+)
 
-from segpipe.boxes import grid_boxes
-from segpipe.geometry import RasterGeometry, volume_geometry
-from segpipe.metrics.tally import FULL, IGNORED, SizeScale, Tally, add, measure_tile
-from segpipe.models.card import Class
-from segpipe.regions import load_regions
+from segpipe.metrics.tally import FULL, IGNORED
+from segpipe.report.agreement import agreement_table
+from segpipe.report.summary import summary_table
 from segpipe.report.tables import (
     SceneResult,
+    confusion_table,
     csv_bytes,
     metric_table,
     parquet_bytes,
     region_table,
-    summary_table,
     write_table,
 )
-
-CLASSES = [
-    Class(value=0, name="background", color="#000000", background=True),
-    Class(value=1, name="water", color="#0000ff"),
-    Class(value=7, name="forest", color="#00ff00"),
-]
-NAMES = ("tp", "fp", "fn", "iou", "dice", "precision", "recall")
-
-
-def result(name, labels, reference=None, spacing=2.0, tile=None, **more):
-    """A scene of 2 m pixels in UTM (or 2 mm voxels), measured tile by tile."""
-    labels = np.asarray(labels, dtype=np.uint8)
-    if labels.ndim == 2:
-        wkt = CRS(32616).to_wkt()
-        geometry = RasterGeometry(labels.shape, (spacing, 0, 0, 0, -spacing, 0), wkt)
-    else:
-        geometry = volume_geometry(labels.shape, np.diag([spacing] * 3 + [1]))
-    regions, scale = load_regions(None, geometry), SizeScale.of(geometry)
-    truth = None if reference is None else np.asarray(reference)
-    tally = add(
-        measure_tile(
-            labels[b.slices],
-            255,
-            None if truth is None else truth[b.slices],
-            regions,
-            b,
-            geometry.box,
-            scale,
-        )
-        for b in grid_boxes(labels.shape, tile or labels.shape)
-    )
-    return SceneResult(name, regions.names, 1, tally, scale, **more)
-
-
-def rows(table, *columns):
-    return [tuple(row) for row in table[list(columns)].itertuples(index=False)]
-
+from tests.report.scenes import CLASSES, NAMES, SIZES, result, rows
 
 INNER = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 255, 0], [0, 0, 0, 0, 0]]
 
@@ -98,6 +67,12 @@ def test_failed_and_unseen_scenes_have_rows_without_numbers():
     metrics = metric_table([failed], CLASSES)
     assert list(metrics["reason"]) == ["no such file"] * 3
     assert metrics[list(NAMES)].isna().all().all()
+    agreement = agreement_table(metrics)
+    assert rows(agreement, "scene", "region", "state", "reason", "classes") == [
+        ("broken", "scene", "failed", "no such file", "")
+    ]
+    assert agreement[["count", "pixel_accuracy", "kappa"]].isna().all(axis=None)
+    assert len(confusion_table([failed], CLASSES)) == 0
 
 
 def test_failed_alone_still_has_rows():
@@ -151,6 +126,80 @@ def test_metrics_of_one_scene():
     assert list(accuracy["value"]) == [4 / 7]
 
 
+def test_true_negatives_and_sizes_of_one_scene():
+    """Of the same 7 pixels of 4 m²; forest: nothing to be wrong about, so specificity is 1."""
+    table = metric_table([result("a", PREDICTED, REFERENCE)], CLASSES)
+    assert rows(table, "tn", "specificity") == [(3, 3 / 4), (2, 2 / 4), (7, 1), (6, 1)]
+    assert rows(table, *SIZES)[:2] == [(12, 12, 0, 1), (16, 12, 4, 4 / 3)]
+    assert rows(table, *SIZES)[3] == (0, 4, -4, 0)
+    assert rows(table, *SIZES[:3])[2] == (0, 0, 0)
+    assert math.isnan(table["size_ratio"][2])
+    assert "predicted_mm3" not in table
+    voxels = metric_table([result("v", [[[1, 1], [0, 1]]], [[[1, 0], [0, 0]]])], CLASSES)
+    assert rows(voxels, "predicted_mm3", "reference_mm3", "difference_mm3")[1] == (24, 8, 16)
+
+
+def test_confusion_of_one_scene():
+    """The 7 pixels again: reference class → predicted class; pairs that do not occur have no row."""
+    scenes = [result("a", PREDICTED, REFERENCE)]
+    table = confusion_table(scenes, CLASSES)
+    assert rows(table, "region", "reference", "reference_value", "predicted", "predicted_value", "count") == [
+        ("scene", "background", 0, "background", 0, 2),
+        ("scene", "background", 0, "water", 1, 1),
+        ("scene", "water", 1, "background", 0, 1),
+        ("scene", "water", 1, "water", 1, 2),
+        ("scene", "9", 9, "water", 1, 1),
+    ]
+    assert list(table["area_m2"]) == [8, 4, 4, 8, 4]
+    agreement = agreement_table(metric_table(scenes, CLASSES))
+    assert rows(agreement, "count", "pixel_accuracy", "classes", "n_classes", "n_reference_classes") == [
+        (7, 4 / 7, "background, water, 9", 3, 3)
+    ]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1))
+def test_agreement_and_confusion_equal_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    truth, labels = rng.choice([0, 1, 7, 9], (6, 7)), rng.choice([0, 1, 7, 42], (6, 7))
+    scenes = [result("a", labels, truth)]
+    found = agreement_table(metric_table(scenes, CLASSES)).iloc[0]
+    r, p = truth.ravel(), labels.ravel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(r, p))
+    assert found["pixel_accuracy"] == pytest.approx(accuracy_score(r, p))
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(r, p))
+    assert found["frequency_weighted_iou"] == pytest.approx(jaccard_score(r, p, average="weighted"))
+    values = [0, 1, 7, 9, 42]
+    matrix = confusion_table(scenes, CLASSES).pivot(
+        index="reference_value", columns="predicted_value", values="count"
+    )
+    matrix = matrix.reindex(index=values, columns=values).fillna(0)
+    np.testing.assert_array_equal(matrix, confusion_matrix(r, p, labels=values))
+    metrics = metric_table(scenes, CLASSES).set_index("value")
+    for value in (0, 1, 7):  # specificity is the recall of everything else
+        assert metrics["specificity"][value] == pytest.approx(recall_score(r != value, p != value))
+
+
+def test_agreement_says_why_it_is_empty():
+    scenes = [
+        result("alike", [[1, 1]], [[1, 1]]),
+        result("blind", [[1, 0]], [[IGNORED, IGNORED]]),
+        result("none", [[1, 0]]),
+    ]
+    table = agreement_table(metric_table(scenes, CLASSES))
+    assert rows(table, "scene", "state", "reason") == [
+        ("alike", "measured", "kappa: one and the same class everywhere"),
+        ("blind", "no_data", "no element with both a valid pixel and a reference"),
+        ("none", "not_requested", "no reference"),
+    ]
+    assert table["pixel_accuracy"].tolist()[:1] == [1]
+    numbers = ["count", "pixel_accuracy", "balanced_accuracy", "kappa", "frequency_weighted_iou"]
+    assert table[numbers][1:].isna().all(axis=None)
+    assert math.isnan(table["kappa"][0])
+
+
 def test_states_of_metrics():
     scenes = [result("none", [[1, 0]]), result("blind", [[1, 0]], [[IGNORED, IGNORED]])]
     table = metric_table(scenes, CLASSES)
@@ -161,120 +210,39 @@ def test_states_of_metrics():
     assert len(summary_table(metric_table(scenes[:1], CLASSES), CLASSES)) == 0
 
 
-def test_summary_counts_missed_hallucinated_undefined_and_failed():
-    """Water: right, missed, absent, absent. Forest: absent, made up, absent, half (IoU 1/2)."""
-    scenes = [
-        result("a", [[1, 0]], [[1, 0]]),
-        result("b", [[7, 0]], [[1, 0]]),
-        result("c", [[0, 0]], [[0, 0]]),
-        result("d", [[7, 7]], [[7, 0]]),
-        SceneResult("e", ("scene",), 2, reason="broken"),
-    ]
-    summary = summary_table(metric_table(scenes, CLASSES), CLASSES, min_reference=1)
-    counted = ("value", "n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed")
-    found = {(m, c): tuple(v) for m, c, *v in summary[["metric", "class", *counted]].itertuples(index=False)}
-    # a: water 1. b: water 0, forest 0. d: forest 1/2. c has no class to average.
-    assert found["mIoU", ""] == ((1 + 0 + 0.5) / 3, 4, 1, 1, 4, 1)
-    assert found["mean Dice", ""] == (pytest.approx((1 + 0 + 2 / 3) / 3), 4, 1, 1, 4, 1)
-    # water: tp 1, fn 1. forest: tp 1, fp 1 (b) + 1 (d).
-    assert found["pooled mIoU", ""] == (pytest.approx((1 / 2 + 1 / 3) / 2), 2, 0, 0, 0, 1)
-    assert found["pixel accuracy", ""][0] == 6 / 8
-    assert found["mIoU of classes with reference ≥ 1", ""] == ((1 + 0 + 0.5) / 3, 3, 1, 0, 0, 1)
-    assert found["mean IoU", "water"] == (0.5, 2, 1, 0, 2, 1)
-    assert found["mean IoU", "forest"] == (0.25, 2, 0, 1, 2, 1)
-    assert set(summary["region"]) == {"scene"}
-    assert summary["over"][0] == "classes (without background), then scenes"
-
-
-def test_all_failed_says_so():
-    scenes = [SceneResult(n, ("scene",), 1, reason="x") for n in "ab"]
-    summary = summary_table(metric_table(scenes, CLASSES), CLASSES)
-    assert summary["value"].isna().all()
-    assert set(summary["n_failed"]) == {2}
-
-
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
-def test_summary_equals_scikit_learn(seed, count):
-    rng = np.random.default_rng(seed)
-    maps = []
-    for _ in range(count):
-        reference = rng.choice([0, 1, 7], (9, 8))
-        labels = np.where(rng.random((9, 8)) < 0.7, reference, rng.choice([0, 1, 7], (9, 8)))
-        maps.append((labels, reference))
-    scenes = [result(str(i), *pair) for i, pair in enumerate(maps)]
-    summary = summary_table(metric_table(scenes, CLASSES), CLASSES).set_index(["metric", "class"])
-    oracle = {"labels": [1, 7], "average": None}
-    each = [
-        (
-            jaccard_score(r.ravel(), p.ravel(), **oracle),
-            f1_score(r.ravel(), p.ravel(), **oracle),
-        )
-        for p, r in maps
-    ]
-    assert summary["value"]["mIoU", ""] == pytest.approx(np.mean([iou.mean() for iou, _ in each]))
-    assert summary["value"]["mean Dice", ""] == pytest.approx(np.mean([d.mean() for _, d in each]))
-    p, r = (np.concatenate([m[k].ravel() for m in maps]) for k in (0, 1))
-    assert summary["value"]["pooled mIoU", ""] == pytest.approx(jaccard_score(r, p, **oracle).mean())
-    assert summary["value"]["pixel accuracy", ""] == pytest.approx(accuracy_score(r, p))
-    assert summary["value"]["mean Dice", "forest"] == pytest.approx(np.mean([d[1] for _, d in each]))
-
-
-def test_rare_classes_are_left_out_by_the_reference_s_count():
-    """40 × 40: water has 1,200 reference pixels, forest 10: only water is averaged."""
-    reference = np.zeros((40, 40), dtype=int)
-    reference[:30] = 1
-    reference[39, :10] = 7
-    summary = summary_table(
-        metric_table([result("a", np.where(reference == 7, 0, reference), reference)], CLASSES),
-        CLASSES,
-    ).set_index(["metric", "class"])
-    assert summary["value"]["mIoU", ""] == 0.5
-    assert summary["value"]["mIoU of classes with reference ≥ 1000", ""] == 1.0
-    assert summary["n_defined"]["mIoU of classes with reference ≥ 1000", ""] == 1
-
-
-def test_regions_are_averaged_before_scenes():
-    """Scene a has two regions (IoU 1 and 0), scene b one (IoU 1): (0.5 + 1) / 2; and the scenes beside."""
-
-    def tally(*pairs):
-        region, label, truth = zip(*pairs, strict=True)
-        ones = [FULL] * len(pairs)
-        return Tally.from_columns(
-            region=region, label=label, reference=truth, cover=ones, size=ones, edge=[0] * len(ones)
-        )
-
-    scale = SizeScale("px", 1.0, 16, np.array([1 << 16]))
-    scenes = [
-        SceneResult(
-            "a", ("scene", "north", "south"), 1, tally((0, 1, 1), (0, 1, 0), (1, 1, 1), (2, 1, 0)), scale
-        ),
-        SceneResult("b", ("scene", "north"), 1, tally((0, 1, 1), (1, 1, 1)), scale),
-    ]
-    summary = summary_table(metric_table(scenes, CLASSES), CLASSES)
-    first = summary.groupby("region").first()
-    assert first.loc["regions", "value"] == 0.75
-    assert first.loc["regions", "over"] == "classes (without background), then regions, then scenes"
-    assert first.loc["scene", "value"] == 0.75  # the same by chance of the numbers: (1/2 + 1) / 2
-    assert first.loc["scene", "over"] == "classes (without background), then scenes"
-    table = region_table(scenes, CLASSES)
-    assert list(table["area_px"]) == [0, 2, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
-
-
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9))
 def test_bytes_do_not_depend_on_tiles(seed, step):
     rng = np.random.default_rng(seed)
     maps = [(rng.choice([0, 1, 7, 255], (13, 11)), rng.choice([-1, 0, 1, 7], (13, 11))) for _ in range(3)]
     one = [result(str(i), *pair, spacing=0.7) for i, pair in enumerate(maps)]
     two = [result(str(i), *pair, spacing=0.7, tile=(step, step)) for i, pair in enumerate(maps)]
-    for make in (region_table, metric_table):
+    for make in (
+        region_table,
+        metric_table,
+        confusion_table,
+        lambda r, c: agreement_table(metric_table(r, c)),
+    ):
         a, b = make(one, CLASSES), make(two, CLASSES)
         assert csv_bytes(a) == csv_bytes(b)
         assert parquet_bytes(a) == parquet_bytes(b)
     shuffled = random.Random(seed).sample(one, 3)
     means = [summary_table(metric_table(s, CLASSES), CLASSES) for s in (one, shuffled)]
     assert csv_bytes(means[0]) == csv_bytes(means[1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.permutations([0, 1, 7]))
+def test_permuting_class_ids_permutes_rows(seed, order):
+    """Each class under another's value: the same numbers in the rows of the class's new value."""
+    rng = np.random.default_rng(seed)
+    maps = [rng.choice([0, 1, 7], (5, 6)) for _ in range(2)]
+    names = dict(zip([0, 1, 7], order, strict=True))
+    renamed = [np.vectorize(names.get)(m) for m in maps]
+    one, two = (metric_table([result("a", *m)], CLASSES).set_index("value") for m in (maps, renamed))
+    numbers = [*NAMES, "tn", "specificity", *SIZES, "reason"]
+    for value, other in names.items():
+        pd.testing.assert_series_equal(one.loc[value, numbers], two.loc[other, numbers], check_names=False)
 
 
 def test_files_hold_the_table(tmp_path):

@@ -1,76 +1,30 @@
-"""Regions: cover and area against shapely, exactextract and numpy, on every kind of grid."""
+"""Polygon layers on every kind of grid, in any CRS and format, against shapely, exactextract and pyproj."""
 
 import json
 import time
 from pathlib import Path
 
 import geopandas
-import nibabel
 import numpy as np
+import pyarrow.parquet
 import pytest
 import rasterio
 import shapely
 from affine import Affine
 from exactextract import exact_extract
 from exactextract.raster import NumPyRasterSource
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyproj import CRS, Transformer
-from scipy.ndimage import map_coordinates
 
-from segpipe.boxes import Box, grid_boxes
+from segpipe.boxes import Box
 from segpipe.config import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import RasterGeometry, volume_geometry
 from segpipe.regions import FULL, load_regions
 from segpipe.regions.base import different
-from segpipe.regions.polygons import densified, unit_cover
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-UTM = CRS("EPSG:32616").to_wkt()
-
-
-def data(name):
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return path
-
-
-def write(path, polygons, crs="EPSG:32616", **attributes):
-    frame = geopandas.GeoDataFrame({**attributes, "geometry": polygons}, crs=crs)
-    frame.to_file(path)
-    return str(path)
-
-
-def fixed(regions, shape, tile):
-    """Fixed-point cover per region, summed over tiles."""
-    total = [0] * len(regions.names)
-    for box in grid_boxes(shape, tile):
-        for cover in regions.cover(box):
-            assert box.contains(cover.box)
-            whole = cover.fraction is None
-            total[cover.region] += cover.box.size * FULL if whole else int(cover.fraction.sum(dtype=np.int64))
-    return total
-
-
-def dense(regions, shape, tile, region=0):
-    result = np.zeros(shape, dtype=np.int64)
-    for box in grid_boxes(shape, tile):
-        for cover in regions.cover(box):
-            if cover.region == region:
-                result[cover.box.slices] += FULL if cover.fraction is None else cover.fraction
-    return result
-
-
-def star(seed, centre=(50, 40), radius=35, points=11):
-    """A simple, star-shaped polygon."""
-    rng = np.random.default_rng(seed)
-    angles = np.sort(rng.uniform(0, 2 * np.pi, points))
-    far = rng.uniform(0.3, 1, points) * radius
-    xy = np.column_stack((np.cos(angles), np.sin(angles))) * far[:, None] + centre
-    return shapely.make_valid(shapely.Polygon(xy)).buffer(0)
-
+from segpipe.regions.polygons import densified
+from tests.regions.tools import UTM, data, dense, fixed, star, write
 
 GRIDS = {
     "north-up": Affine(0.5, 0, 500000, 0, -0.5, 4000000),
@@ -100,22 +54,6 @@ def test_area_is_the_polygons_on_every_grid(tmp_path, grid, tile):
         edge_elements = 4 * (80 + 100)
         assert got / FULL * element == pytest.approx(polygon.area, abs=edge_elements / FULL * element)
         assert regions.outside(region) == 0
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.booleans())
-def test_cover_of_any_polygon_on_any_box(seed, height, width, radius, wide):
-    """Every cell is the area of the polygon's intersection with it, to fixed-point resolution."""
-    polygon = star(seed, centre=(width / 2, height / 3), radius=radius, points=9)
-    cells = Box((3, -2), (3 + min(height, 12), -2 + min(width, 12 if wide else 3)))
-    got = unit_cover(polygon, cells)
-    boxes = [
-        shapely.box(x, y, x + 1, y + 1)
-        for y in range(cells.start[0], cells.stop[0])
-        for x in range(cells.start[1], cells.stop[1])
-    ]
-    expected = shapely.area(shapely.intersection(boxes, polygon)).reshape(cells.shape)
-    assert np.abs(got / FULL - expected).max() < 1.5 / FULL
 
 
 def test_plain_north_up_equals_exactextract(tmp_path):
@@ -281,6 +219,7 @@ def test_shapefile_and_geojson_and_layers(tmp_path):
     assert load_regions(Regions(path=str(path), layer="one"), geometry).names == ("1",)
 
 
+@pytest.mark.filterwarnings("ignore:.crs. was not provided")
 def test_what_cannot_be_is_refused_with_what_would_be_valid(tmp_path):
     box = shapely.box(500002, 3999990, 500010, 3999999)
     geometry = RasterGeometry((20, 20), (1, 0, 500000, 0, -1, 4000000), UTM)
@@ -305,6 +244,7 @@ def test_what_cannot_be_is_refused_with_what_would_be_valid(tmp_path):
         load_regions(Regions(path=path), volume_geometry((3, 3, 3), np.eye(4)))
 
 
+@pytest.mark.filterwarnings("ignore:.crs. was not provided")
 def test_pixel_coordinates_without_any_crs(tmp_path):
     path = write(tmp_path / "r.gpkg", [shapely.box(1, 2, 4, 7.5)], crs=None)
     geometry = RasterGeometry((10, 10), (1, 0, 0, 0, 1, 0), None)
@@ -369,124 +309,49 @@ def test_nc_landsat_training_areas():
     assert inside.sum() == 33
 
 
-# atlases
+def test_geoparquet(tmp_path):
+    """As any other layer: names, CRS and area; what it lacks is said."""
+    box = shapely.box(500002, 3999990, 500010, 3999999)
+    frame = geopandas.GeoDataFrame({"district": ["a"], "geometry": [box]}, crs="EPSG:32616")
+    geometry = RasterGeometry((20, 20), (1, 0, 500000, 0, -1, 4000000), UTM)
+    for name, crs in (("r.parquet", 32616), ("r.geoparquet", 3857)):
+        path = str(tmp_path / name)
+        frame.to_crs(crs).to_parquet(path)
+        regions = load_regions(Regions(path=path, name="district"), geometry)
+        assert regions.names == ("a",)
+        assert fixed(regions, (20, 20), (20, 20))[0] / FULL == pytest.approx(72, abs=1e-3)
+    with pytest.raises(RequestError, match=r"found 'b'; .* is GeoParquet and has no layers"):
+        load_regions(Regions(path=path, layer="b"), geometry)
+    with pytest.raises(RequestError, match=r"found 'name'; attributes of .*: district"):
+        load_regions(Regions(path=path, name="name"), geometry)
+    pandas_only = str(tmp_path / "plain.parquet")
+    frame.drop(columns="geometry").to_parquet(pandas_only)
+    (tmp_path / "text.parquet").write_text("text")
+    for broken in (pandas_only, str(tmp_path / "text.parquet"), str(tmp_path / "absent.parquet")):
+        with pytest.raises(RequestError, match=r"cannot be read .*; give a vector layer .*GeoParquet"):
+            load_regions(Regions(path=broken), geometry)
 
 
-def save(path, array, affine):
-    """``array`` is (z, y, x)."""
-    nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(array.T), affine), path)
-    return str(path)
+def test_geoparquet_with_spherical_edges_is_refused(tmp_path):
+    """BigQuery writes such: a great circle is not the straight line that would be measured."""
+    path = tmp_path / "r.parquet"
+    geopandas.GeoDataFrame(geometry=[shapely.box(-88, 35, -87, 37)], crs="EPSG:4326").to_parquet(path)
+    table = pyarrow.parquet.read_table(path)
+    metadata = json.loads(table.schema.metadata[b"geo"])
+    metadata["columns"]["geometry"]["edges"] = "spherical"
+    table = table.replace_schema_metadata({**table.schema.metadata, b"geo": json.dumps(metadata)})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(RequestError, match="has spherical edges; write it with planar ones"):
+        load_regions(Regions(path=str(path)), RasterGeometry((9, 9), (1, 0, 5e5, 0, -1, 4e6), UTM))
 
 
-def blocks(shape, seed=0):
-    rng = np.random.default_rng(seed)
-    coarse = rng.choice([0, 3, 7, 117], size=tuple(-(-n // 4) for n in shape))
-    for axis in range(len(shape)):
-        coarse = np.repeat(coarse, 4, axis)
-    return coarse[tuple(slice(n) for n in shape)].astype(np.int16)
-
-
-@pytest.mark.parametrize("tile", [(128,) * 3, (8, 8, 8), (5, 7, 3)])
-def test_atlas_on_the_same_grid_equals_numpy(tmp_path, tile):
-    shape = (20, 17, 13)
-    labels = blocks(shape)
-    affine = np.diag([1.0, 2, 3, 1])
-    (tmp_path / "n.csv").write_text("\ufeffvalue,name\n3,left\n7,right\n99,absent\n")
-    regions = load_regions(
-        Regions(path=save(tmp_path / "a.nii.gz", labels, affine), name=str(tmp_path / "n.csv")),
-        volume_geometry(shape, affine),
-    )
-    assert regions.names == ("left", "right", "absent", "117")
-    assert regions.notes == ()
-    assert fixed(regions, shape, tile) == [int((labels == v).sum()) * FULL for v in (3, 7, 99, 117)]
-    np.testing.assert_array_equal(dense(regions, shape, tile, 1) == FULL, labels == 7)
-    assert [regions.outside(i) for i in range(4)] == [0] * 4
-
-
-def test_atlas_on_another_grid_is_the_nearest_voxel(tmp_path):
-    """An oblique scene over a straight atlas: as map_coordinates of order 0 has it."""
-    labels = blocks((24, 20, 28), 1)
-    atlas_affine = np.array([[-2.0, 0, 0, 20], [0, 2, 0, -30], [0, 0, 2.5, -10], [0, 0, 0, 1]])
-    c, s = np.cos(0.3), np.sin(0.3)
-    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    scene_affine = np.eye(4)
-    scene_affine[:3, :3] = turn @ np.diag([1.1, 1.3, 1.7])
-    scene_affine[:3, 3] = [-25.03, -20.07, -8.11]
-    shape = (30, 25, 27)
-    regions = load_regions(
-        Regions(path=save(tmp_path / "a.nii", labels, atlas_affine)),
-        volume_geometry(shape, scene_affine),
-    )
-    grid = np.stack([*np.mgrid[:27, :25, :30].reshape(3, -1), np.ones(27 * 25 * 30)])
-    i, j, k, _ = np.linalg.inv(atlas_affine) @ scene_affine @ grid
-    truth = map_coordinates(labels, [k, j, i], order=0, mode="grid-constant", cval=0)
-    truth = truth.reshape(27, 25, 30).T
-    for region, value in enumerate((3, 7, 117)):
-        np.testing.assert_array_equal(dense(regions, shape, (8, 9, 10), region) > 0, truth == value)
-        np.testing.assert_array_equal(dense(regions, shape, (128, 128, 128), region) > 0, truth == value)
-    assert "resampled to the nearest" in regions.notes[0]
-    # inside and outside together are about the atlas's own volume of the region
-    inside = fixed(regions, shape, (128, 128, 128))
-    element = 1.1 * 1.3 * 1.7
-    for region, value in enumerate((3, 7, 117)):
-        whole = (inside[region] + regions.outside(region)) / FULL * element
-        assert whole == pytest.approx((labels == value).sum() * 10, rel=0.05)
-
-
-def raster_file(path, array, transform, crs):
-    profile = {
-        "driver": "GTiff", "dtype": array.dtype, "count": 1, "crs": crs,
-        "height": array.shape[0], "width": array.shape[1], "transform": Affine(*transform),
-    }  # fmt: skip
-    with rasterio.open(path, "w", **profile) as file:
-        file.write(array, 1)
-    return str(path)
-
-
-def test_raster_atlas_in_another_crs_equals_gdals_nearest(tmp_path):
-    from rasterio.warp import reproject
-
-    labels = np.repeat(np.repeat(blocks((60, 80), 2), 2, 0), 2, 1).astype(np.uint8)
-    atlas_transform = (0.001, 0, -87.06, 0, -0.001, 36.15)
-    path = raster_file(tmp_path / "a.tif", labels, atlas_transform, "EPSG:4326")
-    shape, transform = (90, 110), (97.0, 0, 495000.0, 0, -97.0, 4000000.0)
-    regions = load_regions(Regions(path=path), RasterGeometry(shape, transform, UTM))
-    truth = np.zeros(shape, dtype=np.uint8)
-    reproject(
-        labels, truth, src_transform=Affine(*atlas_transform), src_crs="EPSG:4326",
-        dst_transform=Affine(*transform), dst_crs="EPSG:32616", tolerance=0,
-    )  # fmt: skip
-    assert (truth > 0).any()
-    assert (truth == 0).any()
-    got = np.zeros(shape, dtype=np.uint8)
-    for region, value in enumerate((3, 7, 117)):
-        got[dense(regions, shape, (32, 64), region) > 0] = value
-    assert (got == truth).mean() > 0.9999
-
-
-def test_atlases_that_cannot_be(tmp_path):
-    affine, shape = np.eye(4), (8, 8, 8)
-    geometry = volume_geometry(shape, affine)
-    path = save(tmp_path / "a.nii", blocks(shape), affine)
-    with pytest.raises(RequestError, match=r"CSV with columns value,name"):
-        load_regions(Regions(path=path, name="label"), geometry)
-    (tmp_path / "n.csv").write_text("id,label\n1,x\n")
-    with pytest.raises(RequestError, match="has columns id, label; needed: value, name"):
-        load_regions(Regions(path=path, name=str(tmp_path / "n.csv")), geometry)
-    with pytest.raises(RequestError, match="has no layers"):
-        load_regions(Regions(path=path, layer="x"), geometry)
-    empty = save(tmp_path / "e.nii", np.zeros(shape, np.int16), affine)
-    with pytest.raises(SceneError, match="no region"):
-        load_regions(Regions(path=empty), geometry)
-    half = save(tmp_path / "h.nii", np.full(shape, 1.5, np.float32), affine)
-    with pytest.raises(SceneError, match=r"1\.5; labels are whole numbers"):
-        load_regions(Regions(path=half), geometry)
-    with pytest.raises(SceneError, match="raster and a volume"):
-        load_regions(Regions(path=path), RasterGeometry((8, 8), (1, 0, 0, 0, -1, 0), UTM))
-
-
-def test_whole_scene():
-    regions = load_regions(None, volume_geometry((5, 6, 7), np.eye(4)))
-    assert regions.names == ("scene",)
-    assert fixed(regions, (5, 6, 7), (2, 4, 4)) == [210 * FULL]
-    assert regions.outside(0) == 0
+def test_neighbours_keep_their_common_border_in_another_crs(tmp_path):
+    """Two districts that share a long edge, which each runs along the other way: no gap, no overlap."""
+    there = Transformer.from_crs(32632, 4326, always_xy=True)
+    x, y = there.transform([300000, 450000, 450000, 300000], [5500000, 5500000, 5300000, 5300000])
+    a, b, c, d = zip(x, y, strict=True)
+    path = write(tmp_path / "r.gpkg", [shapely.Polygon([a, b, c]), shapely.Polygon([a, c, d])], crs=4326)
+    geometry = RasterGeometry((300, 200), (500, 0, 320000, 0, -500, 5480000), CRS(32632).to_wkt())
+    regions = load_regions(Regions(path=path), geometry)
+    both = sum(dense(regions, geometry.shape, geometry.shape, i) for i in (0, 1))
+    assert np.abs(both[10:, 10:-10] - FULL).max() <= 1

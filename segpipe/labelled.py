@@ -1,0 +1,221 @@
+"""A scene that has its label map: what measuring and export need to know of it, whoever drew the labels.
+
+`MeasurableScene` is that; `LabelledScene` is one whose labels are a file that is measured as given.
+The other one, whose labels a model makes, is `segpipe.scene.Scene`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segpipe.blocks import SceneBlocks
+from segpipe.boxes import Box
+from segpipe.classes import load_classes
+from segpipe.config import Job, Reference
+from segpipe.errors import RequestError, SceneError
+from segpipe.geometry import Geometry
+from segpipe.models.card import Class
+from segpipe.reference import LabelFile, find_reference, same_grid
+from segpipe.settings import Settings
+from segpipe.sources import SceneRef, open_source
+from segpipe.sources.base import Scaling
+from segpipe.store import stage_key
+
+NO_LABEL = -1
+"""What a reader of given labels answers where their file says nothing."""
+NO_MODEL = Settings("cpu", "no model", "none", 1, 1, False)
+"""Settings of a run without a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurableScene(ABC):
+    """A scene with a label map. Small, immutable, picklable; pixels never travel."""
+
+    ref: SceneRef
+    job: Job
+    geometry: Geometry
+    dtype: str
+    """Of the stored pixels."""
+    channels: tuple[int, ...]
+    """The source's channels that are read, in this order."""
+    bands: tuple[str, ...]
+    """Names of those channels; empty where the file has none."""
+    scaling: tuple[Scaling, ...]
+    """One per channel."""
+    identity: dict[str, Any]
+    """Of the source."""
+    notes: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[Class, ...]:
+        """The classes listed; the label map may hold others."""
+
+    @property
+    @abstractmethod
+    def nodata(self) -> int:
+        """The label of elements without one."""
+
+    @property
+    @abstractmethod
+    def labels_key(self) -> str:
+        """Changes when the label map does: a part of the measure key."""
+
+    @abstractmethod
+    def open_labels(self) -> AbstractContextManager[Callable[[Box], np.ndarray]]:
+        """A windowed reader of the label map: integers of the box's shape."""
+
+    @abstractmethod
+    def check_labels(self) -> None:
+        """Raises SceneError where what was read may not be the labels: asked after a read."""
+
+    @property
+    def uncertainty(self) -> tuple[str, ...]:
+        """Channels of the uncertainty map; none where there is no such map."""
+        return ()
+
+    def open_uncertainty(self) -> Callable[[Box], np.ndarray]:
+        """(channel, …) uint16 of a box, in 1/65535; only where `uncertainty` names channels."""
+        raise NotImplementedError("labels that are given have no uncertainty")
+
+    @abstractmethod
+    def open_image(self) -> SceneBlocks:
+        """A reader of the scene's own pixels, as stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledScene(MeasurableScene):
+    """A scene with a file of labels, which are measured as given."""
+
+    listed: tuple[Class, ...]
+    """Of the job's `classes`; empty: the values that are found."""
+    labels: str
+    """The file."""
+    labels_identity: dict[str, Any]
+
+    @property
+    def classes(self) -> tuple[Class, ...]:
+        return self.listed
+
+    @property
+    def nodata(self) -> int:
+        return NO_LABEL
+
+    @property
+    def labels_key(self) -> str:
+        """Of the file, and of the scene, whose pixels the pictures and intensities are made of."""
+        return stage_key("labels", {"file": self.labels_identity, "scene": self.identity})
+
+    @contextmanager
+    def open_labels(self) -> Iterator[Callable[[Box], np.ndarray]]:
+        """The reader answers int64, `NO_LABEL` where the file has no data.
+
+        Raises:
+            SceneError: the file changed since it was planned; when read, a value is no whole number, or
+                is negative.
+        """
+        with _opened(self.labels) as file:
+            if file.source.identity != self.labels_identity:
+                raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")
+
+            def read(box: Box) -> np.ndarray:
+                labels, valid = file.read(box)
+                if labels.size and labels.min() < 0:
+                    raise SceneError(f"{self.labels}: holds {labels.min()}; labels are 0 or more")
+                return np.where(valid, labels, NO_LABEL)
+
+            yield read
+
+    def check_labels(self) -> None:
+        """The file was held against the plan when it was opened."""
+
+    def open_image(self) -> SceneBlocks:
+        """Straight from the source: nothing is ingested."""
+        return SceneBlocks(
+            self.ref.uri, self.job.bands, self.channels, self.dtype, self.geometry, None, self.identity
+        )
+
+
+def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
+    """Open a scene and its labels, and hold one against the other.
+
+    Raises:
+        SceneError: one of the two cannot be read, no file of labels fits the scene, or its grid is another.
+        RequestError: `labels` or `classes` is wrong for every scene.
+    """
+    listed = load_classes(job.classes) if job.classes else ()
+    with open_source(ref.uri, band_names=job.bands) as source:
+        labels = find_labels(job.labels, ref.name)
+        with _opened(labels) as file:
+            try:
+                notes = same_grid(source.geometry, file.geometry)
+            except SceneError as error:
+                raise SceneError(f"labels {labels} lie on another grid than their scene: {error}") from error
+            labels_identity = file.source.identity
+        return LabelledScene(
+            ref=ref,
+            job=job,
+            geometry=source.geometry,
+            dtype=str(source.dtype),
+            channels=tuple(range(source.count)),
+            bands=source.bands,
+            scaling=source.scaling,
+            identity=source.identity,
+            notes=(*source.notes, *(f"labels: {n}" for n in notes), f"labels measured as given: {labels}"),
+            listed=listed,
+            labels=labels,
+            labels_identity=labels_identity,
+        )
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[LabelFile]:
+    file = LabelFile(uri)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def find_labels(labels: str, scene_name: str) -> str:
+    """The label map of a scene: as `segpipe.reference.find_reference` finds a reference.
+
+    Where a glob matches files in folders named for their scenes (``runs/*/*/scenes/*/labels.tif``),
+    the folder decides.
+
+    Raises:
+        RequestError: the path does not exist, or a folder or glob holds no label file.
+        SceneError: no file or several fit the scene; names the candidates.
+    """
+    if has_magic(labels):
+        found = sorted(glob(labels, recursive=True))  # noqa: PTH207 (absolute patterns)
+        inside = [f for f in found if Path(f).parent.name == scene_name]
+        if len(inside) > 1:
+            more = ", ".join(inside[:3])
+            raise SceneError(f"scene {scene_name!r}: several label maps fit: {more}; narrow `labels`")
+        if inside:
+            return inside[0]
+    try:
+        return find_reference(Reference(path=labels), scene_name)
+    except (RequestError, SceneError) as error:
+        raise type(error)(_said_of_labels(str(error))) from error
+
+
+def _said_of_labels(message: str) -> str:
+    """A message about references in the words of the key that was given."""
+    for theirs, ours in (
+        ("reference.path: ", "labels: "),
+        ("several references fit", "several label maps fit"),
+        ("no reference fits", "no label map fits"),
+        ("`reference.path`", "`labels`"),
+    ):
+        message = message.replace(theirs, ours, 1)
+    return message

@@ -1,0 +1,163 @@
+"""Polygon layers as they are in files: geometries, names and CRS, before any scene is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import numpy as np
+import pyogrio
+import shapely
+from pyproj import CRS
+
+from segpipe.config import Regions
+from segpipe.errors import RequestError
+from segpipe.geometry import horizontal_crs
+from segpipe.regions.base import different
+
+PARQUET_SUFFIXES = (".parquet", ".geoparquet")
+"""GeoParquet is read by pyarrow: pyogrio's wheels come without GDAL's driver for it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Polygons in their own CRS."""
+
+    path: str
+    """Where they are from, as the job says it."""
+    names: tuple[str, ...]
+    """One per polygon, all different."""
+    polygons: np.ndarray
+    """Valid 2D (multi)polygons, maybe empty ones; object array."""
+    crs: CRS | None
+    notes: tuple[str, ...]
+    digest: str
+    """Hash of names, coordinates as they were given, and CRS."""
+
+
+def make_layer(
+    path: str, names: Sequence[str], polygons: np.ndarray, crs: CRS | None, notes: Iterable[str] = ()
+) -> Layer:
+    """A layer of polygons that may be invalid: those are repaired, and noted.
+
+    Args:
+        path: where they are from.
+        names: one per polygon; equal ones are told apart.
+        polygons: object array of 2D (multi)polygons.
+        crs: of the polygons.
+        notes: said before those on repairs.
+    """
+    broken = ~shapely.is_valid(polygons)
+    valid = np.array(
+        [only_polygons(shapely.make_valid(g) if bad else g) for g, bad in zip(polygons, broken, strict=True)],
+        dtype=object,
+    )
+    said = list(notes)
+    if broken.any():
+        which = ", ".join(names[i] for i in np.flatnonzero(broken)[:5])
+        said.append(f"{int(broken.sum())} invalid region polygons were repaired: {which}")
+    empty = [n for n, g in zip(names, valid, strict=True) if g.is_empty]
+    if empty:
+        said.append(f"{len(empty)} regions have no area: {', '.join(empty[:5])}")
+    digest = hashlib.sha256(repr((list(names), None if crs is None else crs.to_wkt())).encode())
+    for wkb in shapely.to_wkb(polygons, byte_order=1):
+        digest.update(wkb)
+    return Layer(path, different(names), valid, crs, tuple(said), digest.hexdigest())
+
+
+def only_polygons(geometry: shapely.Geometry) -> shapely.Geometry:
+    """The areal part of a geometry: what make_valid and intersection leave beside it is dropped."""
+    if geometry.geom_type in ("Polygon", "MultiPolygon"):
+        return geometry
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    areal = [part for part in parts if part.geom_type == "Polygon"]
+    return shapely.MultiPolygon(areal) if areal else shapely.Polygon()
+
+
+def read_layer(config: Regions) -> Layer:
+    """A polygon layer with its names; read once while its file does not change.
+
+    Raises:
+        RequestError: not a vector file, no such layer or attribute, or no polygons in it.
+    """
+    path = Path(config.path)
+    files = [path, *(path.with_suffix(s) for s in (".dbf", ".prj", ".shx"))]
+    stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
+    return _read_layer(config.path, config.layer or None, config.name or None, stamp)
+
+
+@lru_cache(maxsize=4)
+def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: object) -> Layer:
+    is_parquet = path.lower().endswith(PARQUET_SUFFIXES)
+    frame = _read_parquet(path, name) if is_parquet else _read_vector(path, name)
+    columns = [str(column) for column in frame.columns if column != frame.geometry.name]
+    if attribute is not None and attribute not in columns:
+        raise RequestError(
+            f"regions.name: found {attribute!r}; attributes of {path}: {', '.join(columns) or 'none'}"
+        )
+    raw = np.asarray(frame.geometry.array, dtype=object)
+    raw = np.array([shapely.Polygon() if g is None else shapely.force_2d(g) for g in raw], object)
+    if not len(raw) or all(g.is_empty for g in raw):
+        raise RequestError(f"regions.path: {path} has no polygons")
+    for geometry in raw:
+        if shapely.get_dimensions(geometry) not in (-1, 2):
+            raise RequestError(f"regions.path: {path} holds a {geometry.geom_type}; polygons are expected")
+    names = (
+        [str(i + 1) for i in range(len(raw))]
+        if attribute is None
+        else [_label(v, i) for i, v in enumerate(frame[attribute])]
+    )
+    crs = None if frame.crs is None else horizontal_crs(CRS.from_user_input(frame.crs))
+    return make_layer(path, names, raw, crs)
+
+
+def _read_vector(path: str, name: str | None) -> geopandas.GeoDataFrame:
+    """A layer of any format that GDAL reads."""
+    try:
+        layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+    except pyogrio.errors.DataSourceError as error:
+        raise _unreadable(path, error) from error
+    if name is not None and name not in layers:
+        raise RequestError(f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}")
+    if name is None and len(layers) != 1:
+        raise RequestError(f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}")
+    return geopandas.read_file(path, layer=name or layers[0], engine="pyogrio")
+
+
+def _read_parquet(path: str, name: str | None) -> geopandas.GeoDataFrame:
+    """GeoParquet; edges must be straight, as in every other format here."""
+    if name is not None:
+        raise RequestError(f"regions.layer: found {name!r}; {path} is GeoParquet and has no layers")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*spherical edges")
+        try:
+            return geopandas.read_parquet(path)
+        except UserWarning as error:
+            raise RequestError(
+                f"regions.path: {path} has spherical edges; write it with planar ones, densified"
+            ) from error
+        except (OSError, ValueError) as error:  # ValueError: no GeoParquet, or no Parquet at all
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> RequestError:
+    return RequestError(
+        f"regions.path: {path} cannot be read ({' '.join(str(error).split())}); give a vector layer "
+        "(GeoPackage, GeoJSON, Shapefile, GeoParquet, …), a label atlas (NIfTI, GeoTIFF), "
+        "grid:SIZE or h3:RESOLUTION"
+    )
+
+
+def _label(value: Any, index: int) -> str:
+    """The name of a polygon: its attribute as text, or its place where that is empty."""
+    if value is None or value != value or value == "":  # NaN differs from itself
+        return str(index + 1)
+    if isinstance(value, float) and value.is_integer():  # GDAL makes whole numbers with gaps float
+        return str(int(value))
+    return str(value)

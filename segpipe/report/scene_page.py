@@ -1,0 +1,141 @@
+"""One scene as the report shows it: pictures, slices, bars, confusion, how it was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from segpipe.report import units
+from segpipe.report.confusion import Matrix, confusion_matrix
+from segpipe.report.pictures import LegendEntry, Panel, Previews, SliceStack
+from segpipe.report.record import ClassInfo, SceneRecord
+from segpipe.report.shares import Bars, class_bars
+from segpipe.report.templates import data_uri
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A panel with its legend."""
+
+    title: str
+    caption: str
+    alt: str
+    src: str
+    width: int
+    height: int
+    legend: tuple[LegendEntry, ...]
+
+
+@dataclass(frozen=True)
+class Slider:
+    """Slices to leaf through."""
+
+    frames: tuple[tuple[str, str], ...]
+    """Source and caption of each."""
+    first: int
+    width: int
+    height: int
+    caption: str
+    legend: tuple[LegendEntry, ...]
+
+
+@dataclass(frozen=True)
+class SceneView:
+    """Everything a template says of one scene."""
+
+    scene: SceneRecord
+    facts: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+    slider: Slider | None
+    bars: tuple[Bars, ...]
+    matrix: Matrix | None
+    notes: tuple[str, ...]
+    details: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+def scene_view(
+    scene: SceneRecord,
+    previews: Previews | None,
+    tables: Mapping[str, pd.DataFrame],
+    classes: Sequence[ClassInfo],
+) -> SceneView:
+    """A scene with its part of the tables.
+
+    Args:
+        scene: of the record.
+        previews: None: it is shown without pictures.
+        tables: its own rows, by the name of the table; empty: its bars and matrix are shown elsewhere.
+        classes: of the run.
+    """
+    timings = [(k, units.duration(v)) for k, v in scene.timings.items()]
+    details = (
+        ("Plan", _pairs(scene.plan)),
+        ("Time", (*timings, ("attempts", str(scene.attempts)))),
+        ("Keys", (*scene.keys.items(), ("reused", ", ".join(scene.reused) or "nothing"))),
+        ("Source", (("uri", scene.uri),)),
+    )
+    regions = tables.get("regions")
+    return SceneView(
+        scene,
+        _facts(scene),
+        tuple(_picture(p, previews) for p in previews.panels) if previews else (),
+        _slider(previews.slices, previews.legend) if previews and previews.slices else None,
+        () if regions is None else class_bars(regions, tables.get("metrics"), classes),
+        confusion_matrix(tables.get("confusion"), classes),
+        (*scene.notes, *(previews.notes if previews else ())),
+        details,
+    )
+
+
+def _picture(panel: Panel, previews: Previews) -> Picture:
+    legend = {"labels": previews.legend, "difference": previews.difference_legend}.get(panel.key, ())
+    source = data_uri(panel.kind, panel.content)
+    return Picture(panel.title, panel.caption, panel.alt, source, panel.width, panel.height, legend)
+
+
+def _slider(stack: SliceStack, legend: tuple[LegendEntry, ...]) -> Slider:
+    frames = tuple((data_uri("jpeg", s.jpeg), s.caption) for s in stack.slices)
+    return Slider(frames, stack.first, stack.width, stack.height, stack.caption, legend)
+
+
+def _facts(scene: SceneRecord) -> tuple[str, ...]:
+    geometry = scene.geometry
+    if geometry is None:
+        return ()
+    elements = "pixels" if geometry.kind == "raster" else "voxels"
+    facts = [" × ".join(f"{n:,}" for n in geometry.shape) + f" {elements}"]
+    if geometry.spacing:
+        values = [f"{v:.4g}" for v in geometry.spacing]
+        same = len(set(values)) == 1
+        facts.append(f"{values[0] if same else ' × '.join(values)} {geometry.unit}".strip())
+    if geometry.kind == "raster":
+        facts.append(geometry.crs or "no CRS")
+    elif geometry.orientation:
+        facts.append(f"orientation {geometry.orientation}")
+    if scene.timings:
+        facts.append(units.duration(sum(scene.timings.values())))
+    if scene.reused:
+        facts.append(f"reused: {', '.join(scene.reused)}")
+    return tuple(facts)
+
+
+def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """A plan's entries as words: bytes and ratios readable, lists as sizes."""
+    result = []
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if "bytes" in key or key.startswith("memory"):
+                text = units.byte_size(value)
+            else:
+                text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        elif isinstance(value, list | tuple):
+            text = " × ".join(str(v) for v in value)
+        elif isinstance(value, Mapping):
+            text = ", ".join(f"{k} {v}" for k, v in value.items())
+        else:
+            text = "—" if value is None else str(value)
+        result.append((key.replace("_", " "), text))
+    return tuple(result)
