@@ -113,7 +113,7 @@ def headline(
             lines.append(f"  {bar.name:<16} {bar.size:>12} {group.unit}  {bar.share:>7}{scores}")
     if summary is not None:
         for row in _over_scenes(summary).to_dict("records"):
-            if row["metric"] in HEADLINES:
+            if row["metric"].startswith(HEADLINES):
                 value, between = units.number(float(row["value"]), 3), units.interval(row)
                 between = f", 95 % interval {between}" if between else ""
                 lines.append(
