@@ -196,6 +196,10 @@ class Measure(Strict):
     tolerances: dict[str, float] = Field(
         default_factory=dict, description="The same for single classes, by name, over `tolerance`."
     )
+    groups: Text = Field(
+        "",
+        description="CSV with columns scene,group (a patient, a site): intervals resample these, not scenes.",
+    )
     width: float = Field(
         2.0, gt=0, description="Width of the band along the boundary for boundary IoU, in mm or m."
     )

@@ -18,16 +18,19 @@ from segpipe.config import Format, Keep
 from segpipe.export.cog import write_cog, write_cog_scores
 from segpipe.export.common import LabelReader, ScoreReader
 from segpipe.export.nifti import write_nifti, write_nifti_scores
+from segpipe.export.regions import write_regions
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.inference.uncertainty import LEVELS
 from segpipe.labelled import MeasurableScene
 from segpipe.measure import Measured, shown_classes
+from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Class, Interpolation
 from segpipe.reference import find_reference, open_reference
+from segpipe.regions import measured_regions
 from segpipe.report.pictures import FORMAT, Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import GeometrySummary, SceneRecord
-from segpipe.report.tables import write_atomic
+from segpipe.report.tables import SceneResult, metric_table, region_table, write_atomic
 from segpipe.run import Run, local_folder
 from segpipe.scene import Scene
 from segpipe.sources import package_file
@@ -52,6 +55,8 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[s
         target.mkdir(parents=True, exist_ok=True)
         for name, path in _write_maps(scene, measured, target).items():
             files[name] = f"{base}/{path.name}"
+        if _write_regions(scene, measured, target / "regions.gpkg"):
+            files["regions"] = f"{base}/regions.gpkg"
         picture = target / "preview.png"
         if not picture.exists():
             write_atomic(picture, previews.composite)
@@ -79,6 +84,24 @@ def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dic
         if not written[name].exists():
             _write_shares(scene, shares, written[name])
     return written
+
+
+def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bool:
+    """The polygons with their numbers, where the regions are polygons."""
+    if scene.job.regions is None or not isinstance(scene.geometry, RasterGeometry):
+        return False
+    with measured_regions(scene.job.regions, scene.geometry) as regions:
+        outlines = regions.outlines()
+    if outlines is None:
+        return False
+    if not path.exists():
+        classes, scale = shown_classes(scene, measured.values), SizeScale.from_dict(measured.scale)
+        name, attempts = scene.ref.name, attempts_of(scene)
+        result = SceneResult(name, measured.regions, attempts, measured.tally, scale, measured.outside)
+        metrics = metric_table([result], classes) if measured.reference else None
+        table = region_table([result], classes)
+        write_regions(list(outlines.names), outlines.polygons, outlines.crs, table, metrics, path)
+    return True
 
 
 def _why_no_file(classes: Sequence[Class]) -> str:

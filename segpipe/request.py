@@ -9,6 +9,7 @@ from pathlib import Path
 from segpipe.classes import load_classes
 from segpipe.config import Job, parse_size
 from segpipe.errors import RequestError
+from segpipe.groups import load_groups
 from segpipe.labelled import NO_MODEL
 from segpipe.models.card import Card, WindowZscore
 from segpipe.models.registry import check_card
@@ -49,6 +50,8 @@ def check_request(job: Job) -> Request:
         tolerances(job.measure, card.classes)
         settings = resolve_settings(job.compute, card)
     scenes = tuple(discover(job.scenes))
+    if job.measure.groups:
+        load_groups(job.measure.groups, [scene.name for scene in scenes])
     check_writable(job.outputs.dir)
     return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
 

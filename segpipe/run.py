@@ -26,6 +26,7 @@ from segpipe import ENGINE_VERSION
 from segpipe.classes import load_classes, with_found
 from segpipe.config import Job
 from segpipe.errors import RequestError
+from segpipe.groups import load_groups
 from segpipe.measure import TALLY_VERSION, Measured, load_measured
 from segpipe.metrics.tally import SizeScale, Tally
 from segpipe.models.card import Card, Class
@@ -116,13 +117,13 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         asked["compute"].pop(key)
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
-    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores")}
+    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
     files = [s.uri for s in scenes]
     if job.regions is not None:
         files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]
     if job.reference is not None:
         files += [job.reference.path]
-    files += [path for path in (job.labels, job.classes) if path]
+    files += [path for path in (job.labels, job.classes, job.measure.groups) if path]
     parts = {
         "asked": asked,
         "model": model_parts(card) if card else None,
@@ -206,6 +207,7 @@ def finish_run(
         classes=() if model else _given_classes(run, job, scenes),
         versions={**_versions(), **device},
         scenes=tuple(scenes),
+        groups=load_groups(groups, [s.name for s in scenes]) if (groups := job.measure.groups) else {},
         notes=tuple(n for n in (job.description, *given, *notes) if n),
     )
     write_run(run, record)
@@ -252,7 +254,7 @@ def _tables(
         if len(scenes) == 1 and measured:
             receipts = next(iter(measured.values())).stage.receipts()
             blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
-        tables["summary"] = summary_table(metrics, classes, blocks=blocks)
+        tables["summary"] = summary_table(metrics, classes, groups=record.groups or None, blocks=blocks)
         tables["agreement"] = agreement_table(metrics)
         tables["confusion"] = confusion_table(results, classes)
     if job.get("measure", {}).get("intensity"):

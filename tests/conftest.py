@@ -24,7 +24,12 @@ os.environ["PREFECT_LOGGING_COLORS"] = "false"
 os.environ.pop("PREFECT_API_URL", None)
 sys.path.append(str(Path(__file__).parent))  # for the tests' own modules, such as world
 
+from hypothesis import HealthCheck, settings  # noqa: E402
 from world import Ended, World, environment, make_world  # noqa: E402
+
+# A busy machine is slow: no example fails for that.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_unconfigure() -> None:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import geopandas
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import shapely
 from world import NODATA, PIXEL, Ended, World, command, only_run, write_raster, write_volume, write_yaml
 
 from segpipe.classes import color_of, load_classes, with_found
@@ -251,6 +253,65 @@ def test_a_folder_of_maps_with_districts_and_reference(world: World, maps: Path,
         with rasterio.open(folder / f"scenes/scene{seed}/labels.tif") as made:
             np.testing.assert_array_equal(made.read(1), labels)
             assert made.nodata == NODATA
+
+
+def test_the_regions_go_to_a_gis_as_they_were_given_with_their_numbers(
+    world: World, maps: Path, tmp_path: Path
+) -> None:
+    job = job_of(
+        tmp_path / "out",
+        world / "scene1.tif",
+        maps,
+        regions={"path": str(world / "districts.geojson"), "name": "district"},
+        reference={"path": str(world / "truth")},
+    )
+    folder, _ = run_all(job)
+    given = geopandas.read_file(world / "districts.geojson").set_index("district")
+    layer = geopandas.read_file(folder / "scenes/scene1/regions.gpkg").set_index("region")
+    assert layer.crs == given.crs and list(layer.index) == list(given.index)
+    assert shapely.equals_exact(layer.geometry, given.geometry.loc[layer.index], 1e-9).all()
+    regions = read(folder / "regions.csv").set_index(["region", "class"])
+    metrics = read(folder / "metrics.csv").set_index(["region", "class"])
+    for region, row in layer.iterrows():
+        for name in ("1", "2"):
+            assert row[f"{name} area_m2"] == regions.loc[(region, name), "area_m2"]
+            np.testing.assert_equal(row[f"{name} iou"], metrics.loc[(region, name), "iou"])
+        assert row["seen"] == regions.loc[(region, "1"), "seen"]
+
+
+def test_squares_of_the_ground_as_regions(world: World, maps: Path, tmp_path: Path) -> None:
+    job = job_of(tmp_path / "out", world / "scene1.tif", maps, regions={"path": "grid:1500"})
+    folder, _ = run_all(job)
+    regions = read(folder / "regions.csv")
+    cells = regions[regions["region"] != "scene"]
+    whole = regions[regions["region"] == "scene"].set_index("class")["count"]
+    # each share is rounded to 1/65536, so where four cells meet in a pixel they may be off by one
+    assert cells.groupby("class")["count"].sum().to_dict() == pytest.approx(whole.to_dict(), abs=1e-4)
+    assert set(geopandas.read_file(folder / "scenes/scene1/regions.gpkg")["region"]) == set(cells["region"])
+
+
+def test_intervals_resample_patients_where_the_job_names_them(
+    world: World, maps: Path, tmp_path: Path
+) -> None:
+    def job(text: str, name: str) -> Job:
+        groups = tmp_path / f"{name}.csv"
+        groups.write_text(text)
+        measure = {"groups": str(groups)}
+        reference = {"path": str(world / "truth")}
+        return job_of(tmp_path / name, world / "scene*.tif", maps, measure=measure, reference=reference)
+
+    for text, said in (
+        ("scene,patient\nscene1,a\n", "valid: scene,group"),
+        ("scene,group\nscene1,a\n", "has no group for 'scene2'"),
+        ("scene,group\nscene1,a\nscene1,b\n", "'scene1' in two groups"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            check_request(job(text, "wrong"))
+    one, _ = run_all(job("scene,group\nscene1,a\nscene2,a\n", "one"))
+    two, _ = run_all(job("scene,group\nscene1,a\nscene2,b\n", "two"))
+    summaries = [read(folder / "summary.csv").set_index("metric") for folder in (one, two)]
+    intervals = [summary.loc["mIoU", "interval"] for summary in summaries]
+    assert intervals[0].startswith("none") and intervals[1] == "2 groups"
 
 
 def test_a_class_that_only_the_reference_has_was_missed(world: World, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from segpipe.report import units
 from segpipe.report.cells import Cell, Head
 from segpipe.report.figures import LEAST_SCENES, Agreement, Strip, bland_altman, distribution
 from segpipe.report.record import ClassInfo, RunRecord, SceneRecord
+from segpipe.report.uncertainty import ALL_CLASSES
 
 CLASSES = 12
 """Rows of a distribution: the classes with the largest sizes."""
@@ -44,8 +45,8 @@ class SceneTable:
 
     heads: tuple[Head, ...]
     rows: tuple[SceneRow, ...]
-    worst_first: bool
-    """Whether the rows are in the order of their mIoU."""
+    order: str
+    """In words; empty: as in the job. The first column is what they are in order of."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,26 @@ def scene_scores(metrics: pd.DataFrame | None, classes: Sequence[ClassInfo]) -> 
     return means.rename(columns={"iou": "miou"}).join(weakest)[columns]
 
 
+def scene_entropy(uncertainty: pd.DataFrame | None) -> dict[str, float]:
+    """Mean entropy over each whole scene, a share of its largest value; empty where it was not mapped."""
+    if uncertainty is None or uncertainty.empty:
+        return {}
+    rows = whole_scenes(uncertainty)
+    rows = rows[(rows["class"] == ALL_CLASSES) & (rows["channel"] == "entropy")]
+    return {str(k): float(v) for k, v in rows.set_index("scene")["mean"].items()}
+
+
 def scene_table(
-    record: RunRecord, regions: pd.DataFrame, metrics: pd.DataFrame | None, limit: int
+    record: RunRecord,
+    regions: pd.DataFrame,
+    metrics: pd.DataFrame | None,
+    limit: int,
+    uncertainty: pd.DataFrame | None = None,
 ) -> SceneTable:
-    """At most ``limit`` scenes with the numbers one looks for first."""
+    """At most ``limit`` scenes with the numbers one looks for first.
+
+    Worst first, by mIoU; without a reference the least sure first, by entropy.
+    """
     scores = scene_scores(metrics, record.legend)
     whole = whole_scenes(regions)
     columns: list[tuple[Head, Callable[[str], Cell]]] = []
@@ -106,6 +123,9 @@ def scene_table(
             (Head("Mean Dice", "", True, "", "dice"), _number(scores["dice"].to_dict())),
             (Head("Weakest class", "", False, ""), _weakest(scores)),
         ]
+    doubt = scene_entropy(uncertainty)
+    if doubt:
+        columns.append((Head("Entropy", "", True, "", "uncertainty"), _number(doubt)))
     for column in units.SIZES:
         if column in whole and (names := largest_classes(regions, column, record.legend)):
             sizes = whole[whole["class"] == names[0]].set_index("scene")[column]
@@ -120,9 +140,12 @@ def scene_table(
     if len(scores):
         last = scores["miou"].fillna(math.inf).to_dict()
         order = sorted(order, key=lambda s: last.get(s.name, math.inf))
+    elif doubt:
+        order = sorted(order, key=lambda s: -doubt.get(s.name, 0.0))
     shown = (*record.failed, *order)[:limit]
     rows = tuple(SceneRow(s, tuple(draw(s.name) for _, draw in columns)) for s in shown)
-    return SceneTable(tuple(head for head, _ in columns), rows, bool(len(scores)))
+    order_said = "lowest mIoU first" if len(scores) else "highest entropy first" if doubt else ""
+    return SceneTable(tuple(head for head, _ in columns), rows, order_said)
 
 
 def _number(values: Mapping[Any, Any], form: Callable[[float], str] = _THREE) -> Callable[[str], Cell]:

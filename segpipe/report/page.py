@@ -98,7 +98,7 @@ def _index(record: RunRecord, tables: Tables, views: Sequence[Any], thumbnails: 
     totals = class_bars(regions, metrics, classes)
     charts = figures(regions, metrics, classes, links) if many else []
     matrix = confusion_matrix(tables.get("confusion"), classes)
-    scenes = scene_table(record, regions, metrics, ROWS) if many else None
+    scenes = scene_table(record, regions, metrics, ROWS, tables.get("uncertainty")) if many else None
     also = {c.definition for c in charts} | ({"confusion"} if matrix else set())
     return render(
         "page.html",

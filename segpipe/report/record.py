@@ -98,6 +98,8 @@ class RunRecord:
     """For runs without a model; otherwise the model's."""
     versions: dict[str, str] = field(default_factory=dict)
     scenes: tuple[SceneRecord, ...] = ()
+    groups: dict[str, str] = field(default_factory=dict)
+    """Scene to what it belongs to, where the job says so: what intervals resample."""
     notes: tuple[str, ...] = ()
 
     @property

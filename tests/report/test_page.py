@@ -387,8 +387,16 @@ def test_scores_of_scenes_are_means_over_the_classes_defined() -> None:
     assert scores.loc["c"].isna().all()
     table = scene_table(record(scene("c"), scene("b"), scene("a")), regions(("a", "b")), frame, 2)
     assert [r.scene.name for r in table.rows] == ["a", "b"]
+    doubt = pd.DataFrame(
+        [(name, "scene", who, "entropy", value) for name, value in (("a", 0.2), ("b", 0.7), ("c", 0.4))
+         for who in ("forest", "(all classes)")],
+        columns=["scene", "region", "class", "channel", "mean"],
+    )  # fmt: skip
+    unsure = scene_table(record(scene("a"), scene("b"), scene("c")), regions(("a",)), None, 9, doubt)
+    assert [r.scene.name for r in unsure.rows] == ["b", "c", "a"] and unsure.order == "highest entropy first"
+    assert [r.cells[0].text for r in unsure.rows] == ["0.700", "0.400", "0.200"]
     empty = scene_table(record(scene("c"), scene("b")), regions(("b",)), None, 9)
-    assert [r.scene.name for r in empty.rows] == ["c", "b"] and not empty.worst_first
+    assert [r.scene.name for r in empty.rows] == ["c", "b"] and not empty.order
 
 
 def test_accessible_names() -> None:
