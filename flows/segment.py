@@ -41,7 +41,7 @@ def segment(job: Job) -> State[Any]:
     Failed. Running the same job again computes only what is missing.
 
     Args:
-        job: Which scenes, which model, what to report. Required: scenes and a model.
+        job: Which scenes, which model, what to report. Required: scenes, and a model or labels.
     """
     try:
         request = check_request(job)

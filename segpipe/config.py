@@ -220,10 +220,10 @@ class Outputs(Strict):
 
     dir: str = Field(
         "runs",
-        description="Folder or URL (s3://…) under which <job>/<run>/ and the store are made.",
+        description="Folder or URL (s3://…) for the store and for the runs, each in a folder of its own.",
     )
     formats: list[Format] = Field(
-        default_factory=lambda: [Format.cog, Format.nifti],
+        [Format.cog, Format.nifti],  # no factory: the form shows what it is told
         description="cog for rasters, nifti for volumes.",
     )
     scores: bool = Field(False, description="Also write the probability of each class.")
@@ -233,7 +233,7 @@ class Outputs(Strict):
         "blending or test-time augmentation, disagreement.",
     )
     keep: list[Keep] = Field(
-        default_factory=lambda: [Keep.labels],
+        [Keep.labels],
         description="Working arrays that stay in the store; scores stay with the labels.",
     )
 
