@@ -187,6 +187,12 @@ class Reference(Strict):
 class Measure(Strict):
     """What is measured beside areas and overlap."""
 
+    objects: bool = Field(
+        False,
+        description="`labels` and reference hold ids of objects (0: none), which are matched: precision, "
+        "recall, F1, AP, PQ.",
+    )
+    smallest: int = Field(1, ge=1, description="Elements of the smallest object that counts.")
     surface: bool = Field(
         False, description="Distances between surfaces, surface Dice, boundary IoU and F1, per class."
     )
@@ -290,6 +296,8 @@ class Job(Strict):
     @model_validator(mode="after")
     def _nothing_asked_for_in_vain(self) -> Job:
         """A key of the interface that this version cannot serve yet is refused, never ignored."""
+        if self.measure.objects and not (self.labels and self.reference):
+            raise ValueError("`measure.objects` needs `labels` and `reference`, both of object ids")
         later = {
             "prompts": bool(self.prompts.text or self.prompts.path),
         }

@@ -219,7 +219,9 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
         truth = None
         if scene.job.reference is not None:
             uri = find_reference(scene.job.reference, scene.ref.name)
-            truth = stack.enter_context(open_reference(scene.job.reference, uri, geometry)).read
+            objects = scene.job.measure.objects
+            reference = open_reference(scene.job.reference, uri, geometry, objects=objects)
+            truth = stack.enter_context(reference).read
 
         def image(box: Box, channels: tuple[int, ...] | None = None, /) -> Pixels:
             pixels = store.read(box)

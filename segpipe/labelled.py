@@ -73,6 +73,10 @@ class MeasurableScene(ABC):
     def open_labels(self) -> AbstractContextManager[Callable[[Box], np.ndarray]]:
         """A windowed reader of the label map: integers of the box's shape."""
 
+    def open_objects(self) -> AbstractContextManager[Callable[[Box], np.ndarray]]:
+        """A reader of ids of objects, negative where there is no valid pixel."""
+        raise NotImplementedError("no model here yields objects")
+
     @abstractmethod
     def check_labels(self) -> None:
         """Raises SceneError where what was read may not be the labels: asked after a read."""
@@ -116,12 +120,18 @@ class LabelledScene(MeasurableScene):
 
     @contextmanager
     def open_labels(self) -> Iterator[Callable[[Box], np.ndarray]]:
-        """The reader answers int64, `NO_LABEL` where the file has no data.
+        """The reader answers int64, `NO_LABEL` where the file has no data; 1 for every object's id.
 
         Raises:
             SceneError: the file changed since it was planned; when read, a value is no whole number, or
                 is negative.
         """
+        with self.open_objects() as ids:
+            yield (lambda box: np.minimum(ids(box), 1)) if self.job.measure.objects else ids
+
+    @contextmanager
+    def open_objects(self) -> Iterator[Callable[[Box], np.ndarray]]:
+        """The same with the ids of objects as the file has them."""
         with _opened(self.labels) as file:
             if file.source.identity != self.labels_identity:
                 raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")

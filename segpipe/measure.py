@@ -20,8 +20,9 @@ from segpipe.classes import with_found
 from segpipe.errors import StoppedError
 from segpipe.inference.uncertainty import CHANNELS, LEVELS
 from segpipe.labelled import LabelledScene, MeasurableScene
-from segpipe.metrics import intensity
+from segpipe.metrics import instances, intensity
 from segpipe.metrics.calibration import Calibration, calibrate
+from segpipe.metrics.instances import OverlapTable, overlap_tile
 from segpipe.metrics.intensity import Channel, Intensity, measure_intensity
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
 from segpipe.models.card import Class
@@ -63,6 +64,8 @@ class Measured:
     """Channels of that map."""
     calibration: Calibration | None = None
     """None: no uncertainty, or no reference."""
+    objects: OverlapTable | None = None
+    """None: not requested, or no reference."""
     surfaces: dict[str, Any] | None = None
     """See `segpipe.surfaces`; None: not requested, or no reference."""
 
@@ -88,6 +91,7 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
         stage = _stage(scene, regions, reference)
         read = stack.enter_context(scene.open_labels())
         image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
+        ids = stack.enter_context(scene.open_objects()) if scene.job.measure.objects else None
         doubt = scene.open_uncertainty() if scene.uncertainty else None
         done = stage.done()
         scale = SizeScale.of(scene.geometry)
@@ -107,6 +111,8 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
             if image is not None:
                 found = measure_intensity(image.read(box), labels, scene.nodata, regions, box)
                 receipt["intensity"] = found.to_json()
+            if ids is not None and reference is not None:
+                receipt["objects"] = overlap_tile(ids(box), reference.read_ids(box), box, scale).to_json()
             if shares is not None:
                 receipt |= _doubt(shares, labels, truth, scene.nodata, regions, box)
             stage.commit(name, receipt)
@@ -149,6 +155,7 @@ def load_measured(stage: Stage) -> Measured:
     info = stage.read_json("info.json")
     receipts = stage.receipts().values()
     channels, doubts = info.get("intensity"), info.get("uncertainty")
+    objects = [OverlapTable.from_json(r["objects"]) for r in receipts if "objects" in r]
     calibrated = [Calibration.from_json(r["calibration"]) for r in receipts if "calibration" in r]
     return Measured(
         tally=add(Tally.from_json(r) for r in receipts),
@@ -164,6 +171,7 @@ def load_measured(stage: Stage) -> Measured:
         uncertainty=_sum(receipts, "uncertainty") if doubts else None,
         doubts=tuple(Channel(name, Scaling(1 / LEVELS)) for name in doubts or ()),
         calibration=sum(calibrated, Calibration.empty()) if calibrated else None,
+        objects=instances.add(objects) if objects else None,
         surfaces=stage.read_json(SURFACES),
     )
 
@@ -188,7 +196,7 @@ def _reference(scene: MeasurableScene, stack: ExitStack) -> ReferenceLabels | No
     if config is None:
         return None
     uri = find_reference(config, scene.ref.name)
-    return stack.enter_context(open_reference(config, uri, scene.geometry))
+    return stack.enter_context(open_reference(config, uri, scene.geometry, objects=scene.job.measure.objects))
 
 
 def _stage(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> Stage:
@@ -198,6 +206,7 @@ def _stage(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabel
         "reference": reference.identity if reference else None,
         "intensity": [c.to_json() for c in _channels(scene)],
         "uncertainty": list(scene.uncertainty),
+        "objects": scene.job.measure.objects,
         "surface": _surface_parts(scene) if reference else None,
         "version": TALLY_VERSION,
     }

@@ -153,10 +153,13 @@ class LabelFile:
 class ReferenceLabels:
     """The reference of one scene, on its grid, in the classes' values."""
 
-    def __init__(self, file: LabelFile, values: Mapping[int, int | None], notes: list[str]) -> None:
+    def __init__(
+        self, file: LabelFile, values: Mapping[int, int | None], notes: list[str], objects: bool = False
+    ) -> None:
         self.uri = file.uri
         self.notes = tuple(notes)
         self._file = file
+        self._objects = objects
         pairs = sorted((k, IGNORED if v is None else v) for k, v in values.items())
         self._from = np.array([k for k, _ in pairs], dtype=np.int64)
         self._to = np.array([v for _, v in pairs], dtype=np.int64)
@@ -169,6 +172,17 @@ class ReferenceLabels:
 
     def read(self, box: Box) -> np.ndarray:
         """Class values of a box, int64; `IGNORED` where the reference says nothing.
+
+        Of ids of objects: 1 where there is one.
+
+        Raises:
+            SceneError: as `read_ids`.
+        """
+        found = self.read_ids(box)
+        return np.minimum(found, 1) if self._objects else found
+
+    def read_ids(self, box: Box) -> np.ndarray:
+        """The same as the file has it, ids of objects too, after the mapping of values.
 
         Raises:
             SceneError: a value is no whole number, or negative and not mapped.
@@ -204,8 +218,16 @@ class ReferenceLabels:
         self.close()
 
 
-def open_reference(config: Reference, uri: str, geometry: Geometry) -> ReferenceLabels:
+def open_reference(
+    config: Reference, uri: str, geometry: Geometry, *, objects: bool = False
+) -> ReferenceLabels:
     """Open a scene's reference (`find_reference`) and hold it against the scene's grid.
+
+    Args:
+        config: how its values become class values.
+        uri: of the file.
+        geometry: of the scene.
+        objects: its values are ids of objects.
 
     Raises:
         SceneError: it cannot be opened, has several bands, or lies on another grid.
@@ -216,7 +238,7 @@ def open_reference(config: Reference, uri: str, geometry: Geometry) -> Reference
     except SceneError as error:
         file.close()
         raise SceneError(f"reference {uri} lies on another grid than its scene: {error}") from error
-    return ReferenceLabels(file, config.values, [f"reference: {note}" for note in notes])
+    return ReferenceLabels(file, config.values, [f"reference: {note}" for note in notes], objects)
 
 
 def same_grid(scene: Geometry, other: Geometry) -> list[str]:

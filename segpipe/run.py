@@ -34,6 +34,7 @@ from segpipe.models.weights import weights_fingerprint
 from segpipe.report.agreement import agreement_table
 from segpipe.report.frames import NO_REFERENCE
 from segpipe.report.intensity import SceneIntensity, intensity_table
+from segpipe.report.objects import SceneObjects, instances_table, objects_table
 from segpipe.report.page import page_paths, render_pages
 from segpipe.report.pictures import Previews, load_previews
 from segpipe.report.record import (
@@ -261,6 +262,10 @@ def _tables(
         tables["intensity"] = intensity_table([_intensity(s, measured.get(s.name)) for s in scenes], classes)
     if job.get("measure", {}).get("surface"):
         tables["surface"] = surface_table([_surfaces(s, measured.get(s.name)) for s in scenes], classes)
+    if job.get("measure", {}).get("objects"):
+        objects, smallest = [_objects(s, measured.get(s.name)) for s in scenes], job["measure"]["smallest"]
+        tables["objects"] = objects_table(objects, smallest)
+        tables["instances"] = instances_table(objects, smallest)
     if job.get("outputs", {}).get("uncertainty"):
         found = [_uncertainty(s, measured.get(s.name)) for s in scenes]
         tables["uncertainty"] = uncertainty_table(found, classes)
@@ -317,6 +322,12 @@ def _calibration(scene: SceneRecord, measured: Measured | None) -> SceneCalibrat
     if measured is None:
         return SceneCalibration(scene.name, reason=scene.error, failed=True)
     return SceneCalibration(scene.name, measured.calibration, "" if measured.calibration else NO_REFERENCE)
+
+
+def _objects(scene: SceneRecord, measured: Measured | None) -> SceneObjects:
+    if measured is None:
+        return SceneObjects(scene.name, reason=scene.error, failed=True)
+    return SceneObjects(scene.name, measured.objects, SizeScale.from_dict(measured.scale))
 
 
 def _surfaces(scene: SceneRecord, measured: Measured | None) -> SceneSurfaces:

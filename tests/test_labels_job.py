@@ -206,6 +206,67 @@ def test_classes_of_a_file_come_first_and_the_others_by_number(tmp_path: Path) -
     assert "117 117 " in table_of_colours
 
 
+# ------------------------------------------------------------------ objects
+
+
+def blobs(seed: int, shift: int = 0) -> np.ndarray:
+    """(y, x) ids of squares of 3 to 9 pixels on a lattice, some of them missing."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((72, 96), np.int32)
+    for number, (y, x) in enumerate(np.ndindex(6, 8), start=1):
+        size = rng.integers(3, 10)
+        if rng.random() < 0.8:
+            ids[12 * y + 1 + shift :, :][:size, 12 * x + 1 : 12 * x + 1 + size] = number * 7
+    return ids
+
+
+def test_ids_of_objects_are_matched(world: World, tmp_path: Path) -> None:
+    predicted, truth = blobs(1, shift=1), np.where(blobs(1) % 5 == 0, 0, blobs(1))
+    labels = write_raster(tmp_path / "ids.tif", predicted[None])
+    reference = write_raster(tmp_path / "truth.tif", truth[None])
+    job = job_of(
+        tmp_path / "out",
+        world / "scene1.tif",
+        labels,
+        reference={"path": str(reference)},
+        measure={"objects": True, "smallest": 10},
+    )
+    folder, _ = run_all(job)
+
+    def large(ids: np.ndarray) -> list[int]:
+        return [int(i) for i in np.unique(ids) if i and (ids == i).sum() >= 10]
+
+    ious = {}
+    for i in large(predicted):
+        for j in large(truth):
+            common = ((predicted == i) & (truth == j)).sum()
+            if common:
+                ious[i, j] = common / ((predicted == i) | (truth == j)).sum()
+    table = read(folder / "objects.csv").set_index("threshold")
+    for threshold in (0.5, 0.75):
+        tp = sum(iou >= threshold for iou in ious.values())
+        row = table.loc[threshold]
+        assert (row["tp"], row["fp"]) == (tp, len(large(predicted)) - tp)
+        assert row["fn"] == len(large(truth)) - tp
+    matched = {pair: iou for pair, iou in ious.items() if iou > 0.5}
+    over_all = table[table.index.isna()].iloc[0]
+    total = len(large(predicted)) + len(large(truth))
+    assert over_all["pq"] == pytest.approx(sum(matched.values()) / (total / 2), rel=1e-12)
+    objects = read(folder / "instances.csv")
+    pairs = objects[(objects["side"] == "predicted") & objects["partner"].notna()]
+    assert {(r.id, r.partner): r.iou for r in pairs.itertuples()} == pytest.approx(matched)
+    # everything else is of objects against the ground
+    regions = read(folder / "regions.csv").set_index("value")
+    assert regions.loc[1, "count"] == (predicted > 0).sum() and set(regions.index) == {0, 1}
+    iou = ((predicted > 0) & (truth > 0)).sum() / ((predicted > 0) | (truth > 0)).sum()
+    assert read(folder / "metrics.csv").set_index("value").loc[1, "iou"] == pytest.approx(iou, rel=1e-12)
+
+
+def test_objects_need_ids_on_both_sides(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`measure\.objects` needs `labels` and `reference`"):
+        job_of(tmp_path, world / "scene1.tif", "x.tif", measure={"objects": True})
+
+
 # ------------------------------------------------------------------ rasters
 
 
