@@ -181,15 +181,12 @@ def _split(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _lead(record: RunRecord) -> str:
-    model = ""
+    done = "measured, labels as given"
     if record.model:
-        model = f" with {record.model.title or record.model.name}"
+        done = f"segmented with {record.model.title or record.model.name}"
     count = len(record.scenes)
     took = units.duration(units.between(record.started, record.finished))
-    return (
-        f"{count:,} scene{'' if count == 1 else 's'} segmented{model}, "
-        f"{units.moment(record.started)}, in {took}."
-    )
+    return f"{count:,} scene{'' if count == 1 else 's'} {done}, {units.moment(record.started)}, in {took}."
 
 
 def _finding(record: RunRecord, totals: Sequence[Bars], tables: Tables) -> str:

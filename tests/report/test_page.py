@@ -485,7 +485,7 @@ def test_volumes_without_reference_or_previews() -> None:
 def test_a_run_of_nothing() -> None:
     empty = regions().iloc[:0]
     page = only_page(record(scenes=(), model=None), regions=empty)
-    assert "0 scenes segmented" in page
+    assert "0 scenes measured, labels as given" in page
 
 
 def test_pooled_bars() -> None:
