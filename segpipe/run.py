@@ -45,6 +45,7 @@ from segpipe.report.record import (
     dump_record,
     load_record,
 )
+from segpipe.report.results import results_json
 from segpipe.report.summary import summary_table
 from segpipe.report.surface import SceneSurfaces, surface_table
 from segpipe.report.tables import (
@@ -182,7 +183,7 @@ def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | Non
 def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRecord) -> bool:
     """Whether nobody took a page, table or picture out of a run's folder."""
     there = {meta["path"] for chunk in obstore.list(store, f"{name}/") for meta in chunk}
-    files = {*page_paths(record), "regions.csv", "regions.parquet"}
+    files = {*page_paths(record), "results.json", "regions.csv", "regions.parquet"}
     files |= {file for scene in record.done for file in scene.files.values()}
     return {f"{name}/{file}" for file in files} <= there
 
@@ -237,6 +238,7 @@ def write_run(run: Run, record: RunRecord) -> None:
     with local_folder(run) as folder:
         for name, table in tables.items():
             write_table(table, folder / name)
+        write_atomic(folder / "results.json", results_json(record.job_name, record.run_id, tables).encode())
         for path, text in render_pages(record, previews, tables):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, text.encode())

@@ -77,10 +77,11 @@ def test_the_folder_of_a_run_holds_what_the_design_says(raster: Made) -> None:
     assert files == {
         "report.html",
         "run.json",
+        "results.json",
         *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")),
         *(
             f"scenes/scene1/{name}"
-            for name in ("labels.tif", "labels.tif.aux.xml", "labels.qml", "preview.png")
+            for name in ("labels.tif", "labels.tif.aux.xml", "labels.qml", "preview.png", "regions.gpkg")
         ),
     }
     assert raster.run.parent.name == "trial"

@@ -339,8 +339,12 @@ def confusion_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]
 
 
 def csv_bytes(table: pd.DataFrame) -> bytes:
-    """CSV: UTF-8, line feeds, floats in the fewest digits that read back the same."""
-    return table.to_csv(index=False, lineterminator="\n").encode("utf-8")
+    """CSV: UTF-8, line feeds, floats in the fewest digits that read back the same.
+
+    Text beyond ASCII is announced by a byte order mark: without it Excel shows other letters.
+    """
+    text = table.to_csv(index=False, lineterminator="\n")
+    return text.encode("utf-8" if text.isascii() else "utf-8-sig")
 
 
 def parquet_bytes(table: pd.DataFrame) -> bytes:

@@ -1,6 +1,7 @@
 """Tables: every row and value of small results written out, and what is left empty and why."""
 
 import io
+import json
 import math
 import random
 import warnings
@@ -22,6 +23,7 @@ from sklearn.metrics import (
 
 from segpipe.metrics.tally import FULL, IGNORED
 from segpipe.report.agreement import agreement_table
+from segpipe.report.results import MOST_ROWS, results_json
 from segpipe.report.summary import summary_table
 from segpipe.report.tables import (
     SceneResult,
@@ -262,3 +264,30 @@ def test_files_hold_the_table(tmp_path):
     np.testing.assert_array_equal(again["share"], table["share"])
     assert list(again["scene"]) == list(table["scene"])
     assert math.isnan(again["area_m2"].iloc[-1])
+
+
+def test_text_beyond_ascii_is_announced_for_excel() -> None:
+    plain, other = pd.DataFrame({"region": ["Koeln"]}), pd.DataFrame({"region": ["Köln"]})
+    assert csv_bytes(plain) == b"region\nKoeln\n"
+    assert csv_bytes(other) == b"\xef\xbb\xbf" + "region\nKöln\n".encode()
+    assert pd.read_csv(io.BytesIO(csv_bytes(other))).equals(other)
+
+
+def test_the_tables_as_json() -> None:
+    table = pd.DataFrame(
+        {
+            "scene": ["a", "b"],
+            "iou": [0.1, math.nan],
+            "value": pd.Series([1, None], dtype="Int64"),
+            "edge": pd.Series([True, None], dtype="boolean"),
+        }
+    )
+    large = pd.concat([table] * MOST_ROWS)
+    found = json.loads(results_json("job", "run", {"metrics": table, "regions": large}))
+    assert found["tables"] == {
+        "metrics": [
+            {"scene": "a", "iou": 0.1, "value": 1, "edge": True},
+            {"scene": "b", "iou": None, "value": None, "edge": None},
+        ]
+    }
+    assert found["left_out"] == {"regions": "regions.parquet"}
