@@ -441,3 +441,27 @@ def test_wrong_use_is_refused():
     collector.add(half, zeros, zeros)
     with pytest.raises(ValueError, match="tiles of 8 elements were added; the scene has 16"):
         collector.results()
+
+
+@pytest.mark.parametrize(("predicted_there", "actual_there"), [(False, True), (True, False), (False, False)])
+def test_published_empty_masks(deepmind, predicted_there, actual_there):
+    """surface_distance_test.py, test_empty_prediction_mask, test_empty_gt_mask and test_both_empty_masks.
+
+    The package answers infinity or NaN where a distance is not defined, here NaN with a reason; where it
+    answers a number, the same number.
+    """
+    mask = np.zeros((128, 128, 128), bool)
+    mask[50, 60, 70] = True
+    predicted, actual = mask & predicted_there, mask & actual_there
+    oracle = deepmind.compute_surface_distances(actual, predicted, (3, 2, 1))
+    found = measure(predicted, actual, (3, 2, 1), 1.0)
+    to_prediction, to_reference = deepmind.compute_average_surface_distance(oracle)
+    hausdorff = [deepmind.compute_robust_hausdorff(oracle, percent) for percent in (100, 95)]
+    theirs = [to_prediction, to_reference, *hausdorff]
+    assert not np.isfinite(theirs).any()
+    element = found.element
+    ours = [element.to_prediction, element.to_reference, element.hausdorff, element.hausdorff95]
+    assert np.isnan(ours).all() and found.reason
+    dice = deepmind.compute_surface_dice_at_tolerance(oracle, 1)
+    np.testing.assert_equal(element.dice, 0.0 if dice == 0 else np.nan)
+    assert np.isnan(dice) == (not predicted_there and not actual_there)
