@@ -8,12 +8,11 @@ U-Net on ResNet-18, one window of 4 × 512². See `segpipe.allocator`.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
+
+from benchmarks.fresh import run_fresh
 
 
 def one(passes: int) -> None:
@@ -40,17 +39,15 @@ def main() -> None:
     """Print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--passes", type=int, default=15)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        one(arguments.passes)
+        one(arguments.one)
         return
     print("huge pages   forward pass ms   page faults a pass")
     for name, value in (("no", "0"), ("yes", "1")) * 2:
-        command = [sys.executable, "-m", "benchmarks.allocator", "--one", "--passes", str(arguments.passes)]
-        environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": value}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        print("{:10s} {:>17s} {:>20s}".format(name, *done.stdout.split()), flush=True)
+        found = run_fresh("benchmarks.allocator", str(arguments.passes), THP_MEM_ALLOC_ENABLE=value)
+        print("{:10s} {:>17s} {:>20s}".format(name, *found), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import scenes
+from benchmarks.fresh import run_fresh
 from segpipe.config import Job
 
 
@@ -43,9 +42,7 @@ def one(path: str, card: str, out: str) -> None:
 def measure(path: str, card: str) -> tuple[int, int]:
     """Predicted and measured peak of a fresh process, MiB."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", path, card, out]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    predicted, peak = done.stdout.split()
+        predicted, peak = run_fresh("benchmarks.memory", path, card, out)
     return int(predicted), int(peak)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio.windows import Window
+
+from benchmarks.fresh import run_fresh
 
 CLASSES = 5
 PIXEL = 10.0
@@ -143,10 +144,7 @@ def main() -> None:
         tables, peaks = {}, {}
         for tool in TOOLS:
             out = folder / f"{tool}.npy"
-            command = [sys.executable, "-m", "benchmarks.zonal", "--one", tool]
-            command += [str(labels), str(districts), str(out)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            wall, cpu, peak = done.stdout.split()
+            wall, cpu, peak = run_fresh("benchmarks.zonal", tool, str(labels), str(districts), str(out))
             tables[tool], peaks[tool] = np.load(out), int(peak)
             off = np.abs(tables[tool] - tables["segpipe"]).max() / tables["segpipe"].sum(axis=1).max()
             print(f"{tool:12s} {wall:>9s} {cpu:>7s} {peak:>10s}   {off:.1e}", flush=True)

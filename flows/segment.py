@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from uuid import UUID
 
@@ -75,11 +75,10 @@ def stop_on_error(out: str, name: str) -> Iterator[str]:
 
     Inside the runner's own block: it waits for what is in flight when it is left.
     """
-    try:
+    with ExitStack() as unless_done:
+        unless_done.callback(request_stop, out, name)
         yield name
-    except BaseException:
-        request_stop(out, name)
-        raise
+        unless_done.pop_all()
 
 
 def _end(run: Run, record: RunRecord) -> State[Any]:

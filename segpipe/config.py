@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
     model_validator,
 )
 
@@ -199,7 +200,7 @@ class Measure(Strict):
     tolerance: float = Field(
         1.0, gt=0, description="Distance up to which a surface counts as met, in mm or m (px without a CRS)."
     )
-    tolerances: dict[str, float] = Field(
+    tolerances: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="The same for single classes, by name, over `tolerance`."
     )
     groups: Text = Field(

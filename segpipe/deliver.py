@@ -18,7 +18,7 @@ from segpipe.config import Format, Keep
 from segpipe.export.cog import write_cog, write_cog_scores
 from segpipe.export.common import LabelReader, ScoreReader
 from segpipe.export.nifti import write_nifti, write_nifti_scores
-from segpipe.export.regions import write_regions
+from segpipe.export.regions import MOST_CLASSES, write_regions
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.inference.uncertainty import LEVELS
 from segpipe.labelled import MeasurableScene
@@ -26,7 +26,7 @@ from segpipe.measure import Measured, shown_classes
 from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Class, Interpolation
 from segpipe.reference import find_reference, open_reference
-from segpipe.regions import measured_regions
+from segpipe.regions import region_layer
 from segpipe.report.pictures import FORMAT, Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import GeometrySummary, SceneRecord
@@ -87,20 +87,18 @@ def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dic
 
 
 def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bool:
-    """The polygons with their numbers, where the regions are polygons."""
-    if scene.job.regions is None or not isinstance(scene.geometry, RasterGeometry):
-        return False
-    with measured_regions(scene.job.regions, scene.geometry) as regions:
-        outlines = regions.outlines()
-    if outlines is None:
+    """The polygons with their numbers, where the regions are polygons and not too many classes."""
+    classes = shown_classes(scene, measured.values)
+    layer = region_layer(scene.job.regions, scene.geometry) if scene.job.regions else None
+    if layer is None or len(classes) > MOST_CLASSES:
         return False
     if not path.exists():
-        classes, scale = shown_classes(scene, measured.values), SizeScale.from_dict(measured.scale)
-        name, attempts = scene.ref.name, attempts_of(scene)
-        result = SceneResult(name, measured.regions, attempts, measured.tally, scale, measured.outside)
-        metrics = metric_table([result], classes) if measured.reference else None
-        table = region_table([result], classes)
-        write_regions(list(outlines.names), outlines.polygons, outlines.crs, table, metrics, path)
+        scale, attempts = SizeScale.from_dict(measured.scale), attempts_of(scene)
+        found = SceneResult(
+            scene.ref.name, measured.regions, attempts, measured.tally, scale, measured.outside
+        )
+        metrics = metric_table([found], classes) if measured.reference else None
+        write_regions(layer, region_table([found], classes), metrics, path)
     return True
 
 
@@ -156,8 +154,9 @@ def _shares(scene: MeasurableScene) -> dict[str, _Shares]:
     if scene.job.outputs.scores:
         array = scene.predict.array("scores")
         found["scores"] = _Shares(lambda box: np.asarray(array[(slice(None), *box.slices)]), scene.classes)
-    if scene.uncertainty:
-        labels, doubt = scene.labels.array("labels"), scene.open_uncertainty()
+    doubt = scene.open_uncertainty()
+    if doubt is not None:
+        labels = scene.labels.array("labels")
 
         def read(box: Box, /) -> np.ndarray:
             shares = doubt(box).astype(np.float32) / np.float32(LEVELS)
@@ -242,9 +241,10 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
 
 def _entropy(scene: MeasurableScene) -> Callable[[Box], np.ndarray] | None:
     """A reader of the uncertainty map's entropy, a share of 1; None where there is no such map."""
-    if not scene.uncertainty:
+    doubt = scene.open_uncertainty()
+    if doubt is None:
         return None
-    doubt, at = scene.open_uncertainty(), scene.uncertainty.index("entropy")
+    at = scene.uncertainty.index("entropy")
     return lambda box: doubt(box)[at] / LEVELS
 
 
@@ -282,6 +282,8 @@ def done_record(
             notes.append("resampled by nearest neighbour, as the card's own pipeline does")
     if scene.job.outputs.formats and _why_no_file(classes):
         notes.append(f"no file of labels was written: {_why_no_file(classes)}")
+    if scene.job.regions and len(classes) > MOST_CLASSES:
+        notes.append(f"no regions.gpkg was written: {len(classes)} classes, over {MOST_CLASSES}")
     return SceneRecord(
         name=scene.ref.name,
         uri=scene.ref.uri,

@@ -23,7 +23,7 @@ from segpipe.config import Job, Reference
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry
 from segpipe.models.card import Class
-from segpipe.reference import LabelFile, find_reference, same_grid
+from segpipe.reference import LabelFile, find_reference, one_class, same_grid
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Scaling
@@ -70,12 +70,12 @@ class MeasurableScene(ABC):
         """Changes when the label map does: a part of the measure key."""
 
     @abstractmethod
-    def open_labels(self) -> AbstractContextManager[Callable[[Box], np.ndarray]]:
-        """A windowed reader of the label map: integers of the box's shape."""
+    def open_labels(self, ids: bool = False) -> AbstractContextManager[Callable[[Box], np.ndarray]]:
+        """A windowed reader of the label map: integers of the box's shape.
 
-    def open_objects(self) -> AbstractContextManager[Callable[[Box], np.ndarray]]:
-        """A reader of ids of objects, negative where there is no valid pixel."""
-        raise NotImplementedError("no model here yields objects")
+        Args:
+            ids: where the labels are ids of objects, answer these and not `OBJECT`.
+        """
 
     @abstractmethod
     def check_labels(self) -> None:
@@ -86,9 +86,9 @@ class MeasurableScene(ABC):
         """Channels of the uncertainty map; none where there is no such map."""
         return ()
 
-    def open_uncertainty(self) -> Callable[[Box], np.ndarray]:
-        """(channel, …) uint16 of a box, in 1/65535; only where `uncertainty` names channels."""
-        raise NotImplementedError("labels that are given have no uncertainty")
+    def open_uncertainty(self) -> Callable[[Box], np.ndarray] | None:
+        """A reader of the map, (channel, …) uint16 in 1/65535; None where there is none."""
+        return None
 
     @abstractmethod
     def open_image(self) -> SceneBlocks:
@@ -119,19 +119,14 @@ class LabelledScene(MeasurableScene):
         return stage_key("labels", {"file": self.labels_identity, "scene": self.identity})
 
     @contextmanager
-    def open_labels(self) -> Iterator[Callable[[Box], np.ndarray]]:
-        """The reader answers int64, `NO_LABEL` where the file has no data; 1 for every object's id.
+    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
+        """The reader answers int64, `NO_LABEL` where the file has no data.
 
         Raises:
             SceneError: the file changed since it was planned; when read, a value is no whole number, or
                 is negative.
         """
-        with self.open_objects() as ids:
-            yield (lambda box: np.minimum(ids(box), 1)) if self.job.measure.objects else ids
-
-    @contextmanager
-    def open_objects(self) -> Iterator[Callable[[Box], np.ndarray]]:
-        """The same with the ids of objects as the file has them."""
+        objects = self.job.measure.objects and not ids
         with _opened(self.labels) as file:
             if file.source.identity != self.labels_identity:
                 raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")
@@ -140,7 +135,8 @@ class LabelledScene(MeasurableScene):
                 labels, valid = file.read(box)
                 if labels.size and labels.min() < 0:
                     raise SceneError(f"{self.labels}: holds {labels.min()}; labels are 0 or more")
-                return np.where(valid, labels, NO_LABEL)
+                labels = np.where(valid, labels, NO_LABEL)
+                return one_class(labels) if objects else labels
 
             yield read
 

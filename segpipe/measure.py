@@ -26,7 +26,7 @@ from segpipe.metrics.instances import OverlapTable, overlap_tile
 from segpipe.metrics.intensity import Channel, Intensity, measure_intensity
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
 from segpipe.models.card import Class
-from segpipe.reference import ReferenceLabels, find_reference, open_reference
+from segpipe.reference import ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
@@ -89,10 +89,10 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
         regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
         reference = _reference(scene, stack)
         stage = _stage(scene, regions, reference)
-        read = stack.enter_context(scene.open_labels())
+        objects = scene.job.measure.objects
+        read = stack.enter_context(scene.open_labels(ids=objects))
         image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
-        ids = stack.enter_context(scene.open_objects()) if scene.job.measure.objects else None
-        doubt = scene.open_uncertainty() if scene.uncertainty else None
+        doubt = scene.open_uncertainty()
         done = stage.done()
         scale = SizeScale.of(scene.geometry)
         for number, box in enumerate(measure_tiles(scene.geometry)):
@@ -102,17 +102,19 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
                 continue
             if stop_requested(scene.job.outputs.dir, run):
                 raise StoppedError("the run was asked to stop; run it again to resume")
-            truth = reference.read(box) if reference else None
+            truth = reference.read(box, ids=objects) if reference else None
             labels = read(box)
             shares = doubt(box) if doubt else None
             scene.check_labels()
+            receipt: dict[str, Any] = {}
+            if objects and truth is not None:
+                receipt["objects"] = overlap_tile(labels, truth, box, scale).to_json()
+                labels, truth = one_class(labels), one_class(truth)
             tally = measure_tile(labels, scene.nodata, truth, regions, box, scene.geometry.box, scale)
-            receipt: dict[str, Any] = {**tally.to_json()}
+            receipt |= tally.to_json()
             if image is not None:
                 found = measure_intensity(image.read(box), labels, scene.nodata, regions, box)
                 receipt["intensity"] = found.to_json()
-            if ids is not None and reference is not None:
-                receipt["objects"] = overlap_tile(ids(box), reference.read_ids(box), box, scale).to_json()
             if shares is not None:
                 receipt |= _doubt(shares, labels, truth, scene.nodata, regions, box)
             stage.commit(name, receipt)
@@ -122,7 +124,8 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
         stage.compact()
         if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
             classes = shown_classes(scene, load_measured(stage).values)
-            stage.write_json(SURFACES, measure_surfaces(scene, classes, read, reference, run))
+            classed = stack.enter_context(scene.open_labels())
+            stage.write_json(SURFACES, measure_surfaces(scene, classes, classed, reference, run))
             computed += 1
     seconds = time.perf_counter() - begun
     return load_measured(stage), Done(computed, reused, seconds, {"measure": seconds})

@@ -68,7 +68,7 @@ def predict_memory(
     block: int,
     window: int,
     scene: int,
-    direct: bool,
+    labels_only: bool,
 ) -> Memory:
     """The peak of one worker: from its largest block, not from the scene (but for the clean-up).
 
@@ -79,10 +79,10 @@ def predict_memory(
         block: elements of the largest block.
         window: elements of a window.
         scene: elements of the scene.
-        direct: whether only class numbers leave the device.
+        labels_only: whether only class numbers leave the device.
     """
     per_read = load.image_channels * load.image_itemsize + 1 + 8 * load.channels
-    per_model = load.label_itemsize if direct else 4 * (load.classes + 2)
+    per_model = load.label_itemsize if labels_only else 4 * (load.classes + 2)
     per_block = load.label_itemsize + (20 if load.uncertainty else 0)
     if load.keep_scores:
         per_block += 4 * load.classes
@@ -91,6 +91,6 @@ def predict_memory(
         read=IN_FLIGHT * read * per_read + load.source_cache,
         windows=WINDOWS_ALIVE * load.batch * window * 4 * load.channels,
         forward=load.batch * window * (load.activation_bytes + 8 * load.classes),
-        scores=IN_FLIGHT * (model * per_model + block * per_block) + (0 if direct else 16 * block),
+        scores=IN_FLIGHT * (model * per_model + block * per_block) + (0 if labels_only else 16 * block),
         cleanup=CLEANUP_BYTES * scene if load.cleanup else 0,
     )

@@ -167,7 +167,7 @@ class Plan:
         return self.window_passes * self.passes_per_window
 
     @property
-    def direct(self) -> bool:
+    def labels_only(self) -> bool:
         """Whether only class numbers leave the device: no scores are blended, resampled or kept."""
         load = self.workload
         return self.grid.identity and self.blend == "trim" and not (load.keep_scores or load.uncertainty)
@@ -183,7 +183,7 @@ class Plan:
             block=block,
             window=math.prod(self.lattice.window_shape),
             scene=math.prod(self.blocks.shape),
-            direct=self.direct,
+            labels_only=self.labels_only,
         )
 
     @property

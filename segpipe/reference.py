@@ -27,6 +27,8 @@ from segpipe.sources.discover import safe_name, scene_stem
 from segpipe.sources.kinds import NIFTI_SUFFIXES, RASTER_SUFFIXES
 
 IGNORED = -1
+OBJECT = 1
+"""Class value of every object: ids alone say no class."""
 """Where the reference says nothing: nodata, outside its mask, or mapped to null."""
 GRID_TOLERANCE = 1e-3
 """Greatest distance, in elements, between the corners of two grids that are the same."""
@@ -150,6 +152,11 @@ class LabelFile:
         self.source.close()
 
 
+def one_class(ids: np.ndarray) -> np.ndarray:
+    """Ids of objects as classes: `OBJECT` where there is one, 0 where none is, negative as it was."""
+    return np.asarray(np.minimum(ids, OBJECT))
+
+
 class ReferenceLabels:
     """The reference of one scene, on its grid, in the classes' values."""
 
@@ -170,19 +177,12 @@ class ReferenceLabels:
         values = [[int(a), int(b)] for a, b in zip(self._from, self._to, strict=True)]
         return {"source": self._file.source.identity, "values": values}
 
-    def read(self, box: Box) -> np.ndarray:
+    def read(self, box: Box, ids: bool = False) -> np.ndarray:
         """Class values of a box, int64; `IGNORED` where the reference says nothing.
 
-        Of ids of objects: 1 where there is one.
-
-        Raises:
-            SceneError: as `read_ids`.
-        """
-        found = self.read_ids(box)
-        return np.minimum(found, 1) if self._objects else found
-
-    def read_ids(self, box: Box) -> np.ndarray:
-        """The same as the file has it, ids of objects too, after the mapping of values.
+        Args:
+            box: of the scene.
+            ids: where the values are ids of objects, answer these and not `OBJECT`.
 
         Raises:
             SceneError: a value is no whole number, or negative and not mapped.
@@ -200,7 +200,8 @@ class ReferenceLabels:
                 f"{self.uri}: holds {labels[strange].flat[0]}; labels are 0 or more: map it in "
                 "`reference.values` (null: ignored)"
             )
-        return np.where(valid, result, IGNORED)
+        result = np.where(valid, result, IGNORED)
+        return one_class(result) if self._objects and not ids else result
 
     def close(self) -> None:
         """Release the file."""

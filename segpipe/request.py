@@ -41,14 +41,14 @@ def check_request(job: Job) -> Request:
     """
     _check_paths(job)
     card, settings = None, NO_MODEL
-    if job.classes:
-        load_classes(job.classes)
+    classes = load_classes(job.classes) if job.classes else ()
     if job.model:
         card = read_card(job.model)
         check_card(card)
         _check_tiling(job, card)
-        tolerances(job.measure, card.classes)
         settings = resolve_settings(job.compute, card)
+        classes = tuple(card.classes)
+    tolerances(job.measure, classes)
     scenes = tuple(discover(job.scenes))
     if job.measure.groups:
         load_groups(job.measure.groups, [scene.name for scene in scenes])

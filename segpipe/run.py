@@ -11,13 +11,13 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import obstore
 import pandas as pd
@@ -28,13 +28,14 @@ from segpipe.config import Job
 from segpipe.errors import RequestError
 from segpipe.groups import load_groups
 from segpipe.measure import TALLY_VERSION, Measured, load_measured
+from segpipe.metrics.instances import OverlapTable
 from segpipe.metrics.tally import SizeScale, Tally
 from segpipe.models.card import Card, Class
 from segpipe.models.weights import weights_fingerprint
 from segpipe.report.agreement import agreement_table
-from segpipe.report.frames import NO_REFERENCE
+from segpipe.report.frames import NO_REFERENCE, Found
 from segpipe.report.intensity import SceneIntensity, intensity_table
-from segpipe.report.objects import SceneObjects, instances_table, objects_table
+from segpipe.report.objects import instances_table, objects_table
 from segpipe.report.page import page_paths, render_pages
 from segpipe.report.pictures import Previews, load_previews
 from segpipe.report.record import (
@@ -47,7 +48,7 @@ from segpipe.report.record import (
 )
 from segpipe.report.results import results_json
 from segpipe.report.summary import summary_table
-from segpipe.report.surface import SceneSurfaces, surface_table
+from segpipe.report.surface import surface_table
 from segpipe.report.tables import (
     SceneResult,
     confusion_table,
@@ -57,7 +58,6 @@ from segpipe.report.tables import (
     write_table,
 )
 from segpipe.report.uncertainty import (
-    SceneCalibration,
     calibration_table,
     uncertainty_table,
 )
@@ -68,6 +68,8 @@ from segpipe.sources.common import matches
 from segpipe.sources.mosaic import SCHEME as MOSAIC
 from segpipe.sources.remote import is_remote, remote_identity
 from segpipe.store import Stage, is_url, join, open_store
+
+T = TypeVar("T")
 
 PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
 """Versions that a report names."""
@@ -263,16 +265,16 @@ def _tables(
     if job.get("measure", {}).get("intensity"):
         tables["intensity"] = intensity_table([_intensity(s, measured.get(s.name)) for s in scenes], classes)
     if job.get("measure", {}).get("surface"):
-        tables["surface"] = surface_table([_surfaces(s, measured.get(s.name)) for s in scenes], classes)
+        tables["surface"] = surface_table(_found(scenes, measured, lambda m: m.surfaces), classes)
     if job.get("measure", {}).get("objects"):
-        objects, smallest = [_objects(s, measured.get(s.name)) for s in scenes], job["measure"]["smallest"]
+        objects, smallest = _found(scenes, measured, _objects), job["measure"]["smallest"]
         tables["objects"] = objects_table(objects, smallest)
         tables["instances"] = instances_table(objects, smallest)
     if job.get("outputs", {}).get("uncertainty"):
         found = [_uncertainty(s, measured.get(s.name)) for s in scenes]
         tables["uncertainty"] = uncertainty_table(found, classes)
         if job.get("reference"):
-            tables["calibration"] = calibration_table([_calibration(s, measured.get(s.name)) for s in scenes])
+            tables["calibration"] = calibration_table(_found(scenes, measured, lambda m: m.calibration))
     return tables
 
 
@@ -320,22 +322,22 @@ def _uncertainty(scene: SceneRecord, measured: Measured | None) -> SceneIntensit
     return SceneIntensity(scene.name, measured.regions, measured.doubts, measured.uncertainty)
 
 
-def _calibration(scene: SceneRecord, measured: Measured | None) -> SceneCalibration:
-    if measured is None:
-        return SceneCalibration(scene.name, reason=scene.error, failed=True)
-    return SceneCalibration(scene.name, measured.calibration, "" if measured.calibration else NO_REFERENCE)
+def _objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
+    return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
 
 
-def _objects(scene: SceneRecord, measured: Measured | None) -> SceneObjects:
-    if measured is None:
-        return SceneObjects(scene.name, reason=scene.error, failed=True)
-    return SceneObjects(scene.name, measured.objects, SizeScale.from_dict(measured.scale))
-
-
-def _surfaces(scene: SceneRecord, measured: Measured | None) -> SceneSurfaces:
-    if measured is None:
-        return SceneSurfaces(scene.name, reason=scene.error, failed=True)
-    return SceneSurfaces(scene.name, measured.surfaces, "" if measured.surfaces else NO_REFERENCE)
+def _found(
+    scenes: Sequence[SceneRecord], measured: Mapping[str, Measured], pick: Callable[[Measured], T | None]
+) -> list[Found[T]]:
+    """One thing of every scene's measurements."""
+    parts = []
+    for scene in scenes:
+        if scene.name not in measured:
+            parts.append(Found[T](scene.name, None, scene.error, failed=True))
+            continue
+        value = pick(measured[scene.name])
+        parts.append(Found(scene.name, value, NO_REFERENCE if value is None else ""))
+    return parts
 
 
 def _class_infos(classes: Sequence[Class]) -> tuple[ClassInfo, ...]:

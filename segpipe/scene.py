@@ -5,7 +5,7 @@ A `Scene` is a small value that travels to workers; pixels never do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,15 +18,13 @@ from segpipe import ENGINE_VERSION
 from segpipe.bands import match_bands
 from segpipe.blocks import SceneBlocks, ingest_all
 from segpipe.boxes import Box
-from segpipe.config import TTA, Blend, Job, StoreMode, parse_memory, parse_size
+from segpipe.config import Job, StoreMode, parse_memory
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
-from segpipe.grid import GridMap, model_grid
+from segpipe.grid import GridMap
 from segpipe.inference.labels import label_dtype, nodata_value
-from segpipe.inference.uncertainty import uncertainty_channels
 from segpipe.labelled import MeasurableScene
-from segpipe.lattice import Index, Lattice, make_lattice
-from segpipe.memory import Workload
+from segpipe.lattice import Index, Lattice
 from segpipe.models.card import Card, Class, load_card
 from segpipe.models.weights import weights_fingerprint
 from segpipe.plan import (
@@ -35,8 +33,8 @@ from segpipe.plan import (
     Plan,
     block_id,
     check_memory,
-    make_plan,
 )
+from segpipe.planning import doubts, plan_scene, scene_grid
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import open_source
 from segpipe.sources.base import Scaling, SceneRef
@@ -73,7 +71,7 @@ class Scene(MeasurableScene):
         return self.labels.key
 
     @contextmanager
-    def open_labels(self) -> Iterator[Callable[[Box], np.ndarray]]:
+    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
         """The finished label map in the store."""
         array = self.labels.array("labels")
         yield lambda box: np.asarray(array[box.slices])
@@ -81,13 +79,17 @@ class Scene(MeasurableScene):
     def check_labels(self) -> None:
         """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
         self.labels.check()
+        if self.uncertainty:
+            self.predict.check()
 
     @property
     def uncertainty(self) -> tuple[str, ...]:
         return doubts(self.job)
 
-    def open_uncertainty(self) -> Callable[[Box], np.ndarray]:
-        """(channel, …) uint16 of a box, in 1/65535."""
+    def open_uncertainty(self) -> Callable[[Box], np.ndarray] | None:
+        """A reader of the map in the store."""
+        if not self.uncertainty:
+            return None
         array = self.predict.array("uncertainty")
         return lambda box: np.asarray(array[(slice(None), *box.slices)])
 
@@ -239,13 +241,6 @@ def label_arrays(card: Card, job: Job) -> list[ArraySpec]:
     return arrays
 
 
-def doubts(job: Job) -> tuple[str, ...]:
-    """Channels of the uncertainty map; none where it is not wanted."""
-    if not job.outputs.uncertainty:
-        return ()
-    return uncertainty_channels(job.compute.tta is not TTA.none or job.tiling.blend is not Blend.trim)
-
-
 def _first_pass(
     job: Job,
     card: Card,
@@ -282,72 +277,6 @@ def _first_pass(
         record.write_json("look.json", known)
     box = Box(tuple(known["crop"][0]), tuple(known["crop"][1])) if known["crop"] else None
     return scene_grid(card, geometry, box), Statistics.from_json(known["statistics"]).pairs
-
-
-def scene_grid(card: Card, geometry: Geometry, crop: Box | None) -> GridMap:
-    """The card's grid over a scene, or over its region of interest."""
-    return model_grid(
-        geometry,
-        orientation=card.input.orientation,
-        spacing=card.input.spacing,
-        shape=card.window.shape,
-        crop=crop,
-    )
-
-
-def scene_lattice(job: Job, card: Card, grid: GridMap) -> Lattice:
-    """Windows by the job where it says so, else by the card."""
-    ndim = len(grid.axes)
-    stride = card.window.stride
-    wanted = job.tiling.window
-    if wanted == "whole" or (wanted == "auto" and card.window.size == "whole"):
-        window: Sequence[int] = [-(-n // stride) * stride for n in grid.shape]
-        return make_lattice(grid.shape, window, [0] * ndim, stride)
-    if wanted == "auto":
-        assert card.window.size != "whole"
-        window = _per_axis(card.window.size, ndim)
-    else:
-        window = parse_size(wanted, ndim, "tiling.window")
-    halo: Sequence[int] = _per_axis(card.window.halo, ndim)
-    if job.tiling.halo != "auto":
-        halo = parse_size(job.tiling.halo, ndim, "tiling.halo")
-    return make_lattice(grid.shape, window, halo, stride, card.window.fixed)
-
-
-def _per_axis(sizes: Sequence[int], ndim: int) -> list[int]:
-    return list(sizes) * ndim if len(sizes) == 1 else list(sizes)
-
-
-def plan_scene(
-    job: Job, card: Card, settings: Settings, grid: GridMap, dtype: np.dtype[Any], source_cache: int
-) -> Plan:
-    """The plan of a scene under a job; see `segpipe.plan`."""
-    ndim = len(grid.axes)
-    load = Workload(
-        image_channels=card.channels,
-        image_itemsize=dtype.itemsize,
-        source_cache=source_cache,
-        channels=card.channels,
-        classes=len(card.classes),
-        label_itemsize=np.dtype(label_dtype(card)).itemsize,
-        batch=settings.batch,
-        keep_scores=job.outputs.scores,
-        uncertainty=len(doubts(job)),
-        activation_bytes=card.window.forward_bytes,
-        cleanup=any(card.cleanup.model_dump().values()),
-    )
-    block = None
-    if job.tiling.block != "auto":
-        block = parse_size(job.tiling.block, ndim, "tiling.block")
-    return make_plan(
-        grid,
-        scene_lattice(job, card, grid),
-        load,
-        blend=job.tiling.blend.value,
-        block=block,
-        memory=parse_memory(job.tiling.memory),
-        passes_per_window=2**ndim if settings.tta else 1,
-    )
 
 
 def model_parts(card: Card) -> dict[str, Any]:

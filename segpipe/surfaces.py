@@ -13,7 +13,7 @@ from segpipe.allocator import release
 from segpipe.boxes import Box
 from segpipe.config import Measure
 from segpipe.errors import RequestError, StoppedError
-from segpipe.geometry import Geometry, RasterGeometry, horizontal_crs, is_mercator
+from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry, horizontal_crs, is_mercator
 from segpipe.labelled import MeasurableScene
 from segpipe.metrics.surface import SurfaceCollector
 from segpipe.metrics.tally import measure_tiles
@@ -31,11 +31,11 @@ def surface_spacing(geometry: Geometry) -> tuple[tuple[float, ...], str, str]:
     Distances need one length per axis everywhere and right angles between the axes: a geographic
     or Mercator raster has no such length, and a sheared grid no such angles.
     """
-    if not isinstance(geometry, RasterGeometry):
-        matrix = np.asarray(geometry.matrix)[:3, :3]  # type: ignore[attr-defined]
-        if not _right_angles(matrix):
+    if isinstance(geometry, VolumeGeometry):
+        if not _right_angles(geometry.matrix[:3, :3]):
             return (), "mm", "the affine is sheared: distances along its axes are not defined"
-        return tuple(geometry.spacing or ()), "mm", ""
+        return geometry.spacing, "mm", ""
+    assert isinstance(geometry, RasterGeometry)
     if geometry.projection is None:
         return (1.0, 1.0), "px", ""
     crs = horizontal_crs(geometry.projection)
@@ -66,9 +66,8 @@ def tolerances(measure: Measure, classes: Sequence[Class]) -> dict[int, float]:
     known = {c.name: c.value for c in classes}
     unknown = [name for name in measure.tolerances if name not in known]
     if unknown:
-        raise RequestError(
-            f"measure.tolerances: found {unknown[0]!r}; the classes are {', '.join(known) or 'not known'}"
-        )
+        valid = ", ".join(known) or "a name in the job's `classes`, which it does not give"
+        raise RequestError(f"measure.tolerances: found {unknown[0]!r}; valid: {valid}")
     given = {known[name]: value for name, value in measure.tolerances.items()}
     return {c.value: given.get(c.value, measure.tolerance) for c in classes}
 

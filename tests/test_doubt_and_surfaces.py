@@ -61,6 +61,27 @@ def test_the_map_is_what_the_scores_say(lab: Lab) -> None:
     np.testing.assert_array_equal(classes[scores.argmax(0)], labels_of(scene))
 
 
+def test_the_map_of_a_resampled_volume_does_not_depend_on_blocks(lab: Lab) -> None:
+    """Turned and on another spacing: scores, and the entropies that ride along, go through the grid."""
+    ref = lab.volume(patches((30, 26, 34))[0], np.diag([-1.0, 1.2, 1.5, 1.0]))
+    changes = {"orientation": "RAS", "spacing": [1.3, 1.3, 1.3], "normalisation": CENTRED}
+    card = lab.card(3, input=changes)
+    found = []
+    for out, block in (("one", "auto"), ("two", "13x17x34")):
+        tiling = {"block": block, "blend": "gaussian"}
+        scene = prepared(uncertain(lab, out, ref, card, tiling=tiling), ref)
+        predict(scene)
+        found.append((doubt_of(scene), scores_of(scene), labels_of(scene)))
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
+    doubt, scores = found[0][0] / LEVELS, found[0][1].astype(np.float64)
+    p = np.clip(scores, 0, 1)
+    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    np.testing.assert_allclose(doubt[0], np.clip(-(p * logs).sum(0) / np.log(len(p)), 0, 1), atol=2e-5)
+    np.testing.assert_allclose(doubt[2], p.max(0), atol=1e-5)
+    assert len(doubt) == 4 and doubt[3].max() > 0
+
+
 @pytest.mark.parametrize("keys", [{}, {"tiling": {"blend": "gaussian"}}, {"compute": {"tta": "flips"}}])
 def test_the_map_does_not_depend_on_blocks(lab: Lab, keys: dict[str, Any]) -> None:
     ref, card = lab.raster(patches(SHAPE)), lab.card(2, **INPUT)
@@ -191,8 +212,16 @@ def test_where_degrees_are_no_lengths_it_says_so(lab: Lab) -> None:
     assert "warp to a projected CRS" in table["reason"].iloc[0]
 
 
+def test_tolerances_of_given_labels_are_checked_before_work(lab: Lab) -> None:
+    values = lab.raster(discs()[0]).uri
+    job = {"scenes": [values], "labels": values, "outputs": {"dir": str(lab.folder / "out")}}
+    for tolerances, said in (({"1": 2.0}, "a name in the job's `classes`"), ({"1": -2.0}, "greater than 0")):
+        with pytest.raises((RequestError, ValueError), match=said):
+            check_request(Job.model_validate({**job, "measure": {"surface": True, "tolerances": tolerances}}))
+
+
 def test_a_tolerance_for_a_class_that_is_not_there(lab: Lab) -> None:
     ref, card = lab.raster(patches(SHAPE)), lab.card(2, **INPUT)
     job = lab.job(ref, card, "out", measure={"surface": True, "tolerances": {"lava": 1.0}})
-    with pytest.raises(RequestError, match=r"measure\.tolerances: found 'lava'; the classes are"):
+    with pytest.raises(RequestError, match=r"measure\.tolerances: found 'lava'; valid: "):
         check_request(job)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from segpipe.boxes import Box
@@ -15,8 +15,8 @@ from segpipe.errors import RequestError
 from segpipe.geometry import volume_geometry
 from segpipe.grid import GridMap, model_grid, onto_model, onto_native
 from segpipe.lattice import lattice_axis, make_lattice
-from segpipe.memory import Workload
-from segpipe.plan import Blocks, make_plan
+from segpipe.memory import IN_FLIGHT, Workload
+from segpipe.plan import Blocks, Plan, make_plan
 
 MANY = settings(max_examples=100, deadline=None)
 LOAD = Workload(
@@ -287,3 +287,52 @@ def test_needed_memory_is_counted_in_every_part() -> None:
     assert parts.total == sum(vars(parts).values())  # nothing to clean up
     cleaned = make_plan(grid, lattice, replace(LOAD, cleanup=True), memory=2**40).memory
     assert cleaned.cleanup == 20 * 4096**2
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Small plans over volumes: crops, flips, resampled, sampled onto a shape, or none of these."""
+    native = tuple(draw(st.integers(1, 40)) for _ in range(3))
+    crop = None
+    if draw(st.booleans()):
+        lows = [draw(st.integers(0, n - 1)) for n in native]
+        highs = [draw(st.integers(a + 1, n)) for a, n in zip(lows, native, strict=True)]
+        crop = Box(tuple(lows), tuple(highs))
+    grid = model_grid(
+        volume_geometry(native, np.diag([1.0, 1.5, 2.0, 1.0])),
+        orientation=draw(st.sampled_from([None, "RAS", "LPS", "SRA"])),
+        crop=crop,
+        **draw(  # type: ignore[arg-type]
+            st.sampled_from([{}, {"spacing": [1.3, 2.6, 0.9]}, {"spacing": [4, 4, 4]}, {"shape": [7, 12, 9]}])
+        ),
+    )
+    stride = draw(st.sampled_from([1, 2, 4]))
+    window = stride * draw(st.integers(3, 6))
+    halo = stride * draw(st.integers(0, 1))
+    keep_scores = draw(st.booleans())
+    load = replace(LOAD, image_channels=2, image_itemsize=2, channels=2, keep_scores=keep_scores)
+    plan = make_plan(
+        grid,
+        make_lattice(grid.shape, [window] * 3, [halo] * 3, stride),
+        load,
+        blend=draw(st.sampled_from(["trim", "gaussian"])),
+        block=[draw(st.integers(3, 25)) for _ in range(3)],
+        memory=2**50,
+    )
+    assume(plan.blocks.count <= 1000)
+    return plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_predicted_memory_holds_for_every_block(plan: Plan) -> None:
+    """Against the largest read and the largest model region of all blocks, one after another."""
+    per_element = 2 * 2 + 1 + 2 * 8  # as stored, validity, float32 before and after a step
+    read = max(plan.read_box(i).size for i in plan.blocks.indices())
+    assert plan.memory.read >= IN_FLIGHT * read * per_element
+    model = max(plan.grid.model_box(plan.blocks.box(i)).size for i in plan.blocks.indices())
+    block = max(plan.blocks.box(i).size for i in plan.blocks.indices())
+    direct = plan.grid.identity and plan.blend == "trim"
+    merged = model * (1 if direct else 4 * (3 + 1))  # labels, or scores and weights
+    scores = 3 * 4 * block if plan.workload.keep_scores and not (plan.grid.identity and not direct) else 0
+    assert plan.memory.scores >= IN_FLIGHT * (merged + block + scores)

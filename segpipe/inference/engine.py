@@ -141,7 +141,7 @@ class Engine:
         self.nodata = nodata
         self.views = flip_views(len(plan.grid.axes)) if tta else [()]
         self.values = np.array(card.values, dtype=label_dtype(card))
-        self.direct = plan.direct
+        self.labels_only = plan.labels_only
         self.several = plan.workload.uncertainty > 0 and (tta or plan.blend != "trim")
         """Whether an element has several answers, whose disagreement is wanted."""
         self.timings = Timings()
@@ -266,11 +266,11 @@ class Engine:
         x = batch.tensor[: batch.used] if on_cpu else batch.tensor.to(self.model.device, non_blocking=True)
         scores = self._probabilities(x)
         labels = None
-        if self.direct:
+        if self.labels_only:
             labels = best_class(scores)
         self.timings.passes += batch.used
         finite = to_host(all_finite(scores[: batch.used]))
-        return Answer(to_host(labels), None if self.direct else to_host(scores), finite)
+        return Answer(to_host(labels), None if self.labels_only else to_host(scores), finite)
 
     def _probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over the test-time views of what the network says, as probabilities (n, k, …).
@@ -312,7 +312,7 @@ class Engine:
         for item in batch.items:
             block = item.block
             if item.window is not None:
-                values = labels if self.direct else scores
+                values = labels if self.labels_only else scores
                 assert values is not None
                 self._merger(block).aggregate(item.window, values[position])
                 position += 1
@@ -325,7 +325,7 @@ class Engine:
         if block.merger is None:
             plan, classes = self.plan, len(self.card.classes)
             region = plan.grid.model_box(block.box)
-            if self.direct:
+            if self.labels_only:
                 block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
             else:
                 kind = GaussianScores if plan.blend == "gaussian" else TrimScores
@@ -336,7 +336,7 @@ class Engine:
         """Onto the native grid, to class values, to the writer."""
         merged = self._merger(block).finalize()
         answer = NativeAnswer(merged, None, None)
-        if not self.direct:
+        if not self.labels_only:
             nearest = self.card.input.score_resampling is Interpolation.nearest
             answer = native_answer(merged, len(self.card.classes), self.plan, block.box, nearest)
         channel = answer.channel

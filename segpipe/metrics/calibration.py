@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from segpipe.inference.uncertainty import LEVELS
+
 BINS = 15
 """Of equal width, as Guo et al. 2017 (arXiv:1706.04599) have it; a bin holds its lower end."""
-LEVELS = 65535
-"""Confidence is a whole number of 1/65535 (`segpipe.inference.uncertainty`)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from segpipe.config import Regions
-from segpipe.geometry import Geometry
+from segpipe.geometry import Geometry, RasterGeometry
 from segpipe.regions.atlas import is_atlas, load_atlas
-from segpipe.regions.base import FULL, SCENE, Cover, RegionSet, WholeScene, WithScene
-from segpipe.regions.grids import is_grid, load_grid, parse_grid
+from segpipe.regions.base import FULL, SCENE, Cover, RegionSet, WholeScene, WithScene, different
+from segpipe.regions.grids import grid_layer, is_grid, load_grid, parse_grid
+from segpipe.regions.layer import Layer, read_layer
 from segpipe.regions.polygons import load_polygons
 
 __all__ = [
     "FULL",
     "SCENE",
     "Cover",
+    "Layer",
     "RegionSet",
     "WholeScene",
     "is_grid",
     "load_regions",
     "measured_regions",
     "parse_grid",
+    "region_layer",
 ]
 
 
@@ -40,6 +45,18 @@ def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
     if is_atlas(config.path):
         return load_atlas(config, geometry)
     return load_polygons(config, geometry)
+
+
+def region_layer(config: Regions, geometry: Geometry) -> Layer | None:
+    """The polygons of a scene's regions as they were given, by the names they are measured under.
+
+    A grid's layer may hold cells that only come near the scene. None where regions are no polygons.
+    """
+    if not isinstance(geometry, RasterGeometry) or is_atlas(config.path):
+        return None
+    grid = is_grid(config.path)
+    layer = grid_layer(parse_grid(config), geometry) if grid else read_layer(config)
+    return replace(layer, names=different((SCENE, *layer.names))[1:])
 
 
 def measured_regions(config: Regions | None, geometry: Geometry) -> RegionSet:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pyproj import CRS
 
 from segpipe.boxes import Box
 from segpipe.geometry import Geometry
@@ -34,16 +33,6 @@ class Cover:
     """Elements of the scene; everything of the tile outside it is not covered."""
     fraction: np.ndarray | None
     """uint32 in 1/65536, of the box's shape; None: every element wholly."""
-
-
-@dataclass(frozen=True)
-class Outlines:
-    """Regions as polygons, in the CRS of their layer."""
-
-    names: tuple[str, ...]
-    polygons: np.ndarray
-    """Object array, one per name."""
-    crs: CRS | None
 
 
 class RegionSet(ABC):
@@ -69,10 +58,6 @@ class RegionSet(ABC):
         The whole of a region is what the tallies add up to plus this; 0 also for a region that
         misses the scene (nothing of it is seen either way).
         """
-
-    def outlines(self) -> Outlines | None:
-        """The regions as they were given; None where they are no polygons."""
-        return None
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -129,11 +114,6 @@ class WithScene(RegionSet):
     def outside(self, region: int) -> int:
         """Of the scene nothing; of a region what is beyond it."""
         return 0 if region == 0 else self._regions.outside(region - 1)
-
-    def outlines(self) -> Outlines | None:
-        """Those of the regions asked for, by the names they have here."""
-        found = self._regions.outlines()
-        return None if found is None else replace(found, names=self.names[1:])
 
     def identity(self) -> dict[str, Any]:
         """That of the regions: the scene is always there."""

@@ -92,8 +92,16 @@ def load_grid(config: Regions, geometry: Geometry) -> PolygonRegions:
             f"regions.path: {config.path} is a grid on the ground, and the scene is a volume; "
             "give a label atlas (NIfTI), or leave `regions` out for the whole scene"
         )
-    layer = _squares(grid, geometry) if grid.kind == GRID else _hexagons(grid, geometry)
-    return place_layer(layer, geometry, drop_missed=True)
+    return place_layer(grid_layer(grid, geometry), geometry, drop_missed=True)
+
+
+def grid_layer(grid: Grid, geometry: RasterGeometry) -> Layer:
+    """The cells that may meet a raster, as polygons.
+
+    Raises:
+        SceneError: as `load_grid`.
+    """
+    return _squares(grid, geometry) if grid.kind == GRID else _hexagons(grid, geometry)
 
 
 def _squares(grid: Grid, geometry: RasterGeometry) -> Layer:

@@ -18,7 +18,7 @@ from segpipe.boxes import Box
 from segpipe.config import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry, RasterGeometry, horizontal_crs
-from segpipe.regions.base import FULL, Cover, Outlines, RegionSet
+from segpipe.regions.base import FULL, Cover, RegionSet
 from segpipe.regions.cover import unit_cover
 from segpipe.regions.layer import Layer, only_polygons, read_layer
 
@@ -40,7 +40,6 @@ class PolygonRegions(RegionSet):
         polygons: np.ndarray,
         outside: Sequence[int],
         identity: dict[str, Any],
-        outlines: Outlines,
         notes: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
@@ -48,7 +47,6 @@ class PolygonRegions(RegionSet):
         self._polygons = polygons
         self._outside = tuple(outside)
         self._identity = identity
-        self._outlines = outlines
         self._tree = shapely.STRtree(polygons)
         shapely.prepare(polygons)
 
@@ -73,10 +71,6 @@ class PolygonRegions(RegionSet):
     def outside(self, region: int) -> int:
         """Area beyond the scene, in its elements."""
         return self._outside[region]
-
-    def outlines(self) -> Outlines:
-        """The polygons of the layer, in its CRS."""
-        return self._outlines
 
     def identity(self) -> dict[str, Any]:
         """Hash of names, coordinates and CRS: the same for a copy of the file."""
@@ -126,8 +120,7 @@ def place_layer(layer: Layer, geometry: RasterGeometry, *, drop_missed: bool = F
     kept = np.flatnonzero(touched) if drop_missed else np.arange(len(pixels))
     names = [layer.names[i] for i in kept]
     identity = {"kind": "polygons", "layer": layer.digest}
-    outlines = Outlines(tuple(names), layer.polygons[kept], layer.crs)
-    return PolygonRegions(names, pixels[kept], outside[kept].tolist(), identity, outlines, layer.notes)
+    return PolygonRegions(names, pixels[kept], outside[kept].tolist(), identity, layer.notes)
 
 
 def _check_crs(layer: Layer, scene_crs: CRS | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,26 @@ class ClassLike(Protocol):
     def background(self) -> bool:
         """Left out of means."""
         ...
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """What measuring left of one scene, for a table of its own."""
+
+    scene: str
+    value: T | None = None
+    """None: the scene failed, or there is no reference."""
+    reason: str = ""
+    """Why there is none, in one line."""
+    failed: bool = False
+
+    @property
+    def state(self) -> str:
+        """Of the scene's rows where there is no value."""
+        return FAILED if self.failed else NOT_REQUESTED_STATE
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,14 @@ from segpipe.metrics.instances import Minimum, Objects, Overlaps, OverlapTable, 
 from segpipe.metrics.matching import ABOVE_HALF, match, object_counts
 from segpipe.metrics.panoptic import panoptic_counts, panoptic_quality
 from segpipe.metrics.tally import SizeScale
-from segpipe.report.frames import FAILED, MEASURED, NOT_REQUESTED_STATE
+from segpipe.reference import OBJECT
+from segpipe.report.frames import MEASURED, Found
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 """Of IoU: COCO's 0.50, 0.55 … 0.95."""
-OBJECT = 1
-"""Class value of every object: ids alone say no class."""
 
 
-@dataclass(frozen=True)
-class SceneObjects:
-    """What measuring left of one scene."""
-
-    scene: str
-    table: OverlapTable | None = None
-    """None: the scene failed, or has no reference."""
-    scale: SizeScale | None = None
-    reason: str = ""
-    failed: bool = False
+SceneObjects = Found[tuple[OverlapTable, SizeScale]]
 
 
 def scene_overlaps(table: OverlapTable, scale: SizeScale, smallest: int) -> Overlaps:
@@ -62,11 +51,11 @@ def objects_table(results: Iterable[SceneObjects], smallest: int) -> pd.DataFram
 
 def _rows(result: SceneObjects, smallest: int) -> Iterator[dict[str, Any]]:
     head: dict[str, Any] = {"scene": result.scene, "smallest": smallest}
-    if result.table is None or result.scale is None:
-        yield {**head, "state": FAILED if result.failed else NOT_REQUESTED_STATE, "reason": result.reason}
+    if result.value is None:
+        yield {**head, "state": result.state, "reason": result.reason}
         return
     head["state"] = MEASURED
-    scene = scene_overlaps(result.table, result.scale, smallest)
+    scene = scene_overlaps(*result.value, smallest)
     quality = panoptic_quality([panoptic_counts(scene)], [OBJECT], []).all
     found = average_precision([detections(scene)]).get(OBJECT)
     row = {**head, "pq": quality.pq, "sq": quality.sq, "rq": quality.rq, "reason": quality.reason}
@@ -83,19 +72,17 @@ def instances_table(results: Iterable[SceneObjects], smallest: int) -> pd.DataFr
 
     ``partner`` and ``iou`` are empty where there is none; ``count`` is of the elements compared.
     """
-    parts = [_instances(r, smallest) for r in results if r.table is not None and r.scale is not None]
+    parts = [_instances(r.scene, scene_overlaps(*r.value, smallest)) for r in results if r.value]
     types = {"scene": "str", "side": "str", "id": "Int64", "count": "Int64", "partner": "Int64"}
     empty = pd.DataFrame(columns=[*types, "iou"])
     table = pd.concat(parts, ignore_index=True) if parts else empty
     return table[list(empty.columns)].astype({**types, "iou": "float64"})
 
 
-def _instances(result: SceneObjects, smallest: int) -> pd.DataFrame:
-    assert result.table is not None and result.scale is not None
-    scene = scene_overlaps(result.table, result.scale, smallest)
+def _instances(name: str, scene: Overlaps) -> pd.DataFrame:
     pairs = match(scene, ABOVE_HALF)
     frames = []
-    for side, own, name, other, its in (
+    for side, own, whose, other, its in (
         (scene.predicted, scene.first, "predicted", scene.reference, scene.second),
         (scene.reference, scene.second, "reference", scene.predicted, scene.first),
     ):
@@ -104,5 +91,5 @@ def _instances(result: SceneObjects, smallest: int) -> pd.DataFrame:
         partner[own[pairs]], iou[own[pairs]] = other.objects.ids[its[pairs]], scene.iou[pairs]
         frame["partner"] = pd.Series(partner, dtype="Int64").mask(partner < 0)
         frame["iou"] = iou
-        frames.append(frame.assign(scene=result.scene, side=name))
+        frames.append(frame.assign(scene=name, side=whose))
     return pd.concat(frames, ignore_index=True)

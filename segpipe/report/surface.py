@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from segpipe.report.frames import FAILED, MEASURED, NOT_REQUESTED_STATE, ClassLike
+from segpipe.report.frames import MEASURED, ClassLike, Found
 
 DISTANCES = {
     "hausdorff": "hausdorff",
@@ -24,16 +23,8 @@ NOT_DEFINED = "not_defined"
 """State of a scene whose grid has no lengths to measure distances with."""
 
 
-@dataclass(frozen=True)
-class SceneSurfaces:
-    """What measuring left of one scene."""
-
-    scene: str
-    found: Mapping[str, Any] | None = None
-    """As `segpipe.surfaces.measure_surfaces` gives it; None: the scene failed, or has no reference."""
-    reason: str = ""
-    """Why there is nothing."""
-    failed: bool = False
+SceneSurfaces = Found[Mapping[str, Any]]
+"""As `segpipe.surfaces.measure_surfaces` gives it."""
 
 
 def surface_table(results: Iterable[SceneSurfaces], classes: Sequence[ClassLike]) -> pd.DataFrame:
@@ -56,15 +47,18 @@ def surface_table(results: Iterable[SceneSurfaces], classes: Sequence[ClassLike]
 
 
 def _rows(result: SceneSurfaces, known: Mapping[int, str]) -> Iterator[dict[str, Any]]:
-    found = result.found or {}
+    found = result.value or {}
     measured = {int(value): surface for value, surface in found.get("classes", {}).items()}
     for value in (*known, *sorted(measured.keys() - known.keys())):
         row: dict[str, Any] = {"scene": result.scene, "class": known.get(value, str(value)), "value": value}
         row |= {"unit": found.get("unit", ""), "width": found.get("width")}
         surface = measured.get(value)
         if surface is None:
-            state = FAILED if result.failed else NOT_DEFINED if found else NOT_REQUESTED_STATE
-            yield {**row, "state": state, "reason": found.get("reason") or result.reason}
+            yield {
+                **row,
+                "state": NOT_DEFINED if found else result.state,
+                "reason": found.get("reason") or result.reason,
+            }
             continue
         for kind in ("element", "voxel"):
             row |= {f"{column}_{kind}": surface[kind][field] for field, column in DISTANCES.items()}

@@ -35,7 +35,6 @@ from segpipe.report.frames import (
     frame,
     text_of,
 )
-from segpipe.report.summary import summary_table
 
 __all__ = [
     "SceneResult",
@@ -44,7 +43,6 @@ __all__ = [
     "metric_table",
     "parquet_bytes",
     "region_table",
-    "summary_table",
     "write_atomic",
     "write_table",
 ]
@@ -377,6 +375,5 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    finally:
+        Path(name).unlink(missing_ok=True)  # there only if it did not become the file

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from segpipe.metrics.calibration import BINS, LEVELS, Calibration
+from segpipe.inference.uncertainty import LEVELS
+from segpipe.metrics.calibration import BINS, Calibration
 from segpipe.metrics.intensity import Cell, Intensity
-from segpipe.report.frames import FAILED, MEASURED, NOT_REQUESTED_STATE, ClassLike
+from segpipe.report.frames import MEASURED, NOTHING_COMPARED, ClassLike, Found
 from segpipe.report.intensity import SceneIntensity, intensity_table
 
 ALL = -1
 """Class value of the rows over all classes."""
 ALL_CLASSES = "(all classes)"
-NOTHING_COMPARED = "no element with both a valid pixel and a reference"
 
 
 def uncertainty_table(results: Iterable[SceneIntensity], classes: Sequence[ClassLike]) -> pd.DataFrame:
@@ -46,18 +46,7 @@ def _with_all(result: SceneIntensity) -> SceneIntensity:
     return replace(result, intensity=Intensity(result.intensity.point, cells))
 
 
-@dataclass(frozen=True)
-class SceneCalibration:
-    """What measuring left of one scene."""
-
-    scene: str
-    calibration: Calibration | None = None
-    """None: the scene failed, or there is no reference."""
-    reason: str = ""
-    failed: bool = False
-
-
-def calibration_table(results: Iterable[SceneCalibration]) -> pd.DataFrame:
+def calibration_table(results: Iterable[Found[Calibration]]) -> pd.DataFrame:
     """Confidence against accuracy by scene: a row a bin, and one over all (without ``low`` and ``high``).
 
     Columns: ``low`` and ``high``, the bin's ends; ``count``, elements with a valid pixel and a
@@ -72,11 +61,10 @@ def calibration_table(results: Iterable[SceneCalibration]) -> pd.DataFrame:
     return table.astype(types)
 
 
-def _calibration_rows(result: SceneCalibration) -> list[dict[str, Any]]:
-    found = result.calibration
+def _calibration_rows(result: Found[Calibration]) -> list[dict[str, Any]]:
+    found = result.value
     if found is None:
-        state = FAILED if result.failed else NOT_REQUESTED_STATE
-        return [{"scene": result.scene, "state": state, "reason": result.reason}]
+        return [{"scene": result.scene, "state": result.state, "reason": result.reason}]
     sums = zip(found.count.tolist(), found.confidence.tolist(), found.right.tolist(), strict=True)
     rows = [
         {"scene": result.scene, "low": i / BINS, "high": (i + 1) / BINS, **_means(*row)}

@@ -128,21 +128,21 @@ class NiftiSource(Source):
         (k0, k1), (j0, j1), (i0, i1) = zip(box.start, box.stop, strict=True)
         rows, columns = self.geometry.shape[1:]
         if not self._compressed or (k1 - k0) * rows * columns * self.dtype.itemsize > SLAB_BYTES:
-            return self._slices(range(k0, k1), slice(j0, j1), slice(i0, i1))
+            return self._slices(range(k0, k1), range(j0, j1), range(i0, i1))
         kept, slab = self._slab
         if not (k0 >= kept.start and k1 <= kept.stop):
-            kept, slab = range(k0, k1), self._slices(range(k0, k1), slice(None), slice(None))
+            kept, slab = range(k0, k1), self._slices(range(k0, k1), range(rows), range(columns))
             self._slab = (kept, slab)
         return slab[k0 - kept.start : k1 - kept.start, j0:j1, i0:i1].copy()
 
-    def _slices(self, numbers: range, rows: slice, columns: slice) -> np.ndarray:
+    def _slices(self, numbers: range, rows: range, columns: range) -> np.ndarray:
         """A box (k, j, i), one read a slice: a crop would be one a row, and more than half of the time."""
         proxy = self._open()
-        found = []
-        for k in numbers:
-            whole = np.asarray(proxy[(slice(None), rows, k, *self._frame)])
-            found.append(whole.T[:, columns].astype(self.dtype))  # (i, j) in Fortran order is (j, i)
-        return np.stack(found)
+        volume = np.empty((len(numbers), len(rows), len(columns)), dtype=self.dtype)
+        for place, k in enumerate(numbers):
+            whole = np.asarray(proxy[(slice(None), slice(rows.start, rows.stop), k, *self._frame)])
+            volume[place] = whole.T[:, columns.start : columns.stop]  # (i, j) in Fortran order is (j, i)
+        return volume
 
     def _open(self) -> ArrayProxy:
         """The proxy of the unscaled values; called with the lock held."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,15 @@ class RasterSource(Source):
         if target is None and not remote:
             require_file(Path(uri))
         self._handles = Handles(uri, uri if target is None else target, remote=remote)
-        try:
+        with ExitStack() as unless_open:
+            unless_open.callback(self.close)
             with self._handles.borrow() as dataset:
                 self._describe(dataset)
                 found = list(files if files is not None else dataset.files)
             self.notes = (*notes, *self.notes)
             self._identity = self._identify(found, remote)
             rename_bands(self, band_names)
-        except BaseException:
-            self.close()
-            raise
+            unless_open.pop_all()
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
     """
     # Imported here: only a lake needs it.
     from obstore import head
+    from obstore.exceptions import BaseError
     from obstore.store import from_url
 
     address, _, query = uri.partition("?")
@@ -35,7 +36,7 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
         else:
             store = from_url(folder)
         meta = head(store, name)
-    except Exception as error:  # noqa: BLE001  obstore raises a family of types per store
+    except (BaseError, OSError, ValueError) as error:  # obstore's own, and Python's for what is not there
         note = f"identified by its address alone, a change will not be seen ({reason(error)[:120]})"
         return {"uri": address}, note
     modified = meta["last_modified"].isoformat()

@@ -121,7 +121,7 @@ def test_law_1_volume_labels_do_not_depend_on_the_partition(
 @given(shape=sizes(1, 100, 2), window=st.sampled_from([20, 32, 34]), seed=st.integers(0, 99))
 def test_law_2_tiled_equals_whole_in_2d(lab: Lab, shape: tuple[int, int], window: int, seed: int) -> None:
     """Sizes from one pixel to five windows; the halo is the radius."""
-    check_tiled_equals_whole(lab, noise((1, *shape), seed), window)
+    assert tiled_from_whole(lab, noise((1, *shape), seed), window) <= 1e-5
 
 
 @FEW
@@ -155,11 +155,12 @@ def test_gaussian_is_the_weighted_mean_of_its_windows(lab: Lab, shape: tuple[int
 @FEWER
 @given(shape=sizes(1, 50, 3), seed=st.integers(0, 99))
 def test_law_2_tiled_equals_whole_in_3d(lab: Lab, shape: tuple[int, int, int], seed: int) -> None:
-    check_tiled_equals_whole(lab, noise(shape, seed), VOLUME_WINDOW)
+    assert tiled_from_whole(lab, noise(shape, seed), VOLUME_WINDOW) <= 1e-5
 
 
-def check_tiled_equals_whole(lab: Lab, values: np.ndarray, window: int) -> None:
-    """Against the scene in one pass by torch itself, padded with zeros at its trailing edge.
+def tiled_from_whole(lab: Lab, values: np.ndarray, window: int) -> float:
+    """Greatest difference of a score from the scene in one pass by torch itself, padded with zeros at
+    its trailing edge.
 
     Args: values: (1, y, x) for a raster, (z, y, x) for a volume.
     """
@@ -176,7 +177,9 @@ def check_tiled_equals_whole(lab: Lab, values: np.ndarray, window: int) -> None:
     tiling = {"window": window, "halo": RADIUS}
     scene = prepared(lab.job(ref, card, f"t-{Path(ref.uri).name}", True, tiling=tiling), ref)
     predict(scene)
-    np.testing.assert_allclose(scores_of(scene), whole, atol=1e-5)
+    tiled = scores_of(scene)
+    assert tiled.shape == whole.shape
+    return float(np.abs(tiled - whole).max())  # NaN if any score is
 
 
 @FEW

@@ -26,7 +26,7 @@ def pooled(tp, union, statistic=None):
     return found.low[0], found.high[0]
 
 
-def close(mine, theirs):
+def assert_close(mine, theirs):
     """Within Monte-Carlo error: about 1.5 % of the width each, one standard deviation."""
     width = theirs[1] - theirs[0]
     np.testing.assert_allclose(mine, theirs, atol=0.05 * width, rtol=0)
@@ -34,13 +34,13 @@ def close(mine, theirs):
 
 def test_means_equal_scipy():
     values = np.random.default_rng(0).beta(5, 2, 40)
-    close(one_each(values), stats.bootstrap((values,), np.mean, **METHOD).confidence_interval)
+    assert_close(one_each(values), stats.bootstrap((values,), np.mean, **METHOD).confidence_interval)
 
 
 def test_means_of_what_is_defined_equal_scipy():
     values = np.random.default_rng(1).beta(5, 2, 30)
     values[::4] = np.nan
-    close(one_each(values), stats.bootstrap((values,), np.nanmean, **METHOD).confidence_interval)
+    assert_close(one_each(values), stats.bootstrap((values,), np.nanmean, **METHOD).confidence_interval)
 
 
 def test_pooled_ratios_equal_scipy():
@@ -52,7 +52,7 @@ def test_pooled_ratios_equal_scipy():
         return tp.sum(axis=axis) / union.sum(axis=axis)
 
     theirs = stats.bootstrap((tp, union), iou, paired=True, **METHOD)
-    close(pooled(tp, union), theirs.confidence_interval)
+    assert_close(pooled(tp, union), theirs.confidence_interval)
 
 
 def test_what_does_not_vary_has_no_width():
@@ -120,4 +120,4 @@ def test_memory_follows_neither_clusters_nor_classes(monkeypatch):
     tp = rng.binomial(union, rng.beta(6, 3, 60))
     at_once = pooled(tp, union)
     monkeypatch.setattr("segpipe.metrics.bootstrap._CHUNK", 6000)
-    close(pooled(tp, union), at_once)
+    assert_close(pooled(tp, union), at_once)

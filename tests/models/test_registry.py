@@ -18,13 +18,7 @@ from safetensors.torch import save_file
 from segpipe.config import Precision
 from segpipe.errors import RequestError
 from segpipe.models.card import load_card
-from segpipe.models.registry import (
-    check_card,
-    describe,
-    list_cards,
-    load_model,
-    resolve_precision,
-)
+from segpipe.models.registry import check_card, describe, list_cards, load_model, resolve_precision
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "models"
@@ -180,8 +174,10 @@ def test_window_with_another_number_of_axes_is_refused_when_read(make_card):
         make_card("smp", "w.pt", window={"size": [64, 64, 64]})
 
 
-def test_a_card_that_passes_is_silent(card):
-    check_card(card)
+def test_a_card_that_passes_is_silent(card, capfd, caplog):
+    assert check_card(card) is None
+    assert tuple(capfd.readouterr()) == ("", "")
+    assert caplog.records == []
 
 
 def test_describe_counts_what_the_library_counts(card):

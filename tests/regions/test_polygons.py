@@ -274,29 +274,19 @@ def test_thousand_polygons_and_the_same_bits_twice(tmp_path):
         assert one.fraction.sum() / FULL == pytest.approx(inside[one.region], abs=200 / FULL)
 
 
-def test_spacenet_footprints():
-    """43 footprints of 8,459.4 m² as polygons: in the scene, and what sticks out of it."""
-    image, footprints = (
-        data("spacenet_buildings/image.tif"),
-        data("spacenet_buildings/buildings.geojson"),
-    )
-    with rasterio.open(image) as raster:
-        geometry = RasterGeometry(raster.shape, raster.transform[:6], raster.crs.to_wkt())
-    regions = load_regions(Regions(path=str(footprints)), geometry)
-    cover = sum(fixed(regions, geometry.shape, (2048, 2048)))
-    outside = sum(regions.outside(i) for i in range(len(regions.names)))
-    element = geometry.element_sizes()[0]
-    assert len(regions.names) == 43
-    assert (cover + outside) / FULL * element == pytest.approx(8459.4, abs=0.05)
-
-
-def test_nc_landsat_training_areas():
-    """Hand-labelled polygons in a CRS that is written differently from the scene's."""
-    image, layer = (
-        data("nc_landsat/landsat_multiband.tif"),
-        data("nc_landsat/landsat96_polygons.shp"),
-    )
-    with rasterio.open(image) as raster:
+@pytest.mark.parametrize(
+    ("image", "layer", "count", "total"),
+    [
+        ("spacenet_buildings/image.tif", "spacenet_buildings/buildings.geojson", 43, 8459.4),
+        # hand-labelled, in a CRS that is written differently from the scene's
+        ("nc_landsat/landsat_multiband.tif", "nc_landsat/landsat96_polygons.shp", 33, 1_876_814.1),
+    ],
+    ids=["spacenet-footprints", "nc-landsat-training-areas"],
+)
+def test_polygons_of_real_layers_keep_their_area(image, layer, count, total):
+    """Those that meet the scene, in m² by geopandas: in the scene, and what sticks out of it."""
+    layer = data(layer)
+    with rasterio.open(data(image)) as raster:
         geometry = RasterGeometry(raster.shape, raster.transform[:6], raster.crs.to_wkt())
     regions = load_regions(Regions(path=str(layer)), geometry)
     frame = geopandas.read_file(layer)
@@ -305,8 +295,10 @@ def test_nc_landsat_training_areas():
     areas = frame.geometry.area.where(inside, 0)
     got = np.array(fixed(regions, geometry.shape, (2048, 2048)))
     got += [regions.outside(i) for i in range(len(got))]
-    np.testing.assert_allclose(got / FULL * 812.25, areas, rtol=1e-4)
-    assert inside.sum() == 33
+    got = got / FULL * geometry.element_sizes()[0]
+    np.testing.assert_allclose(got, areas, rtol=1e-4)
+    assert inside.sum() == count
+    assert got.sum() == pytest.approx(total, rel=6e-6)
 
 
 def test_geoparquet(tmp_path):

@@ -1,210 +1,29 @@
-"""Jobs that measure label maps as they are given: no model, the same flow, numbers of numpy and nibabel."""
+"""Label maps of rasters and ids of objects measured as given: numbers of numpy and shapely."""
 
 from __future__ import annotations
 
-import json
 import pickle
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import geopandas
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
 import rasterio
 import shapely
-from world import NODATA, PIXEL, Ended, World, command, only_run, write_raster, write_volume, write_yaml
+from world import NODATA, PIXEL, World, write_raster, write_volume
 
-from segpipe.classes import color_of, load_classes, with_found
 from segpipe.config import Job
-from segpipe.deliver import done_record, export_scene, failed_record
+from segpipe.deliver import export_scene, failed_record
 from segpipe.errors import RequestError, SceneError
 from segpipe.labelled import find_labels, prepare_labelled
 from segpipe.measure import measure_scene
-from segpipe.report.record import load_record
 from segpipe.request import check_request
 from segpipe.run import Run, finish_run
 from segpipe.scene import create_stages, pending_blocks, prepare_scene
 from segpipe.sources import discover
 from segpipe.steps import finish_labels, predict_blocks
-
-CT = Path(__file__).parents[1].parent / "shared" / "data" / "totalsegmentator_ct"
-needs_ct = pytest.mark.skipif(not CT.exists(), reason=f"TotalSegmentator's example CT is not at {CT}")
-VOXEL = 27
-"""mm³."""
-
-
-def read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
-
-
-def run_all(job: Job) -> tuple[Path, list[str]]:
-    """A job's steps in this process, as the tasks call them: the run's folder and notes of its scenes."""
-    request = check_request(job)
-    run = Run(job.outputs.dir, job.name, f"run-{request.mark}", "2024-05-06T07:08:09+00:00")
-    records = []
-    for ref in request.scenes:
-        scene = prepare_labelled(job, ref)
-        measured, done = measure_scene(scene, "test")
-        files = export_scene(scene, measured, run)
-        records.append(done_record(scene, measured, files, {"measure": done}, 1))
-    finish_run(run, job, request.settings, records)
-    return Path(run.location), [note for r in records for note in r.notes]
-
-
-def job_of(out: Path, scene: Path, labels: Path | str, **fields: Any) -> Job:
-    data = {"name": "given", "scenes": [str(scene)], "labels": str(labels), "outputs": {"dir": str(out)}}
-    return Job.model_validate({**data, **fields})
-
-
-# ------------------------------------------------------------------ a CT and its 117 structures
-
-
-@pytest.fixture(scope="module")
-def ct_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ct")
-    job = {
-        "name": "ct",
-        "scenes": [str(CT / "example_ct_sm.nii.gz")],
-        "labels": str(CT / "example_seg.nii.gz"),
-        "measure": {"intensity": True},
-        "outputs": {"dir": str(folder / "out")},
-    }
-    return write_yaml(folder / "ct.yaml", job)
-
-
-@pytest.fixture(scope="module")
-def ct(ct_job: Path, server: str) -> Path:
-    """The folder of a run through the flow."""
-    ended = command("run", str(ct_job), api=server)
-    assert ended.code == 0, ended
-    return only_run(ct_job.parent / "out", "ct")
-
-
-@pytest.fixture(scope="module")
-def voxels() -> tuple[np.ndarray, np.ndarray]:
-    """HU and structures, as nibabel reads them."""
-    names = ("example_ct_sm", "example_seg")
-    hu, structures = (np.asarray(nib.load(CT / f"{name}.nii.gz").dataobj) for name in names)
-    return hu, structures
-
-
-@needs_ct
-def test_volumes_are_voxel_counts_times_their_size(ct: Path, voxels: tuple[np.ndarray, np.ndarray]) -> None:
-    values, counts = np.unique(voxels[1], return_counts=True)
-    table = read(ct / "regions.csv").set_index("value")
-    assert sorted(table.index) == values.tolist()
-    assert len(table) == 42
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        row = table.loc[value]
-        assert (row["count"], row["volume_mm3"]) == (count, count * VOXEL)
-        assert row["class"] == (str(value) if value else "background")
-        assert row["state"] == "measured"
-
-
-@needs_ct
-def test_intensities_are_numpys(ct: Path, voxels: tuple[np.ndarray, np.ndarray]) -> None:
-    hu, structures = voxels
-    table = read(ct / "intensity.csv").set_index("value")
-    assert sorted(table.index) == np.unique(structures).tolist()
-    for value, row in table.iterrows():
-        here = hu[structures == value].astype(np.float64)
-        assert row["n"] == here.size
-        assert row["mean"] == pytest.approx(here.mean(), rel=1e-5)
-        assert row["mean"] == pytest.approx(here.mean(), rel=1e-12)
-        assert row["sd"] == pytest.approx(here.std(), rel=1e-12)
-        assert (row["min"], row["max"]) == (here.min(), here.max())
-        expected = np.quantile(here, [0.05, 0.5, 0.95], method="inverted_cdf")
-        found = row[["p05", "p50", "p95"]].to_numpy(dtype=np.float64)
-        if row["bin"] == 1:
-            np.testing.assert_array_equal(found, expected)
-        assert np.abs(found - expected).max() < row["bin"] <= 4
-    assert (table["bin"] == 1).sum() > 30
-    parquet = pd.read_parquet(ct / "intensity.parquet").set_index("value")
-    numbers = parquet.select_dtypes("float").columns
-    assert len(numbers) == 9
-    np.testing.assert_array_equal(table[numbers], parquet[numbers])
-
-
-@needs_ct
-def test_the_steps_and_the_flow_give_the_same_tables(ct: Path, ct_job: Path, tmp_path: Path) -> None:
-    data = {**load_record((ct / "run.json").read_bytes()).job, "outputs": {"dir": str(tmp_path)}}
-    folder, _ = run_all(Job.model_validate(data))
-    for name in ("regions.csv", "intensity.csv"):
-        assert (folder / name).read_bytes() == (ct / name).read_bytes()
-
-
-@needs_ct
-def test_the_files_are_the_labels_on_the_scenes_grid(ct: Path) -> None:
-    made, given = nib.load(ct / "scenes/example_ct_sm/labels.nii.gz"), nib.load(CT / "example_seg.nii.gz")
-    np.testing.assert_array_equal(np.asarray(made.dataobj), np.asarray(given.dataobj))
-    assert made.get_data_dtype() == np.uint8
-    np.testing.assert_array_equal(made.affine, given.affine)
-    assert (ct / "scenes/example_ct_sm/preview.png").stat().st_size > 10_000
-
-
-@needs_ct
-def test_the_record_and_the_page_say_that_no_model_was_run(ct: Path) -> None:
-    record = load_record((ct / "run.json").read_bytes())
-    assert record.model is None
-    assert len(record.legend) == 42
-    assert record.notes == ("labels measured as given: no model was run",)
-    (scene,) = record.scenes
-    assert set(scene.keys) == {"labels", "measure", "previews"}
-    assert set(scene.timings) == {"measure", "export"}
-    assert f"labels measured as given: {CT / 'example_seg.nii.gz'}" in scene.notes
-    page = (ct / "report.html").read_text()
-    assert "labels measured as given: no model was run" in page
-    assert 'id="model"' not in page
-    stages = {p.name.split("-")[0] for p in (ct.parents[1] / ".store").iterdir()}
-    assert stages <= {"measure", "stop"}  # nothing ingested, nothing predicted
-
-
-@needs_ct
-def test_a_finished_run_is_not_done_again_and_its_report_can_be(
-    ct: Path, ct_job: Path, here: Callable[..., Ended]
-) -> None:
-    again = here("run", str(ct_job))
-    assert (again.code, again.out.splitlines()[0][:14]) == (0, "nothing to do:")
-    before = {name: (ct / name).read_bytes() for name in ("regions.csv", "intensity.csv", "report.html")}
-    for name in before:
-        (ct / name).unlink()
-    assert here("report", str(ct)).code == 0
-    assert {name: (ct / name).read_bytes() for name in before} == before
-
-
-@needs_ct
-def test_the_plan_of_given_labels(ct_job: Path, here: Callable[..., Ended]) -> None:
-    ended = here("plan", str(ct_job))
-    assert ended.code == 0
-    assert "labels measured as given" in ended.out.splitlines()[0]
-    assert "1 tiles to measure of" in ended.out
-    assert "passes" not in ended.out
-
-
-@needs_ct
-def test_classes_of_a_file_come_first_and_the_others_by_number(tmp_path: Path) -> None:
-    names = tmp_path / "names.csv"
-    names.write_text("value, name, color\n0,air,\n5,liver,#aa3311\n200,nothing here,\n")
-    scene = CT / "example_ct_sm.nii.gz"
-    folder, _ = run_all(job_of(tmp_path / "out", scene, CT / "example_seg.nii.gz", classes=str(names)))
-    table = read(folder / "regions.csv")
-    assert table["class"].tolist()[:4] == ["air", "liver", "nothing here", "1"]
-    assert table.loc[table["class"] == "nothing here", "count"].tolist() == [0]
-    assert len(table) == 43
-    legend = load_record((folder / "run.json").read_bytes()).legend
-    assert [(c.value, c.color, c.background) for c in legend[:2]] == [
-        (0, "#000000", True),
-        (5, "#aa3311", False),
-    ]
-    table_of_colours = (folder / "scenes/example_ct_sm/labels.ctbl").read_text()
-    assert "5 liver 170 51 17 255" in table_of_colours
-    assert "117 117 " in table_of_colours
-
+from tests.given import job_of, read, run_all
 
 # ------------------------------------------------------------------ objects
 
@@ -466,82 +285,6 @@ def test_a_map_of_255s_keeps_them(world: World, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ what is refused, and resumed
 
 
-def test_what_does_not_fit_is_refused(world: World, tmp_path: Path) -> None:
-    scene = world / "scene1.tif"
-    (ref,) = discover([str(scene)])
-    small = write_raster(tmp_path / "small.tif", np.zeros((1, 5, 5), np.uint8))
-    with pytest.raises(SceneError, match=r"labels .*small.tif lie on another grid .*\(72, 96\).*\(5, 5\)"):
-        prepare_labelled(job_of(tmp_path, scene, small), ref)
-    moved = write_raster(
-        tmp_path / "moved.tif", world.labels()[None], transform=rasterio.Affine(30, 0, 500_015, 0, -30, 4e6)
-    )
-    with pytest.raises(SceneError, match=r"corners are 0\.5 elements apart"):
-        prepare_labelled(job_of(tmp_path, scene, moved), ref)
-    (tmp_path / "many").mkdir()
-    for name in ("scene1_a.tif", "scene1_b.tif"):
-        write_raster(tmp_path / "many" / name, world.labels()[None])
-    with pytest.raises(SceneError, match=r"several label maps fit: .*narrow `labels` with a glob"):
-        prepare_labelled(job_of(tmp_path, scene, tmp_path / "many"), ref)
-    with pytest.raises(SceneError, match="no label map fits"):
-        find_labels(str(tmp_path / "many"), "another")
-    negative = write_raster(tmp_path / "negative.tif", np.full((1, 72, 96), -3, np.int16))
-    with pytest.raises(SceneError, match="holds -3; labels are 0 or more"):
-        measure_scene(prepare_labelled(job_of(tmp_path, scene, negative), ref), "test")
-
-
-@pytest.mark.parametrize(
-    "fields, match",
-    [
-        ({"labels": "gone.tif"}, "labels: gone.tif does not exist"),
-        ({"classes": "gone.csv"}, "classes: gone.csv cannot be read"),
-        ({"classes": "names.txt"}, "give a CSV with columns value,name or a YAML file"),
-        ({"outputs": {"scores": True}}, "`outputs.scores` needs a model"),
-        ({"labels": "", "model": "card.yaml", "classes": "c.csv"}, "`classes` goes with `labels`"),
-    ],
-)
-def test_requests_that_cannot_be(
-    world: World, tmp_path: Path, fields: dict[str, Any], match: str, here: Callable[..., Ended]
-) -> None:
-    data = {"scenes": [str(world / "scene1.tif")], "labels": str(world / "truth"), **fields}
-    data["outputs"] = {"dir": str(tmp_path / "out"), **data.get("outputs", {})}
-    ended = here("plan", str(write_yaml(tmp_path / "job.yaml", data)))
-    assert ended.code == 2
-    assert match in ended.err
-    assert "Traceback" not in ended.err
-
-
-@pytest.mark.parametrize(
-    "name, text, match",
-    [
-        ("c.csv", "id,name\n1,a\n", "has columns id, name; needed: value, name"),
-        ("c.csv", "value,name\n1,a\n1,b\n", "a value stands once; found twice: 1"),
-        ("c.csv", "value,name\nx,a\n", r"classes.0.value: found 'x'"),
-        ("c.csv", "value,name\n-1,a\n", r"classes.0.value"),
-        ("c.csv", "value,name,color\n1,a,red\n", r"classes.0.color: found 'red'"),
-        ("c.yaml", "1: [a\n", "not valid YAML"),
-        ("c.yaml", "classes: []\n", "classes"),
-    ],
-)
-def test_files_of_classes_that_are_wrong(tmp_path: Path, name: str, text: str, match: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(RequestError, match=match):
-        load_classes(str(tmp_path / name))
-
-
-def test_files_of_classes(world: World, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("0: other\n7: wood\n")
-    made = load_classes(str(tmp_path / "a.yaml"))
-    assert [(c.value, c.name, c.background) for c in made] == [(0, "other", True), (7, "wood", False)]
-    assert [c.name for c in load_classes(str(world.models / "nearest.yaml"))] == ["ground", "crop", "water"]
-    (tmp_path / "b.csv").write_text("value,name,color,background\n0,sea,#0000ff,false\n3,rest,,true\n")
-    assert [(c.color, c.background) for c in load_classes(str(tmp_path / "b.csv"))] == [
-        ("#0000ff", False),
-        (color_of(3), True),
-    ]
-    assert [c.name for c in with_found(made, [9, 7, 2])] == ["other", "wood", "2", "9"]
-    assert len({color_of(value) for value in range(118)}) == 118
-
-
 def test_labels_that_change_are_measured_again_and_never_half(
     world: World, maps: Path, tmp_path: Path
 ) -> None:
@@ -566,34 +309,3 @@ def test_labels_that_change_are_measured_again_and_never_half(
         job_of(tmp_path / "out", world / "scene1.tif", maps, measure={"intensity": True}), ref
     )
     assert measure_scene(asked, "test")[1].computed == 1
-
-
-def test_torch_and_prefect_stay_out(world: World, tmp_path: Path) -> None:
-    """A labels job's steps in a process of its own."""
-    job = {
-        "scenes": [str(world / "scene1.tif")],
-        "labels": str(world / "truth"),
-        "measure": {"intensity": True},
-        "outputs": {"dir": str(tmp_path / "out")},
-    }
-    code = (
-        "import json, sys\n"
-        "from segpipe.config import Job\n"
-        "from segpipe.deliver import done_record, export_scene\n"
-        "from segpipe.labelled import prepare_labelled\n"
-        "from segpipe.measure import measure_scene\n"
-        "from segpipe.request import check_request\n"
-        "from segpipe.run import Run, finish_run\n"
-        f"job = Job.model_validate({job!r})\n"
-        "request = check_request(job)\n"
-        "scene = prepare_labelled(job, request.scenes[0])\n"
-        "measured, done = measure_scene(scene, 'test')\n"
-        "run = Run(job.outputs.dir, job.name, 'run', '2024-05-06T07:08:09+00:00')\n"
-        "files = export_scene(scene, measured, run)\n"
-        "record = done_record(scene, measured, files, {'measure': done}, 1)\n"
-        "finish_run(run, job, request.settings, [record])\n"
-        "print(json.dumps([name in sys.modules for name in ('torch', 'prefect')]))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(ended.stdout) == [False, False]
-    assert (tmp_path / "out/segment/run/intensity.csv").exists()

@@ -1,0 +1,59 @@
+"""Runs made by the library alone, and the tables of runs and comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from world import World
+
+from segpipe.config import load_job
+from segpipe.deliver import attempts_of, done_record, export_scene, failed_record
+from segpipe.errors import SegpipeError
+from segpipe.labelled import prepare_labelled
+from segpipe.measure import measure_scene
+from segpipe.request import check_request
+from segpipe.run import finish_run, open_run
+from segpipe.scene import create_stages, prepare_scene
+from segpipe.steps import finish_labels, predict_blocks
+
+NAMES = ["ground", "crop", "water"]
+SHIFT = 20.0
+"""Counts by which the second model's thresholds are higher."""
+
+
+def run_job(path: Path) -> Path:
+    """A run made by the library alone, scene by scene."""
+    job = load_job(path)
+    request = check_request(job)
+    run, _ = open_run(job, request.mark)
+    records = []
+    for ref in request.scenes:
+        try:
+            if job.labels:
+                scene = prepare_labelled(job, ref)
+            else:
+                scene = create_stages(prepare_scene(job, ref, request.settings))
+                predict_blocks(scene, list(scene.plan.blocks.indices()), run.name)
+                finish_labels(scene)
+            measured, done = measure_scene(scene, run.name)
+            files = export_scene(scene, measured, run)
+            records.append(done_record(scene, measured, files, {"measure": done}, attempts_of(scene)))
+        except SegpipeError as error:
+            records.append(failed_record(ref, str(error)))
+    finish_run(run, job, request.settings, records)
+    return Path(run.location)
+
+
+def layers(world: World, **more: Any) -> dict[str, Any]:
+    """Job keys of two districts and the reference."""
+    return {
+        "regions": {"path": str(world / "districts.geojson"), "name": "district"},
+        "reference": {"path": str(world / "truth")},
+        **more,
+    }
+
+
+def read(folder: Path | str, name: str = "compare") -> pd.DataFrame:
+    return pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False, na_values=[""])
