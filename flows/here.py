@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from prefect import State
@@ -12,9 +12,8 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from flows.segment import segment
 from flows.server import free_port, local_server
-from segpipe.config import Job
+from segpipe.config import Strict
 from segpipe.errors import RequestError
 
 DRAIN_SECONDS = 10.0
@@ -37,12 +36,11 @@ def check_server() -> None:
             )
 
 
-def run_here(job: Job) -> State[Any]:
-    """Run a job on the server that settings name, or else on one that lives as long as the run."""
-    if get_current_settings().api.url is not None:
-        return segment(job, return_state=True)
-    with _own_server():
-        return segment(job, return_state=True)
+def run_here(flow: Callable[..., Any], parameter: Strict) -> State[Any]:
+    """Run a flow of one parameter on the server that settings name, or on one that ends with the run."""
+    with nullcontext() if get_current_settings().api.url is not None else _own_server():
+        state: State[Any] = flow(parameter, return_state=True)
+    return state
 
 
 @contextmanager

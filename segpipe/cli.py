@@ -34,6 +34,9 @@ models_app = typer.Typer(help="List model cards, or show one.", invoke_without_c
 app.add_typer(models_app, name="models")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file; see configs/jobs/.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe for training; see configs/train/.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=value", help="Override a key of the job; may be repeated."),
@@ -75,10 +78,11 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
         return
     from flows.here import check_server, run_here
     from flows.runners import task_runner
+    from flows.segment import segment
 
     task_runner(job.compute)
     check_server()
-    state = run_here(job)
+    state = run_here(segment, job)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
         print(state.message, file=sys.stderr)
         raise typer.Exit(130)
@@ -88,6 +92,35 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
     _headline(found, after)
     if not state.is_completed():
         raise typer.Exit(1)
+
+
+@app.command()
+def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a model from labelled scenes as a Prefect flow; run it again to go on where it stopped.
+
+    Leaves a card with weights, scores on scenes kept apart, and a page. Several GPUs:
+    `torchrun --nproc-per-node=N -m segpipe.cli train RECIPE.yaml`.
+    """
+    from segpipe.training.recipe import load_recipe
+    from segpipe.training.run import check_recipe
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    scenes = check_recipe(recipe)
+    if int(os.environ.get("RANK", "0")):
+        from segpipe.training.run import SILENT
+        from segpipe.training.run import train as take_part
+
+        take_part(recipe, SILENT)  # the first process has the flow, the others its work
+        return
+    print(f"{recipe.name}: {len(scenes)} scenes, {recipe.optimise.steps:,} steps a fold")
+    from flows.here import check_server, run_here
+    from flows.train import train_model
+
+    check_server()
+    state = run_here(train_model, recipe)
+    print(state.message, file=sys.stderr if not state.is_completed() else sys.stdout)
+    if not state.is_completed():
+        raise typer.Exit(130 if state.is_cancelled() else 1)
 
 
 def _headline(run: Run, record: RunRecord) -> None:
@@ -232,7 +265,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder,
         "parameters": "not told by the file" if facts.parameters is None else f"{facts.parameters:,}",
         "weights": f"{card.weights} ({facts.weights_bytes / 1e6:.1f} MB, sha256 {facts.fingerprint[:16]}…)",
         "window": "whole scene" if facts.window is None else "x".join(map(str, facts.window)),
-        "halo": "x".join(map(str, facts.halo)),
+        "halo": "measured when first needed" if facts.halo is None else "x".join(map(str, facts.halo)),
         "total stride": facts.stride,
         "input": ", ".join(card.input.bands) or card.input.modality or "one channel",
         "classes": ", ".join(f"{c.value} {c.name}" for c in card.classes),

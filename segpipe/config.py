@@ -319,9 +319,18 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         RequestError: every mistake, one a line, with its path and what would be valid.
     """
     data = read_yaml(path)
+    apply_overrides(data, overrides)
+    return validate(Job, data, str(path))
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set ``a.b=value`` items in a nested mapping.
+
+    Raises:
+        RequestError: an item without ``=``, or below a value.
+    """
     for item in overrides:
         _apply(data, item)
-    return validate(Job, data, str(path))
 
 
 def _apply(data: dict[str, Any], item: str) -> None:

@@ -11,6 +11,7 @@ from segpipe.boxes import Box
 from segpipe.config import TTA, Blend, Job, parse_memory, parse_size
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, model_grid
+from segpipe.inference.halo import card_reach
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.uncertainty import uncertainty_channels
 from segpipe.lattice import Lattice, make_lattice
@@ -44,9 +45,12 @@ def scene_lattice(job: Job, card: Card, grid: GridMap) -> Lattice:
         window = _per_axis(card.window.size, ndim)
     else:
         window = parse_size(wanted, ndim, "tiling.window")
-    halo: Sequence[int] = _per_axis(card.window.halo, ndim)
     if job.tiling.halo != "auto":
-        halo = parse_size(job.tiling.halo, ndim, "tiling.halo")
+        halo: Sequence[int] = parse_size(job.tiling.halo, ndim, "tiling.halo")
+    elif card.halo is not None:
+        halo = card.halo
+    else:
+        halo = card_reach(card, window, job.outputs.dir).halo
     return make_lattice(grid.shape, window, halo, stride, card.window.fixed)
 
 

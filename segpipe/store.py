@@ -177,23 +177,30 @@ class Stage:
 
     def create(
         self,
-        geometry: Geometry,
+        geometry: Geometry | None,
         blocks: Blocks,
         arrays: Sequence[ArraySpec],
         attributes: Mapping[str, Any],
     ) -> Blocks:
         """Make the stage's arrays where they are absent; two processes may do so at once.
 
+        Args:
+            geometry: of the arrays; None where they lie on a model's grid.
+            blocks: the unit of writing.
+            arrays: to make.
+            attributes: for the stage's record.
+
         Returns:
             The blocks in force: those of the stage as it is, where somebody else made it.
         """
         layout = {"shape": blocks.shape, "block": blocks.block, "absorb": blocks.absorb}
-        record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": geometry.to_dict()}
+        where = None if geometry is None else geometry.to_dict()
+        record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": where}
         with suppress(obstore.exceptions.AlreadyExistsError):
             obstore.put(self.objects, "stage.json", _json({**attributes, **record}), mode="create")
         for name in ("generation", "group", "_receipts"):
             self.__dict__.pop(name, None)  # from before the stage was there
-        if not self.group.attrs:
+        if geometry is not None and not self.group.attrs:
             self.group.attrs.update(_conventions(geometry, arrays))
         for spec in arrays:
             with suppress(zarr.errors.ContainsArrayError):
@@ -295,7 +302,7 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry, blocks: Blocks) -> None:
+def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry | None, blocks: Blocks) -> None:
     lead = (spec.channels,) if spec.channels else ()
     names = ("channel",) if spec.channels else ()
     array = group.create_array(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from segpipe.instances.window import WindowObjects
 
 
 class SegmentationModel(Protocol):
@@ -23,4 +30,40 @@ class SegmentationModel(Protocol):
             float32 (n, k, …) with the input's spatial shape: what `card.output.activation` says.
             A network that answers at a lower resolution is upsampled (bilinear, half-pixel) here.
         """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What an instance or panoptic network proposes for one window, before masks compete."""
+
+    masks: np.ndarray
+    """(m, …) float32 probabilities at the window's size."""
+    classes: np.ndarray
+    """(m,) class values of the card, int64."""
+    scores: np.ndarray
+    """(m,) float32 in [0, 1]."""
+
+
+class ObjectNetwork(Protocol):
+    """What an adapter builds for a card whose output is `instance` or `panoptic`."""
+
+    device: torch.device
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers learned in training; None where the file does not tell."""
+
+    def candidates(self, batch: torch.Tensor) -> Sequence[Candidates]:
+        """Masks proposed for each window of a batch (n, c, …), normalised, on `device`."""
+        ...
+
+
+class ObjectModel(Protocol):
+    """A network whose answer is objects, ready on its device."""
+
+    device: torch.device
+
+    def objects(self, batch: torch.Tensor) -> Sequence[WindowObjects]:
+        """The objects of each window of a batch."""
         ...

@@ -25,8 +25,19 @@ class Provider(str, Enum):
     smp = "smp"
     monai = "monai"
     transformers = "transformers"
+    torchvision = "torchvision"
+    literature = "literature"
+    classical = "classical"
+    bundle = "bundle"
+    nnunet = "nnunet"
     onnx = "onnx"
+    exported = "exported"
     torchscript = "torchscript"
+    ensemble = "ensemble"
+
+
+WITHOUT_WEIGHTS = (Provider.classical, Provider.ensemble)
+"""Providers whose cards may have no weights of their own."""
 
 
 class Interpolation(str, Enum):
@@ -137,9 +148,10 @@ class Window(Strict):
         description="Elements per model axis, or whole: the scene in one pass."
     )
     shape: list[int] | None = Field(None, description="With whole: the scene is resampled to this shape.")
-    halo: list[int] = Field(
+    halo: list[int] | Literal["auto"] = Field(
         default_factory=lambda: [0],
-        description="Margin computed and not used; one number or one per axis.",
+        description="Margin computed and not used; one number or one per axis. auto: as far as the network "
+        "is found to look, measured once.",
     )
     stride: int = Field(
         1, ge=1, description="Total stride of the network: windows start and end at its multiples."
@@ -167,6 +179,14 @@ class Output(Strict):
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
     """softmax: logits, one channel a class. sigmoid: one logit, of the second of two classes.
     none: probabilities already."""
+    kind: Literal["semantic", "instance", "panoptic"] = "semantic"
+    """semantic: a score per class. instance: objects of classes. panoptic: objects of the classes that
+    are things, and one segment for each of the others."""
+    score: float = Field(0.5, ge=0, le=1, description="Objects of a lower score are no objects.")
+    mask: float = Field(0.5, ge=0, le=1, description="Probability from which an element is an object's.")
+    overlap: float = Field(
+        0.8, ge=0, le=1, description="Share of its mask that an object must keep against better ones."
+    )
 
 
 class Class(Strict):
@@ -176,6 +196,9 @@ class Class(Strict):
     name: str
     color: str = Field(pattern=r"^#[0-9a-fA-F]{6}$")
     background: bool = Field(False, description="Left out of means of Dice and IoU.")
+    thing: bool = Field(
+        True, description="Of panoptic cards: countable objects; false: one segment, as sky or forest."
+    )
     synonyms: list[str] = Field(default_factory=list)
     code: str | None = Field(None, description="Coded concept, e.g. SCT:12738006.")
 
@@ -210,7 +233,9 @@ class Card(Strict):
     architecture: str | None = Field(None, description="Class or model name at the provider.")
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str = Field(
-        description="A path relative to the card, pkg://distribution/file, or hf://org/name@revision."
+        "",
+        description="A path relative to the card, pkg://distribution/file, or hf://org/name@revision. Empty "
+        "where the provider needs none (classical, ensemble), and in a recipe for training.",
     )
     input: Input
     window: Window
@@ -251,9 +276,9 @@ class Card(Strict):
         return None if size is None else self._per_axis(size)
 
     @property
-    def halo(self) -> tuple[int, ...]:
-        """Margin per model axis."""
-        return self._per_axis(self.window.halo)
+    def halo(self) -> tuple[int, ...] | None:
+        """Margin per model axis; None: to be measured."""
+        return None if self.window.halo == "auto" else self._per_axis(self.window.halo)
 
     def _per_axis(self, sizes: list[int]) -> tuple[int, ...]:
         return tuple(sizes) if len(sizes) == self.ndim else tuple(sizes) * self.ndim

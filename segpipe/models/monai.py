@@ -40,11 +40,11 @@ def check(card: Card) -> None:
     known(card, ARCHITECTURES)
 
 
-def build(card: Card, device: torch.device, threads: int) -> Network:
-    """The network with the card's weights, in as many dimensions as the card's kind has.
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights, in as many dimensions as the card's kind has.
 
     Raises:
-        RequestError: architecture, arguments or weights do not fit one another.
+        RequestError: architecture and arguments do not fit one another.
     """
     factory = getattr(library, known(card, ARCHITECTURES))
     accepted = inspect.signature(factory).parameters
@@ -57,6 +57,16 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         arguments["spatial_dims"] = card.ndim
     if "pretrained" in accepted:
         arguments["pretrained"] = False  # weights come from the card: nothing is fetched
-    module = construct(card, factory, arguments)
-    fill(card, module, load_state(resolve_weights(card)))
-    return TorchNetwork(module, device)
+    network: torch.nn.Module = construct(card, factory, arguments)
+    return network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    network = module(card)
+    fill(card, network, load_state(resolve_weights(card)))
+    return TorchNetwork(network, device)

@@ -137,7 +137,7 @@ class ReadyModel:
         with torch.inference_mode():
             with self._arithmetic():
                 scores = self._network(batch)
-            return self._fitted(scores.float(), batch).contiguous()
+            return at_resolution(scores.float(), batch, self._channels, self._name).contiguous()
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         dtype = AUTOCAST.get(self._precision)
@@ -145,22 +145,27 @@ class ReadyModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
 
-    def _fitted(self, scores: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """The scores at the batch's resolution."""
-        wanted, found = batch.shape[2:], scores.shape[2:]
-        if scores.ndim != batch.ndim or scores.shape[1] != self._channels:
-            raise RequestError(
-                f"{self._name}: classes: the network answers with shape {tuple(scores.shape)}; "
-                f"{self._channels} channels and {len(wanted)} spatial axes were expected"
-            )
-        if wanted == found:
-            return scores
-        # A network with valid convolutions answers for a smaller *area*: never stretch that one.
-        factor = -(-wanted[0] // found[0])
-        if any(-(-n // factor) != k for n, k in zip(wanted, found, strict=True)):
-            raise RequestError(
-                f"{self._name}: window.size: a window of {tuple(wanted)} is answered with "
-                f"{tuple(found)}, which is no whole fraction of it"
-            )
-        mode = "bilinear" if len(wanted) == 2 else "trilinear"
-        return functional.interpolate(scores, size=wanted, mode=mode, align_corners=False)
+
+def at_resolution(scores: torch.Tensor, batch: torch.Tensor, channels: int, name: str) -> torch.Tensor:
+    """Scores (n, k, …) at the batch's resolution: bi- or trilinear, half-pixel centres.
+
+    Raises:
+        RequestError: another number of channels or axes, or a shape that is no whole fraction.
+    """
+    wanted, found = batch.shape[2:], scores.shape[2:]
+    if scores.ndim != batch.ndim or scores.shape[1] != channels:
+        raise RequestError(
+            f"{name}: classes: the network answers with shape {tuple(scores.shape)}; "
+            f"{channels} channels and {len(wanted)} spatial axes were expected"
+        )
+    if wanted == found:
+        return scores
+    # A network with valid convolutions answers for a smaller *area*: never stretch that one.
+    factor = -(-wanted[0] // found[0])
+    if any(-(-n // factor) != k for n, k in zip(wanted, found, strict=True)):
+        raise RequestError(
+            f"{name}: window.size: a window of {tuple(wanted)} is answered with "
+            f"{tuple(found)}, which is no whole fraction of it"
+        )
+    mode = "bilinear" if len(wanted) == 2 else "trilinear"
+    return functional.interpolate(scores, size=wanted, mode=mode, align_corners=False)

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from segpipe.config import Precision
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, Divide, Provider, SceneQuantiles, Subtract, load_card
+from segpipe.models.card import (
+    WITHOUT_WEIGHTS,
+    Card,
+    Divide,
+    Provider,
+    SceneQuantiles,
+    Subtract,
+    load_card,
+)
 from segpipe.models.weights import card_error, resolve_weights, weights_files, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
     from segpipe.models.base import SegmentationModel
     from segpipe.models.network import Network
 
-AS_STORED = (Provider.onnx, Provider.torchscript)
+AS_STORED = (Provider.onnx, Provider.torchscript, Provider.exported, Provider.classical)
 """Providers whose files fix their own arithmetic: only fp32 is asked of them."""
 
 Key = tuple[str, str, str, str, int]
@@ -39,22 +47,29 @@ class Adapter(Protocol):
     """The network with its weights, on a device, with that many CPU threads."""
 
 
+class Trainable(Adapter, Protocol):
+    """What a provider's module offers beside where its networks can be trained here."""
+
+    module: Callable[[Card], torch.nn.Module]
+    """The network with random weights."""
+
+
 @dataclass(frozen=True)
 class ModelDescription:
     """What `segpipe models show` prints beside the card."""
 
     parameters: int | None
     """Numbers learned in training; None where the file does not tell (ONNX)."""
-    weights: Path
-    """File or folder."""
+    weights: Path | None
+    """File or folder; None where the provider needs none."""
     weights_bytes: int
     """Size of all its files."""
     fingerprint: str
     """SHA-256 of the weights."""
     window: tuple[int, ...] | None
     """Elements per model axis in one pass; None: the whole scene at its own size."""
-    halo: tuple[int, ...]
-    """Margin per model axis."""
+    halo: tuple[int, ...] | None
+    """Margin per model axis; None: measured when first needed."""
     stride: int
     """Total stride."""
 
@@ -141,7 +156,7 @@ def describe(card: Card) -> ModelDescription:
     network = _build(card, torch.device("cpu"), 1)
     return ModelDescription(
         parameters=network.parameters,
-        weights=resolve_weights(card),
+        weights=resolve_weights(card) if card.weights else None,
         weights_bytes=sum(file.stat().st_size for file in weights_files(card)),
         fingerprint=weights_fingerprint(card),
         window=card.window_shape,
@@ -150,13 +165,28 @@ def describe(card: Card) -> ModelDescription:
     )
 
 
+def untrained(card: Card) -> torch.nn.Module:
+    """The card's network with random weights, for training.
+
+    Raises:
+        RequestError: the card does not fit its provider, or the provider's networks are not trained here.
+    """
+    _check_window(card)
+    _check_input(card)
+    adapter = _adapter(card)
+    if not hasattr(adapter, "module"):
+        raise card_error(card, "provider", f"{card.provider.value} models run here, but are not trained here")
+    return cast(Trainable, adapter).module(card)
+
+
 def check_card(card: Card) -> None:
     """Refuse, before any work, a card that could not run: everything but building the network.
 
     Raises:
         RequestError: names the card, the field, what was found and what would be valid.
     """
-    resolve_weights(card)
+    if card.weights or card.provider not in WITHOUT_WEIGHTS:
+        resolve_weights(card)
     _adapter(card).check(card)
     _check_window(card)
     _check_input(card)
@@ -212,8 +242,10 @@ def _check_window(card: Card) -> None:
                     card, field, f"found {n}; valid: a positive multiple of window.stride {stride}"
                 )
     if window.size == "whole":
-        if any(card.halo):
+        if card.halo is None or any(card.halo):
             raise card_error(card, "window.halo", "a whole scene has no halo: leave it out")
+        return
+    if card.halo is None:
         return
     for n, halo in zip(shape or (), card.halo, strict=True):
         # Origins stay multiples of the stride, so the halo is rounded up to one.

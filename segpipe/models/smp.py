@@ -24,11 +24,11 @@ def check(card: Card) -> None:
     known(card, ARCHITECTURES)
 
 
-def build(card: Card, device: torch.device, threads: int) -> Network:
-    """The network with the card's weights.
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights.
 
     Raises:
-        RequestError: architecture, arguments or weights do not fit one another.
+        RequestError: architecture, arguments and window do not fit one another.
     """
     check(card)
     factory = ARCHITECTURES[str(card.architecture)]
@@ -42,13 +42,24 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         "in_channels": card.channels,
         "classes": output_channels(card),
     }
-    module = construct(card, factory, arguments)
-    stride = int(module.encoder.output_stride)
+    network = construct(card, factory, arguments)
+    stride = int(network.encoder.output_stride)
     if card.window.stride % stride:
         raise card_error(
             card,
             "window.stride",
             f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
         )
-    fill(card, module, load_state(resolve_weights(card)))
-    return TorchNetwork(module, device, channels_last=True)
+    assert isinstance(network, torch.nn.Module)
+    return network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    network = module(card)
+    fill(card, network, load_state(resolve_weights(card)))
+    return TorchNetwork(network, device, channels_last=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, Provider
+from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,27 @@ ENDINGS: dict[Provider, tuple[str, ...]] = {
     Provider.smp: (".safetensors", ".pt", ".pth"),
     Provider.monai: (".safetensors", ".pt", ".pth"),
     Provider.onnx: (".onnx",),
+    Provider.torchvision: (".safetensors", ".pt", ".pth"),
+    Provider.literature: (".safetensors", ".pt", ".pth"),
+    Provider.classical: (".safetensors",),
+    Provider.bundle: (".zip",),
+    Provider.exported: (".pt2",),
     Provider.torchscript: (".pt", ".pth", ".ts", ".torchscript"),
 }
-"""Kinds of file each provider reads. transformers reads a folder."""
+"""Kinds of file each provider reads; those of `FOLDER_FILES` read a folder."""
 
-FOLDER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-"""What is fetched, hashed and read of a transformers folder."""
+FOLDER_FILES: dict[Provider, tuple[str, ...]] = {
+    Provider.transformers: ("config.json", "*.safetensors", "*.safetensors.index.json"),
+    Provider.nnunet: ("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"),
+    Provider.bundle: ("configs/*.json", "configs/*.yaml", "models/model.*"),
+}
+"""What is fetched, hashed and read of the folders that some providers' models are."""
+
+_FOLDERS = {
+    Provider.transformers: (("config.json", "*.safetensors"), "save_pretrained"),
+    Provider.nnunet: (("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"), "nnUNetv2_train"),
+    Provider.bundle: (("configs/*", "models/model.*"), "monai.bundle"),
+}
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[^/]+)(?:/(?P<file>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,6 +64,8 @@ def resolve_weights(card: Card) -> Path:
     Raises:
         RequestError: nothing is there, or it is of a kind that the card's provider cannot read.
     """
+    if not card.weights:
+        raise card_error(card, "weights", "none given; valid: a path relative to the card, pkg:// or hf://")
     scheme, sign, _ = card.weights.partition("://")
     if not sign:
         path = card.folder / card.weights
@@ -63,7 +80,7 @@ def resolve_weights(card: Card) -> Path:
             f"found {card.weights!r}; valid: a path relative to the card, "
             "pkg://distribution/file, or hf://org/name@commit/file",
         )
-    if card.provider is Provider.transformers:
+    if card.provider in FOLDER_FILES and not (card.provider is Provider.bundle and path.is_file()):
         _check_folder(card, path)
     else:
         _check_file(card, path)
@@ -97,7 +114,8 @@ def _from_hub(card: Card) -> Path:
     try:
         if file is not None:
             return Path(hf_hub_download(repo, file, revision=revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FOLDER_FILES)))
+        patterns = list(FOLDER_FILES[card.provider])
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise card_error(
@@ -122,21 +140,24 @@ def _check_file(card: Card, path: Path) -> None:
 
 
 def _check_folder(card: Card, path: Path) -> None:
-    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+    needed, written_by = _FOLDERS[card.provider]
+    if not all(list(path.glob(pattern)) for pattern in needed):
         raise card_error(
             card,
             "weights",
-            f"found no config.json with *.safetensors in {path} ({card.weights}); valid: a folder "
-            "as save_pretrained writes it, or hf://org/name@commit without a file",
+            f"found no {' with '.join(needed)} in {path} ({card.weights}); valid: a folder as {written_by} "
+            "writes it, or hf://org/name@commit without a file",
         )
 
 
 def weights_files(card: Card) -> list[Path]:
     """Every file the card's weights consist of, in a fixed order."""
+    if not card.weights and card.provider in WITHOUT_WEIGHTS:
+        return []
     path = resolve_weights(card)
     if path.is_file():
         return [path]
-    return sorted(file for pattern in FOLDER_FILES for file in path.glob(pattern))
+    return sorted(file for pattern in FOLDER_FILES[card.provider] for file in path.glob(pattern))
 
 
 def weights_fingerprint(card: Card) -> str:
@@ -145,6 +166,8 @@ def weights_fingerprint(card: Card) -> str:
     Raises:
         RequestError: as `resolve_weights`.
     """
+    if not card.weights and card.provider in WITHOUT_WEIGHTS:
+        return ""
     files = weights_files(card)
     if resolve_weights(card).is_file():
         return _digest(files[0])

@@ -1,0 +1,93 @@
+"""The training flow: a recipe carried out, with its progress and pictures in the UI."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import State, flow, get_client, get_run_logger, runtime
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.states import Cancelled, Completed, Failed
+
+from flows.watch import LOOK_SECONDS
+from segpipe.errors import SegpipeError
+from segpipe.training.loop import Moment
+from segpipe.training.recipe import Recipe
+from segpipe.training.run import Told, train
+from tasks.training import training_markdown
+
+STATES_OF_A_STOP = ("CANCELLING", "CANCELLED")
+
+
+@flow(name="train", flow_run_name="{recipe.name}")
+def train_model(recipe: Recipe) -> State[Any]:
+    """Train a model from labelled scenes and write its card.
+
+    Prepares the scenes once, trains each chosen fold, tries it on what is kept apart, and leaves card,
+    weights, scores and a page. The same recipe goes on where it stopped.
+
+    Args:
+        recipe: Data, card, windows, augmentation, loss and optimiser.
+    """
+    watch = TrainWatch(UUID(runtime.flow_run.get_id()), recipe)
+    try:
+        result = train(recipe, Told(watch.scenes, watch.moment), watch.should_stop)
+    except SegpipeError as error:
+        return Failed(message=str(error))
+    if result.card is None:
+        return Cancelled(message=result.scores)
+    return Completed(message=f"{result.scores} Card: {result.card}")
+
+
+class TrainWatch:
+    """What the UI and the log hear, and whether the run was cancelled there."""
+
+    def __init__(self, run_id: UUID, recipe: Recipe) -> None:
+        self._run_id = run_id
+        self._recipe = recipe
+        self._looked = time.monotonic()
+        self._stop = False
+        artifact = create_progress_artifact(0.0, description="preparing scenes")
+        assert isinstance(artifact, UUID)  # a coroutine only in async flows
+        self._artifact = artifact
+
+    def scenes(self, ready: int, total: int) -> None:
+        """Some scenes are ready."""
+        if ready == total or time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            get_run_logger().info("%d of %d scenes ready", ready, total)
+            update_progress_artifact(self._artifact, 0.0, description=f"{ready} of {total} scenes ready")
+
+    def moment(self, fold: str, moment: Moment) -> None:
+        """A trial was made."""
+        left = moment.seconds / moment.step * (moment.steps - moment.step) / 60
+        get_run_logger().info(
+            "%s: step %d of %d, loss %.4f, mean Dice %.4f, about %.0f min left",
+            fold, moment.step, moment.steps, moment.loss, moment.score, left,
+        )  # fmt: skip
+        share = 100 * moment.step / moment.steps
+        told = f"{fold}: step {moment.step:,} of {moment.steps:,}, mean Dice {moment.score:.3f}"
+        update_progress_artifact(self._artifact, share, description=told)
+        key = self._recipe.name.lower().replace("_", "-").replace(".", "-")
+        create_markdown_artifact(
+            training_markdown(self._recipe, fold, moment, self.folder(fold)),
+            key=f"{key}-training",
+            description=f"Training of {self._recipe.name}, {fold}",
+        )
+
+    def folder(self, fold: str) -> Path:
+        """Of a fold's results."""
+        from segpipe.training.run import mark
+
+        return Path(self._recipe.out) / self._recipe.name / mark(self._recipe) / fold
+
+    def should_stop(self) -> bool:
+        """Whether somebody cancelled the run; asked after every step, looked up every few seconds."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            with get_client(sync_client=True) as client:
+                state = client.read_flow_run(self._run_id).state
+            self._stop = state is not None and state.type.value in STATES_OF_A_STOP
+        return self._stop

@@ -1,0 +1,19 @@
+"""Small architectures of the literature that no kept library has, each with its paper in its docstring.
+
+Every class takes the keywords ``in_channels`` and ``classes`` and plain values beyond; maps (n, c, y, x) to
+logits (n, classes, y, x); takes inputs whose edges are multiples of its ``stride``; and starts from random
+weights: nothing is fetched. Without weights of one's own, the backbone's state dict can be filled with
+torchvision's or timm's, whose names it has.
+"""
+
+from torch import nn
+
+from segpipe.models.literature.deeplab import DeepLabV1, DeepLabV2
+from segpipe.models.literature.segnet import SegNet
+from segpipe.models.literature.setr import SETRPUP, SETRNaive
+
+ARCHITECTURES: dict[str, type[nn.Module]] = {
+    cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
+}
+
+__all__ = ["ARCHITECTURES", "SETRPUP", "DeepLabV1", "DeepLabV2", "SETRNaive", "SegNet"]

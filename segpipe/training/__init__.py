@@ -1,0 +1,1 @@
+"""Training: from labelled scenes to a model card with weights, scores and where they come from."""

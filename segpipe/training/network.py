@@ -1,0 +1,159 @@
+"""The network in training: weights to begin with, arithmetic, moving average, and its way to a file."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from segpipe.config import Precision
+from segpipe.errors import RequestError
+from segpipe.models.card import load_card
+from segpipe.models.network import AUTOCAST, at_resolution, output_channels
+from segpipe.models.registry import untrained
+from segpipe.models.weights import load_state, resolve_weights
+from segpipe.training.recipe import Recipe, Stored
+
+
+def precision_here(wanted: Precision, device: torch.device) -> str:
+    """``fp32``, ``bf16`` or ``fp16``; auto is bf16 where the device has instructions for it.
+
+    Raises:
+        RequestError: fp16 on a CPU, where gradients would be slow and lost.
+    """
+    if wanted is Precision.fp16 and device.type == "cpu":
+        raise RequestError("compute.precision: found fp16 on a CPU; valid there: auto, fp32, bf16")
+    if wanted is not Precision.auto:
+        return str(wanted.value)
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if supported() else "fp32"
+
+
+class TrainNetwork:
+    """A network, its moving average, and the arithmetic of its forward pass."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, precision: str) -> None:
+        """Build it; the same recipe gives the same random weights.
+
+        Raises:
+            RequestError: the card cannot be built, or `start` fits none of it.
+        """
+        self.recipe, self.card = recipe, recipe.card
+        self.device, self.precision = device, precision
+        torch.manual_seed(recipe.optimise.seed)
+        module = untrained(self.card)
+        self.notes = begin_with(module, recipe.start) if recipe.start else []
+        layout = torch.channels_last if self.card.ndim == 2 else torch.channels_last_3d
+        self.module = module.to(device).to(memory_format=layout)
+        self.layout = layout
+        self.average = self.module
+        self._ema: AveragedModel | None = None
+        if recipe.optimise.ema:
+            self._ema = AveragedModel(
+                self.module, multi_avg_fn=get_ema_multi_avg_fn(recipe.optimise.ema), use_buffers=True
+            )
+            self.average = self._ema.module
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are learned."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def groups(self) -> list[dict[str, object]]:
+        """Parameters for the optimiser: weight decay for matrices and kernels alone."""
+        learned = [p for p in self.module.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in learned if p.ndim > 1], "weight_decay": self.recipe.optimise.decay},
+            {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def logits(self, module: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Logits (n, k, …) float32 at the images' resolution."""
+        with self._arithmetic():
+            scores = module(images.contiguous(memory_format=self.layout))
+        if isinstance(scores, dict):  # torchvision's
+            scores = scores["out"]
+        if isinstance(scores, list | tuple):
+            scores = scores[0]
+        return at_resolution(scores.float(), images, output_channels(self.card), self.card.name)
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of the moving average, in evaluation mode."""
+        self.average.eval()
+        return self.logits(self.average, images)
+
+    def update_average(self, step: int) -> None:
+        """Take the weights after a step into the average."""
+        if self._ema is None:
+            return
+        if step * (1 - self.recipe.optimise.ema) < 1:
+            # Early on an average of few steps would still be mostly the random start.
+            self._ema.n_averaged.zero_()
+        self._ema.update_parameters(self.module)
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint."""
+        ema = None if self._ema is None else self._ema.state_dict()
+        return {"module": self.module.state_dict(), "ema": ema}
+
+    def load(self, state: dict[str, object]) -> None:
+        """The inverse of `state`."""
+        self.module.load_state_dict(state["module"])  # type: ignore[arg-type]
+        if self._ema is not None:
+            self._ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
+
+    def save(self, path: Path) -> None:
+        """Write the averaged weights as safetensors, and round the average to what is stored."""
+        half = self.recipe.weights is Stored.fp16
+        kept, seen = {}, set()
+        for name, tensor in self.average.state_dict().items():
+            if tensor.data_ptr() in seen and tensor.numel():
+                continue  # one tensor under two names is stored once
+            seen.add(tensor.data_ptr())
+            value = tensor.detach().cpu().contiguous()
+            kept[name] = value.half() if half and value.is_floating_point() else value
+            if value.is_floating_point():
+                tensor.copy_(kept[name].to(tensor.dtype))
+        save_file(kept, path)
+
+
+def begin_with(module: torch.nn.Module, start: str) -> list[str]:
+    """Copy the weights of another card's network where names and shapes fit; says what does not.
+
+    The first convolution of another number of bands takes the mean over the other's bands, scaled so
+    that inputs of the same values give the same sums.
+
+    Raises:
+        RequestError: nothing fits.
+    """
+    state = load_state(resolve_weights(load_card(start)))
+    wanted = module.state_dict()
+    fitting, notes = {}, []
+    for name, tensor in wanted.items():
+        other = state.get(name)
+        if other is None:
+            continue
+        if other.shape == tensor.shape:
+            fitting[name] = other
+        elif other.ndim > 2 and other.shape[0] == tensor.shape[0] and other.shape[2:] == tensor.shape[2:]:
+            ratio = other.shape[1] / tensor.shape[1]
+            fitting[name] = other.mean(1, keepdim=True).expand(tensor.shape) * ratio
+            notes.append(f"{name}: mean over {other.shape[1]} bands")
+    rest = [name for name in wanted if name not in fitting and not name.endswith("num_batches_tracked")]
+    if not fitting:
+        raise RequestError(
+            f"start: no tensor of {start} fits this network; give a card of the same architecture"
+        )
+    if rest:
+        notes.append(f"{len(rest)} of {len(wanted)} tensors begin at random, e.g. {rest[0]}")
+    module.load_state_dict(fitting, strict=False)
+    return notes

@@ -1,0 +1,235 @@
+"""A recipe carried out: scenes prepared, each fold trained, a card written for what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from segpipe import __version__
+from segpipe.errors import RequestError
+from segpipe.models.card import Card
+from segpipe.settings import resolve_device
+from segpipe.sources import discover
+from segpipe.sources.base import SceneRef
+from segpipe.training.loop import Moment, Training
+from segpipe.training.network import TrainNetwork, precision_here
+from segpipe.training.page import FoldView, training_page
+from segpipe.training.pictures import samples
+from segpipe.training.recipe import Keep, Recipe, SplitBy
+from segpipe.training.sampler import window_shape
+from segpipe.training.scenes import TrainScene, prepare
+from segpipe.training.split import Fold
+from segpipe.training.trial import Trial
+from segpipe.training.world import World, join_world
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a caller hears of: scenes that are ready, and rows of a fold's history."""
+
+    scenes: Callable[[int, int], None]
+    """How many are ready, of how many."""
+    moment: Callable[[str, Moment], None]
+    """Of which fold, and where it is."""
+
+
+SILENT = Told(lambda ready, total: None, lambda fold, moment: None)
+"""Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a recipe left."""
+
+    folder: Path
+    card: Path | None
+    """None: stopped before the end."""
+    scores: str
+
+
+def check_recipe(recipe: Recipe) -> list[SceneRef]:
+    """Find the scenes, and refuse before any work what can be known to be wrong.
+
+    Raises:
+        RequestError: naming the field, what was found and what would be valid.
+    """
+    from segpipe.models.registry import untrained
+
+    window_shape(recipe)
+    untrained(recipe.card)
+    if recipe.start and not Path(recipe.start).is_file():
+        raise RequestError(f"start: {recipe.start} does not exist; give a model card")
+    if recipe.split.by is SplitBy.scene and recipe.split.buffer:
+        raise RequestError("split.buffer: is for `by: block`; scenes have no neighbours")
+    return discover(recipe.data.scenes)
+
+
+def train(recipe: Recipe, told: Told, should_stop: Callable[[], bool] = lambda: False) -> Result:
+    """Train every chosen fold; go on where an earlier call of the same recipe stopped.
+
+    Raises:
+        RequestError, SceneError: as `check_recipe` and `prepare`.
+    """
+    refs = check_recipe(recipe)
+    device = resolve_device(recipe.compute.device, recipe.card)
+    cores = torch.get_num_threads() if recipe.compute.threads == "auto" else int(recipe.compute.threads)
+    folder = Path(recipe.out) / recipe.name / mark(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with join_world(device) as (world, device):
+        torch.set_num_threads(cores)
+        scenes = prepare(recipe, refs, lambda ready: told.scenes(ready, len(refs)))
+        shapes = {scene.name: scene.shape for scene in scenes}
+        cards, texts = [], []
+        for apart in recipe.split.chosen:
+            fold = Fold.of(recipe.split, shapes, apart)
+            name = "all" if apart is None else f"fold-{apart}"
+            done = _one(recipe, scenes, fold, folder / name, device, world, told, should_stop)
+            if done is None:
+                return Result(folder, None, "stopped: the same command goes on from the checkpoint")
+            cards.append(folder / name / "card.yaml")
+            texts.append(done)
+    if len(cards) == 1:
+        return Result(folder, cards[0], texts[0])
+    return Result(folder, _ensemble(recipe, folder, cards), "\n".join(texts))
+
+
+def mark(recipe: Recipe) -> str:
+    """Fingerprint of what the weights depend on: names the folder, so that a changed recipe has its own."""
+    parts = recipe.model_dump(mode="json", exclude={"out", "name", "compute", "split", "weights"})
+    parts["split"] = recipe.split.model_dump(mode="json", exclude={"fold"})
+    for text in ("title", "data", "scores", "limits", "licence", "source", "name"):
+        parts["card"].pop(text)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _one(
+    recipe: Recipe,
+    scenes: Sequence[TrainScene],
+    fold: Fold,
+    folder: Path,
+    device: str,
+    world: World,
+    told: Told,
+    should_stop: Callable[[], bool],
+) -> str | None:
+    """Train one fold and write its card; the scores in words, or None where it was stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = torch.device(device)
+    network = TrainNetwork(recipe, where, precision_here(recipe.compute.precision, where))
+    training = Training(recipe, scenes, fold, network, folder, world)
+
+    def tell(moment: Moment) -> None:
+        if world.first:
+            _show(recipe, training, folder, "training", "")
+            told.moment(folder.name, moment)
+
+    if not training.run(tell, should_stop):
+        return None
+    if not world.first:
+        return ""
+    training.take_best()
+    with torch.no_grad():
+        network.save(folder / "weights.safetensors")
+    trial = training.trial()  # with the weights as they were stored
+    text = scores_text(recipe, fold, trial)
+    if trial is not None:
+        trial.table.to_csv(folder / "scores.csv", index=False)
+    write_card(recipe.card, folder / "card.yaml", "weights.safetensors", recipe, text)
+    record = _record(recipe, fold, network, training)
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    _show(recipe, training, folder, "finished", text)
+    return text
+
+
+def _show(recipe: Recipe, training: Training, folder: Path, state: str, scores: str) -> None:
+    """The fold's history as a table, and its page."""
+    history = training.progress.history
+    pd.DataFrame([asdict(m) for m in history]).to_csv(folder / "history.csv", index=False)
+    network = training.network
+    shown = samples(
+        network.predict,
+        recipe.card,
+        training.scenes,
+        training.fold,
+        training.sampler.shape,
+        network.device,
+    )
+    facts = {
+        "Steps": f"{training.progress.step:,} of {recipe.optimise.steps:,}",
+        "Time": f"{training.progress.seconds / 60:.1f} minutes on {network.device.type}, {network.precision}",
+        "Network": f"{recipe.card.architecture}, {network.parameters:,} parameters",
+        "Learned from": f"{len(training.sampler.scenes)} scenes",
+    }
+    view = FoldView(folder.name, state, scores, history, shown, facts)
+    (folder / "training.html").write_text(training_page(recipe, [view]), encoding="utf-8")
+
+
+def scores_text(recipe: Recipe, fold: Fold, trial: Trial | None) -> str:
+    """What a card says of how good the model is, and how that was found."""
+    if trial is None:
+        return "Not judged: the model has learned from all the data."
+    units = "scenes" if recipe.split.by is SplitBy.scene else f"blocks of {recipe.split.block} elements"
+    how = f"Part {fold.apart} of {recipe.split.folds} parts of {units}, never learned from"
+    if recipe.judge.keep is Keep.best:
+        how += ", but the best of several trials on it was kept, so this flatters"
+    count = trial.table["scene"].nunique()
+    if recipe.split.by is SplitBy.block:
+        ious = trial.table.groupby("class")[["tp", "fp", "fn"]].sum()
+        iou = ious["tp"] / ious.sum(axis=1)
+        lines = [f"{c.name} {iou[c.name]:.3f}" for c in recipe.card.classes if not c.background]
+        return f"{how}: mIoU {trial.miou:.3f}; IoU {', '.join(lines)}."
+    return f"{how} ({count} scenes): Dice {', '.join(trial.lines(recipe.card))} (95 % intervals over scenes)."
+
+
+def write_card(card: Card, path: Path, weights: str, recipe: Recipe, scores: str) -> None:
+    """The trained model's card, beside its weights."""
+    fields = card.model_dump(mode="json", exclude_defaults=True)
+    fields["weights"] = weights
+    fields["scores"] = scores
+    fields["data"] = fields.get("data") or recipe.data.description
+    fields["source"] = (
+        fields.get("source") or f"trained by `segpipe train`, version {__version__}; see training.json"
+    )
+    path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _record(recipe: Recipe, fold: Fold, network: TrainNetwork, training: Training) -> dict[str, Any]:
+    """Everything that is needed to do it again."""
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "apart": fold.apart,
+        "learned_from": [name for name in fold.names if fold.learns(name)],
+        "judged_by": [name for name in fold.names if fold.judged(name)],
+        "parameters": network.parameters,
+        "precision": network.precision,
+        "device": str(network.device),
+        "notes": network.notes,
+        "steps": training.progress.step,
+        "seconds": round(training.progress.seconds, 1),
+        "segpipe": __version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def _ensemble(recipe: Recipe, folder: Path, cards: Sequence[Path]) -> Path:
+    """A card that averages the folds' models."""
+    fields = recipe.card.model_dump(mode="json", exclude_defaults=True)
+    for name in ("architecture",):
+        fields.pop(name, None)
+    fields["provider"] = "ensemble"
+    fields["arguments"] = {"cards": [str(card.relative_to(folder)) for card in cards]}
+    fields["output"] = {"activation": "none"}
+    fields["scores"] = "Each member is scored on its own fold; see their cards."
+    path = folder / "card.yaml"
+    path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100))
+    return path

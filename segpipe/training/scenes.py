@@ -1,0 +1,233 @@
+"""Scenes to learn from: on the model's grid, normalised, with their labels, in Zarr.
+
+Everything that a scene needs as a whole (statistics, resampling) is done here, once; afterwards a
+window is a read. Streamed block by block, so a scene may be of any size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from segpipe.bands import match_bands
+from segpipe.blocks import SceneBlocks
+from segpipe.boxes import Box
+from segpipe.errors import SceneError
+from segpipe.geometry import Geometry, VolumeGeometry
+from segpipe.grid import GridMap, onto_model
+from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
+from segpipe.models.card import Card, Interpolation
+from segpipe.plan import Blocks
+from segpipe.planning import scene_grid
+from segpipe.reference import IGNORED, ReferenceLabels, find_reference, open_reference
+from segpipe.sources import SceneRef, open_source
+from segpipe.store import ArraySpec, Stage, stage_key
+from segpipe.training.losses import IGNORE
+from segpipe.training.recipe import Data, Recipe
+
+EDGE = {2: 1024, 3: 128}
+"""Longest edge of a block in the store, by number of axes."""
+POSITIONS = 8192
+"""Elements of each class remembered of a scene, drawn evenly from all: where balanced windows lie."""
+VERSION = 1
+"""Raised when the same scene would be stored with other bits."""
+
+
+@dataclass(frozen=True)
+class TrainScene:
+    """A scene in the store, ready to be learned from."""
+
+    name: str
+    stage: Stage
+    shape: tuple[int, ...]
+    """Of the model's grid."""
+    counts: tuple[int, ...]
+    """Elements of each class."""
+    spacing: tuple[float, ...] | None
+    """Element size along the model's axes in mm; None for rasters, whose elements are taken as square."""
+
+    @property
+    def bytes(self) -> int:
+        """Of both arrays in memory."""
+        image, target = self.stage.array("image"), self.stage.array("target")
+        return int(image.nbytes + target.nbytes)
+
+    @cached_property
+    def positions(self) -> list[np.ndarray]:
+        """For each class some of its elements, int32 (n, axis)."""
+        data = self.stage.read_bytes("positions.npz")
+        assert data is not None
+        with np.load(io.BytesIO(data)) as found:
+            return [found[str(channel)] for channel in range(len(self.counts))]
+
+    def read(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        """Image (c, …) float32 and target (…) of a box inside the scene; `IGNORE` where nothing is said."""
+        image = np.asarray(self.stage.array("image")[(slice(None), *box.slices)])
+        return image, np.asarray(self.stage.array("target")[box.slices])
+
+
+def prepare(recipe: Recipe, refs: Iterable[SceneRef], told: Callable[[int], None]) -> list[TrainScene]:
+    """Every scene in the store; those of an earlier call are found there.
+
+    Args:
+        recipe: card, labels, bands.
+        refs: what was discovered.
+        told: called with the number of scenes that are ready.
+
+    Raises:
+        SceneError: a scene or its labels do not suit the card, or cannot be read.
+    """
+    scenes = []
+    for number, ref in enumerate(refs, start=1):
+        scenes.append(_prepare_one(recipe, ref))
+        told(number)
+    return scenes
+
+
+def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
+    card, data = recipe.card, recipe.data
+    with open_source(ref.uri, band_names=data.bands) as source:
+        channels, _ = match_bands(card, source)
+        geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
+        scaling = tuple(source.scaling[c] for c in channels)
+    with _open_labels(data, ref, geometry) as labels:
+        parts = {
+            "source": identity,
+            "channels": channels,
+            "labels": labels.identity,
+            "input": card.input.model_dump(mode="json", exclude={"modality"}),
+            "values": card.values,
+            "objects": data.objects,
+            "version": VERSION,
+        }
+        stage = Stage(recipe.out, stage_key("learn", parts))
+        found = stage.receipts().get("whole") if stage.exists else None
+        grid = scene_grid(card, geometry, None)
+        if found is None:
+            with SceneBlocks(ref.uri, data.bands, channels, dtype, geometry, None, identity) as reader:
+                statistics = Statistics()
+                if needs_statistics(card):
+                    statistics = scene_statistics(card, geometry, scaling, reader)
+                normaliser = Normaliser(card, scaling, statistics)
+                found = _store(stage, card, data, grid, normaliser, reader, labels)
+    return TrainScene(ref.name, stage, grid.shape, tuple(found["counts"]), _spacing(geometry, grid))
+
+
+def _open_labels(data: Data, ref: SceneRef, geometry: Geometry) -> ReferenceLabels:
+    """The labels of a scene, or why there are none.
+
+    Raises:
+        SceneError: none fits its name, or they lie on another grid.
+    """
+    uri = find_reference(data.reference, ref.name)
+    return open_reference(data.reference, uri, geometry, objects=data.objects)
+
+
+def _spacing(geometry: Geometry, grid: GridMap) -> tuple[float, ...] | None:
+    if not isinstance(geometry, VolumeGeometry):
+        return None
+    native = geometry.spacing
+    return tuple(native[axis] * ratio for axis, ratio in zip(grid.axes, grid.ratio, strict=True))
+
+
+def _store(
+    stage: Stage,
+    card: Card,
+    data: Data,
+    grid: GridMap,
+    normaliser: Normaliser,
+    reader: SceneBlocks,
+    labels: ReferenceLabels,
+) -> dict[str, Any]:
+    """Write image and target block by block, and what sampling needs to know of them."""
+    block = tuple(min(EDGE[len(grid.shape)], n) for n in grid.shape)
+    blocks = Blocks(grid.shape, block, (0,) * len(block))
+    arrays = [
+        ArraySpec("image", "float32", 0.0, channels=card.channels),
+        ArraySpec("target", "int32" if data.objects else "int16", IGNORE, labels=True),
+    ]
+    stage.create(None, blocks, arrays, {})
+    drawn = Drawn(len(card.classes))
+    for number, index in enumerate(blocks.indices()):
+        box = blocks.box(index)
+        image, target = _block(card, data, grid, normaliser, reader, labels, box)
+        stage.write("image", box.slices, image)
+        stage.write("target", box.slices, target.astype(arrays[1].dtype))
+        drawn.add(np.minimum(target, 1) if data.objects else target, box, np.random.default_rng(number))
+    buffer = io.BytesIO()
+    named: dict[str, Any] = {str(c): found for c, found in enumerate(drawn.positions)}
+    np.savez_compressed(buffer, **named)
+    stage.write_bytes("positions.npz", buffer.getvalue())
+    receipt = {"counts": drawn.counts}
+    stage.commit("whole", receipt)
+    return receipt
+
+
+def _block(
+    card: Card,
+    data: Data,
+    grid: GridMap,
+    normaliser: Normaliser,
+    reader: SceneBlocks,
+    labels: ReferenceLabels,
+    box: Box,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image and target of a box of the model's grid; labels are taken from the nearest element."""
+    native = box if grid.identity else grid.native_box(box)
+    pixels = reader.read(native)
+    image = normaliser.elementwise(pixels)
+    target = _channels(card, data, labels.read(native, ids=data.objects), labels.uri)
+    target = np.where(pixels.valid, target, IGNORE)
+    if not grid.identity:
+        nearest = card.input.image_resampling is Interpolation.nearest
+        image = onto_model(image, native, grid, box, nearest=nearest)
+        target = onto_model(target[None], native, grid, box, nearest=True)[0]
+    return image, target
+
+
+def _channels(card: Card, data: Data, values: np.ndarray, uri: str) -> np.ndarray:
+    """Class values as channels of the network's output; ids as they are; `IGNORE` where nothing is said."""
+    if data.objects:
+        return np.where(values == IGNORED, IGNORE, values)
+    known = np.array(sorted(card.values), dtype=np.int64)
+    channel = np.array([card.values.index(value) for value in known.tolist()], dtype=np.int64)
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    fits = known[place] == values
+    strange = ~fits & (values != IGNORED)
+    if strange.any():
+        raise SceneError(
+            f"{uri}: holds {values[strange].flat[0]}, which is no class of the card "
+            f"({', '.join(map(str, card.values))}); map it in `data.reference.values` (null: ignored)"
+        )
+    return np.where(fits, channel[place], IGNORE)
+
+
+class Drawn:
+    """How many elements each class has, and an even draw of them, from any number of blocks."""
+
+    def __init__(self, classes: int) -> None:
+        self.counts = [0] * classes
+        self._keys: list[np.ndarray] = [np.zeros(0) for _ in range(classes)]
+        self._found: list[np.ndarray] = []
+
+    @property
+    def positions(self) -> list[np.ndarray]:
+        """int32 (n, axis) for each class."""
+        return self._found
+
+    def add(self, target: np.ndarray, box: Box, rng: np.random.Generator) -> None:
+        """Take a block in: each element draws a number, and the smallest are kept."""
+        if not self._found:
+            self._found = [np.zeros((0, target.ndim), np.int32) for _ in self.counts]
+        for channel in range(len(self.counts)):
+            at = np.argwhere(target == channel)
+            self.counts[channel] += len(at)
+            keys = np.concatenate([self._keys[channel], rng.random(len(at))])
+            found = np.concatenate([self._found[channel], (at + box.start).astype(np.int32)])
+            best = np.argsort(keys, kind="stable")[:POSITIONS]
+            self._keys[channel], self._found[channel] = keys[best], found[best]

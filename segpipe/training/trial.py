@@ -1,0 +1,129 @@
+"""The model tried on what is kept apart: trimmed windows, counts per scene and class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from segpipe.boxes import Box
+from segpipe.inference.device import best_class
+from segpipe.lattice import Lattice, make_lattice
+from segpipe.metrics.bootstrap import mean_intervals
+from segpipe.models.card import Card
+from segpipe.training.losses import IGNORE
+from segpipe.training.scenes import TrainScene
+from segpipe.training.split import Fold
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""Images (1, c, …) to logits (1, k, …) of the same size."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the model did on what is kept apart."""
+
+    table: pd.DataFrame
+    """A row per scene and class: scene, class, tp, fp, fn, dice, iou; NaN where neither side has it."""
+    score: float
+    """Mean Dice over classes (background left out) of the mean over scenes."""
+    miou: float
+    """Mean over classes of IoU, of all scenes' counts together."""
+
+    def lines(self, card: Card) -> list[str]:
+        """For people: mean Dice of each class with its interval over scenes."""
+        found = []
+        for c in card.classes:
+            if c.background:
+                continue
+            dice = self.table[self.table["class"] == c.name]["dice"].to_numpy(float)
+            count = int(np.isfinite(dice).sum())
+            if not count:
+                found.append(f"{c.name} not in what is kept apart")
+                continue
+            interval = mean_intervals(dice[:, None], np.arange(len(dice)), len(dice))
+            text = f"{c.name} {np.nanmean(dice):.3f}"
+            if count > 1:
+                text += f" ({interval.low[0]:.3f} to {interval.high[0]:.3f})"
+            found.append(text)
+        return found
+
+
+def trial_lattice(card: Card, shape: Sequence[int], window: Sequence[int]) -> Lattice:
+    """Windows over a scene: the card's where it says, else the scene in one pass."""
+    stride = card.window.stride
+    if card.window.size == "whole":
+        return make_lattice(shape, [-(-n // stride) * stride for n in shape], [0] * len(shape), stride)
+    halo = card.halo or tuple(n // 4 for n in window)
+    return make_lattice(shape, window, halo, stride, card.window.fixed)
+
+
+def try_model(
+    predict: Predict,
+    card: Card,
+    scenes: Sequence[TrainScene],
+    fold: Fold,
+    window: Sequence[int],
+    device: torch.device,
+) -> Trial:
+    """Predict the scenes that are judged, window by window, and count.
+
+    Args:
+        predict: the network, in evaluation mode.
+        card: its card.
+        scenes: of which those with judged elements are taken.
+        fold: says which elements are judged.
+        window: elements of a window, where the card's is not the whole scene.
+        device: of the network.
+    """
+    rows = []
+    for scene in scenes:
+        judged = fold.judged(scene.name)
+        if not judged:
+            continue
+        matrix = _confusion(predict, card, scene, fold, trial_lattice(card, scene.shape, window), device)
+        for channel, c in enumerate(card.classes):
+            tp = int(matrix[channel, channel])
+            rows.append(
+                (scene.name, c.name, tp, int(matrix[:, channel].sum()) - tp, int(matrix[channel].sum()) - tp)
+            )
+    table = pd.DataFrame(rows, columns=["scene", "class", "tp", "fp", "fn"])
+    hit, wrong = table["tp"].to_numpy(float), (table["fp"] + table["fn"]).to_numpy(float)
+    with np.errstate(invalid="ignore"):
+        table["dice"], table["iou"] = 2 * hit / (2 * hit + wrong), hit / (hit + wrong)
+    shown = [c.name for c in card.classes if not c.background]
+    dice = table.groupby("class")["dice"].mean()
+    pooled = table.groupby("class")[["tp", "fp", "fn"]].sum()
+    iou = pooled["tp"] / pooled.sum(axis=1)
+    return Trial(table, float(dice[shown].mean()), float(iou[shown].mean()))
+
+
+@torch.inference_mode()
+def _confusion(
+    predict: Predict, card: Card, scene: TrainScene, fold: Fold, lattice: Lattice, device: torch.device
+) -> np.ndarray:
+    """Elements by reference (row) and predicted class (column)."""
+    classes = len(card.classes)
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    whole = Box.whole(lattice.shape)
+    for index in lattice.windows(whole, "trim"):
+        owned, window = lattice.owned(index), lattice.window(index)
+        judged = fold.is_judged(scene.name, owned)
+        if not judged.any():
+            continue
+        seen = window.intersect(whole)
+        image, target = scene.read(seen)
+        image = np.pad(image, [(0, 0), *((0, n - m) for n, m in zip(window.shape, seen.shape, strict=True))])
+        logits = predict(torch.from_numpy(image)[None].to(device))
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        labels = best_class(logits)[0].cpu().numpy()[owned.within(window)].astype(np.int64)
+        truth = target[owned.within(seen)].astype(np.int64)
+        if truth.max(initial=0) >= classes:
+            truth = np.minimum(truth, 1)  # ids of objects
+        keep = judged & (truth != IGNORE)
+        matrix += np.bincount(truth[keep] * classes + labels[keep], minlength=classes**2).reshape(classes, -1)
+    return matrix

@@ -1,0 +1,506 @@
+"""Classical methods as models: what the library says of the same whole array, or what must come out."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import ndimage
+from skimage import data, filters, graph, segmentation
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import accuracy_score, cohen_kappa_score, jaccard_score
+
+from segpipe.errors import RequestError, SceneError
+from segpipe.models.card import Card, load_card
+from segpipe.models.classical.forest import CHUNK, fit_forest, load_forest, save_forest
+from segpipe.models.classical.graphs import graph_cut, likeness
+from segpipe.models.registry import check_card, describe, load_model
+from tests.inference.lab import Lab, labels_of, predict, prepared
+
+WHOLE = {"size": "whole", "stride": 1}
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+CONFIGS = Path(__file__).parents[2] / "configs" / "models"
+PHOTO = data.camera()[::4, ::4].astype(np.float32)
+"""128 × 128, a dark figure before a bright sky."""
+
+
+def card_of(make_card: Any, method: str, *, bands: int = 1, classes: int = 2, **fields: Any) -> Card:
+    """A card of a method that looks at the whole scene."""
+    fields = {"window": WHOLE, "output": {"activation": "none"}, **fields}
+    return make_card("classical", "", architecture=method, bands=bands, classes=classes, **fields)
+
+
+def answer(card: Card, scene: np.ndarray) -> np.ndarray:
+    """Class indices of one window (c, …); the scores are 0 and 1 and add up to 1."""
+    check_card(card)
+    scores = load_model(card, "cpu", 1, "fp32")(torch.from_numpy(scene[None].astype(np.float32)))
+    assert set(scores.unique().tolist()) <= {0.0, 1.0}
+    assert bool((scores.sum(dim=1) == 1).all())
+    return scores[0].argmax(dim=0).numpy()
+
+
+def balls(shape: tuple[int, ...] = (24, 30, 36), noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """A volume with two bright balls (100 on 20), and where they are."""
+    axes = np.indices(shape)
+    truth = np.zeros(shape, bool)
+    for centre, radius in (((8, 9, 9), 6), ((14, 20, 25), 8)):
+        offset = axes - np.array(centre).reshape(-1, 1, 1, 1)
+        truth |= (offset**2).sum(axis=0) <= radius**2
+    values = np.where(truth, 100, 20) + np.random.default_rng(3).normal(0, noise, shape)
+    return values.astype(np.float32), truth
+
+
+# -- thresholds -----------------------------------------------------------------------------------
+
+
+def test_otsu_is_scikit_images_threshold_of_the_whole_image(make_card):
+    expected = PHOTO > filters.threshold_otsu(PHOTO)
+    assert np.array_equal(answer(card_of(make_card, "otsu"), PHOTO[None]), expected)
+
+
+def test_otsu_finds_the_balls_of_a_volume(make_card):
+    values, truth = balls(noise=5)
+    card = card_of(make_card, "otsu", kind="volume", input={"bands": []})
+    assert np.array_equal(answer(card, values[None]), truth)
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+def test_multi_otsu_is_scikit_images(make_card, classes):
+    expected = np.digitize(PHOTO, filters.threshold_multiotsu(PHOTO, classes))
+    assert len(np.unique(expected)) == classes
+    assert np.array_equal(answer(card_of(make_card, "multi-otsu", classes=classes), PHOTO[None]), expected)
+
+
+def test_what_is_zero_in_every_band_has_no_say_in_a_raster(make_card):
+    """The engine puts 0 where a scene has no value; a card may say that its zeros are measured."""
+    framed = np.zeros((300, 300), np.float32)
+    framed[:128, :128] = PHOTO + 1
+    frameless = filters.threshold_otsu(PHOTO + 1)
+    assert filters.threshold_otsu(framed) < frameless - 5
+    assert np.array_equal(answer(card_of(make_card, "otsu"), framed[None]), framed > frameless)
+    card = card_of(make_card, "otsu", arguments={"nonzero": False})
+    assert np.array_equal(answer(card, framed[None]), framed > filters.threshold_otsu(framed))
+
+
+def test_features_combine_bands_by_name(make_card):
+    rng = np.random.default_rng(0)
+    scene = rng.integers(0, 255, (3, 40, 50)).astype(np.float32)
+    scene[:2, :5, :5] = 0  # nothing over nothing: an index of 0
+    b0, b1, b2 = scene.astype(np.float64)
+    index = np.where(b2 + b0 > 0, (b2 - b0) / np.maximum(b2 + b0, 1), 0)
+    arguments = {"feature": {"normalised_difference": ["b2", "b0"]}, "thresholds": [-0.3, 0.25]}
+    card = card_of(make_card, "multi-otsu", bands=3, classes=3, arguments=arguments)
+    assert np.array_equal(answer(card, scene), np.digitize(index, [-0.3, 0.25]))
+    arguments = {"feature": {"linear": {"b2": 2, "b1": -0.5}}, "thresholds": [200.25]}
+    card = card_of(make_card, "otsu", bands=3, arguments=arguments)
+    assert np.array_equal(answer(card, scene), 2 * b2 - 0.5 * b1 > 200.25)
+
+
+def test_given_thresholds_need_no_whole_scene(tmp_path):
+    """Through the engine: any window and block give what the threshold says, and no data stays no data."""
+    rng = np.random.default_rng(5)
+    values = rng.integers(1, 255, (1, 75, 61)).astype(np.uint8)
+    values[0, 20:40, 10:30] = 0
+    lab = Lab(tmp_path)
+    ref = lab.raster(values, nodata=0)
+    classes = [{"value": v, "name": f"c{v}", "color": "#000000"} for v in (7, 3)]
+    keys = {"provider": "classical", "weights": "", "allow_torchscript": False, "classes": classes}
+    for number, (size, arguments) in enumerate(
+        [([32, 32], {"thresholds": [99.5]}), ([16, 16], {"thresholds": [99.5]}), ("whole", {})]
+    ):
+        window = {"size": size}
+        card = lab.card(
+            2, **keys, architecture="otsu", arguments=arguments, window=window, output={"activation": "none"}
+        )
+        tiling = {} if size == "whole" else {"window": str(size[0]), "halo": "0", "block": "32"}
+        scene = prepared(lab.job(ref, card, f"out{number}", tiling=tiling), ref)
+        predict(scene)
+        found = labels_of(scene)
+        known = values[0] > 0
+        limit = 99.5 if arguments else filters.threshold_otsu(values[0][known].astype(np.float32))
+        assert np.array_equal(found[known], np.where(values[0] > limit, 3, 7)[known])
+        assert not np.isin(found[~known], [3, 7]).any()
+
+
+# -- regions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_region_growing_keeps_the_components_that_hold_a_seed(make_card, ndim):
+    shape = (60, 70) if ndim == 2 else (20, 24, 28)
+    values = ndimage.gaussian_filter(np.random.default_rng(1).normal(size=shape), 2).astype(np.float32) + 5
+    low, high = np.quantile(values, [0.7, 0.98])
+    components, count = ndimage.label(values > low)
+    seeded = np.unique(components[values > high])
+    assert 1 < len(seeded) < count
+    fields = {} if ndim == 2 else {"kind": "volume", "input": {"bands": []}}
+    card = card_of(make_card, "region-growing", arguments={"seed": 0.98, "grow": 0.7}, **fields)
+    assert np.array_equal(answer(card, values[None]), np.isin(components, seeded))
+
+
+def test_watershed_is_scikit_images_over_the_gradient(make_card):
+    low, high = np.quantile(PHOTO, [0.2, 0.6])
+    markers = np.where(PHOTO <= low, 1, np.where(PHOTO >= high, 2, 0))
+    expected = segmentation.watershed(filters.sobel(PHOTO), markers) - 1
+    card = card_of(make_card, "watershed", arguments={"markers": [[0, 0.2], [0.6, 1]], "nonzero": False})
+    assert np.array_equal(answer(card, PHOTO[None]), expected)
+
+
+def test_watershed_of_a_volume_finds_the_balls(make_card):
+    values, truth = balls()
+    values = ndimage.gaussian_filter(values, 1)
+    card = card_of(
+        make_card,
+        "watershed",
+        kind="volume",
+        input={"bands": []},
+        arguments={"markers": [[0, 0.5], [0.95, 1]]},
+    )
+    wrong = answer(card, values[None]) != truth
+    assert ndimage.binary_dilation(truth)[wrong].all()  # off by one element at most
+    assert ndimage.binary_dilation(~truth)[wrong].all()
+    assert wrong.sum() < 0.1 * truth.sum()
+
+
+def test_an_island_without_a_marker_goes_by_value(make_card):
+    scene = np.zeros((9, 30), np.float32)
+    scene[:, :10], scene[:, 10:20] = 10, 90
+    scene[2:5, 24:26], scene[2:5, 27:29] = 40, 60  # among zeros, which is no data
+    card = card_of(make_card, "watershed", arguments={"markers": [[0, 0.3], [0.7, 1]]})
+    found = answer(card, scene[None])
+    assert (found[:, :10] == 0).all() and (found[:, 10:20] == 1).all()
+    assert (found[2:5, 24:26] == 0).all() and (found[2:5, 27:29] == 1).all()
+
+
+# -- graphs ---------------------------------------------------------------------------------------
+
+
+def energies(values: np.ndarray, known: np.ndarray, smoothness: float) -> tuple[np.ndarray, np.ndarray]:
+    """Every labelling (2ⁿ, …) of a tiny image, and its energy as `graph_cut` defines it."""
+    n = values.size
+    labelling = (np.arange(2**n)[:, None] >> np.arange(n) & 1).reshape(-1, *values.shape)
+    bright = values > filters.threshold_otsu(values[known])
+    means = np.array([values[known & ~bright].mean(), values[known & bright].mean()])
+    data_term = (
+        ((values - means[labelling]) ** 2 / (means[1] - means[0]) ** 2 * known).reshape(2**n, -1).sum(1)
+    )
+    borders = np.zeros(2**n)
+    for axis in range(values.ndim):
+        pairs = np.diff(labelling, axis=axis + 1) != 0
+        both = np.delete(known, 0, axis) & np.delete(known, -1, axis)
+        borders += (pairs * both).reshape(2**n, -1).sum(axis=1)
+    return labelling, data_term + smoothness * borders
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3)])
+@pytest.mark.parametrize("smoothness", [0.0, 0.15, 0.4, 2.0])
+def test_graph_cut_has_the_least_energy_of_all_labellings(shape, smoothness):
+    rng = np.random.default_rng(11)
+    changed = 0
+    for _ in range(8):
+        values = rng.normal(size=shape).astype(np.float32)
+        known = rng.random(shape) < 0.9
+        found = graph_cut(values, known, smoothness, 256)
+        labelling, energy = energies(values.astype(np.float64), known, smoothness)
+        here = (labelling == found).reshape(len(labelling), -1).all(axis=1)
+        assert energy[here][0] <= energy.min() + 1e-4
+        changed += int(found.any()) and not np.array_equal(found[known], labelling[energy.argmin()][known])
+    assert changed == 0
+
+
+def test_graph_cut_takes_away_what_is_cheaper_than_its_border(make_card):
+    """A lone bright element saves 1 and has four borders: it stays below a price of 1/4 and goes above."""
+    scene = np.full((1, 30, 30), 10, np.float32)
+    scene[0, :, 15:] = 50
+    scene[0, 7, 7] = 50
+    square = scene[0] > 30
+    for price, lone in ((0.24, 1), (0.26, 0)):
+        found = answer(card_of(make_card, "graph-cut", arguments={"smoothness": price}), scene)
+        expected = square.copy()
+        expected[7, 7] = lone
+        # The means are those of Otsu's two classes, so the bright one's saving is exactly 1.
+        assert np.array_equal(found, expected)
+
+
+def test_likeness_is_rag_mean_color_for_three_bands():
+    photo = data.astronaut()[::4, ::4]
+    pieces = segmentation.slic(photo, 60)
+    expected = graph.rag_mean_color(photo.astype(float), pieces, mode="similarity", sigma=255.0)
+    found = likeness(np.moveaxis(photo.astype(np.float64), -1, 0), pieces, 255.0)
+    assert set(found.edges) == set(expected.edges)
+    for a, b, edge in expected.edges(data=True):
+        assert found.edges[a, b]["weight"] == pytest.approx(edge["weight"], rel=1e-9)
+
+
+def test_normalised_cut_parts_what_differs(make_card):
+    """Two bands, of which one shows a disc; without a neighbourhood the noise would cost 16 %."""
+    rng = np.random.default_rng(2)
+    row, col = np.indices((96, 96))
+    disc = (row - 50) ** 2 + (col - 44) ** 2 < 28**2
+    scene = np.stack([rng.normal(50, 2, disc.shape), disc * 40 + rng.normal(60, 20, disc.shape)])
+    arguments = {"feature": {"linear": {"b1": 1}}, "segments": 150, "sigma": 0.02}
+    card = card_of(make_card, "normalised-cut", bands=2, arguments=arguments)
+    found = answer(card, scene)
+    assert (found != disc).mean() < 0.05
+    assert ((scene[1] > 80) != disc).mean() > 0.14
+    assert np.array_equal(answer(card, scene), found)
+
+
+def test_normalised_cut_of_a_volume(make_card):
+    values, truth = balls(noise=3)
+    card = card_of(
+        make_card, "normalised-cut", kind="volume", input={"bands": []}, arguments={"segments": 300}
+    )
+    assert (answer(card, values[None]) != truth).mean() < 0.02
+
+
+# -- scenes and cards that cannot be served -------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "otsu": {},
+    "multi-otsu": {},
+    "graph-cut": {},
+    "normalised-cut": {},
+    "region-growing": {"seed": 0.9, "grow": 0.5},
+    "watershed": {"markers": [[0, 0.4], [0.6, 1]]},
+}
+
+
+@pytest.mark.parametrize("method", ["otsu", "multi-otsu", "graph-cut", "normalised-cut", "watershed"])
+def test_a_scene_of_one_value_is_refused(make_card, method):
+    with pytest.raises(SceneError, match="value"):
+        answer(card_of(make_card, method, arguments=METHODS[method]), np.full((1, 20, 20), 7.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scene_of_zeros_is_refused(make_card, method):
+    with pytest.raises(SceneError, match="0 in every band"):
+        answer(card_of(make_card, method, arguments=METHODS[method]), np.zeros((1, 20, 20)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_looks_at_the_scene_takes_no_windows(make_card, method):
+    arguments = METHODS[method]
+    with pytest.raises(RequestError, match=f"window.size: found .*64.*{method}.*valid: whole"):
+        check_card(card_of(make_card, method, arguments=arguments, window={"size": [64], "stride": 1}))
+    with pytest.raises(RequestError, match="window.stride: found 2; valid: 1"):
+        check_card(card_of(make_card, method, arguments=arguments, window={"size": "whole", "stride": 2}))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("otso", {}, "did you mean otsu"),
+        ("otsu", {"output": {}}, "output.activation: found softmax; valid: none"),
+        ("otsu", {"classes": 3}, "classes: found 3; valid: 2"),
+        ("otsu", {"arguments": {"threshold": 1}}, "threshold: unknown key; did you mean `thresholds`"),
+        ("otsu", {"arguments": {"thresholds": [1, 2]}}, "arguments.thresholds: found .*; valid: 1 "),
+        ("multi-otsu", {"classes": 3, "arguments": {"thresholds": [2, 2]}}, "2 that rise"),
+        ("multi-otsu", {"classes": 4, "arguments": {"bins": 4096}}, "classes: found 4 with 4096 bins"),
+        ("otsu", {"bands": 2}, r"arguments.feature: missing; .*normalised_difference: \[b0, b1\]"),
+        ("otsu", {"arguments": {"feature": {"linear": {"nir": 1}}}}, "feature: found 'nir'; valid: b0"),
+        ("otsu", {"arguments": {"feature": {}}}, "feature: give one of"),
+        ("region-growing", {"arguments": {"seed": 0.5}}, "grow: missing"),
+        ("region-growing", {"arguments": {"seed": 0.5, "grow": 0.6}}, "grow: found 0.6; valid: at most"),
+        ("region-growing", {"arguments": {"seed": 1.5, "grow": 0.6}}, "seed: found 1.5"),
+        ("watershed", {"arguments": {"markers": [[0, 0.6], [0.5, 1]]}}, "markers: found .* rise"),
+        ("watershed", {"classes": 3, "arguments": METHODS["watershed"]}, "markers: found 2; valid: 3"),
+        ("graph-cut", {"arguments": {"smoothness": -1}}, "smoothness: found -1"),
+        ("random-forest", {}, "weights: missing"),
+    ],
+)
+def test_cards_that_do_not_fit_are_refused(make_card, method, fields, message):
+    with pytest.raises(RequestError, match=message):
+        check_card(card_of(make_card, method, **fields))
+
+
+def test_methods_have_no_weights(make_card, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    fields = {"window": WHOLE, "output": {"activation": "none"}, "bands": 1, "classes": 2}
+    with pytest.raises(RequestError, match="otsu has none: leave it out"):
+        check_card(make_card("classical", "w.safetensors", architecture="otsu", **fields))
+
+
+# -- the forest -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled() -> tuple[np.ndarray, np.ndarray]:
+    """An image (3, 40, 50) and targets 0, 2 and -1; class 1 never occurs."""
+    rng = np.random.default_rng(8)
+    image = rng.normal(size=(3, 40, 50)).astype(np.float32)
+    target = np.where(image[0] + 0.3 * image[1] ** 2 + rng.normal(0, 0.3, (40, 50)) > 0, 2, 0)
+    target[rng.random(target.shape) < 0.2] = -1
+    return image, target
+
+
+def forest_card(make_card: Any, **fields: Any) -> Card:
+    fields = {"bands": 3, "window": {"stride": 1}, "output": {"activation": "none"}, **fields}
+    return make_card("classical", "forest.safetensors", architecture="random-forest", **fields)
+
+
+def proba(forest: RandomForestClassifier, image: np.ndarray) -> np.ndarray:
+    """scikit-learn's own answer, (classes seen, …)."""
+    return forest.predict_proba(image.reshape(len(image), -1).T).T.reshape(-1, *image.shape[1:])
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_the_stored_forest_answers_as_scikit_learn(make_card, tmp_path, labelled, ndim):
+    image, target = labelled
+    forest = fit_forest(image, target, trees=20, min_samples_leaf=1)
+    save_forest(forest, tmp_path / "forest.safetensors")
+    fields = {} if ndim == 2 else {"kind": "volume", "bands": 3}
+    card = forest_card(make_card, **fields)
+    check_card(card)
+    model = load_model(card, "cpu", 2, "fp32")
+    shape = (2, 3, 64, 33) if ndim == 2 else (2, 3, 9, 16, 21)
+    batch = torch.randn(shape)
+    scores = model(batch).numpy()
+    for window, found in zip(batch.numpy(), scores, strict=True):
+        assert np.abs(found[[0, 2]] - proba(forest, window)).max() < 1e-6
+        assert not found[1].any()  # a class it never saw
+
+
+def test_every_threshold_parts_the_same_float32_values(make_card, tmp_path, labelled):
+    """scikit-learn's thresholds are float64: at each, and the float32 beside it, the answer is the same."""
+    image, target = labelled
+    forest = fit_forest(image, target, trees=5)
+    save_forest(forest, tmp_path / "forest.safetensors")
+    trees = [e.tree_ for e in forest.estimators_]
+    limits = np.unique(np.concatenate([t.threshold[t.children_left >= 0] for t in trees]))
+    near = limits.astype(np.float32)
+    near = np.concatenate([np.nextafter(near, -np.inf), near, np.nextafter(near, np.inf)])
+    scene = np.stack([np.roll(near, shift) for shift in (0, 7, 101)])[:, None]
+    scores = load_model(forest_card(make_card), "cpu", 1, "fp32")(torch.from_numpy(scene[None]))[0].numpy()
+    assert np.abs(scores[[0, 2]] - proba(forest, scene)).max() < 1e-6
+
+
+def test_the_forest_is_the_same_tiled_and_whole(make_card, tmp_path, labelled):
+    save_forest(fit_forest(*labelled, trees=8), tmp_path / "forest.safetensors")
+    model = load_model(forest_card(make_card), "cpu", 2, "fp32")
+    scene = torch.randn(1, 3, 300, 301)
+    assert 300 * 301 > CHUNK
+    whole = model(scene)
+    tiled = torch.empty_like(whole)
+    for row, col in itertools.product((0, 64, 256), (0, 100, 173)):
+        part = (..., slice(row, row + 192), slice(col, col + 128))
+        tiled[part] = model(scene[part])
+    assert torch.equal(tiled, whole)
+
+
+def test_a_forest_follows_its_seed_alone(labelled):
+    image, target = labelled
+    first = fit_forest(image, target, trees=6, seed=4)
+    assert np.array_equal(
+        proba(fit_forest(image, target, trees=6, seed=4, threads=2), image), proba(first, image)
+    )
+    assert not np.array_equal(proba(fit_forest(image, target, trees=6, seed=5), image), proba(first, image))
+
+
+def test_what_has_no_label_or_no_value_teaches_nothing(labelled):
+    image, target = labelled
+    spoiled = image.copy()
+    spoiled[:, target == -1] = 1e6
+    hole = (slice(10, 12), slice(None))
+    fewer = target.copy()
+    fewer[hole] = -1
+    spoiled[1][hole] = np.nan
+    found = fit_forest(spoiled, target, trees=4)
+    assert np.array_equal(proba(found, image), proba(fit_forest(image, fewer, trees=4), image))
+    with pytest.raises(RequestError, match="no element"):
+        fit_forest(image, np.full_like(target, -1))
+    with pytest.raises(RequestError, match="found shape"):
+        fit_forest(image, target[1:])
+
+
+def test_parameters_are_questions_and_shares(make_card, tmp_path):
+    """One tree that asks once: one threshold, two leaves of two shares."""
+    image = np.arange(20, dtype=np.float32).reshape(1, 20)
+    forest = fit_forest(image, (image[0] > 9).astype(int), trees=1, min_samples_leaf=1)
+    save_forest(forest, tmp_path / "forest.safetensors")
+    card = forest_card(make_card, bands=1, classes=2)
+    assert describe(card).parameters == 1 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("children_left", lambda a: torch.where(a < 0, a, 0)),  # round in circles
+        ("children_right", lambda a: torch.where(a < 0, a, a + 10_000)),
+        ("children_right", lambda a: a[:-1]),
+        ("feature", lambda a: a + 3),
+        ("threshold", lambda a: a * float("nan")),
+        ("roots", lambda a: a - 1),
+        ("shares", lambda a: a[1:]),
+        ("shares", lambda a: a.double()),
+    ],
+)
+def test_damaged_files_are_refused(make_card, tmp_path, labelled, name, change):
+    path = tmp_path / "forest.safetensors"
+    save_forest(fit_forest(*labelled, trees=3), path)
+    state = load_file(path)
+    save_file({**state, name: change(state[name]).contiguous()}, path)
+    with pytest.raises(RequestError, match=r"forest.safetensors: (\w+): "):
+        load_model(forest_card(make_card), "cpu", 1, "fp32")
+
+
+def test_forests_for_other_bands_or_classes_are_refused(make_card, tmp_path, labelled):
+    path = tmp_path / "forest.safetensors"
+    save_forest(fit_forest(*labelled, trees=2), path)
+    with pytest.raises(RequestError, match=r"takes 3 bands; input.bands has 4"):
+        load_model(forest_card(make_card, bands=4), "cpu", 1, "fp32")
+    with pytest.raises(RequestError, match=r"classes are \[0, 2\]; valid: 0 to 1"):
+        load_model(forest_card(make_card, classes=2), "cpu", 1, "fp32")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RequestError, match="not a readable safetensors"):
+        load_model(forest_card(make_card), "cpu", 1, "fp32")
+
+
+# -- real scenes ----------------------------------------------------------------------------------
+
+
+def shared(folder: str) -> Path:
+    if not (SHARED / folder).is_dir():
+        pytest.skip(f"needs the data of {SHARED / folder}")
+    return SHARED / folder
+
+
+def test_the_forest_reaches_the_known_floor_on_north_carolina(tmp_path):
+    """Western 60 % to eastern 40 %: mIoU 0.204 and accuracy 0.594, measured before and elsewhere."""
+    folder = shared("nc_landsat")
+    with rasterio.open(folder / "landsat_multiband.tif") as source:
+        image = source.read().astype(np.float32)
+        image[:, (image == source.nodata).any(axis=0)] = np.nan
+    with rasterio.open(folder / "strata.tif") as source:
+        strata = source.read(1)
+    target = np.where((strata >= 1) & (strata <= 7), strata - 1, -1).astype(int)
+    split = int(image.shape[2] * 0.6)
+    forest = fit_forest(image[:, :, :split], target[:, :split], max_samples=20_000, threads=2)
+    save_forest(forest, tmp_path / "forest.safetensors")
+    model = load_forest(tmp_path / "forest.safetensors", 5, 7, torch.device("cpu"))
+    east = image[:, :, split:]
+    found = model(torch.from_numpy(np.nan_to_num(east))[None])[0].argmax(dim=0).numpy()
+    known = (target[:, split:] >= 0) & np.isfinite(east).all(axis=0)
+    truth, found = target[:, split:][known], found[known]
+    assert jaccard_score(truth, found, labels=range(7), average="macro") == pytest.approx(0.204, abs=0.02)
+    assert accuracy_score(truth, found) == pytest.approx(0.594, abs=0.02)
+
+
+@pytest.mark.parametrize(("scene", "kappa", "iou"), [("sentinel2", 0.796, 0.707), ("landsat7", 0.607, 0.548)])
+def test_the_cloud_card_scores_what_it_says(scene, kappa, iou):
+    folder = shared("cloud_scenes")
+    card = load_card(CONFIGS / "cloud-otsu.yaml")
+    assert str(kappa) in card.scores and str(iou) in card.scores
+    with rasterio.open(folder / f"{scene}_toa.tif") as source:
+        blue = source.read([1])
+    with rasterio.open(folder / f"{scene}_mask.tif") as source:
+        truth = (source.read(1) == 4).ravel()
+    found = answer(card, blue).ravel()
+    assert cohen_kappa_score(truth, found) == pytest.approx(kappa, abs=5e-4)
+    assert jaccard_score(truth, found) == pytest.approx(iou, abs=5e-4)
