@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -12,10 +17,10 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.watch import LOOK_SECONDS
-from segpipe.errors import SegpipeError
+from segpipe.errors import SegpipeError, StoppedError
 from segpipe.training.loop import Moment
 from segpipe.training.recipe import Recipe
-from segpipe.training.run import Told, train
+from segpipe.training.run import Told, mark, train
 from tasks.training import training_markdown
 
 STATES_OF_A_STOP = ("CANCELLING", "CANCELLED")
@@ -33,11 +38,15 @@ def train_model(recipe: Recipe) -> State[Any]:
     """
     watch = TrainWatch(UUID(runtime.flow_run.get_id()), recipe)
     try:
-        result = train(recipe, Told(watch.scenes, watch.moment), watch.should_stop)
+        with on_signals(watch.stop):
+            result = train(recipe, Told(watch.scenes, watch.moment), watch.should_stop)
+    except StoppedError as error:
+        return Cancelled(message=str(error))
     except SegpipeError as error:
         return Failed(message=str(error))
     if result.card is None:
         return Cancelled(message=result.scores)
+    watch.finished()
     return Completed(message=f"{result.scores} Card: {result.card}")
 
 
@@ -54,21 +63,28 @@ class TrainWatch:
         self._artifact = artifact
 
     def scenes(self, ready: int, total: int) -> None:
-        """Some scenes are ready."""
+        """Some scenes are ready.
+
+        Raises:
+            StoppedError: the run was cancelled meanwhile.
+        """
+        if self.should_stop():
+            raise StoppedError(f"stopped: {ready} of {total} scenes are ready, the same command goes on")
         if ready == total or time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             get_run_logger().info("%d of %d scenes ready", ready, total)
             update_progress_artifact(self._artifact, 0.0, description=f"{ready} of {total} scenes ready")
 
     def moment(self, fold: str, moment: Moment) -> None:
-        """A trial was made."""
+        """A row of the history, with a trial where something is kept apart."""
+        judged = "" if math.isnan(moment.score) else f", mean Dice {moment.score:.4f}"
         left = moment.seconds / moment.step * (moment.steps - moment.step) / 60
         get_run_logger().info(
-            "%s: step %d of %d, loss %.4f, mean Dice %.4f, about %.0f min left",
-            fold, moment.step, moment.steps, moment.loss, moment.score, left,
+            "%s: step %d of %d, loss %.4f%s, about %.0f min left",
+            fold, moment.step, moment.steps, moment.loss, judged, left,
         )  # fmt: skip
         share = 100 * moment.step / moment.steps
-        told = f"{fold}: step {moment.step:,} of {moment.steps:,}, mean Dice {moment.score:.3f}"
+        told = f"{fold}: step {moment.step:,} of {moment.steps:,}{judged}"
         update_progress_artifact(self._artifact, share, description=told)
         key = self._recipe.name.lower().replace("_", "-").replace(".", "-")
         create_markdown_artifact(
@@ -79,9 +95,15 @@ class TrainWatch:
 
     def folder(self, fold: str) -> Path:
         """Of a fold's results."""
-        from segpipe.training.run import mark
-
         return Path(self._recipe.out) / self._recipe.name / mark(self._recipe) / fold
+
+    def finished(self) -> None:
+        """Every fold has its card."""
+        update_progress_artifact(self._artifact, 100.0)
+
+    def stop(self) -> None:
+        """Ask for a stop from here."""
+        self._stop = True
 
     def should_stop(self) -> bool:
         """Whether somebody cancelled the run; asked after every step, looked up every few seconds."""
@@ -89,5 +111,30 @@ class TrainWatch:
             self._looked = time.monotonic()
             with get_client(sync_client=True) as client:
                 state = client.read_flow_run(self._run_id).state
-            self._stop = state is not None and state.type.value in STATES_OF_A_STOP
+            self._stop |= state is not None and state.type.value in STATES_OF_A_STOP
         return self._stop
+
+
+@contextmanager
+def on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM (of a served run's cancellation) asks for a stop; the next one is as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(*_: object) -> None:
+        restore()
+        stop()
+
+    for number in signals:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        restore()

@@ -173,6 +173,9 @@ class SceneBlocks:
                 stage.write("scores", result.box.slices, result.scores)
             if result.uncertainty is not None:
                 stage.write("uncertainty", result.box.slices, result.uncertainty)
+            if result.objects is not None:
+                stage.write("objects", result.box.slices, result.objects.raw)
+                stage.write_part(block_id(result.index), result.objects.dump())
             stage.commit(block_id(result.index), receipt)
         except (KeyError, ValueError, OSError):  # arrays that vanished
             stage.check()

@@ -7,7 +7,7 @@ from glob import has_magic
 from pathlib import Path
 
 from segpipe.classes import load_classes
-from segpipe.config import Job, parse_size
+from segpipe.config import TTA, Blend, Job, parse_size
 from segpipe.errors import RequestError
 from segpipe.groups import load_groups
 from segpipe.labelled import NO_MODEL
@@ -59,6 +59,15 @@ def check_request(job: Job) -> Request:
 def _check_tiling(job: Job, card: Card) -> None:
     """Sizes that suit no scene of the card's kind, or that the card forbids."""
     tiling, stride = job.tiling, card.window.stride
+    if card.output.kind != "semantic":
+        in_vain = {
+            "tiling.blend": tiling.blend is not Blend.trim,
+            "compute.tta": job.compute.tta is not TTA.none,
+            "outputs.scores": job.outputs.scores,
+            "outputs.uncertainty": job.outputs.uncertainty,
+        }
+        for field in [name for name, asked in in_vain.items() if asked]:
+            raise RequestError(f"{field}: {card.name!r} finds objects, not scores by class: leave it out")
     if tiling.window != "auto":
         by_window = any(isinstance(s, WindowZscore) for s in card.input.normalisation)
         if card.window.fixed or by_window:

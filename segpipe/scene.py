@@ -23,6 +23,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap
 from segpipe.inference.labels import label_dtype, nodata_value
+from segpipe.inference.objects import stuff_values
 from segpipe.labelled import MeasurableScene
 from segpipe.lattice import Index, Lattice
 from segpipe.models.card import Card, Class, load_card
@@ -51,7 +52,7 @@ class Scene(MeasurableScene):
     ingest: Stage
     predict: Stage
     labels: Stage
-    """Where the finished label map is: the clean-up's stage, or the prediction's."""
+    """Where the finished label map is: the clean-up's or the merged objects' stage, or the prediction's."""
 
     @property
     def card(self) -> Card:
@@ -73,7 +74,7 @@ class Scene(MeasurableScene):
     @contextmanager
     def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
         """The finished label map in the store."""
-        array = self.labels.array("labels")
+        array = self.labels.array("instances" if ids else "labels")
         yield lambda box: np.asarray(array[box.slices])
 
     def check_labels(self) -> None:
@@ -145,17 +146,25 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
     finally:
         first.close()
     grid, statistics = findings
+    if card.output.kind != "semantic" and not grid.identity:
+        raise SceneError(
+            f"the card {card.name!r} finds objects on the scene's own grid; this scene would have to be "
+            "resampled or turned for it: leave out its input.spacing and orientation, or resample the scene"
+        )
     plan = plan_scene(job, card, settings, grid, np.dtype(dtype), cache)
     predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
     return Scene(
         ref=ref, job=job, settings=settings, geometry=geometry, dtype=dtype, channels=channels, bands=bands,
         scaling=scaling, statistics=statistics, plan=plan, ingest=ingest, predict=predict,
-        labels=labels_stage(card, predict), identity=identity, notes=tuple(notes),
+        labels=labels_stage(job, card, predict), identity=identity, notes=tuple(notes),
     )  # fmt: skip
 
 
-def labels_stage(card: Card, predict: Stage) -> Stage:
-    """Where the finished label map is: a stage of its own where the card cleans up."""
+def labels_stage(job: Job, card: Card, predict: Stage) -> Stage:
+    """Where the finished label map is: a stage of its own where the card cleans up or finds objects."""
+    if card.output.kind != "semantic":
+        parts = {"of": predict.key, "smallest": job.measure.smallest, "stuff": stuff_values(card)}
+        return Stage(predict.out, stage_key("objects", parts))
     cleanup = card.cleanup.model_dump()
     if not any(cleanup.values()):
         return predict
@@ -234,6 +243,8 @@ def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:
 def label_arrays(card: Card, job: Job) -> list[ArraySpec]:
     """Arrays of the predict stage."""
     arrays = [ArraySpec("labels", label_dtype(card), nodata_value(card), labels=True)]
+    if card.output.kind != "semantic":
+        arrays.append(ArraySpec("objects", "uint32", 0, labels=True))
     if job.outputs.scores:
         arrays.append(ArraySpec("scores", "float32", 0.0, channels=len(card.classes)))
     if job.outputs.uncertainty:

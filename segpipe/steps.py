@@ -63,7 +63,7 @@ def predict_blocks(
     from segpipe.inference.engine import Engine
     from segpipe.inference.labels import nodata_value
     from segpipe.inference.normalise import Normaliser, Statistics
-    from segpipe.models.registry import load_model
+    from segpipe.models.registry import load_model, load_object_model
 
     begun = time.perf_counter()
     check_worker(scene)
@@ -71,7 +71,8 @@ def predict_blocks(
     pending = set(pending_blocks(scene)) if attempt > 1 else set(blocks)
     todo = [i for i in blocks if i in pending]
     card, settings = scene.card, scene.settings
-    model = load_model(card, settings.device, settings.threads, settings.precision)
+    load = load_model if card.output.kind == "semantic" else load_object_model
+    model = load(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
     with SceneBlocks.of(scene, attempt, progress) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
@@ -80,17 +81,18 @@ def predict_blocks(
 
 
 def finish_labels(scene: Scene) -> Done:
-    """The card's clean-up over the finished label map, where it has one; compacts the receipts.
+    """The card's clean-up, or the joining of objects, over a finished scene; compacts the receipts.
 
     Raises:
         SceneError: predictions are missing or were dropped, or the card's clean-up is no longer the planned.
     """
     from segpipe.inference.cleanup import clean_labels
     from segpipe.inference.labels import label_dtype
+    from segpipe.objects import join_objects
 
     begun = time.perf_counter()
     scene.predict.check()
-    if labels_stage(scene.card, scene.predict) != scene.labels:
+    if labels_stage(scene.job, scene.card, scene.predict) != scene.labels:
         raise SceneError("the card's clean-up changed since the scene was planned; run the job again")
     missing = pending_blocks(scene)
     if missing:
@@ -102,6 +104,9 @@ def finish_labels(scene: Scene) -> Done:
         return Done(0, 0, time.perf_counter() - begun, {})
     if "whole" in scene.labels.done():
         return Done(0, 1, time.perf_counter() - begun, {})
+    if scene.card.output.kind != "semantic":
+        join_objects(scene)
+        return Done(1, 0, time.perf_counter() - begun, {})
     clean = ArraySpec("labels", label_dtype(scene.card), scene.nodata, labels=True)
     blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {})
     labels = np.asarray(scene.predict.array("labels")[...])

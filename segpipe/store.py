@@ -257,9 +257,24 @@ class Stage:
             return
         token = self.generation.token
         self._delete(["stage.json"])
-        for prefix in (token, f"receipts-{token}"):
+        for prefix in (token, f"receipts-{token}", f"parts-{token}"):
             self._delete([meta["path"] for chunk in obstore.list(self.objects, prefix) for meta in chunk])
         self._delete([f"receipts-{token}.json"])
+
+    def write_part(self, name: str, data: bytes) -> None:
+        """Write what a block leaves beside its arrays; dropped with them."""
+        self.write_bytes(f"parts-{self.generation.token}/{name}", data)
+
+    def read_part(self, name: str) -> bytes:
+        """What a block left.
+
+        Raises:
+            SceneError: another run dropped the stage.
+        """
+        data = self.read_bytes(f"parts-{self.generation.token}/{name}")
+        if data is None:
+            raise SceneError(f"the stored stage {self.key} was dropped by another run; run the job again")
+        return data
 
     def _delete(self, paths: list[str]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from segpipe.inference.uncertainty import log_classes
+from segpipe.instances.window import WindowObjects
 
 Pending = tuple[torch.Tensor, torch.cuda.Event | None]
 """A tensor on the host, and what to wait for before it may be read."""
@@ -22,6 +24,8 @@ class Answer:
     scores: Pending | None
     finite: Pending | None
     """One boolean: whether all scores are numbers."""
+    objects: Sequence[WindowObjects] | None = None
+    """What an instance or panoptic model found in each window; on the host already."""
 
     def wait(self) -> tuple[np.ndarray | None, np.ndarray | None, bool]:
         """Labels and scores as arrays on the host, and whether all scores are numbers."""

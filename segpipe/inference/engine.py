@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.native import NativeAnswer, native_answer
 from segpipe.inference.normalise import Normaliser
+from segpipe.inference.objects import BlockObjects, ObjectMerger, masked
 from segpipe.inference.overlap import Prefetch, Writer
 from segpipe.lattice import Index
-from segpipe.models.base import SegmentationModel
+from segpipe.models.base import ObjectModel, SegmentationModel
 from segpipe.models.card import Card, Interpolation
 from segpipe.plan import Plan
 from segpipe.sources.base import Pixels
@@ -57,6 +58,8 @@ class BlockResult:
     """(k, …) float32 probabilities, where they were asked for."""
     uncertainty: np.ndarray | None
     """(channel, …) uint16, where it was asked for."""
+    objects: BlockObjects | None
+    """Of an instance or panoptic card."""
     valid: int
     """Number of valid elements."""
     windows: int
@@ -101,7 +104,7 @@ class _Block:
     index: Index
     box: Box
     valid: np.ndarray
-    merger: Merger | None = None
+    merger: Merger | ObjectMerger | None = None
     windows: int = 0
     skipped: int = 0
 
@@ -111,6 +114,8 @@ class _Item:
     block: _Block
     window: Index | None
     last: bool
+    valid: np.ndarray | None = None
+    """Over the window, for object models: what is not valid is no object's."""
 
 
 @dataclass
@@ -128,7 +133,7 @@ class Engine:
         plan: Plan,
         card: Card,
         normaliser: Normaliser,
-        model: SegmentationModel,
+        model: SegmentationModel | ObjectModel,
         store: BlockStore,
         nodata: int,
         tta: bool = False,
@@ -142,6 +147,7 @@ class Engine:
         self.views = flip_views(len(plan.grid.axes)) if tta else [()]
         self.values = np.array(card.values, dtype=label_dtype(card))
         self.labels_only = plan.labels_only
+        self.finds_objects = card.output.kind != "semantic"
         self.several = plan.workload.uncertainty > 0 and (tta or plan.blend != "trim")
         """Whether an element has several answers, whose disagreement is wanted."""
         self.timings = Timings()
@@ -239,8 +245,9 @@ class Engine:
         for n, (window, real, native) in enumerate(wanted, start=1):
             begun = time.perf_counter()
             values = self._window(normal, read_box, real, native)
+            valid = self._valid(pixels.valid[real.within(read_box)]) if self.finds_objects else None
             self.timings.read += time.perf_counter() - begun
-            yield _Item(block, window, last=n == len(wanted)), values
+            yield _Item(block, window, last=n == len(wanted), valid=valid), values
 
     def _window(self, normal: np.ndarray, read_box: Box, real: Box, native: Box) -> np.ndarray:
         """One window on the model grid, padded at the scene's trailing edge."""
@@ -258,12 +265,21 @@ class Engine:
             values = np.pad(values, [(0, 0), *rest], mode=mode)
         return np.ascontiguousarray(values)
 
+    def _valid(self, valid: np.ndarray) -> np.ndarray:
+        """Where a window is valid; its padding is not."""
+        rest = [(0, n - m) for n, m in zip(self.plan.lattice.window_shape, valid.shape, strict=True)]
+        return np.pad(valid, rest)
+
     # -- forward ------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _forward(self, batch: _Batch) -> Answer:
         on_cpu = self.model.device.type == "cpu"  # there a batch is computed one by one
         x = batch.tensor[: batch.used] if on_cpu else batch.tensor.to(self.model.device, non_blocking=True)
+        if self.finds_objects:
+            self.timings.passes += batch.used
+            found = cast(ObjectModel, self.model).objects(x[: batch.used])
+            return Answer(None, None, None, found)
         scores = self._probabilities(x)
         labels = None
         if self.labels_only:
@@ -292,9 +308,10 @@ class Engine:
 
         A window's place in a batch changes the last bits of some matrix products there.
         """
+        model = cast(SegmentationModel, self.model)
         if x.device.type == "cpu" and len(x) > 1:
-            return torch.cat([self.model(window) for window in x.split(1)])
-        return self.model(x)
+            return torch.cat([model(window) for window in x.split(1)])
+        return model(x)
 
     # -- stitch and write ---------------------------------------------------------------------
 
@@ -312,20 +329,27 @@ class Engine:
         for item in batch.items:
             block = item.block
             if item.window is not None:
-                values = labels if self.labels_only else scores
-                assert values is not None
-                self._merger(block).aggregate(item.window, values[position])
+                merger = self._merger(block)
+                if isinstance(merger, ObjectMerger):
+                    assert answer.objects is not None and item.valid is not None
+                    merger.aggregate(item.window, masked(answer.objects[position], item.valid))
+                else:
+                    values = labels if self.labels_only else scores
+                    assert values is not None
+                    merger.aggregate(item.window, values[position])
                 position += 1
             if item.last:
                 self._finish(block, writer)
         self.timings.stitch += time.perf_counter() - begun
 
-    def _merger(self, block: _Block) -> Merger:
+    def _merger(self, block: _Block) -> Merger | ObjectMerger:
         """A block's merger, made when its first window is stitched."""
         if block.merger is None:
             plan, classes = self.plan, len(self.card.classes)
             region = plan.grid.model_box(block.box)
-            if self.labels_only:
+            if self.finds_objects:
+                block.merger = ObjectMerger(block.box, plan.lattice, self.card)
+            elif self.labels_only:
                 block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
             else:
                 kind = GaussianScores if plan.blend == "gaussian" else TrimScores
@@ -334,13 +358,17 @@ class Engine:
 
     def _finish(self, block: _Block, writer: Writer) -> None:
         """Onto the native grid, to class values, to the writer."""
-        merged = self._merger(block).finalize()
-        answer = NativeAnswer(merged, None, None)
-        if not self.labels_only:
-            nearest = self.card.input.score_resampling is Interpolation.nearest
-            answer = native_answer(merged, len(self.card.classes), self.plan, block.box, nearest)
-        channel = answer.channel
-        labels = self.values[channel]
+        merger = self._merger(block)
+        answer, objects = NativeAnswer(np.zeros(0), None, None), None
+        if isinstance(merger, ObjectMerger):
+            labels, objects = merger.finalize()
+        else:
+            merged = merger.finalize()
+            answer = NativeAnswer(merged, None, None)
+            if not self.labels_only:
+                nearest = self.card.input.score_resampling is Interpolation.nearest
+                answer = native_answer(merged, len(self.card.classes), self.plan, block.box, nearest)
+            labels = self.values[answer.channel]
         labels[~block.valid] = self.nodata
         block.merger = None
         result = BlockResult(
@@ -349,6 +377,7 @@ class Engine:
             labels,
             answer.scores,
             answer.uncertainty,
+            objects,
             int(block.valid.sum()),
             block.windows,
             block.skipped,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -169,3 +169,14 @@ def at_resolution(scores: torch.Tensor, batch: torch.Tensor, channels: int, name
         )
     mode = "bilinear" if len(wanted) == 2 else "trilinear"
     return functional.interpolate(scores, size=wanted, mode=mode, align_corners=False)
+
+
+@contextmanager
+def forward_pass(device: torch.device, precision: str, threads: int) -> Iterator[None]:
+    """The arithmetic of a prediction: no gradients, ``precision``, and on a CPU ``threads``."""
+    if device.type == "cpu" and torch.get_num_threads() != threads:
+        # The setting belongs to the calling thread, and changes the last bits of some sums.
+        torch.set_num_threads(threads)
+    dtype = AUTOCAST.get(precision)
+    with torch.inference_mode(), nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
+        yield

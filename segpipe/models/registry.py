@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from segpipe.config import Precision
 from segpipe.errors import RequestError
@@ -26,15 +26,16 @@ from segpipe.models.weights import card_error, resolve_weights, weights_files, w
 if TYPE_CHECKING:
     import torch
 
-    from segpipe.models.base import SegmentationModel
+    from segpipe.models.base import ObjectModel, ObjectNetwork, SegmentationModel
     from segpipe.models.network import Network
 
 AS_STORED = (Provider.onnx, Provider.torchscript, Provider.exported, Provider.classical)
 """Providers whose files fix their own arithmetic: only fp32 is asked of them."""
 
 Key = tuple[str, str, str, str, int]
+M = TypeVar("M")
 
-_models: dict[Key, SegmentationModel] = {}
+_models: dict[Key, Any] = {}
 _models_lock = threading.Lock()
 
 
@@ -43,7 +44,7 @@ class Adapter(Protocol):
 
     check: Callable[[Card], None]
     """Everything that can be refused without building."""
-    build: Callable[[Card, torch.device, int], Network]
+    build: Callable[[Card, torch.device, int], Network | ObjectNetwork]
     """The network with its weights, on a device, with that many CPU threads."""
 
 
@@ -78,7 +79,7 @@ def load_model(card: Card, device: str, threads: int, precision: str) -> Segment
     """The card's model, ready to run; the same object for the same request in one process.
 
     Args:
-        card: the model.
+        card: the model; its output is semantic.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU threads of one forward pass.
         precision: ``fp32``, ``bf16`` or ``fp16``, as `resolve_precision` gives it. A file that fixes
@@ -88,6 +89,21 @@ def load_model(card: Card, device: str, threads: int, precision: str) -> Segment
     Raises:
         RequestError: the card, its weights or the device cannot be served.
     """
+    from segpipe.models.network import ReadyModel
+
+    return _loaded(card, device, threads, precision, ReadyModel)
+
+
+def load_object_model(card: Card, device: str, threads: int, precision: str) -> ObjectModel:
+    """The same for a card whose output is instance or panoptic."""
+    from segpipe.models.objects import ReadyObjects
+
+    return _loaded(card, device, threads, precision, ReadyObjects)
+
+
+def _loaded(
+    card: Card, device: str, threads: int, precision: str, ready: Callable[[Card, Any, str, int], M]
+) -> M:
     if card.provider in AS_STORED:
         precision = "fp32"
     with _models_lock:
@@ -100,11 +116,9 @@ def load_model(card: Card, device: str, threads: int, precision: str) -> Segment
             threads,
         )
         if key not in _models:
-            from segpipe.models.network import ReadyModel
-
             network = _build(card, _device(card, device), threads)
-            _models[key] = ReadyModel(card, network, precision, threads)
-        return _models[key]
+            _models[key] = ready(card, network, precision, threads)
+        return cast(M, _models[key])
 
 
 def resolve_precision(card: Card, precision: Precision, device: str) -> str:
@@ -190,6 +204,8 @@ def check_card(card: Card) -> None:
     _adapter(card).check(card)
     _check_window(card)
     _check_input(card)
+    if card.output.kind != "semantic":
+        _check_objects(card)
     if card.roi is not None:
         _check_roi(card, card.roi.card)
 
@@ -204,7 +220,7 @@ def _adapter(card: Card) -> Adapter:
         ) from error
 
 
-def _build(card: Card, device: torch.device, threads: int) -> Network:
+def _build(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
     return _adapter(card).build(card, device, threads)
 
 
@@ -257,6 +273,23 @@ def _check_window(card: Card) -> None:
                 f"found {halo} for a window of {n} (stride {stride}); "
                 f"valid: 0 to {max(0, (n - stride) // 2 // stride * stride)}",
             )
+
+
+def _check_objects(card: Card) -> None:
+    """What cards whose answer is objects can't have, and what they need."""
+    if sum(c.background for c in card.classes) != 1:
+        raise card_error(
+            card, "classes", "one must have background: true: what elements without an object are labelled as"
+        )
+    if card.roi is not None or any(card.cleanup.model_dump().values()):
+        raise card_error(card, "output.kind", "objects go without `roi` and `cleanup`; leave these out")
+    if card.window.size != "whole" and not all(card.halo or (0,)):
+        raise card_error(
+            card,
+            "window.halo",
+            f"found {card.window.halo}; objects of neighbouring windows are joined by what both see: valid: "
+            "elements above 0, best more than half of what is searched for",
+        )
 
 
 def _check_input(card: Card) -> None:

@@ -51,6 +51,8 @@ class Progress:
     """Trials since the best."""
     stopped: bool = False
     history: list[Moment] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last row of the history."""
 
 
 class Training:
@@ -101,22 +103,21 @@ class Training:
         batches = self.sampler.batches(
             progress.step * per_step, recipe.optimise.steps * per_step, self.world.rank, self.world.size
         )
-        losses: list[float] = []
         with Prefetch(batches, AHEAD) as ahead:
             source = iter(ahead)
             while not self.finished:
-                losses.append(self._step([next(source) for _ in range(per_step)]))
+                progress.losses.append(self._step([next(source) for _ in range(per_step)]))
                 progress.step += 1
                 progress.seconds = before + time.monotonic() - begun
+                due = progress.step % recipe.judge.every == 0 or self.finished
+                if due:
+                    self._judge(told)
                 # a later call has a time of its own
-                stop = should_stop() or time.monotonic() - begun > limit
-                if self.world.any(stop) and not self.finished:
+                stop = self.world.any(should_stop() or time.monotonic() - begun > limit)
+                if due or stop:
                     self._save()
+                if stop and not self.finished:
                     return False
-                if progress.step % recipe.judge.every == 0 or self.finished:
-                    self._judge(losses, told)
-                    losses = []
-                    self._save()
         return True
 
     def rate(self, step: int) -> float:
@@ -156,17 +157,15 @@ class Training:
         judged = [s for s in self.scenes if self.fold.judged(s.name)]
         if not judged:
             return None
-        window = self.sampler.shape
-        return try_model(
-            self.network.predict, self.recipe.card, judged[:limit], self.fold, window, self.network.device
-        )
+        network = self.network
+        return try_model(network.predict, self.recipe.card, judged[:limit], self.fold, network.device)
 
-    def _judge(self, losses: Sequence[float], told: Callable[[Moment], None]) -> None:
+    def _judge(self, told: Callable[[Moment], None]) -> None:
         progress, judge = self.progress, self.recipe.judge
         moment = Moment(
             step=progress.step,
             steps=self.recipe.optimise.steps,
-            loss=self.world.mean(sum(losses) / max(1, len(losses))),
+            loss=self.world.mean(sum(progress.losses) / len(progress.losses)),
             rate=self.rate(progress.step - 1),
             seconds=progress.seconds,
         )
@@ -182,6 +181,7 @@ class Training:
         stop = bool(judge.patience) and progress.worse >= judge.patience
         progress.stopped = self.world.any(stop)
         progress.history.append(moment)
+        progress.losses = []
         told(moment)
 
     def take_best(self) -> None:

@@ -120,10 +120,16 @@ class TrainNetwork:
                 continue  # one tensor under two names is stored once
             seen.add(tensor.data_ptr())
             value = tensor.detach().cpu().contiguous()
-            kept[name] = value.half() if half and value.is_floating_point() else value
+            kept[name] = _halved(value) if half else value
             if value.is_floating_point():
                 tensor.copy_(kept[name].to(tensor.dtype))
         save_file(kept, path)
+
+
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    """Numbers as fp16; as they are where one is too large for it, as a variance of the data may be."""
+    halved = value.half() if value.is_floating_point() else value
+    return halved if bool(halved.isfinite().all()) else value
 
 
 def begin_with(module: torch.nn.Module, start: str) -> list[str]:
@@ -148,7 +154,12 @@ def begin_with(module: torch.nn.Module, start: str) -> list[str]:
             ratio = other.shape[1] / tensor.shape[1]
             fitting[name] = other.mean(1, keepdim=True).expand(tensor.shape) * ratio
             notes.append(f"{name}: mean over {other.shape[1]} bands")
-    rest = [name for name in wanted if name not in fitting and not name.endswith("num_batches_tracked")]
+    filled = {wanted[name].data_ptr() for name in fitting}  # one tensor under two names is stored once
+    rest = [
+        name
+        for name, tensor in wanted.items()
+        if tensor.data_ptr() not in filled and not name.endswith("num_batches_tracked")
+    ]
     if not fitting:
         raise RequestError(
             f"start: no tensor of {start} fits this network; give a card of the same architecture"

@@ -16,12 +16,14 @@ import yaml
 
 from segpipe import __version__
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
+from segpipe.models.card import Card, load_card
+from segpipe.reference import find_reference
 from segpipe.settings import resolve_device
 from segpipe.sources import discover
 from segpipe.sources.base import SceneRef
 from segpipe.training.loop import Moment, Training
-from segpipe.training.network import TrainNetwork, precision_here
+from segpipe.training.losses import build_loss
+from segpipe.training.network import TrainNetwork, begin_with, precision_here
 from segpipe.training.page import FoldView, training_page
 from segpipe.training.pictures import samples
 from segpipe.training.recipe import Keep, Recipe, SplitBy
@@ -64,13 +66,29 @@ def check_recipe(recipe: Recipe) -> list[SceneRef]:
     """
     from segpipe.models.registry import untrained
 
+    card = recipe.card
     window_shape(recipe)
-    untrained(recipe.card)
+    if card.roi is not None or card.output.kind != "semantic":
+        field = "roi" if card.roi is not None else "output.kind"
+        raise RequestError(
+            f"card.{field}: leave it out; networks are trained on whole scenes, class by class"
+        )
+    network = untrained(card)
     if recipe.start and not Path(recipe.start).is_file():
         raise RequestError(f"start: {recipe.start} does not exist; give a model card")
+    if recipe.start:
+        begin_with(network, recipe.start)
+    build_loss(recipe.loss, len(card.classes))
+    if max(recipe.augment.flip_axes, default=0) >= card.ndim:
+        raise RequestError(
+            f"augment.flip_axes: found {recipe.augment.flip_axes}; valid: 0 to {card.ndim - 1}"
+        )
     if recipe.split.by is SplitBy.scene and recipe.split.buffer:
         raise RequestError("split.buffer: is for `by: block`; scenes have no neighbours")
-    return discover(recipe.data.scenes)
+    precision_here(recipe.compute.precision, torch.device(resolve_device(recipe.compute.device, card)))
+    refs = discover(recipe.data.scenes)
+    find_reference(recipe.data.reference, refs[0].name)
+    return refs
 
 
 def train(recipe: Recipe, told: Told, should_stop: Callable[[], bool] = lambda: False) -> Result:
@@ -122,6 +140,9 @@ def _one(
     should_stop: Callable[[], bool],
 ) -> str | None:
     """Train one fold and write its card; the scores in words, or None where it was stopped."""
+    known = _finished(recipe, folder)
+    if known is not None:
+        return known
     folder.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
     network = TrainNetwork(recipe, where, precision_here(recipe.compute.precision, where))
@@ -144,10 +165,22 @@ def _one(
     if trial is not None:
         trial.table.to_csv(folder / "scores.csv", index=False)
     write_card(recipe.card, folder / "card.yaml", "weights.safetensors", recipe, text)
-    record = _record(recipe, fold, network, training)
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     _show(recipe, training, folder, "finished", text)
+    record = _record(recipe, fold, network, training)
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")  # last: it says "finished"
     return text
+
+
+def _finished(recipe: Recipe, folder: Path) -> str | None:
+    """The scores of a fold that an earlier call finished for this recipe; None: something is left to do."""
+    record, card = folder / "training.json", folder / "card.yaml"
+    if not (record.is_file() and card.is_file() and (folder / "weights.safetensors").is_file()):
+        return None
+    before = Recipe.model_validate(json.loads(record.read_text())["recipe"])
+    where = {"out", "compute", "split"}
+    if before.model_dump(exclude=where) != recipe.model_dump(exclude=where):
+        return None  # of another title, or stored otherwise: the same weights, another card
+    return load_card(card).scores
 
 
 def _show(recipe: Recipe, training: Training, folder: Path, state: str, scores: str) -> None:
@@ -224,8 +257,7 @@ def _record(recipe: Recipe, fold: Fold, network: TrainNetwork, training: Trainin
 def _ensemble(recipe: Recipe, folder: Path, cards: Sequence[Path]) -> Path:
     """A card that averages the folds' models."""
     fields = recipe.card.model_dump(mode="json", exclude_defaults=True)
-    for name in ("architecture",):
-        fields.pop(name, None)
+    fields.pop("architecture", None)
     fields["provider"] = "ensemble"
     fields["arguments"] = {"cards": [str(card.relative_to(folder)) for card in cards]}
     fields["output"] = {"activation": "none"}

@@ -6,8 +6,9 @@ Ecography 40:913). Squares are kept apart with a buffer around them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -61,19 +62,32 @@ class Fold:
 
     def judged(self, name: str) -> list[Box]:
         """Boxes of a scene by which the model is judged; they don't overlap."""
-        whole = Box.whole(self.shapes[name])
+        return self._judged.get(name, [])
+
+    @cached_property
+    def _judged(self) -> dict[str, list[Box]]:
+        """For each scene that has any, the boxes by which the model is judged."""
+        found: dict[str, list[Box]] = defaultdict(list)
         if self.apart is None:
-            return []
+            return found
         if self.split.by is SplitBy.scene:
-            part = self.parts(len(self.names))[self.names.index(name)]
-            return [whole] if part == self.apart else []
-        blocks = self.blocks()
-        edge = self.split.block
-        return [
-            Box.at([i * edge for i in place], [edge] * len(place)).intersect(whole)
-            for (scene, place), part in zip(blocks, self.parts(len(blocks)), strict=True)
-            if scene == name and part == self.apart
-        ]
+            parts = self.parts(len(self.names))
+            apart = [name for name, part in zip(self.names, parts, strict=True) if part == self.apart]
+            return {name: [Box.whole(self.shapes[name])] for name in apart}
+        blocks, edge = self.blocks(), self.split.block
+        for (name, place), part in zip(blocks, self.parts(len(blocks)), strict=True):
+            if part == self.apart:
+                box = Box.at([i * edge for i in place], [edge] * len(place))
+                found[name].append(box.intersect(Box.whole(self.shapes[name])))
+        return found
+
+    @cached_property
+    def _corners(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Starts and stops of the same boxes, (box, axis): a raster may have many."""
+        return {
+            name: (np.array([b.start for b in boxes]), np.array([b.stop for b in boxes]))
+            for name, boxes in self._judged.items()
+        }
 
     def learns(self, name: str) -> bool:
         """Whether the model may learn from some of a scene."""
@@ -81,31 +95,32 @@ class Fold:
 
     def is_judged(self, name: str, box: Box) -> np.ndarray:
         """Where in a box of a scene the model is judged: bool, (…)."""
-        return _inside(box, self.judged(name))
+        return self._near(name, box, 0)
 
     def is_learned(self, name: str, box: Box) -> np.ndarray:
         """Where in a box the model may learn: outside what is judged and the buffer around it."""
-        buffer = 0 if self.split.by is SplitBy.scene else self.split.buffer
-        grown = [
-            Box(tuple(a - buffer for a in b.start), tuple(e + buffer for e in b.stop))
-            for b in self.judged(name)
-        ]
-        return ~_inside(box, grown)
+        return ~self._near(name, box, self._buffer)
 
     def learned_at(self, name: str, positions: np.ndarray) -> np.ndarray:
         """Those of some elements (n, axis) from which the model may learn."""
         keep = np.ones(len(positions), dtype=bool)
-        buffer = 0 if self.split.by is SplitBy.scene else self.split.buffer
         for judged in self.judged(name):
-            low, high = np.array(judged.start) - buffer, np.array(judged.stop) + buffer
+            low, high = np.array(judged.start) - self._buffer, np.array(judged.stop) + self._buffer
             keep &= ~((positions >= low) & (positions < high)).all(axis=1)
         return np.asarray(positions[keep])
 
+    @property
+    def _buffer(self) -> int:
+        return 0 if self.split.by is SplitBy.scene else self.split.buffer
 
-def _inside(box: Box, boxes: Sequence[Box]) -> np.ndarray:
-    found = np.zeros(box.shape, dtype=bool)
-    for other in boxes:
-        common = box.intersect(other)
-        if common.size:
-            found[common.within(box)] = True
-    return found
+    def _near(self, name: str, box: Box, reach: int) -> np.ndarray:
+        """Where in a box an element is judged, or one within ``reach`` along every axis: bool, (…)."""
+        found = np.zeros(box.shape, dtype=bool)
+        if name not in self._corners:
+            return found
+        starts, stops = self._corners[name]
+        starts, stops = np.maximum(starts - reach, box.start), np.minimum(stops + reach, box.stop)
+        meets = (starts < stops).all(axis=1)
+        for start, stop in zip(starts[meets].tolist(), stops[meets].tolist(), strict=True):
+            found[Box(tuple(start), tuple(stop)).within(box)] = True
+        return found

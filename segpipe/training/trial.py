@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,12 +53,12 @@ class Trial:
         return found
 
 
-def trial_lattice(card: Card, shape: Sequence[int], window: Sequence[int]) -> Lattice:
-    """Windows over a scene: the card's where it says, else the scene in one pass."""
-    stride = card.window.stride
-    if card.window.size == "whole":
+def trial_lattice(card: Card, shape: Sequence[int]) -> Lattice:
+    """The card's windows over a scene, as in a run; a halo of a quarter where it is yet to be measured."""
+    stride, window = card.window.stride, card.window_shape
+    if window is None or card.window.size == "whole":
         return make_lattice(shape, [-(-n // stride) * stride for n in shape], [0] * len(shape), stride)
-    halo = card.halo or tuple(n // 4 for n in window)
+    halo = card.halo or tuple(n // 4 // stride * stride for n in window)
     return make_lattice(shape, window, halo, stride, card.window.fixed)
 
 
@@ -66,7 +67,6 @@ def try_model(
     card: Card,
     scenes: Sequence[TrainScene],
     fold: Fold,
-    window: Sequence[int],
     device: torch.device,
 ) -> Trial:
     """Predict the scenes that are judged, window by window, and count.
@@ -76,7 +76,6 @@ def try_model(
         card: its card.
         scenes: of which those with judged elements are taken.
         fold: says which elements are judged.
-        window: elements of a window, where the card's is not the whole scene.
         device: of the network.
     """
     rows = []
@@ -84,7 +83,7 @@ def try_model(
         judged = fold.judged(scene.name)
         if not judged:
             continue
-        matrix = _confusion(predict, card, scene, fold, trial_lattice(card, scene.shape, window), device)
+        matrix = _confusion(predict, card, scene, fold, trial_lattice(card, scene.shape), device)
         for channel, c in enumerate(card.classes):
             tp = int(matrix[channel, channel])
             rows.append(
@@ -109,6 +108,7 @@ def _confusion(
     classes = len(card.classes)
     matrix = np.zeros((classes, classes), dtype=np.int64)
     whole = Box.whole(lattice.shape)
+    beyond: Any = "constant" if card.window.padding == "zero" else card.window.padding
     for index in lattice.windows(whole, "trim"):
         owned, window = lattice.owned(index), lattice.window(index)
         judged = fold.is_judged(scene.name, owned)
@@ -116,7 +116,8 @@ def _confusion(
             continue
         seen = window.intersect(whole)
         image, target = scene.read(seen)
-        image = np.pad(image, [(0, 0), *((0, n - m) for n, m in zip(window.shape, seen.shape, strict=True))])
+        rest = [(0, n - m) for n, m in zip(window.shape, seen.shape, strict=True)]
+        image = np.pad(image, [(0, 0), *rest], mode=beyond)
         logits = predict(torch.from_numpy(image)[None].to(device))
         if logits.shape[1] == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], 1)

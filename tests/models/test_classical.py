@@ -26,8 +26,12 @@ from tests.inference.lab import Lab, labels_of, predict, prepared
 WHOLE = {"size": "whole", "stride": 1}
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
-PHOTO = data.camera()[::4, ::4].astype(np.float32)
-"""128 × 128, a dark figure before a bright sky."""
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """128 × 128, a dark figure before a bright sky."""
+    return data.camera()[::4, ::4].astype(np.float32)
 
 
 def card_of(make_card: Any, method: str, *, bands: int = 1, classes: int = 2, **fields: Any) -> Card:
@@ -59,29 +63,31 @@ def balls(shape: tuple[int, ...] = (24, 30, 36), noise: float = 0.0) -> tuple[np
 # -- thresholds -----------------------------------------------------------------------------------
 
 
-def test_otsu_is_scikit_images_threshold_of_the_whole_image(make_card):
-    expected = PHOTO > filters.threshold_otsu(PHOTO)
-    assert np.array_equal(answer(card_of(make_card, "otsu"), PHOTO[None]), expected)
+def test_otsu_is_scikit_images_threshold_of_the_whole_image(make_card, photo):
+    expected = photo > filters.threshold_otsu(photo)
+    assert np.array_equal(answer(card_of(make_card, "otsu"), photo[None]), expected)
 
 
 def test_otsu_finds_the_balls_of_a_volume(make_card):
     values, truth = balls(noise=5)
     card = card_of(make_card, "otsu", kind="volume", input={"bands": []})
-    assert np.array_equal(answer(card, values[None]), truth)
+    found = answer(card, values[None])
+    assert np.array_equal(found, values > filters.threshold_otsu(values))
+    assert (found != truth).mean() < 1e-3  # the threshold is a bin's centre, and some noise reaches above
 
 
 @pytest.mark.parametrize("classes", [3, 4])
-def test_multi_otsu_is_scikit_images(make_card, classes):
-    expected = np.digitize(PHOTO, filters.threshold_multiotsu(PHOTO, classes))
+def test_multi_otsu_is_scikit_images(make_card, photo, classes):
+    expected = np.digitize(photo, filters.threshold_multiotsu(photo, classes))
     assert len(np.unique(expected)) == classes
-    assert np.array_equal(answer(card_of(make_card, "multi-otsu", classes=classes), PHOTO[None]), expected)
+    assert np.array_equal(answer(card_of(make_card, "multi-otsu", classes=classes), photo[None]), expected)
 
 
-def test_what_is_zero_in_every_band_has_no_say_in_a_raster(make_card):
+def test_what_is_zero_in_every_band_has_no_say_in_a_raster(make_card, photo):
     """The engine puts 0 where a scene has no value; a card may say that its zeros are measured."""
     framed = np.zeros((300, 300), np.float32)
-    framed[:128, :128] = PHOTO + 1
-    frameless = filters.threshold_otsu(PHOTO + 1)
+    framed[:128, :128] = photo + 1
+    frameless = filters.threshold_otsu(photo + 1)
     assert filters.threshold_otsu(framed) < frameless - 5
     assert np.array_equal(answer(card_of(make_card, "otsu"), framed[None]), framed > frameless)
     card = card_of(make_card, "otsu", arguments={"nonzero": False})
@@ -144,12 +150,12 @@ def test_region_growing_keeps_the_components_that_hold_a_seed(make_card, ndim):
     assert np.array_equal(answer(card, values[None]), np.isin(components, seeded))
 
 
-def test_watershed_is_scikit_images_over_the_gradient(make_card):
-    low, high = np.quantile(PHOTO, [0.2, 0.6])
-    markers = np.where(PHOTO <= low, 1, np.where(PHOTO >= high, 2, 0))
-    expected = segmentation.watershed(filters.sobel(PHOTO), markers) - 1
+def test_watershed_is_scikit_images_over_the_gradient(make_card, photo):
+    low, high = np.quantile(photo, [0.2, 0.6])
+    markers = np.where(photo <= low, 1, np.where(photo >= high, 2, 0))
+    expected = segmentation.watershed(filters.sobel(photo), markers) - 1
     card = card_of(make_card, "watershed", arguments={"markers": [[0, 0.2], [0.6, 1]], "nonzero": False})
-    assert np.array_equal(answer(card, PHOTO[None]), expected)
+    assert np.array_equal(answer(card, photo[None]), expected)
 
 
 def test_watershed_of_a_volume_finds_the_balls(make_card):
@@ -289,7 +295,7 @@ def test_what_looks_at_the_scene_takes_no_windows(make_card, method):
     arguments = METHODS[method]
     with pytest.raises(RequestError, match=f"window.size: found .*64.*{method}.*valid: whole"):
         check_card(card_of(make_card, method, arguments=arguments, window={"size": [64], "stride": 1}))
-    with pytest.raises(RequestError, match="window.stride: found 2; valid: 1"):
+    with pytest.raises(RequestError, match=r"window\.stride: found 2; valid: 1"):
         check_card(card_of(make_card, method, arguments=arguments, window={"size": "whole", "stride": 2}))
 
 
@@ -385,7 +391,7 @@ def test_the_forest_is_the_same_tiled_and_whole(make_card, tmp_path, labelled):
     save_forest(fit_forest(*labelled, trees=8), tmp_path / "forest.safetensors")
     model = load_model(forest_card(make_card), "cpu", 2, "fp32")
     scene = torch.randn(1, 3, 300, 301)
-    assert 300 * 301 > CHUNK
+    assert scene[0, 0].numel() > CHUNK
     whole = model(scene)
     tiled = torch.empty_like(whole)
     for row, col in itertools.product((0, 64, 256), (0, 100, 173)):

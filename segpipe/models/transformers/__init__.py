@@ -1,0 +1,166 @@
+"""Networks of the transformers library, from a folder that save_pretrained wrote or a pinned hub snapshot.
+
+`config.id2label` is in the order of the card's classes. Nothing in a folder is executed: its config.json is
+read as numbers, its tensors as safetensors. With a file of tensors instead of a folder, or without weights,
+the network's configuration is the card's `arguments`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from segpipe.models.base import ObjectNetwork
+from segpipe.models.card import Card
+from segpipe.models.naming import known, only_arguments
+from segpipe.models.network import Network, TorchNetwork, fill
+from segpipe.models.transformers.configs import (
+    REFUSED,
+    argued_config,
+    labelled,
+    network_class,
+    stored_config,
+)
+from segpipe.models.transformers.families import ARCHITECTURES
+from segpipe.models.transformers.queries import ClassScores, Queries, QueryObjects
+from segpipe.models.transformers.task import TASK_ARGUMENTS, task_tokens
+from segpipe.models.weights import card_error, load_state, resolve_weights
+
+COUNTERS = ("num_batches_tracked", "relative_position_index")
+"""Endings of tensors that old checkpoints hold and no network reads."""
+
+
+class Logits(torch.nn.Module):
+    """The logits alone, often at a fraction of the input's resolution."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """(n, k, y, x)."""
+        logits = self.network(pixel_values=batch).logits
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+
+def check(card: Card) -> None:
+    """Whether the architecture is taken, serves the card's output, and its configuration fits the card.
+
+    Raises:
+        RequestError: it does not; names what was found.
+    """
+    _config(card)
+
+
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights, of the configuration that the card's arguments give.
+
+    For scores per class it maps images (n, c, y, x) to logits (universal networks: to scores). For objects
+    it is the library's own, which makes its own loss of `mask_labels` and `class_labels`.
+
+    Raises:
+        RequestError: as `check`.
+    """
+    network = network_class(card)(_config(card))
+    assert isinstance(network, torch.nn.Module)
+    return _scorer(card, network) if card.output.kind == "semantic" else network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
+    """The network as stored.
+
+    Raises:
+        RequestError: as `check`; or the folder is damaged, or its tensors do not fit its config.json.
+    """
+    path = resolve_weights(card)
+    if path.is_file():
+        network = module(card)
+        fill(card, network, load_state(path))
+    else:
+        network = _from_folder(card, path)
+        if card.output.kind == "semantic":
+            network = _scorer(card, network)
+    if card.output.kind == "semantic":
+        return TorchNetwork(network, device)
+    config: Any = network.config
+    return QueryObjects(card, _queries(card, network), labelled(card, config.num_labels), device)
+
+
+def _config(card: Card) -> Any:
+    family = ARCHITECTURES[known(card, ARCHITECTURES)]
+    if card.kind != "raster":
+        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} has two axes: valid: raster")
+    if card.output.kind not in family.kinds:
+        raise card_error(
+            card,
+            "output.kind",
+            f"found {card.output.kind}; valid for {card.architecture}: {', '.join(family.kinds)}",
+        )
+    if family.queries and card.output.kind == "semantic" and card.output.activation != "none":
+        raise card_error(
+            card,
+            "output.activation",
+            f"found {card.output.activation}; {card.architecture} answers with scores of masks: valid: none",
+        )
+    path = resolve_weights(card) if card.weights else None
+    own = TASK_ARGUMENTS if family.task else ()
+    if path is None or path.is_file():
+        return argued_config(card, {k: v for k, v in card.arguments.items() if k not in own})
+    only_arguments(card, own)
+    config = stored_config(card, path)
+    if family.task:
+        task_tokens(card, config)
+    return config
+
+
+def _scorer(card: Card, network: torch.nn.Module) -> torch.nn.Module:
+    if ARCHITECTURES[str(card.architecture)].queries:
+        return ClassScores(_queries(card, network))
+    return Logits(network)
+
+
+def _queries(card: Card, network: torch.nn.Module) -> Queries:
+    family = ARCHITECTURES[str(card.architecture)]
+    return Queries(network, family, task_tokens(card, network.config) if family.task else None)
+
+
+def _from_folder(card: Card, path: Path) -> torch.nn.Module:
+    from safetensors import SafetensorError
+
+    config = _config(card)
+    if (path / "adapter_config.json").exists():
+        raise card_error(card, "weights", f"{path} holds an adapter (adapter_config.json): merge it first")
+    # A library draws no bars on stderr; the caller's own choice comes back afterwards.
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        loaded: Any = network_class(card).from_pretrained(
+            path,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, *REFUSED) as error:
+        raise card_error(card, "weights", f"{path} cannot be loaded: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    network, report = loaded
+    # from_pretrained fills what is missing with random numbers, and only warns.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report[problem] if not str(name).endswith(COUNTERS))
+        if names:
+            what = problem.replace("_", " ")
+            raise card_error(card, "weights", f"{path}: {what}: {names[0]} ({len(names)} in all)")
+    for name, tensor in network.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise card_error(card, "weights", f"{name} in {path} holds NaN or infinity")
+    assert isinstance(network, torch.nn.Module)
+    return network
