@@ -117,12 +117,12 @@ class TrainWatch:
 
 @contextmanager
 def on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM (of a served run's cancellation) asks for a stop; the next one is as ever."""
+    """The first Ctrl-C or SIGTERM (of whoever cancels a served run) asks for a stop; the next is as ever."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: handler for n, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -132,7 +132,7 @@ def on_signals(stop: Callable[[], None]) -> Iterator[None]:
         restore()
         stop()
 
-    for number in signals:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield

@@ -254,8 +254,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder,
     from segpipe.models.card import load_card
     from segpipe.models.registry import check_card, describe
 
-    path = Path(name) if name.endswith((".yaml", ".yml")) else Path(CARDS) / f"{name}.yaml"
-    card = load_card(path)
+    card = load_card(_card_path(name))
     check_card(card)
     facts = describe(card)
     table = Table(show_header=False, title=card.title or card.name)
@@ -277,6 +276,29 @@ def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder,
     for key, value in rows.items():
         table.add_row(key, str(value))
     Console().print(table)
+
+
+@models_app.command("export")
+def export(
+    name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new card and its file.")],
+    to: Annotated[str, typer.Option(help="onnx, or int8 (for CPUs).")] = "onnx",
+    job_file: Annotated[
+        Path | None, typer.Option("--job", help="Job whose scenes are compared on; its reference gives mIoU.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Of int8: static or dynamic.")] = "static",
+) -> None:
+    """Convert a model to ONNX or int8, hold it against the first, and print difference, speed and mIoU."""
+    from segpipe.config import load_job
+    from segpipe.models.convert.command import export_model
+
+    job = load_job(job_file) if job_file is not None else None
+    for line in export_model(_card_path(name), to, out, job, method):
+        print(line)
+
+
+def _card_path(name: str) -> Path:
+    return Path(name) if name.endswith((".yaml", ".yml")) else Path(CARDS) / f"{name}.yaml"
 
 
 def execute(arguments: list[str] | None = None) -> int:

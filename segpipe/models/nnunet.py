@@ -151,7 +151,9 @@ def fold_files(card: Card, folder: Path) -> list[Path]:
     if kind not in CHECKPOINTS:
         raise card_error(card, "arguments.checkpoint", f"found {kind!r}; valid: {' or '.join(CHECKPOINTS)}")
     if not isinstance(card.arguments.get("mirror", False), bool):
-        raise card_error(card, "arguments.mirror", f"found {card.arguments['mirror']!r}; valid: true or false")
+        raise card_error(
+            card, "arguments.mirror", f"found {card.arguments['mirror']!r}; valid: true or false"
+        )
     file = f"checkpoint_{kind}.pth"
     there = [p.parent.name.removeprefix("fold_") for p in sorted(folder.glob(f"fold_*/{file}"))]
     numbered = [name for name in there if name != "all"]
@@ -222,15 +224,17 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         checkpoint = read_checkpoint(path)
         trained = checkpoint["init_args"].get("configuration")
         if trained != plan.configuration:
-            raise card_error(card, "arguments.configuration", f"found {plan.configuration!r}; valid: {trained!r}")
+            raise card_error(
+                card, "arguments.configuration", f"found {plan.configuration!r}; valid: {trained!r}"
+            )
         if not networks:  # nnU-Net too takes the first fold's
             mirrored = checkpoint.get("inference_allowed_mirroring_axes")
         try:
-            network = factory(
-                input_channels=card.channels, num_classes=output_channels(card), **arguments
-            )
+            network = factory(input_channels=card.channels, num_classes=output_channels(card), **arguments)
         except (TypeError, ValueError, AssertionError, IndexError) as error:
-            raise card_error(card, "weights", f"plans.json: {plan.network} refuses its arguments: {error}") from error
+            raise card_error(
+                card, "weights", f"plans.json: {plan.network} refuses its arguments: {error}"
+            ) from error
         fill(card, network, checkpoint["network_weights"])
         networks.append(network)
     axes = tuple(mirrored or ()) if card.arguments.get("mirror", False) else ()

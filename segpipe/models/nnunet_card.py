@@ -143,7 +143,5 @@ def _linear(folder: Path, channels: Sequence[Channel]) -> list[dict[str, Any]]:
 def _more_limits(plan: NnunetPlan) -> str:
     schemes = {c.scheme for c in plan.channels}
     if "RescaleTo01Normalization" in schemes:
-        return (
-            " Its least and greatest value are taken on the scene sampled onto a small grid, as for all quantiles."
-        )
+        return " Its least and greatest value are taken on the scene sampled onto a small grid, as for all quantiles."
     return ""

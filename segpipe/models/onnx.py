@@ -28,8 +28,13 @@ from segpipe.models.weights import card_error, resolve_weights
 
 logger = logging.getLogger(__name__)
 
-ARGUMENTS = ("input", "layout", "output")
+ARGUMENTS = ("execution", "input", "layout", "output")
 LAYOUTS = ("nchw", "nhwc")
+EXECUTION = {
+    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu and TensorRT"),
+}
+"""Who computes instead of onnxruntime itself, by the name in a card, and what to install for it."""
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -82,15 +87,30 @@ class OnnxNetwork:
 
 
 def check(card: Card) -> None:
-    """Whether the arguments are known.
+    """Whether the arguments are known, and what they ask for is installed.
 
     Raises:
-        RequestError: one is not, or the layout is neither nchw nor nhwc.
+        RequestError: one is not, the layout is neither nchw nor nhwc, or onnxruntime here lacks what
+            `execution` names.
     """
     only_arguments(card, ARGUMENTS)
     layout = card.arguments.get("layout", "nchw")
     if layout not in LAYOUTS:
         raise card_error(card, "arguments.layout", f"found {layout!r}; valid: {' or '.join(LAYOUTS)}")
+    wanted = card.arguments.get("execution")
+    if wanted is None:
+        return
+    if wanted not in EXECUTION:
+        valid = ", ".join(EXECUTION)
+        raise card_error(card, "arguments.execution", f"found {wanted!r}; valid: {valid}, or leave it out")
+    provider, package = EXECUTION[wanted]
+    if provider not in onnxruntime.get_available_providers():
+        raise card_error(
+            card,
+            "arguments.execution",
+            f"found {wanted!r}, which onnxruntime {onnxruntime.__version__} lacks here; install {package}, "
+            "or leave it out",
+        )
 
 
 def build(card: Card, device: torch.device, threads: int) -> Network:
@@ -129,7 +149,7 @@ def _session(card: Card, device: torch.device, threads: int) -> Any:
         # From bytes, not from the path: a file that points to others beside it is refused, so
         # that what was hashed is all that is read.
         return onnxruntime.InferenceSession(
-            path.read_bytes(), sess_options=options, providers=_providers(card, device)
+            path.read_bytes(), sess_options=options, providers=_providers(card, device, threads)
         )
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
@@ -141,7 +161,13 @@ def _session(card: Card, device: torch.device, threads: int) -> Any:
         ) from error
 
 
-def _providers(card: Card, device: torch.device) -> list[Any]:
+def _providers(card: Card, device: torch.device, threads: int) -> list[Any]:
+    wanted = card.arguments.get("execution")
+    if wanted == "openvino":
+        options = {"device_type": "CPU", "precision": "FP32", "num_of_threads": str(threads)}
+        return [(EXECUTION[wanted][0], options), "CPUExecutionProvider"]
+    if wanted == "tensorrt":
+        return [(EXECUTION[wanted][0], {"device_id": device.index or 0}), "CPUExecutionProvider"]
     if device.type != "cuda":
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import segmentation_models_pytorch as library
 import torch
@@ -43,15 +44,33 @@ def module(card: Card) -> torch.nn.Module:
         "classes": output_channels(card),
     }
     network = construct(card, factory, arguments)
+    _check_window(card, network)
+    assert isinstance(network, torch.nn.Module)
+    return network
+
+
+def _check_window(card: Card, network: Any) -> None:
+    """The card's stride and window, held against the network's."""
     stride = int(network.encoder.output_stride)
+    if isinstance(network, library.DPT):  # its decoder goes on to 1/32 from the encoder's patches
+        stride *= max(1, 2 ** (len(network.encoder.output_strides) + 1) // stride)
     if card.window.stride % stride:
         raise card_error(
             card,
             "window.stride",
             f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
         )
-    assert isinstance(network, torch.nn.Module)
-    return network
+    patches = getattr(getattr(network.encoder, "model", None), "patch_embed", None)
+    if not getattr(patches, "strict_img_size", False):
+        return
+    size = tuple(patches.img_size)
+    if card.window_shape != size or not card.window.fixed:
+        raise card_error(
+            card,
+            "window.size",
+            f"found {card.window.size}, fixed {str(card.window.fixed).lower()}; this encoder takes "
+            f"{list(size)} alone: valid: that size with fixed: true, or another img_size in `arguments`",
+        )
 
 
 def build(card: Card, device: torch.device, threads: int) -> Network:

@@ -176,9 +176,8 @@ def _finished(recipe: Recipe, folder: Path) -> str | None:
     record, card = folder / "training.json", folder / "card.yaml"
     if not (record.is_file() and card.is_file() and (folder / "weights.safetensors").is_file()):
         return None
-    before = Recipe.model_validate(json.loads(record.read_text())["recipe"])
-    where = {"out", "compute", "split"}
-    if before.model_dump(exclude=where) != recipe.model_dump(exclude=where):
+    before, now = json.loads(record.read_text())["recipe"], _plain(recipe)
+    if any(before.get(k) != now.get(k) for k in {*before, *now} - {"out", "compute", "split"}):
         return None  # of another title, or stored otherwise: the same weights, another card
     return load_card(card).scores
 
@@ -238,7 +237,7 @@ def write_card(card: Card, path: Path, weights: str, recipe: Recipe, scores: str
 def _record(recipe: Recipe, fold: Fold, network: TrainNetwork, training: Training) -> dict[str, Any]:
     """Everything that is needed to do it again."""
     return {
-        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "recipe": _plain(recipe),
         "apart": fold.apart,
         "learned_from": [name for name in fold.names if fold.learns(name)],
         "judged_by": [name for name in fold.names if fold.judged(name)],
@@ -252,6 +251,11 @@ def _record(recipe: Recipe, fold: Fold, network: TrainNetwork, training: Trainin
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says, as JSON has it, without what is left at its default."""
+    return recipe.model_dump(mode="json", exclude_defaults=True)
 
 
 def _ensemble(recipe: Recipe, folder: Path, cards: Sequence[Path]) -> Path:

@@ -100,6 +100,15 @@ def test_no_two_segments_share_an_id():
     assert found.scores == pytest.approx([0.8, 0.8, 0.6])
 
 
+def test_of_equal_masks_the_first_wins():
+    """As torch's argmax on the CPU has it."""
+    masks, scores = np.full((3, 2, 2), 0.9, np.float32), np.array([0.6, 0.8, 0.8], np.float32)
+    found = resolve_masks(masks, np.array([1, 2, 3]), scores, things=[1, 2, 3], stuff=[])
+    first = int((torch.from_numpy(masks) * torch.from_numpy(scores).view(-1, 1, 1)).argmax(0)[0, 0])
+    assert (first, found.classes.tolist()) == (1, [2])
+    assert (found.ids == 1).all()
+
+
 def published_panoptic(masks, classes, scores, things, stuff, threshold, overlap):
     """`panoptic_inference` of facebookresearch/Mask2Former (maskformer_model.py, MIT), step by step."""
     keep = (scores > threshold) & np.isin(classes, [*things, *stuff])

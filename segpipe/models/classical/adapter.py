@@ -103,7 +103,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     """
     check(card)
     if card.architecture == FOREST:
-        return load_forest(resolve_weights(card), card.channels, len(card.classes), device)
+        return load_forest(resolve_weights(card), card.channels, len(card.classes), device, threads)
     arguments = _arguments(card)
     return ClassicalNetwork(
         _segmenter(arguments, len(card.classes)),

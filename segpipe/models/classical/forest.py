@@ -6,6 +6,7 @@ pickle, and is read without scikit-learn.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,8 @@ from segpipe.models.weights import load_state
 if TYPE_CHECKING:
     from sklearn.ensemble import RandomForestClassifier
 
-CHUNK = 1 << 16
-"""Elements that go through the trees together: their node numbers stay in the cache."""
+CHUNK = 1 << 15
+"""Elements that go through the trees together on a CPU: their node numbers stay in the cache."""
 
 ARRAYS = {
     "roots": torch.int64,
@@ -130,6 +131,8 @@ class Forest:
     shares: torch.Tensor
     """(leaves, k) float32, a column per output channel."""
     device: torch.device
+    threads: int
+    """Chunks at a time, on a CPU; the answer is the same."""
 
     @property
     def parameters(self) -> int | None:
@@ -144,8 +147,12 @@ class Forest:
 
     def _window(self, x: torch.Tensor) -> torch.Tensor:
         """Scores (k, elements) of one window (c, elements)."""
-        parts = [self._chunk(part.contiguous()) for part in x.split(CHUNK, dim=1)]
-        return torch.cat(parts).T
+        if x.device.type != "cpu":
+            return self._chunk(x.contiguous()).T
+        chunks = [part.contiguous() for part in x.split(CHUNK, dim=1)]
+        # A thread per chunk, not threads inside each of its thousands of small steps.
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return torch.cat(list(pool.map(self._chunk, chunks))).T
 
     def _chunk(self, x: torch.Tensor) -> torch.Tensor:
         """Scores (elements, k): every element asks its tree's deepest path, and waits at its leaf."""
@@ -162,13 +169,15 @@ class Forest:
         return (total / len(self.roots)).float()
 
 
-def load_forest(path: Path, bands: int, classes: int, device: torch.device) -> Forest:
+def load_forest(path: Path, bands: int, classes: int, device: torch.device, threads: int = 1) -> Forest:
     """The trees of a file that `save_forest` wrote.
 
     Args:
         path: a safetensors file.
         bands: channels of the windows.
         classes: channels of the scores; those the forest never saw get 0.
+        device: where the trees go.
+        threads: of a CPU.
 
     Raises:
         RequestError: another kind of file, damaged, or for other bands or classes.
@@ -199,6 +208,7 @@ def load_forest(path: Path, bands: int, classes: int, device: torch.device) -> F
         row=(leaf.cumsum(0) - 1).clamp(min=0).int().to(device),
         shares=shares.to(device),
         device=device,
+        threads=threads,
     )
 
 
@@ -225,23 +235,28 @@ def _check_arrays(path: Path, state: dict[str, torch.Tensor]) -> None:
             raise RequestError(f"{path}: {name}: valid: {kind} with {axes} axes, as save_forest writes it")
     left, right, roots = state["children_left"], state["children_right"], state["roots"]
     nodes, leaf = len(left), left < 0
-    own = torch.arange(nodes)
-    inner = torch.stack([left, right], 1)[~leaf] if len(right) == nodes else torch.empty(0, 2)
+    for name in ("children_right", "feature", "threshold"):
+        if len(state[name]) != nodes:
+            raise _damaged(path, name)
+    own = torch.arange(nodes)[~leaf]
+    shares = state["shares"]
     wrong = {
-        "children_right": len(right) != nodes or bool((right[leaf] >= 0).any()),
         # A child comes after its parent, so that no path goes round in circles.
-        "children_left": bool((inner <= own[~leaf][:, None]).any() or (inner >= nodes).any()),
-        "feature": _outside(state["feature"], nodes, int(state["bands"][0])),
-        "threshold": len(state["threshold"]) != nodes or not bool(state["threshold"].isfinite().all()),
-        "roots": _outside(roots, len(roots), nodes) or not len(roots),
-        "shares": state["shares"].shape != (int(leaf.sum()), len(state["classes"]))
-        or not bool(state["shares"].isfinite().all()),
+        "children_left": bool((left[~leaf] <= own).any() or (left >= nodes).any()),
+        "children_right": bool((right[~leaf] <= own).any() or (right >= nodes).any()),
+        "feature": _outside(state["feature"], int(state["bands"][0])),
+        "threshold": not bool(state["threshold"].isfinite().all()),
+        "roots": not len(roots) or _outside(roots, nodes),
+        "shares": shares.shape != (int(leaf.sum()), len(state["classes"])) or not bool(shares.isfinite().all()),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise RequestError(f"{path}: {name}: damaged, or not written by save_forest")
+            raise _damaged(path, name)
 
 
-def _outside(indices: torch.Tensor, length: int, stop: int) -> bool:
-    """Whether there are not ``length`` indices from 0 to ``stop``."""
-    return len(indices) != length or bool(((indices < 0) | (indices >= stop)).any())
+def _damaged(path: Path, name: str) -> RequestError:
+    return RequestError(f"{path}: {name}: damaged, or not written by save_forest")
+
+
+def _outside(indices: torch.Tensor, stop: int) -> bool:
+    return bool(((indices < 0) | (indices >= stop)).any())

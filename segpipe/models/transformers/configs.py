@@ -144,9 +144,7 @@ def _check_backbone(card: Card, data: dict[str, Any], field: str, where: str) ->
         )
     for timm in (name, inner.get("backbone") if isinstance(inner, dict) else None):
         if isinstance(timm, str) and (":" in timm or "/" in timm):
-            raise card_error(
-                card, field, f"{where} has backbone {timm!r}; valid: a name that timm itself knows"
-            )
+            raise card_error(card, field, f"{where} has backbone {timm!r}; valid: a name of timm itself")
 
 
 def _data_alone(data: Any) -> Any:

@@ -1,0 +1,135 @@
+"""Tiny networks of every family that the transformers adapter takes: 4 bands, 3 labels, random weights."""
+
+import torch
+import transformers as t
+
+BANDS = 4
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def swin():
+    return t.SwinConfig(
+        num_channels=BANDS,
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=STAGES,
+    )
+
+
+def convnext():
+    return t.ConvNextConfig(
+        num_channels=BANDS, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=STAGES
+    )
+
+
+def resnet():
+    return t.ResNetConfig(
+        num_channels=BANDS,
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=STAGES,
+    )
+
+
+PLAIN_VIT = {"num_channels": BANDS, "image_size": 64, "patch_size": 16, "hidden_size": 16}
+ATTENTION = {"num_attention_heads": 2, "num_hidden_layers": 4}
+DECODER = {"decoder_layers": 2, "encoder_layers": 1, "num_queries": 12, "dim_feedforward": 16}
+
+CONFIGS = {
+    "UperNetForSemanticSegmentation": lambda: t.UperNetConfig(
+        backbone_config=convnext(), hidden_size=16, pool_scales=[1, 2], auxiliary_in_channels=16, num_labels=3
+    ),
+    "MobileNetV2ForSemanticSegmentation": lambda: t.MobileNetV2Config(
+        num_channels=BANDS, depth_multiplier=0.25, output_stride=8, num_labels=3
+    ),
+    "BeitForSemanticSegmentation": lambda: t.BeitConfig(
+        **PLAIN_VIT,
+        **ATTENTION,
+        intermediate_size=16,
+        out_indices=[1, 2, 3, 4],
+        pool_scales=[1, 2],
+        auxiliary_channels=8,
+        use_relative_position_bias=True,
+        num_labels=3,
+    ),
+    "DPTForSemanticSegmentation": lambda: t.DPTConfig(
+        **PLAIN_VIT,
+        **ATTENTION,
+        intermediate_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=16,
+        num_labels=3,
+    ),
+    "MaskFormerForInstanceSegmentation": lambda: t.MaskFormerConfig(
+        backbone_config=swin(),
+        decoder_config=t.DetrConfig(
+            d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, num_queries=12
+        ),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        num_labels=3,
+    ),
+    "Mask2FormerForUniversalSegmentation": lambda: t.Mask2FormerConfig(
+        backbone_config=swin(),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        num_attention_heads=2,
+        num_labels=3,
+        **DECODER,
+    ),
+    "OneFormerForUniversalSegmentation": lambda: t.OneFormerConfig(
+        backbone_config=swin(),
+        conv_dim=32,
+        mask_dim=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        num_attention_heads=2,
+        query_dec_layers=1,
+        task_seq_len=20,
+        text_encoder_width=32,
+        text_encoder_num_layers=1,
+        num_labels=3,
+        **DECODER,
+    ),
+    "EomtForUniversalSegmentation": lambda: t.EomtConfig(
+        **PLAIN_VIT,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_blocks=1,
+        num_queries=12,
+        num_register_tokens=0,
+        num_labels=3,
+    ),
+    "DetrForSegmentation": lambda: t.DetrConfig(
+        backbone_config=resnet(),
+        num_channels=BANDS,
+        d_model=128,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=12,
+        num_labels=3,
+    ),
+}
+
+HEADS = ("class_predictor", "class_embed", "class_labels_classifier")
+
+
+def tiny(architecture):
+    """The library's network; where it classifies queries, with weights large enough that it is sure of some."""
+    network = getattr(t, architecture)(CONFIGS[architecture]()).eval()
+    for name, parameter in network.named_parameters():
+        if any(head in name for head in HEADS):
+            torch.nn.init.normal_(parameter, std=2.0)
+        elif "position" not in name and parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return network
