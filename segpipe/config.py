@@ -183,6 +183,12 @@ class Reference(Strict):
         default_factory=dict,
         description="Reference value to class value; null: ignored. Others stay as they are.",
     )
+    divisor: int = Field(
+        0,
+        ge=0,
+        description="Of a reference of objects whose values are class × divisor + number, e.g. 1000. "
+        "0: plain classes, or ids with `measure.objects`.",
+    )
 
 
 class Measure(Strict):
@@ -190,8 +196,8 @@ class Measure(Strict):
 
     objects: bool = Field(
         False,
-        description="`labels` and reference hold ids of objects (0: none), which are matched: precision, "
-        "recall, F1, AP, PQ.",
+        description="The reference (and `labels`, where these are given) holds ids of objects (0: none), "
+        "which are matched: precision, recall, F1, AP, PQ.",
     )
     smallest: int = Field(1, ge=1, description="Elements of the smallest object that counts.")
     surface: bool = Field(
@@ -297,8 +303,10 @@ class Job(Strict):
     @model_validator(mode="after")
     def _nothing_asked_for_in_vain(self) -> Job:
         """A key of the interface that this version cannot serve yet is refused, never ignored."""
-        if self.measure.objects and not (self.labels and self.reference):
-            raise ValueError("`measure.objects` needs `labels` and `reference`, both of object ids")
+        if self.measure.objects and not self.reference:
+            raise ValueError("`measure.objects` needs a `reference` of object ids")
+        if self.labels and self.reference and self.reference.divisor:
+            raise ValueError("`reference.divisor` needs a model that finds objects of several classes")
         later = {
             "prompts": bool(self.prompts.text or self.prompts.path),
         }

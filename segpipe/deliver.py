@@ -218,8 +218,7 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
         truth = None
         if scene.job.reference is not None:
             uri = find_reference(scene.job.reference, scene.ref.name)
-            objects = scene.job.measure.objects
-            reference = open_reference(scene.job.reference, uri, geometry, objects=objects)
+            reference = open_reference(scene.job.reference, uri, geometry, scene.id_rule)
             truth = stack.enter_context(reference).read
 
         def image(box: Box, channels: tuple[int, ...] | None = None, /) -> Pixels:

@@ -52,6 +52,23 @@ class Geometry(ABC):
     def element_sizes(self) -> np.ndarray:
         """Size of one element for every index of the first axis, float64, in `size_unit`."""
 
+    @property
+    @abstractmethod
+    def centre_matrix(self) -> np.ndarray:
+        """Homogeneous matrix from element indices, whole numbers at centres, to coordinates.
+
+        Axes in the affine's order: (x, y) of a raster's columns and rows, (i, j, k) of a volume.
+        """
+
+    def to_world(self, positions: np.ndarray) -> np.ndarray:
+        """Coordinates (x, y) or RAS (x, y, z) of positions on the grid.
+
+        Args:
+            positions: (n, axes) in elements, array order, whole numbers at centres.
+        """
+        matrix = self.centre_matrix
+        return np.asarray(positions[:, ::-1] @ matrix[:-1, :-1].T + matrix[:-1, -1])
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """A JSON object from which `geometry_from_dict` makes an equal value."""
@@ -145,6 +162,11 @@ class RasterGeometry(Geometry):
         unit = crs.axis_info[0].unit_conversion_factor  # to metres
         return np.full(rows, abs(a * e - b * d) * unit * unit)
 
+    @property
+    def centre_matrix(self) -> np.ndarray:
+        a, b, c, d, e, f = self.transform
+        return np.array([[a, b, c + (a + b) / 2], [d, e, f + (d + e) / 2], [0, 0, 1]])
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
@@ -195,6 +217,10 @@ class VolumeGeometry(Geometry):
         """
         (a, b, c), (d, e, f), (g, h, i) = self.matrix[:3, :3].tolist()
         return np.full(self.shape[0], abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)))
+
+    @property
+    def centre_matrix(self) -> np.ndarray:
+        return self.matrix
 
     def to_dict(self) -> dict[str, Any]:
         return {

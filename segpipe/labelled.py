@@ -23,7 +23,7 @@ from segpipe.config import Job, Reference
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry
 from segpipe.models.card import Class
-from segpipe.reference import LabelFile, find_reference, one_class, same_grid
+from segpipe.reference import IdRule, LabelFile, find_reference, one_class, same_grid
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Scaling
@@ -80,6 +80,16 @@ class MeasurableScene(ABC):
     @abstractmethod
     def check_labels(self) -> None:
         """Raises SceneError where what was read may not be the labels: asked after a read."""
+
+    @property
+    def id_rule(self) -> IdRule | None:
+        """What the reference's values say of objects; None: they are plain classes."""
+        return IdRule() if self.job.measure.objects else None
+
+    @property
+    def finds_objects(self) -> bool:
+        """Whether a model found objects, which have ids beside their classes."""
+        return False
 
     @property
     def uncertainty(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,23 +18,29 @@ from segpipe.allocator import release
 from segpipe.boxes import Box
 from segpipe.classes import with_found
 from segpipe.errors import StoppedError
+from segpipe.geometry import Geometry, geometry_from_dict
 from segpipe.inference.uncertainty import CHANNELS, LEVELS
 from segpipe.labelled import LabelledScene, MeasurableScene
 from segpipe.metrics import instances, intensity
 from segpipe.metrics.calibration import Calibration, calibrate
 from segpipe.metrics.instances import OverlapTable, overlap_tile
 from segpipe.metrics.intensity import Channel, Intensity, measure_intensity
+from segpipe.metrics.members import Members, members_tile
+from segpipe.metrics.members import add as add_members
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
 from segpipe.models.card import Class
-from segpipe.reference import ReferenceLabels, find_reference, one_class, open_reference
+from segpipe.objects import ObjectTable
+from segpipe.reference import IdRule, ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
+from segpipe.scene import Scene
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.steps import Done
 from segpipe.store import Stage, stage_key, stop_requested
 from segpipe.surfaces import measure_surfaces, tolerances
 
 SURFACES = "surfaces.json"
+FOUND = "objects.npz"
 TALLY_VERSION = 2
 """Raised when the definition of a number in a tally changes; part of every measure key."""
 
@@ -66,6 +72,14 @@ class Measured:
     """None: no uncertainty, or no reference."""
     objects: OverlapTable | None = None
     """None: not requested, or no reference."""
+    found: ObjectTable | None = None
+    """What a model found; None: labels, or a model without objects."""
+    members: Members | None = None
+    """Regions of these objects."""
+    rule: IdRule | None = None
+    """What the reference's values say of objects."""
+    geometry: Geometry | None = None
+    """Of the scene, where objects were found."""
     surfaces: dict[str, Any] | None = None
     """See `segpipe.surfaces`; None: not requested, or no reference."""
 
@@ -89,8 +103,9 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
         regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
         reference = _reference(scene, stack)
         stage = _stage(scene, regions, reference)
-        objects = scene.job.measure.objects
-        read = stack.enter_context(scene.open_labels(ids=objects))
+        rule = scene.id_rule
+        read = stack.enter_context(scene.open_labels(ids=rule is not None and not scene.finds_objects))
+        found_ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
         image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
         doubt = scene.open_uncertainty()
         done = stage.done()
@@ -102,14 +117,18 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
                 continue
             if stop_requested(scene.job.outputs.dir, run):
                 raise StoppedError("the run was asked to stop; run it again to resume")
-            truth = reference.read(box, ids=objects) if reference else None
+            truth, true_ids = reference.read_both(box) if reference else (None, None)
             labels = read(box)
+            ids = found_ids(box) if found_ids else labels
             shares = doubt(box) if doubt else None
             scene.check_labels()
             receipt: dict[str, Any] = {}
-            if objects and truth is not None:
-                receipt["objects"] = overlap_tile(labels, truth, box, scale).to_json()
-                labels, truth = one_class(labels), one_class(truth)
+            if found_ids:
+                receipt["members"] = members_tile(ids, regions, box).to_json()
+            if rule is not None and true_ids is not None:
+                void = np.where(labels == scene.nodata, -1, ids.astype(np.int64)) if found_ids else ids
+                receipt["objects"] = overlap_tile(void, true_ids, box, scale).to_json()
+                labels = labels if found_ids else one_class(labels)
             tally = measure_tile(labels, scene.nodata, truth, regions, box, scene.geometry.box, scale)
             receipt |= tally.to_json()
             if image is not None:
@@ -120,6 +139,8 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
             stage.commit(name, receipt)
             computed += 1
             release()
+        if isinstance(scene, Scene) and scene.finds_objects:
+            stage.write_bytes(FOUND, ObjectTable.load(scene.labels).dump())
         stage.write_json("info.json", _info(scene, regions, reference))
         stage.compact()
         if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
@@ -159,6 +180,7 @@ def load_measured(stage: Stage) -> Measured:
     receipts = stage.receipts().values()
     channels, doubts = info.get("intensity"), info.get("uncertainty")
     objects = [OverlapTable.from_json(r["objects"]) for r in receipts if "objects" in r]
+    found = stage.read_bytes(FOUND)
     calibrated = [Calibration.from_json(r["calibration"]) for r in receipts if "calibration" in r]
     return Measured(
         tally=add(Tally.from_json(r) for r in receipts),
@@ -175,6 +197,10 @@ def load_measured(stage: Stage) -> Measured:
         doubts=tuple(Channel(name, Scaling(1 / LEVELS)) for name in doubts or ()),
         calibration=sum(calibrated, Calibration.empty()) if calibrated else None,
         objects=instances.add(objects) if objects else None,
+        found=None if found is None else ObjectTable.of(found),
+        members=add_members(Members.from_columns(**r["members"]) for r in receipts) if found else None,
+        rule=IdRule(**info["rule"]) if info.get("rule") else None,
+        geometry=geometry_from_dict(info["geometry"]) if found else None,
         surfaces=stage.read_json(SURFACES),
     )
 
@@ -199,7 +225,7 @@ def _reference(scene: MeasurableScene, stack: ExitStack) -> ReferenceLabels | No
     if config is None:
         return None
     uri = find_reference(config, scene.ref.name)
-    return stack.enter_context(open_reference(config, uri, scene.geometry, objects=scene.job.measure.objects))
+    return stack.enter_context(open_reference(config, uri, scene.geometry, scene.id_rule))
 
 
 def _stage(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> Stage:
@@ -209,7 +235,7 @@ def _stage(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabel
         "reference": reference.identity if reference else None,
         "intensity": [c.to_json() for c in _channels(scene)],
         "uncertainty": list(scene.uncertainty),
-        "objects": scene.job.measure.objects,
+        "objects": scene.job.measure.objects or scene.finds_objects,
         "surface": _surface_parts(scene) if reference else None,
         "version": TALLY_VERSION,
     }
@@ -244,5 +270,7 @@ def _info(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels
         "reference": reference.uri if reference else None,
         "intensity": [c.to_json() for c in _channels(scene)],
         "uncertainty": list(scene.uncertainty),
+        "rule": None if scene.id_rule is None else asdict(scene.id_rule),
+        "geometry": scene.geometry.to_dict(),
         "notes": notes,
     }

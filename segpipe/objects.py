@@ -53,7 +53,12 @@ class ObjectTable:
         Raises:
             SceneError: another run dropped it.
         """
-        with np.load(io.BytesIO(stage.read_part(TABLE))) as found:
+        return cls.of(stage.read_part(TABLE))
+
+    @classmethod
+    def of(cls, data: bytes) -> ObjectTable:
+        """The inverse of `dump`."""
+        with np.load(io.BytesIO(data)) as found:
             objects = SceneObjects(**{f.name: found[f.name] for f in fields(SceneObjects)})
             return cls(objects, found["size"], found["sums"])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +28,9 @@ from segpipe.sources.discover import safe_name, scene_stem
 from segpipe.sources.kinds import NIFTI_SUFFIXES, RASTER_SUFFIXES
 
 IGNORED = -1
+"""Where the reference says nothing: nodata, outside its mask, or mapped to null."""
 OBJECT = 1
 """Class value of every object: ids alone say no class."""
-"""Where the reference says nothing: nodata, outside its mask, or mapped to null."""
 GRID_TOLERANCE = 1e-3
 """Greatest distance, in elements, between the corners of two grids that are the same."""
 CRS_TOLERANCE = 0.5
@@ -157,16 +158,32 @@ def one_class(ids: np.ndarray) -> np.ndarray:
     return np.asarray(np.minimum(ids, OBJECT))
 
 
+@dataclass(frozen=True)
+class IdRule:
+    """What the values of a reference of objects say."""
+
+    divisor: int = 0
+    """Values are class × divisor + number; 0: they are ids, which say no class."""
+    value: int = OBJECT
+    """Class of all objects, where ids say none."""
+    ground: int = 0
+    """Class of what is no object."""
+
+
 class ReferenceLabels:
     """The reference of one scene, on its grid, in the classes' values."""
 
     def __init__(
-        self, file: LabelFile, values: Mapping[int, int | None], notes: list[str], objects: bool = False
+        self,
+        file: LabelFile,
+        values: Mapping[int, int | None],
+        notes: list[str],
+        rule: IdRule | None = None,
     ) -> None:
         self.uri = file.uri
         self.notes = tuple(notes)
         self._file = file
-        self._objects = objects
+        self._rule = rule
         pairs = sorted((k, IGNORED if v is None else v) for k, v in values.items())
         self._from = np.array([k for k, _ in pairs], dtype=np.int64)
         self._to = np.array([v for _, v in pairs], dtype=np.int64)
@@ -175,19 +192,37 @@ class ReferenceLabels:
     def identity(self) -> dict[str, Any]:
         """JSON object that changes when the reference does: a part of the measure key."""
         values = [[int(a), int(b)] for a, b in zip(self._from, self._to, strict=True)]
-        return {"source": self._file.source.identity, "values": values}
+        rule = None if self._rule is None else [self._rule.divisor, self._rule.value, self._rule.ground]
+        return {"source": self._file.source.identity, "values": values, "rule": rule}
 
     def read(self, box: Box, ids: bool = False) -> np.ndarray:
         """Class values of a box, int64; `IGNORED` where the reference says nothing.
 
         Args:
             box: of the scene.
-            ids: where the values are ids of objects, answer these and not `OBJECT`.
+            ids: where the values are ids of objects, answer these and not their class.
 
         Raises:
             SceneError: a value is no whole number, or negative and not mapped.
         """
-        labels, valid = self._file.read(box)
+        classes, found = self.read_both(box)
+        return found if ids else classes
+
+    def read_both(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        """Class values of a box, and ids of objects, 0 where there is none; one array where these are one."""
+        raw, valid = self._file.read(box)
+        rule = self._rule
+        if rule is None:
+            classes = self._mapped(raw, valid)
+            return classes, classes
+        if not rule.divisor:
+            ids = self._mapped(raw, valid)
+            return np.select([ids > 0, ids == 0], [rule.value, rule.ground], ids), ids
+        classes = self._mapped(raw // rule.divisor, valid)
+        return classes, np.select([classes == IGNORED, classes == rule.ground], [IGNORED, 0], raw)
+
+    def _mapped(self, labels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Values as the job's `reference.values` says, `IGNORED` where nothing is valid."""
         result = labels
         known = np.zeros(labels.shape, dtype=bool)
         if len(self._from):
@@ -200,8 +235,7 @@ class ReferenceLabels:
                 f"{self.uri}: holds {labels[strange].flat[0]}; labels are 0 or more: map it in "
                 "`reference.values` (null: ignored)"
             )
-        result = np.where(valid, result, IGNORED)
-        return one_class(result) if self._objects and not ids else result
+        return np.where(valid, result, IGNORED)
 
     def close(self) -> None:
         """Release the file."""
@@ -220,7 +254,7 @@ class ReferenceLabels:
 
 
 def open_reference(
-    config: Reference, uri: str, geometry: Geometry, *, objects: bool = False
+    config: Reference, uri: str, geometry: Geometry, rule: IdRule | None = None
 ) -> ReferenceLabels:
     """Open a scene's reference (`find_reference`) and hold it against the scene's grid.
 
@@ -228,7 +262,7 @@ def open_reference(
         config: how its values become class values.
         uri: of the file.
         geometry: of the scene.
-        objects: its values are ids of objects.
+        rule: where its values are of objects, what they say.
 
     Raises:
         SceneError: it cannot be opened, has several bands, or lies on another grid.
@@ -239,7 +273,7 @@ def open_reference(
     except SceneError as error:
         file.close()
         raise SceneError(f"reference {uri} lies on another grid than its scene: {error}") from error
-    return ReferenceLabels(file, config.values, [f"reference: {note}" for note in notes], objects)
+    return ReferenceLabels(file, config.values, [f"reference: {note}" for note in notes], rule)
 
 
 def same_grid(scene: Geometry, other: Geometry) -> list[str]:
@@ -268,16 +302,7 @@ def element_map(start: Geometry, end: Geometry) -> np.ndarray:
 
     Homogeneous, axes in the affine's order (x, y) or (i, j, k); the CRS is not looked at.
     """
-    return np.asarray(np.linalg.solve(_centre_matrix(end), _centre_matrix(start)))
-
-
-def _centre_matrix(geometry: Geometry) -> np.ndarray:
-    """Element index in the affine's axis order to coordinates, at element centres."""
-    if isinstance(geometry, VolumeGeometry):
-        return geometry.matrix
-    assert isinstance(geometry, RasterGeometry)
-    a, b, c, d, e, f = geometry.transform
-    return np.array([[a, b, c + (a + b) / 2], [d, e, f + (d + e) / 2], [0, 0, 1]])
+    return np.asarray(np.linalg.solve(end.centre_matrix, start.centre_matrix))
 
 
 def _corners(geometry: Geometry) -> np.ndarray:

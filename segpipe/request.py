@@ -46,6 +46,7 @@ def check_request(job: Job) -> Request:
         card = read_card(job.model)
         check_card(card)
         _check_tiling(job, card)
+        _check_objects(job, card)
         settings = resolve_settings(job.compute, card)
         classes = tuple(card.classes)
     tolerances(job.measure, classes)
@@ -54,6 +55,24 @@ def check_request(job: Job) -> Request:
         load_groups(job.measure.groups, [scene.name for scene in scenes])
     check_writable(job.outputs.dir)
     return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+
+
+def _check_objects(job: Job, card: Card) -> None:
+    """A reference of objects needs a model that finds some."""
+    divisor = job.reference.divisor if job.reference else 0
+    asked = {"measure.objects": job.measure.objects, "reference.divisor": bool(divisor)}
+    if card.output.kind == "semantic":
+        for field in [name for name, value in asked.items() if value]:
+            raise RequestError(
+                f"{field}: {card.name!r} yields a class for every element, no objects: leave it out, or "
+                "give a card whose output.kind is instance or panoptic"
+            )
+    objects = [c.name for c in card.classes if not c.background]
+    if job.measure.objects and not divisor and len(objects) > 1:
+        raise RequestError(
+            f"measure.objects: ids alone do not say which of {', '.join(objects)} an object is: give a "
+            "reference whose values are class × divisor + number, and `reference.divisor`"
+        )
 
 
 def _check_tiling(job: Job, card: Card) -> None:

@@ -33,6 +33,7 @@ from segpipe.metrics.tally import SizeScale, Tally
 from segpipe.models.card import Card, Class
 from segpipe.models.weights import weights_fingerprint
 from segpipe.report.agreement import agreement_table
+from segpipe.report.found import SceneFound, found_table, panoptic_table, with_counts
 from segpipe.report.frames import NO_REFERENCE, Found
 from segpipe.report.intensity import SceneIntensity, intensity_table
 from segpipe.report.objects import instances_table, objects_table
@@ -266,7 +267,15 @@ def _tables(
         tables["intensity"] = intensity_table([_intensity(s, measured.get(s.name)) for s in scenes], classes)
     if job.get("measure", {}).get("surface"):
         tables["surface"] = surface_table(_found(scenes, measured, lambda m: m.surfaces), classes)
-    if job.get("measure", {}).get("objects"):
+    found_objects = [_found_objects(s, measured.get(s.name)) for s in scenes]
+    if any(scene.table is not None for scene in found_objects):
+        smallest = job["measure"]["smallest"]
+        tables["regions"] = with_counts(tables["regions"], found_objects)
+        tables["instances"] = found_table(found_objects, classes, smallest)
+        if any(scene.overlaps is not None for scene in found_objects):
+            stuff = [c.value for c in classes if c.stuff]
+            tables["panoptic"] = panoptic_table(found_objects, classes, stuff, smallest)
+    elif job.get("measure", {}).get("objects"):
         objects, smallest = _found(scenes, measured, _objects), job["measure"]["smallest"]
         tables["objects"] = objects_table(objects, smallest)
         tables["instances"] = instances_table(objects, smallest)
@@ -322,6 +331,21 @@ def _uncertainty(scene: SceneRecord, measured: Measured | None) -> SceneIntensit
     return SceneIntensity(scene.name, measured.regions, measured.doubts, measured.uncertainty)
 
 
+def _found_objects(scene: SceneRecord, measured: Measured | None) -> SceneFound:
+    if measured is None:
+        return SceneFound(scene.name, reason=scene.error)
+    return SceneFound(
+        scene.name,
+        measured.found,
+        measured.members,
+        measured.regions,
+        SizeScale.from_dict(measured.scale),
+        measured.geometry,
+        measured.objects,
+        measured.rule,
+    )
+
+
 def _objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
     return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
 
@@ -341,7 +365,9 @@ def _found(
 
 
 def _class_infos(classes: Sequence[Class]) -> tuple[ClassInfo, ...]:
-    return tuple(ClassInfo(c.value, c.name, c.color, c.background) for c in classes)
+    return tuple(
+        ClassInfo(c.value, c.name, c.color, c.background, not (c.thing or c.background)) for c in classes
+    )
 
 
 def model_summary(card: Card) -> ModelSummary:

@@ -23,7 +23,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap
 from segpipe.inference.labels import label_dtype, nodata_value
-from segpipe.inference.objects import stuff_values
+from segpipe.inference.objects import ground_value, stuff_values
 from segpipe.labelled import MeasurableScene
 from segpipe.lattice import Index, Lattice
 from segpipe.models.card import Card, Class, load_card
@@ -36,6 +36,7 @@ from segpipe.plan import (
     check_memory,
 )
 from segpipe.planning import doubts, plan_scene, scene_grid
+from segpipe.reference import IdRule
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import open_source
 from segpipe.sources.base import Scaling, SceneRef
@@ -82,6 +83,21 @@ class Scene(MeasurableScene):
         self.labels.check()
         if self.uncertainty:
             self.predict.check()
+
+    @property
+    def finds_objects(self) -> bool:
+        return self.card.output.kind != "semantic"
+
+    @property
+    def id_rule(self) -> IdRule | None:
+        if not self.finds_objects:
+            return None
+        ground, reference = ground_value(self.card), self.job.reference
+        if reference is not None and reference.divisor:
+            return IdRule(reference.divisor, ground=ground)
+        if not self.job.measure.objects:
+            return None
+        return IdRule(value=next(c.value for c in self.card.classes if not c.background), ground=ground)
 
     @property
     def uncertainty(self) -> tuple[str, ...]:

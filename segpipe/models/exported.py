@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 from torch.nn import functional
 
@@ -16,6 +15,9 @@ from segpipe.models.naming import only_arguments
 from segpipe.models.network import Network, output_channels
 from segpipe.models.pt2 import UnsafeProgramError, sanitised
 from segpipe.models.weights import card_error, resolve_weights
+
+_ANY = 2**31
+"""A limit from here on is none."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,15 @@ def _dimension(size: Any, program: torch.export.ExportedProgram) -> Dimension:
     """A size of the graph: a number, or a multiple of a symbol that has a range."""
     if isinstance(size, int):
         return Dimension(size, size)
-    factor, symbol = size.node.expr.as_coeff_Mul()
-    known = program.range_constraints.get(symbol) if factor.is_Integer else None
-    if not isinstance(symbol, sympy.Symbol) or known is None:
+    expression = size.node.expr
+    factor, symbol = expression.as_coeff_Mul()
+    ranges = program.range_constraints
+    if not (symbol.is_Symbol and factor.is_Integer) or not {expression, symbol} & ranges.keys():
         return Dimension(1, None)
-    factor = int(factor)
-    high = int(known.upper) * factor if known.upper.is_Integer and known.upper < 2**31 else None
-    return Dimension(max(1, int(known.lower)) * factor, high, factor)
+    # The range of the product itself where there is one, else that of its symbol.
+    scale, limits = (1, ranges[expression]) if expression in ranges else (int(factor), ranges[symbol])
+    high = int(limits.upper) * scale if limits.upper.is_Integer and limits.upper < _ANY else None
+    return Dimension(max(1, int(limits.lower) * scale), high, int(factor))
 
 
 def _check_shape(card: Card, taken: list[Dimension]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segpipe.classes import color_of
 from segpipe.errors import RequestError
 from segpipe.models.card import Card
+from segpipe.models.card_parts import card_name, class_list, fixed_window
 from segpipe.models.nnunet_plans import LINEAR_SCHEMES, SCHEMES, Channel, NnunetPlan, read_plan
 from segpipe.validate import validate
 
@@ -21,8 +19,6 @@ LIMITS = (
     "not begin where nnU-Net's do. Ask for `tiling.blend: gaussian`, which is what nnU-Net does: under `trim` "
     "each element has one window's answer. No mirror images unless `arguments.mirror: true`."
 )
-_OVERLAP = 4
-"""The halo is this part of the window: windows then begin half a window apart, as nnU-Net's."""
 
 
 def card_from_nnunet(
@@ -48,7 +44,7 @@ def card_from_nnunet(
     if fold is not None:
         arguments["folds"] = [fold] if isinstance(fold, int | str) else list(fold)
     data = {
-        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", f"{plan.dataset}-{configuration}").lstrip("._-")[:64],
+        "name": card_name(f"{plan.dataset}-{configuration}"),
         "title": f"nnU-Net {configuration} of {plan.dataset}",
         "kind": "volume" if volume else "raster",
         "provider": "nnunet",
@@ -56,10 +52,8 @@ def card_from_nnunet(
         "arguments": arguments,
         "weights": str(folder),
         "input": _input(folder, plan, volume),
-        "window": _window(plan),
-        "classes": [
-            {"value": v, "name": name, "color": color_of(v), "background": v == 0} for v, name in plan.labels
-        ],
+        "window": fixed_window(plan.in_image_order(plan.patch), plan.strides),
+        "classes": class_list([name for _, name in plan.labels]),
         "limits": LIMITS + _more_limits(plan),
         "source": "nnU-Net v2 (Isensee et al., Nature Methods 2021)",
     }
@@ -76,21 +70,6 @@ def _input(folder: Path, plan: NnunetPlan, volume: bool) -> dict[str, Any]:
         "orientation": "SAR" if plan.reader == "NibabelIOWithReorient" else None,
         "spacing": plan.in_image_order(plan.spacing) if volume else None,
         "normalisation": _normalisation(folder, plan.channels),
-    }
-
-
-def _window(plan: NnunetPlan) -> dict[str, Any]:
-    """Windows as trained. A card has one stride for all axes: what the network's have in common.
-
-    Windows keep their size (`fixed`), so each stays a multiple of the network's own stride.
-    """
-    size = plan.in_image_order(plan.patch)
-    stride = math.gcd(*plan.strides, *size)
-    return {
-        "size": size,
-        "halo": [n // _OVERLAP // stride * stride for n in size],
-        "stride": stride,
-        "fixed": True,
     }
 
 

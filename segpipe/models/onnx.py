@@ -21,9 +21,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     RuntimeException,
 )
 
+from segpipe.models import onnx_objects
 from segpipe.models.card import Card
 from segpipe.models.naming import only_arguments
 from segpipe.models.network import Network, output_channels
+from segpipe.models.onnx_objects import OnnxObjects
 from segpipe.models.weights import card_error, resolve_weights
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,14 @@ def check(card: Card) -> None:
         RequestError: one is not, the layout is neither nchw nor nhwc, or onnxruntime here lacks what
             `execution` names.
     """
-    only_arguments(card, ARGUMENTS)
+    if card.output.kind == "panoptic":
+        raise card_error(card, "output.kind", "found panoptic; valid: semantic or instance")
+    if card.output.kind == "instance":
+        onnx_objects.check(card)
+        more = onnx_objects.ARGUMENTS[card.arguments["decode"]]
+        only_arguments(card, {*ARGUMENTS, *more} - {"output"})
+    else:
+        only_arguments(card, ARGUMENTS)
     layout = card.arguments.get("layout", "nchw")
     if layout not in LAYOUTS:
         raise card_error(card, "arguments.layout", f"found {layout!r}; valid: {' or '.join(LAYOUTS)}")
@@ -113,8 +122,8 @@ def check(card: Card) -> None:
         )
 
 
-def build(card: Card, device: torch.device, threads: int) -> Network:
-    """A session on the card's file.
+def build(card: Card, device: torch.device, threads: int) -> Network | OnnxObjects:
+    """A session on the card's file; for objects, with the decoder that the card names.
 
     Raises:
         RequestError: the file is damaged, or takes other bands or another window than the card's.
@@ -122,11 +131,16 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     check(card)
     session = _session(card, device, threads)
     source = _pick(card, "input", session.get_inputs())
-    target = _pick(card, "output", session.get_outputs())
     if source.type not in DTYPES:
         raise card_error(card, "weights", f"input {source.name!r} is {source.type}; valid: float or float16")
     channels_last = card.arguments.get("layout") == "nhwc"
     _check_shape(card, source.shape, channels_last)
+    if card.output.kind == "instance":
+        onnx_objects.check_outputs(card, session.get_outputs())
+        return OnnxObjects(
+            session, source.name, DTYPES[source.type], channels_last, card, torch.device("cpu")
+        )
+    target = _pick(card, "output", session.get_outputs())
     _check_outputs(card, target.shape, channels_last)
     batch = source.shape[0] if isinstance(source.shape[0], int) else None
     return OnnxNetwork(

@@ -18,15 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 FUNCTIONS = frozenset(
-    "Abs Add And CeilDiv CeilToInt CleanDiv Eq Equality FloatTrueDiv Float FloorDiv FloorToInt Ge "
-    "GreaterThan Gt IntTrueDiv Integer Le LessThan Lt Max Min Mod ModularIndexing Mul Ne Not Or Pow PowByNatural "
-    "PythonMod Rational RoundToInt StrictGreaterThan StrictLessThan Symbol ToFloat TruncToInt Unequality "
-    "ceiling false floor true".split()
+    ["Abs", "Add", "And", "CeilDiv", "CeilToInt", "CleanDiv", "Eq", "Equality", "FloatTrueDiv", "Float", "FloorDiv", "FloorToInt", "Ge", "GreaterThan", "Gt", "IntTrueDiv", "Integer", "Le", "LessThan", "Lt", "Max", "Min", "Mod", "ModularIndexing", "Mul", "Ne", "Not", "Or", "Pow", "PowByNatural", "PythonMod", "Rational", "RoundToInt", "StrictGreaterThan", "StrictLessThan", "Symbol", "ToFloat", "TruncToInt", "Unequality", "ceiling", "false", "floor", "true"]
 )
 """What a shape expression may call: sympy's and torch's arithmetic."""
 
 _TARGET = re.compile(
-    r"torch\.ops\.aten\.(?!from_file\b)[a-z0-9_]+\.\w+"
+    r"torch\.ops\.aten\.(?!from_file\b)\w+\.\w+"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|getitem)"
     r"|math\.(ceil|floor|trunc)|torch\.sym_(int|float|max|min|not|ite)",
     re.ASCII,
@@ -126,7 +123,11 @@ def _checked_program(program: dict[str, Any]) -> dict[str, Any]:
             "module_call_graph": calls[:1],
         },
     }
-    _check_strings({**checked, "graph_module": {**checked["graph_module"], "module_call_graph": []}}, "graph")
+    for shape in program["range_constraints"]:
+        _check_expression(shape)
+    without = {**checked["graph_module"], "module_call_graph": []}
+    _check_strings({**checked, "graph_module": without, "range_constraints": []}, "graph")
+    _check_strings([list(limits.values()) for limits in program["range_constraints"].values()], "limits")
     _check_strings({k: v for k, v in signature.items() if k not in ("in_spec", "out_spec")}, "signature")
     return checked
 

@@ -151,7 +151,9 @@ def _check_folder(card: Card, path: Path) -> None:
 
 
 def weights_files(card: Card) -> list[Path]:
-    """Every file the card's weights consist of, in a fixed order."""
+    """Every file the card's weights consist of, in a fixed order; of an ensemble, its members' in turn."""
+    if card.provider is Provider.ensemble:
+        return [file for member in _members(card) for file in weights_files(member)]
     if not card.weights and card.provider in WITHOUT_WEIGHTS:
         return []
     path = resolve_weights(card)
@@ -163,9 +165,16 @@ def weights_files(card: Card) -> list[Path]:
 def weights_fingerprint(card: Card) -> str:
     """SHA-256 of the weights file; of a folder, of its files' names and hashes.
 
+    Of an ensemble, of its members' fingerprints, those of their cards included.
+
     Raises:
         RequestError: as `resolve_weights`.
     """
+    if card.provider is Provider.ensemble:
+        parts = "".join(
+            f"{member.prediction_fingerprint()}\0{weights_fingerprint(member)}\n" for member in _members(card)
+        )
+        return hashlib.sha256(parts.encode()).hexdigest()
     if not card.weights and card.provider in WITHOUT_WEIGHTS:
         return ""
     files = weights_files(card)
@@ -173,6 +182,12 @@ def weights_fingerprint(card: Card) -> str:
         return _digest(files[0])
     lines = "".join(f"{file.name}\0{_digest(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _members(card: Card) -> list[Card]:
+    from segpipe.models.members import member_cards  # which tells its mistakes with this module
+
+    return member_cards(card)
 
 
 def _digest(path: Path) -> str:

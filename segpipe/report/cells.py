@@ -103,12 +103,23 @@ COLUMNS = {
     "threshold": Column("IoU from", "ratio", "Least IoU of a match; — is over all thresholds."),
     "f1": Column("F1", "ratio", "2·TP / (2·TP + FP + FN), of objects."),
     "mean_iou": Column("Mean IoU", "ratio", "Of the matched objects."),
-    "ap": Column("AP", "ratio", "COCO's average precision, IoU 0.50 to 0.95; objects have no scores here."),
+    "ap": Column("AP", "ratio", "COCO's average precision, IoU 0.50 to 0.95; ranked by scores, if any."),
     "ap50": Column("AP50", "ratio", "The same at an IoU of 0.50."),
     "ap75": Column("AP75", "ratio", "The same at an IoU of 0.75."),
     "pq": Column("PQ", "ratio", "Panoptic quality: SQ · RQ."),
     "sq": Column("SQ", "ratio", "Mean IoU of the objects matched at more than 0.5."),
     "rq": Column("RQ", "ratio", "F1 of the objects matched at more than 0.5."),
+    "score": Column("Score", "ratio", "How sure the model is, 0 to 1; — where it does not say."),
+    "objects": Column("Objects", "whole", "Objects of the class that have most of themselves in the region."),
+    **{
+        f"centre_{a}": Column(f"Centre {a}", "real", "Centroid, in the coordinates of the scene.")
+        for a in ("x", "y", "z")
+    },
+    **{
+        f"{side}_{a}": Column(f"{word} {a}", "whole", f"Bounding box: {said} element along {a}.")
+        for side, word, said in (("first", "First", "the first"), ("end", "End", "one past the last"))
+        for a in ("z", "y", "x")
+    },
     "smallest": Column("Smallest", "whole", "Elements of the smallest object that counts."),
     "side": Column("Side", "text", "Whose object it is: predicted, or of the reference."),
     "id": Column("Id", "whole", "In the file of labels or of the reference."),

@@ -19,6 +19,8 @@ class ClassInfo:
     color: str
     """``#rrggbb``."""
     background: bool = False
+    stuff: bool = False
+    """Of a panoptic model: one segment, not counted."""
 
 
 @dataclass(frozen=True)

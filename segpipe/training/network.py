@@ -47,7 +47,7 @@ class TrainNetwork:
         self.device, self.precision = device, precision
         torch.manual_seed(recipe.optimise.seed)
         module = untrained(self.card)
-        self.notes = begin_with(module, recipe.start) if recipe.start else []
+        self.notes = begin_with(module, self.card.channels, recipe.start) if recipe.start else []
         layout = torch.channels_last if self.card.ndim == 2 else torch.channels_last_3d
         self.module = module.to(device).to(memory_format=layout)
         self.layout = layout
@@ -132,16 +132,23 @@ def _halved(value: torch.Tensor) -> torch.Tensor:
     return halved if bool(halved.isfinite().all()) else value
 
 
-def begin_with(module: torch.nn.Module, start: str) -> list[str]:
+def begin_with(module: torch.nn.Module, channels: int, start: str) -> list[str]:
     """Copy the weights of another card's network where names and shapes fit; says what does not.
 
-    The first convolution of another number of bands takes the mean over the other's bands, scaled so
-    that inputs of the same values give the same sums.
+    A convolution of the image takes, where the other has another number of bands, the mean over those,
+    scaled so that inputs of the same values give the same sums.
+
+    Args:
+        module: to be filled.
+        channels: of its input.
+        start: path of the other's card.
 
     Raises:
         RequestError: nothing fits.
     """
-    state = load_state(resolve_weights(load_card(start)))
+    card = load_card(start)
+    state = load_state(resolve_weights(card))
+    bands = (channels, card.channels)
     wanted = module.state_dict()
     fitting, notes = {}, []
     for name, tensor in wanted.items():
@@ -150,8 +157,8 @@ def begin_with(module: torch.nn.Module, start: str) -> list[str]:
             continue
         if other.shape == tensor.shape:
             fitting[name] = other
-        elif other.ndim > 2 and other.shape[0] == tensor.shape[0] and other.shape[2:] == tensor.shape[2:]:
-            ratio = other.shape[1] / tensor.shape[1]
+        elif tensor.ndim > 2 and (tensor.shape[1], other.shape[1]) == bands and _but_bands(tensor, other):
+            ratio = bands[1] / bands[0]
             fitting[name] = other.mean(1, keepdim=True).expand(tensor.shape) * ratio
             notes.append(f"{name}: mean over {other.shape[1]} bands")
     filled = {wanted[name].data_ptr() for name in fitting}  # one tensor under two names is stored once
@@ -168,3 +175,8 @@ def begin_with(module: torch.nn.Module, start: str) -> list[str]:
         notes.append(f"{len(rest)} of {len(wanted)} tensors begin at random, e.g. {rest[0]}")
     module.load_state_dict(fitting, strict=False)
     return notes
+
+
+def _but_bands(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two kernels (out, in, …) differ in their inputs alone."""
+    return (first.shape[0], *first.shape[2:]) == (second.shape[0], *second.shape[2:])

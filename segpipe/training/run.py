@@ -77,7 +77,7 @@ def check_recipe(recipe: Recipe) -> list[SceneRef]:
     if recipe.start and not Path(recipe.start).is_file():
         raise RequestError(f"start: {recipe.start} does not exist; give a model card")
     if recipe.start:
-        begin_with(network, recipe.start)
+        begin_with(network, card.channels, recipe.start)
     build_loss(recipe.loss, len(card.classes))
     if max(recipe.augment.flip_axes, default=0) >= card.ndim:
         raise RequestError(

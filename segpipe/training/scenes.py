@@ -24,7 +24,7 @@ from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics
 from segpipe.models.card import Card, Interpolation
 from segpipe.plan import Blocks
 from segpipe.planning import scene_grid
-from segpipe.reference import IGNORED, ReferenceLabels, find_reference, open_reference
+from segpipe.reference import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
 from segpipe.sources import SceneRef, open_source
 from segpipe.store import ArraySpec, Stage, stage_key
 from segpipe.training.losses import IGNORE
@@ -125,7 +125,7 @@ def _open_labels(data: Data, ref: SceneRef, geometry: Geometry) -> ReferenceLabe
         SceneError: none fits its name, or they lie on another grid.
     """
     uri = find_reference(data.reference, ref.name)
-    return open_reference(data.reference, uri, geometry, objects=data.objects)
+    return open_reference(data.reference, uri, geometry, IdRule() if data.objects else None)
 
 
 def _spacing(geometry: Geometry, grid: GridMap) -> tuple[float, ...] | None:

@@ -250,7 +250,7 @@ def test_normalised_cut_parts_what_differs(make_card):
     row, col = np.indices((96, 96))
     disc = (row - 50) ** 2 + (col - 44) ** 2 < 28**2
     scene = np.stack([rng.normal(50, 2, disc.shape), disc * 40 + rng.normal(60, 20, disc.shape)])
-    arguments = {"feature": {"linear": {"b1": 1}}, "segments": 150, "sigma": 0.02}
+    arguments = {"feature": {"linear": {"b1": 1}}, "segments": 150}
     card = card_of(make_card, "normalised-cut", bands=2, arguments=arguments)
     found = answer(card, scene)
     assert (found != disc).mean() < 0.05
@@ -388,7 +388,7 @@ def test_every_threshold_parts_the_same_float32_values(make_card, tmp_path, labe
 
 
 def test_the_forest_is_the_same_tiled_and_whole(make_card, tmp_path, labelled):
-    save_forest(fit_forest(*labelled, trees=8), tmp_path / "forest.safetensors")
+    save_forest(fit_forest(*labelled, trees=3), tmp_path / "forest.safetensors")
     model = load_model(forest_card(make_card), "cpu", 2, "fp32")
     scene = torch.randn(1, 3, 300, 301)
     assert scene[0, 0].numel() > CHUNK

@@ -89,12 +89,20 @@ def test_dynamic_windows_follow_their_rules(make_card, tmp_path, net, programs):
     [
         ("any", {"bands": 3}, "input.bands: found 3; the file takes 4"),
         ("any", {"classes": 2}, "classes: the card needs 2 output channels; the file answers with 3"),
-        ("any", {"window": {"size": [60], "stride": 4}}, "window.size: found [60, 60]; the file takes 16 to 512 in"),
+        (
+            "any",
+            {"window": {"size": [60], "stride": 4}},
+            "window.size: found [60, 60]; the file takes 16 to 512 in",
+        ),
         ("any", {"window": {"stride": 4}}, "window.stride: found 4"),
         ("any", {"kind": "volume"}, "kind: a volume model takes 5 axes; the file's input has 4"),
         ("any", {"arguments": {"a": 1}}, "arguments.a: unknown"),
         ("fixed", {}, "window: the file takes 64, 64 only"),
-        ("fixed", {"window": {"size": [96], "fixed": True}}, "window.size: found [96, 96]; the file takes 64, 64"),
+        (
+            "fixed",
+            {"window": {"size": [96], "fixed": True}},
+            "window.size: found [96, 96]; the file takes 64, 64",
+        ),
     ],
 )
 def test_mistakes_name_the_field(make_card, tmp_path, programs, name, fields, told):
@@ -212,14 +220,32 @@ def test_damaged_files_are_told(make_card, tmp_path, content):
         check_card(card_of(make_card, tmp_path, content))
 
 
-def test_other_networks_survive_the_checks(make_card, tmp_path):
-    """Dropout, layer norm, attention-like einsum, padding: the lists are not too narrow for real ones."""
-    import segmentation_models_pytorch as smp
+class Mixed(torch.nn.Module):
+    """Attention, layer norm, einsum, padding, a constant, dropout: what is in current networks."""
 
-    net = smp.Unet("resnet18", encoder_weights=None, in_channels=4, classes=3).eval()
-    program = torch.export.export(net, (torch.randn(1, 4, 64, 64),))
-    torch.export.save(program, tmp_path / "net.pt2")
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = torch.nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+        self.norm = torch.nn.LayerNorm(4)
+        self.drop = torch.nn.Dropout2d()
+        self.mix = torch.nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        x = self.drop(torch.nn.functional.pad(x, (1, 1, 1, 1), mode="reflect"))[:, :, 1:-1, 1:-1]
+        tokens = self.norm(torch.nn.functional.avg_pool2d(x, 8).flatten(2).mT)
+        y = self.attend(tokens, tokens, tokens)[0].mT.unflatten(2, (h // 8, w // 8))
+        y = torch.nn.functional.interpolate(y, scale_factor=8.0) + x * torch.tensor([1.0, 2, 3, 4]).view(
+            4, 1, 1
+        )
+        return torch.einsum("nchw,ck->nkhw", y, self.mix)
+
+
+def test_the_lists_are_wide_enough_for_other_networks(make_card, tmp_path):
+    torch.manual_seed(2)
+    net = Mixed().eval()
+    torch.export.save(torch.export.export(net, (torch.randn(1, 4, 64, 64),)), tmp_path / "net.pt2")
     card = make_card("exported", "net.pt2", window={"fixed": True})
-    batch = torch.randn(1, 4, 64, 64)
+    batch = torch.randn(3, 4, 64, 64)
     with torch.inference_mode():
         assert torch.allclose(load_model(card, "cpu", 1, "fp32")(batch), net(batch), atol=1e-5)

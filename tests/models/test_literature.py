@@ -283,7 +283,7 @@ def test_aspp_is_the_sum_of_four_atrous_convolutions():
                 shifted = padded[..., a * rate : a * rate + 8, b * rate : b * rate + 10]
                 total += torch.einsum("ncyx,kc->nkyx", shifted, weight[:, :, a, b])
         total += bias[None, :, None, None]
-    expected = functional.interpolate(total, size=(64, 80), mode="bilinear", align_corners=False)
+    expected = functional.interpolate(total, size=(64, 80), mode="bilinear", align_corners=False).detach()
     assert torch.allclose(model(x), expected, atol=1e-4 * float(expected.abs().max()))
 
 

@@ -50,7 +50,10 @@ ARCHITECTURE = {
 RESAMPLING = {
     f"resampling_fn_{what}{end}": value
     for what in ("data", "seg", "probabilities")
-    for end, value in (("", "resample_data_or_seg_to_shape"), ("_kwargs", {"is_seg": what == "seg", "order": 1}))
+    for end, value in (
+        ("", "resample_data_or_seg_to_shape"),
+        ("_kwargs", {"is_seg": what == "seg", "order": 1}),
+    )
 }
 PLANS = {
     "dataset_name": "Dataset900_Spheres",
@@ -108,7 +111,9 @@ def trained(tmp_path_factory) -> Path:
         for key, value in environment.items():
             patch.setitem(os.environ, key, value)
         (root / "preprocessed" / PLANS["dataset_name"] / "base").mkdir(parents=True)
-        (root / "preprocessed" / PLANS["dataset_name"] / "base" / "case.b2nd").touch()  # its ending is looked at
+        (
+            root / "preprocessed" / PLANS["dataset_name"] / "base" / "case.b2nd"
+        ).touch()  # its ending is looked at
         from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
         torch.set_num_threads(1)
@@ -175,7 +180,7 @@ def test_card_says_what_the_plans_say(trained):
 def test_one_window_equals_the_predictor(trained, folds, mirror):
     """nnU-Net sums windows in half precision, so one window's logits are compared on its network's output."""
     card = with_arguments(card_from_nnunet(trained), folds=list(folds), mirror=mirror)
-    window = torch.randn(2, 1, *card.window_shape)
+    window = torch.randn(1, 1, *card.window_shape)
     found = load_model(card, "cpu", 1, "fp32")(window)
     theirs = predictor(trained, folds, mirror)
     turned = window.permute(0, 1, 3, 2, 4).contiguous()  # transpose_forward
@@ -279,7 +284,11 @@ def _changed(**base) -> dict:
     [
         ({"previous_stage": "3d_lowres"}, {}, "second of a cascade"),
         ({"use_mask_for_norm": [True]}, {}, "inside their nonzero mask"),
-        ({"normalization_schemes": ["MyNormalization"]}, {}, r"normalisation \['MyNormalization'\]; valid: CT"),
+        (
+            {"normalization_schemes": ["MyNormalization"]},
+            {},
+            r"normalisation \['MyNormalization'\]; valid: CT",
+        ),
         ({"patch_size": [32, 32], "spacing": [1, 1]}, {}, "slices of volumes"),
         ({}, {"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "regions"),
         ({}, {"labels": {"background": 0, "core": 2}}, r"labels \[0, 2\]; valid: 0, 1, 2"),
@@ -292,7 +301,10 @@ def test_what_a_card_cannot_say_is_refused(tmp_path, base, dataset, told):
 
 
 def test_channels_of_one_kind_become_steps_and_ignore_has_no_class(tmp_path):
-    two = {"normalization_schemes": ["NoNormalization", "RGBTo01Normalization"], "use_mask_for_norm": [False] * 2}
+    two = {
+        "normalization_schemes": ["NoNormalization", "RGBTo01Normalization"],
+        "use_mask_for_norm": [False] * 2,
+    }
     dataset = {
         "channel_names": {"0": "nonorm", "1": "rgb_to_0_1"},
         "labels": {"background": 0, "sphere": 1, "ignore": 2},
@@ -301,7 +313,10 @@ def test_channels_of_one_kind_become_steps_and_ignore_has_no_class(tmp_path):
     assert card.input.bands == ["nonorm", "rgb_to_0_1"]
     assert [s.model_dump() for s in card.input.normalisation] == [{"op": "divide", "value": [1.0, 255.0]}]
     assert card.values == (0, 1)
-    for scheme, op in (("ZScoreNormalization", "scene_zscore"), ("RescaleTo01Normalization", "scene_quantiles")):
+    for scheme, op in (
+        ("ZScoreNormalization", "scene_zscore"),
+        ("RescaleTo01Normalization", "scene_quantiles"),
+    ):
         plans = _changed(normalization_schemes=[scheme] * 2, use_mask_for_norm=[False] * 2)
         card = card_from_nnunet(_folder(tmp_path, plans, dataset))
         assert [s.op for s in card.input.normalisation] == [op]
@@ -312,13 +327,19 @@ def test_mistakes_name_the_field(trained):
     window = card.window.model_copy(update={"size": [24, 18, 32]})
     for changed, told in [
         (with_arguments(card, configuration="2d"), "found no configuration '2d'; valid: 3d_fullres, base"),
-        (with_arguments(card, configuration="base"), "arguments.configuration: found 'base'; valid: '3d_fullres'"),
+        (
+            with_arguments(card, configuration="base"),
+            "arguments.configuration: found 'base'; valid: '3d_fullres'",
+        ),
         (with_arguments(card, folds=[7]), r"arguments.folds: found [7]; valid: a list of 0, 1"),
         (with_arguments(card, checkpoint="last"), "arguments.checkpoint: found 'last'; valid: final or best"),
         (with_arguments(card, mirror="yes"), "arguments.mirror: found 'yes'"),
         (with_arguments(card, tta=1), "arguments.tta: unknown"),
         (card.model_copy(update={"window": window}), "window.size: found [24, 18, 32]"),
-        (card.model_copy(update={"classes": card.classes[:2]}), "classes: found values [0, 1]; valid: 0 backgr"),
+        (
+            card.model_copy(update={"classes": card.classes[:2]}),
+            "classes: found values [0, 1]; valid: 0 backgr",
+        ),
     ]:
         with pytest.raises(RequestError) as error:
             load_model(changed, "cpu", 1, "fp32")

@@ -129,7 +129,7 @@ def tiny(architecture):
     network = getattr(t, architecture)(CONFIGS[architecture]()).eval()
     for name, parameter in network.named_parameters():
         if any(head in name for head in HEADS):
-            torch.nn.init.normal_(parameter, std=2.0)
+            torch.nn.init.normal_(parameter, std=0.4)
         elif "position" not in name and parameter.ndim > 1:
             torch.nn.init.kaiming_normal_(parameter)
     return network

@@ -60,10 +60,10 @@ def write_scan(folder: Path, name: str, shape: tuple[int, int, int], seed: int) 
 
 
 def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merged at every depth."""
+    """Mappings merged at every depth, but for a network's arguments."""
     found = dict(base)
     for key, value in more.items():
-        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        both = isinstance(value, dict) and isinstance(found.get(key), dict) and key != "arguments"
         found[key] = merged(found[key], value) if both else value
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ CPU = torch.device("cpu")
 DYNUNET = {
     "architecture": "DynUNet",
     "arguments": {
-        "kernel_size": [3, 3],
-        "strides": [1, 2],
-        "upsample_kernel_size": [2],
-        "filters": [4, 8],
+        "kernel_size": [3, 3, 3],
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2, 2],
+        "filters": [4, 8, 8],
         "norm_name": "BATCH",
     },
+    "window": {"stride": 4},
 }
 UNET = {
     "provider": "smp",
@@ -108,17 +108,18 @@ def test_decay_is_for_kernels_alone(tmp_path: Path) -> None:
     network = TrainNetwork(recipe_of(tmp_path, card=DYNUNET, optimise={"decay": 0.3}), CPU, "fp32")
     kernels, others = network.groups()
     assert (kernels["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    shapes: Callable[[Any], list[int]] = lambda group: [p.ndim for p in group["params"]]  # noqa: E731
-    assert set(shapes(kernels)) == {4}
-    assert set(shapes(others)) == {1}
-    assert sum(p.numel() for g in (kernels, others) for p in g["params"]) == network.parameters  # type: ignore[attr-defined]
+    assert {p.ndim for p in kernels["params"]} == {4}  # type: ignore[attr-defined]
+    assert {p.ndim for p in others["params"]} == {1}  # type: ignore[attr-defined]
+    both = [*kernels["params"], *others["params"]]  # type: ignore[misc]
+    assert {id(p) for p in both} == {id(p) for p in network.module.parameters()}
+    assert len(both) == len(list(network.module.parameters()))
 
 
 def test_begin_with_a_network_of_the_same_shape(tmp_path: Path) -> None:
     network = network_of(recipe_of(tmp_path, card=DYNUNET))
     start = stored(network, tmp_path)
     module = untrained(network.card)
-    assert begin_with(module, str(start)) == []
+    assert begin_with(module, 2, str(start)) == []
     wanted = network.average.state_dict()
     assert all(torch.equal(t, wanted[n]) for n, t in module.state_dict().items() if t.is_floating_point())
 
@@ -130,7 +131,7 @@ def test_begin_with_other_bands_and_classes(tmp_path: Path) -> None:
     classes = [*network.card.model_dump(mode="json")["classes"][:2]]
     card = {"input": {"bands": ["a", "b", "c", "d", "e"]}, "classes": classes}
     module = untrained(recipe_of(tmp_path, card=card).card)
-    notes = begin_with(module, start)
+    notes = begin_with(module, 5, start)
     old, new = network.average.state_dict(), module.state_dict()
     first = next(name for name in new if new[name].ndim == 4)
     assert new[first].shape[1] == 5
@@ -148,7 +149,7 @@ def test_begin_with_nothing_that_fits(tmp_path: Path) -> None:
     start = stored(network_of(recipe_of(tmp_path)), tmp_path)
     save_file({"alien": torch.zeros(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(RequestError, match=f"start: no tensor of {start} fits this network"):
-        begin_with(untrained(recipe_of(tmp_path).card), str(start))
+        begin_with(untrained(recipe_of(tmp_path).card), 2, str(start))
 
 
 def test_precision(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ class NormalisedCut(Arguments):
     """Superpixels, cut apart where they are unlike; classes by Otsu on the means of what is left."""
 
     segments: int = Field(400, ge=2, le=10_000, description="Superpixels, about.")
-    compactness: float = Field(0.1, gt=0, description="SLIC: nearness against likeness, bands scaled to 0…1.")
+    compactness: float = Field(1.0, gt=0, description="SLIC: nearness against likeness, bands scaled to 0…1.")
     sigma: float = Field(0.004, gt=0, description="Likeness of neighbours is exp(−|difference|² / sigma).")
-    cut: float = Field(0.1, gt=0, le=2, description="No further cut where its normalised cost is above this.")
+    cut: float = Field(0.5, gt=0, le=2, description="No further cut where its normalised cost is above this.")
     bins: int = Field(256, ge=2, le=65536, description="Of the histogram that the classes come from.")

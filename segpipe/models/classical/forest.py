@@ -247,7 +247,8 @@ def _check_arrays(path: Path, state: dict[str, torch.Tensor]) -> None:
         "feature": _outside(state["feature"], int(state["bands"][0])),
         "threshold": not bool(state["threshold"].isfinite().all()),
         "roots": not len(roots) or _outside(roots, nodes),
-        "shares": shares.shape != (int(leaf.sum()), len(state["classes"])) or not bool(shares.isfinite().all()),
+        "shares": shares.shape != (int(leaf.sum()), len(state["classes"]))
+        or not bool(shares.isfinite().all()),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
