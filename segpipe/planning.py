@@ -86,7 +86,7 @@ def plan_scene(
         blend=job.tiling.blend.value,
         block=block,
         memory=parse_memory(job.tiling.memory),
-        passes_per_window=2**ndim if settings.tta else 1,
+        passes_per_window=2 ** len(card.mirror) if settings.tta else 1,
     )
 
 

@@ -82,7 +82,7 @@ def test_ids_of_objects_are_matched(world: World, tmp_path: Path) -> None:
 
 
 def test_objects_need_ids_on_both_sides(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`measure\.objects` needs `labels` and `reference`"):
+    with pytest.raises(ValueError, match=r"`measure\.objects` needs a `reference`"):
         job_of(tmp_path, world / "scene1.tif", "x.tif", measure={"objects": True})
 
 

@@ -84,7 +84,6 @@ def entropy(scores: torch.Tensor) -> torch.Tensor:
     return total / log_classes(scores.shape[1])
 
 
-def flip_views(ndim: int) -> list[tuple[int, ...]]:
-    """Every set of spatial axes of an (n, c, …) tensor, the empty one first."""
-    axes = range(2, 2 + ndim)
-    return [view for n in range(ndim + 1) for view in combinations(axes, n)]
+def flip_views(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every set of these spatial axes, as axes of an (n, c, …) tensor, the empty one first."""
+    return [tuple(2 + a for a in view) for n in range(len(axes) + 1) for view in combinations(axes, n)]

@@ -144,7 +144,7 @@ class Engine:
         self.model = model
         self.store = store
         self.nodata = nodata
-        self.views = flip_views(len(plan.grid.axes)) if tta else [()]
+        self.views = flip_views(card.mirror) if tta else [()]
         self.values = np.array(card.values, dtype=label_dtype(card))
         self.labels_only = plan.labels_only
         self.finds_objects = card.output.kind != "semantic"

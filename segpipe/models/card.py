@@ -156,6 +156,11 @@ class Window(Strict):
     stride: int = Field(
         1, ge=1, description="Total stride of the network: windows start and end at its multiples."
     )
+    mirror: list[int] | None = Field(
+        None,
+        description="Axes, from 0, along which mirror images are as likely as the scene: those of test-time "
+        "averaging. Left out: all; empty: none.",
+    )
     fixed: bool = Field(
         False, description="The network takes this size only; a smaller scene is padded up to it."
     )
@@ -280,6 +285,11 @@ class Card(Strict):
         """Margin per model axis; None: to be measured."""
         return None if self.window.halo == "auto" else self._per_axis(self.window.halo)
 
+    @property
+    def mirror(self) -> tuple[int, ...]:
+        """Model axes of test-time mirror images, array order."""
+        return tuple(range(self.ndim)) if self.window.mirror is None else tuple(self.window.mirror)
+
     def _per_axis(self, sizes: list[int]) -> tuple[int, ...]:
         return tuple(sizes) if len(sizes) == self.ndim else tuple(sizes) * self.ndim
 
@@ -305,6 +315,8 @@ class Card(Strict):
                 "input.normalisation: window_zscore would make the answer depend on the tiling; "
                 "use scene_zscore, or window.size: whole"
             )
+        if len(set(self.mirror)) < len(self.mirror) or not set(self.mirror) <= set(range(self.ndim)):
+            raise ValueError(f"window.mirror: found {list(self.mirror)}; valid: axes 0 to {self.ndim - 1}")
         if self.kind == "raster" and self.input.orientation:
             raise ValueError("input.orientation is for volumes")
         for field in ("size", "shape", "halo"):

@@ -121,11 +121,18 @@ def train(recipe: Recipe, told: Told, should_stop: Callable[[], bool] = lambda: 
 
 
 def mark(recipe: Recipe) -> str:
-    """Fingerprint of what the weights depend on: names the folder, so that a changed recipe has its own."""
-    parts = recipe.model_dump(mode="json", exclude={"out", "name", "compute", "split", "weights"})
-    parts["split"] = recipe.split.model_dump(mode="json", exclude={"fold"})
-    for text in ("title", "data", "scores", "limits", "licence", "source", "name"):
-        parts["card"].pop(text)
+    """Fingerprint of what the weights depend on: names the folder, so that a changed recipe has its own.
+
+    What has its default is left out, so that a new field with a default changes no fingerprint.
+    """
+    asked = {"start", "data", "split", "windows", "augment", "loss", "optimise", "judge"}
+    parts = recipe.model_dump(mode="json", exclude_defaults=True, include=asked)
+    parts.get("split", {}).pop("fold", None)
+    parts.get("data", {}).pop("description", None)
+    card = {"provider", "architecture", "arguments", "input", "output"}
+    parts["card"] = recipe.card.model_dump(mode="json", exclude_defaults=True, include=card)
+    parts["card"]["input"].pop("modality", None)
+    parts["classes"], parts["window"] = recipe.card.values, window_shape(recipe)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,7 +147,7 @@ def test_time_is_each_models_own():
     import time
 
     slow, fast = milliseconds([lambda x: time.sleep(0.02), lambda x: time.sleep(0.002)], torch.zeros(1, 1), 3)
-    assert 20 <= slow
+    assert slow >= 20
     assert 2 <= fast < slow
 
 
@@ -255,6 +254,7 @@ def test_an_execution_that_is_not_installed_is_refused(make_card, tmp_path, name
         registry.check_card(card)
 
 
+@pytest.mark.slow  # a C++ compiler runs
 def test_compiled_network_answers_as_the_plain_one(unet):
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")

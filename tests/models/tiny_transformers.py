@@ -125,11 +125,13 @@ HEADS = ("class_predictor", "class_embed", "class_labels_classifier")
 
 
 def tiny(architecture):
-    """The library's network; where it classifies queries, with weights large enough that it is sure of some."""
+    """The library's network; its queries are unlike each other, and it is sure of some classes."""
     network = getattr(t, architecture)(CONFIGS[architecture]()).eval()
     for name, parameter in network.named_parameters():
         if any(head in name for head in HEADS):
             torch.nn.init.normal_(parameter, std=0.4)
-        elif "position" not in name and parameter.ndim > 1:
+        elif parameter.ndim == 2 and len(parameter) == 12:  # one row a query
+            torch.nn.init.normal_(parameter, std=3.0)
+        elif "position" not in name and parameter.ndim > 1 and parameter.numel():
             torch.nn.init.kaiming_normal_(parameter)
     return network

@@ -6,14 +6,19 @@ weights: nothing is fetched. Without weights of one's own, the backbone's state 
 torchvision's or timm's, whose names it has.
 """
 
-from torch import nn
-
+from segpipe.models.literature.adapter import ARCHITECTURES, build, check, module
 from segpipe.models.literature.deeplab import DeepLabV1, DeepLabV2
 from segpipe.models.literature.segnet import SegNet
 from segpipe.models.literature.setr import SETRPUP, SETRNaive
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
-}
-
-__all__ = ["ARCHITECTURES", "SETRPUP", "DeepLabV1", "DeepLabV2", "SETRNaive", "SegNet"]
+__all__ = [
+    "ARCHITECTURES",
+    "SETRPUP",
+    "DeepLabV1",
+    "DeepLabV2",
+    "SETRNaive",
+    "SegNet",
+    "build",
+    "check",
+    "module",
+]

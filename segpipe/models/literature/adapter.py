@@ -1,0 +1,60 @@
+"""The provider `literature`: one of these architectures with a card's weights."""
+
+from __future__ import annotations
+
+import torch
+
+from segpipe.models.card import Card
+from segpipe.models.literature.deeplab import DeepLabV1, DeepLabV2
+from segpipe.models.literature.segnet import SegNet
+from segpipe.models.literature.setr import SETRPUP, SETRNaive
+from segpipe.models.naming import construct, known
+from segpipe.models.network import Network, TorchNetwork, fill, output_channels
+from segpipe.models.weights import card_error, load_state, resolve_weights
+
+ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
+    cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
+}
+
+
+def check(card: Card) -> None:
+    """Whether the architecture exists.
+
+    Raises:
+        RequestError: it does not; names those that come close.
+    """
+    known(card, ARCHITECTURES)
+    if card.kind != "raster":
+        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} is for rasters")
+
+
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights.
+
+    Raises:
+        RequestError: architecture, arguments and window do not fit one another.
+    """
+    check(card)
+    arguments = {**card.arguments, "in_channels": card.channels, "classes": output_channels(card)}
+    network = construct(card, ARCHITECTURES[str(card.architecture)], arguments)
+    assert isinstance(network, torch.nn.Module)
+    stride = network.stride
+    assert isinstance(stride, int)
+    if card.window.stride % stride:
+        raise card_error(
+            card,
+            "window.stride",
+            f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
+        )
+    return network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    network = module(card)
+    fill(card, network, load_state(resolve_weights(card)))
+    return TorchNetwork(network, device, channels_last=True)
