@@ -15,9 +15,10 @@ import numpy as np
 from segpipe import __version__
 from segpipe.boxes import Box
 from segpipe.config import Format, Keep
-from segpipe.export.cog import write_cog, write_cog_scores
+from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.common import LabelReader, ScoreReader
-from segpipe.export.nifti import write_nifti, write_nifti_scores
+from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
+from segpipe.export.objects import write_coco, write_object_polygons
 from segpipe.export.regions import MOST_CLASSES, write_regions
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.inference.uncertainty import LEVELS
@@ -27,6 +28,7 @@ from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Class, Interpolation
 from segpipe.reference import find_reference, open_reference
 from segpipe.regions import region_layer
+from segpipe.report.found import SceneFound, found_table
 from segpipe.report.pictures import FORMAT, Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import GeometrySummary, SceneRecord
@@ -65,7 +67,7 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[s
 
 
 def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict[str, Path]:
-    """The label map, and the scores where the job wants them: COG for rasters, NIfTI for volumes."""
+    """The label map, what a model found, and the scores that the job wants: COG, or NIfTI for volumes."""
     geometry, formats = scene.geometry, scene.job.outputs.formats
     classes = shown_classes(scene, measured.values)
     if isinstance(geometry, RasterGeometry) and Format.cog in formats:
@@ -79,10 +81,39 @@ def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dic
         written["labels"] = target / f"labels{suffix}"
         if not written["labels"].exists():
             _write_labels(scene, measured, classes, written["labels"])
+    if isinstance(scene, Scene) and scene.finds_objects:
+        written |= _write_objects(scene, measured, target, suffix)
     for name, shares in _shares(scene).items():
         written[name] = target / f"{name}{suffix}"
         if not written[name].exists():
             _write_shares(scene, shares, written[name])
+    return written
+
+
+def _write_objects(scene: Scene, measured: Measured, target: Path, suffix: str) -> dict[str, Path]:
+    """Ids of objects on the scene's grid; of rasters the objects as polygons and as COCO's JSON too."""
+    assert measured.found is not None
+    geometry, found, dtype = scene.geometry, measured.found.objects, scene.labels.array("instances").dtype
+    written = {"instances": target / f"instances{suffix}"}
+    with scene.open_labels(ids=True) as ids:
+        if isinstance(geometry, VolumeGeometry):
+            if not written["instances"].exists():
+                header = _nifti_header(scene.ref.uri)
+                write_nifti_ids(ids, geometry, header, dtype, written["instances"])
+            return written
+        assert isinstance(geometry, RasterGeometry)
+        written |= {"objects": target / "instances.gpkg", "coco": target / "instances.json"}
+        if not written["instances"].exists():
+            write_cog_ids(ids, geometry, dtype, written["instances"], _tags(scene))
+        if not written["objects"].exists():
+            reference = scene.job.reference
+            one = SceneFound.of(scene.ref.name, measured, reference.values if reference else {})
+            table = found_table([one], scene.classes, scene.job.measure.smallest)
+            write_object_polygons(ids, geometry, table, written["objects"])
+        if not written["coco"].exists():
+            name = scene.ref.uri.rsplit("/", 1)[-1]
+            shape = (geometry.shape[0], geometry.shape[1])
+            write_coco(ids, shape, found, scene.classes, name, written["coco"])
     return written
 
 
@@ -201,6 +232,8 @@ def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None
     """
     listed = scene.classes if classes is None else classes
     shown = [FORMAT, scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
+    if scene.finds_objects:
+        shown.append("outlined by ids")
     return f"previews-{hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]}.zip"
 
 
@@ -226,14 +259,17 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
             return pixels if channels is None else Pixels(pixels.values[list(channels)], pixels.valid)
 
         doubt = _entropy(scene)
+        ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
         if isinstance(geometry, RasterGeometry):
             previews = raster_preview(
                 image, labels, truth, geometry, scene.bands, classes, nodata,
-                count=len(scene.channels), read_uncertainty=doubt,
+                count=len(scene.channels), read_uncertainty=doubt, read_ids=ids,
             )  # fmt: skip
         else:
             assert isinstance(geometry, VolumeGeometry)
-            previews = volume_preview(image, labels, truth, geometry, classes, nodata, read_uncertainty=doubt)
+            previews = volume_preview(
+                image, labels, truth, geometry, classes, nodata, read_uncertainty=doubt, read_ids=ids
+            )
     measured.stage.write_bytes(name, dump_previews(previews))
     return previews
 

@@ -87,6 +87,11 @@ def _check_tiling(job: Job, card: Card) -> None:
         }
         for field in [name for name, asked in in_vain.items() if asked]:
             raise RequestError(f"{field}: {card.name!r} finds objects, not scores by class: leave it out")
+        if tiling.halo != "auto" and 0 in parse_size(tiling.halo, card.ndim, "tiling.halo"):
+            raise RequestError(
+                f"tiling.halo: found {tiling.halo}; {card.name!r} finds objects, which are joined by what "
+                "neighbouring windows both see: valid: auto, or elements above 0"
+            )
     if tiling.window != "auto":
         by_window = any(isinstance(s, WindowZscore) for s in card.input.normalisation)
         if card.window.fixed or by_window:

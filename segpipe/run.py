@@ -267,10 +267,11 @@ def _tables(
         tables["intensity"] = intensity_table([_intensity(s, measured.get(s.name)) for s in scenes], classes)
     if job.get("measure", {}).get("surface"):
         tables["surface"] = surface_table(_found(scenes, measured, lambda m: m.surfaces), classes)
-    found_objects = [_found_objects(s, measured.get(s.name)) for s in scenes]
+    found_objects = [_found_objects(s, measured.get(s.name), job) for s in scenes]
     if any(scene.table is not None for scene in found_objects):
         smallest = job["measure"]["smallest"]
-        tables["regions"] = with_counts(tables["regions"], found_objects)
+        things = [c.value for c in classes if not (c.background or c.stuff)]
+        tables["regions"] = with_counts(tables["regions"], found_objects, things)
         tables["instances"] = found_table(found_objects, classes, smallest)
         if any(scene.overlaps is not None for scene in found_objects):
             stuff = [c.value for c in classes if c.stuff]
@@ -331,19 +332,11 @@ def _uncertainty(scene: SceneRecord, measured: Measured | None) -> SceneIntensit
     return SceneIntensity(scene.name, measured.regions, measured.doubts, measured.uncertainty)
 
 
-def _found_objects(scene: SceneRecord, measured: Measured | None) -> SceneFound:
+def _found_objects(scene: SceneRecord, measured: Measured | None, job: Mapping[str, Any]) -> SceneFound:
     if measured is None:
         return SceneFound(scene.name, reason=scene.error)
-    return SceneFound(
-        scene.name,
-        measured.found,
-        measured.members,
-        measured.regions,
-        SizeScale.from_dict(measured.scale),
-        measured.geometry,
-        measured.objects,
-        measured.rule,
-    )
+    values = (job.get("reference") or {}).get("values", {})
+    return SceneFound.of(scene.name, measured, {int(k): v for k, v in values.items()})
 
 
 def _objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:

@@ -1,4 +1,4 @@
-"""Label and score maps as Cloud-Optimised GeoTIFF, written window by window.
+"""Label maps, ids of objects and score maps as Cloud-Optimised GeoTIFF, written window by window.
 
 Two passes: windows go into a plain tiled TIFF, which GDAL's COG driver then copies with overviews.
 Overviews of labels take the most frequent value (MODE), so no value appears that is not in the
@@ -119,12 +119,40 @@ def write_cog_scores(
             for index, item in enumerate(classes):
                 target.set_band_description(index + 1, item.name)
         _copy(draft, final, predictor="FLOATING_POINT", resampling="AVERAGE")
-        crs = _crs_lost(final, geometry)
-        if crs is not None:
-            part = folder / "scores.aux.xml"
-            part.write_text(gdal_pam(classes, crs), encoding="utf-8", newline="\n")
-            commit(part, path.with_name(path.name + ".aux.xml"))
-        commit(final, path)
+        _commit_with_crs(final, geometry, classes, path)
+
+
+def write_cog_ids(
+    ids: LabelReader,
+    geometry: RasterGeometry,
+    dtype: np.dtype[Any],
+    path: Path,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write the ids of objects as a COG; 0, no object, is nodata.
+
+    So a cell of an overview has the most frequent of the objects in it, however small: none disappears
+    into the ground.
+
+    Args:
+        ids: windowed reader, called as in `write_cog`.
+        geometry: written as it is.
+        dtype: uint32 or uint64.
+        path: local file.
+        tags: further dataset tags.
+
+    Raises:
+        SceneError: an id does not fit the dtype, or the file cannot be written.
+    """
+    with staging(path) as folder, _gdal(path):
+        draft, final = folder / "draft.tif", folder / "final.tif"
+        with rasterio.open(draft, "w", **_profile(geometry, 1, dtype, 0)) as target:
+            for box in grid_boxes(geometry.shape, (STEP, STEP)):
+                target.write(fit_labels(ids(box), dtype, box, path), 1, window=_window(box))
+            target.update_tags(**dict(tags or {}))
+            target.set_band_description(1, "object")
+        _copy(draft, final, predictor="NO", resampling="MODE")
+        _commit_with_crs(final, geometry, (), path)
 
 
 class _gdal:  # noqa: N801 - reads as a with-statement
@@ -188,6 +216,16 @@ def _copy(draft: Path, final: Path, predictor: str, resampling: str) -> None:
         NUM_THREADS="ALL_CPUS",  # the same bytes: tiles are compressed apart and written in order
         BIGTIFF="IF_SAFER",
     )
+
+
+def _commit_with_crs(final: Path, geometry: RasterGeometry, classes: Sequence[Class], path: Path) -> None:
+    """Make a finished file visible, after the sidecar that has its CRS where GeoTIFF keys cannot hold it."""
+    crs = _crs_lost(final, geometry)
+    if crs is not None:
+        part = final.with_name("draft.aux.xml")
+        part.write_text(gdal_pam(classes, crs), encoding="utf-8", newline="\n")
+        commit(part, path.with_name(path.name + ".aux.xml"))
+    commit(final, path)
 
 
 def _crs_lost(final: Path, geometry: RasterGeometry) -> CRS | None:

@@ -90,6 +90,35 @@ def write_nifti(
         commit(draft, path)
 
 
+def write_nifti_ids(
+    ids: LabelReader,
+    geometry: VolumeGeometry,
+    source_header: str | Path | None,
+    dtype: np.dtype[Any],
+    path: Path,
+) -> None:
+    """Write the ids of objects as ``.nii.gz`` (or ``.nii``) on the native grid; 0 is no object.
+
+    Args:
+        ids: windowed reader, called as in `write_nifti`.
+        geometry: of the scene.
+        source_header: as for `write_nifti`.
+        dtype: uint32 or uint64.
+        path: local file ending in ``.nii`` or ``.nii.gz``.
+
+    Raises:
+        SceneError: the affine cannot be represented, or an id does not fit the dtype.
+    """
+    header = _header(geometry, source_header, dtype, path)
+    header.set_intent("label")
+    boxes = _slab_boxes(geometry.shape, dtype.itemsize)
+    with staging(path) as folder:
+        draft = folder / "draft"
+        slabs = (fit_labels(ids(box), dtype, box, path) for box in boxes)
+        _write(draft, header, slabs, compress=path.suffix == ".gz")
+        commit(draft, path)
+
+
 def write_nifti_scores(
     scores: ScoreReader,
     geometry: VolumeGeometry,

@@ -32,7 +32,7 @@ def gdal_pam(classes: Sequence[Class], crs: CRS | None) -> str:
     """The text of ``<file>.aux.xml``: category names and attribute table of band 1.
 
     Args:
-        classes: what the values mean.
+        classes: what the values mean; none: nothing is said of band 1.
         crs: written only where GeoTIFF keys cannot hold it exactly; GDAL prefers it then.
     """
     root = ET.Element("PAMDataset")
@@ -40,6 +40,8 @@ def gdal_pam(classes: Sequence[Class], crs: CRS | None) -> str:
         north_first = crs.axis_info and crs.axis_info[0].direction == "north"
         mapping = "2,1" if north_first else "1,2"  # x and y of the raster to the CRS's axes
         ET.SubElement(root, "SRS", dataAxisToSRSAxisMapping=mapping).text = crs.to_wkt()
+    if not classes:
+        return _pretty(root)
     band = ET.SubElement(root, "PAMRasterBand", band="1")
     names = {c.value: c.name for c in classes}
     if max(names) <= LARGEST_LISTED:

@@ -40,7 +40,7 @@ _STRIDE = 32
 
 
 def card_from_bundle(path: str | Path) -> Card:
-    """The card of a bundle, a folder or a zip, with configs/inference.json or .yaml and configs/metadata.json.
+    """The card of a bundle, a folder or a zip: of its configs/inference.json (or .yaml) and metadata.json.
 
     Returns:
         a card whose ``weights`` is the bundle's absolute path; ``limits`` says what was not carried over.
@@ -90,8 +90,8 @@ def _classes(path: Path, config: Mapping[str, Any], predicted: Mapping[str, Any]
         return ["background", names[0]], "sigmoid"
     if sigmoid:
         raise RequestError(
-            f"{path}: a sigmoid of {channels} channels: its masks overlap, and a label map holds one class per "
-            "element"
+            f"{path}: a sigmoid of {channels} channels: its masks overlap, and a label map holds one class "
+            "per element"
         )
     return names, "softmax"
 

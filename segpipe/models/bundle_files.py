@@ -139,7 +139,8 @@ def network_definition(bundle: Bundle) -> Definition:
                 _class_name(str(found["_target_"]), f"{bundle.path}: {place}: {key}"), arguments
             )
     raise RequestError(
-        f"{bundle.path}: {place}: found no network; valid: {' or '.join(NETWORK_KEYS)} with a _target_ of {_LIBRARY}"
+        f"{bundle.path}: {place}: found no network; valid: {' or '.join(NETWORK_KEYS)} with a _target_ "
+        f"of {_LIBRARY}"
     )
 
 

@@ -59,7 +59,7 @@ def check_members(card: Card) -> None:
             raise card_error(
                 card,
                 "window.stride",
-                f"found {card.window.stride}; valid: a multiple of {member.window.stride}, that of {member.name}",
+                f"found {card.window.stride}; {member.name} has {member.window.stride}: valid: a multiple",
             )
         rigid = (member.window.fixed, member.window_shape)
         if member.window.fixed and rigid != (card.window.fixed, card.window_shape):

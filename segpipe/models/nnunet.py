@@ -219,7 +219,8 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     plan = _plan(card, folder)
     factory, arguments = network_class(card, plan)
     arguments["deep_supervision"] = False
-    networks, mirrored = [], None
+    networks: list[nn.Module] = []
+    mirrored = None
     for path in fold_files(card, folder):
         checkpoint = read_checkpoint(path)
         trained = checkpoint["init_args"].get("configuration")

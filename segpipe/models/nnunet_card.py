@@ -16,7 +16,7 @@ LIMITS = (
     "Differs from nnU-Net's own prediction: images are resampled linearly, not by cubic splines; "
     "probabilities, not logits, are blended and resampled; a scene smaller than the window is padded at its "
     "end, not on both sides; the scene is not cropped to its nonzero part; windows overlap by half but do "
-    "not begin where nnU-Net's do. Ask for `tiling.blend: gaussian`, which is what nnU-Net does: under `trim` "
+    "not begin where those of nnU-Net do. Ask for `tiling.blend: gaussian`, as nnU-Net blends: under `trim` "
     "each element has one window's answer. No mirror images unless `arguments.mirror: true`."
 )
 
@@ -90,14 +90,15 @@ def _normalisation(folder: Path, channels: Sequence[Channel]) -> list[dict[str, 
         return [{"op": "scene_quantiles", "low": 0.0, "high": 1.0}]
     if not schemes.issubset(LINEAR_SCHEMES):
         raise RequestError(
-            f"{folder}: channels are normalised differently ({', '.join(sorted(schemes))}); valid: one scheme "
-            f"for all, or any of {', '.join(LINEAR_SCHEMES)}"
+            f"{folder}: channels are normalised differently ({', '.join(sorted(schemes))}); valid: one "
+            f"scheme for all, or any of {', '.join(LINEAR_SCHEMES)}"
         )
     return _linear(folder, channels)
 
 
 def _linear(folder: Path, channels: Sequence[Channel]) -> list[dict[str, Any]]:
-    clips, offsets, divisors = set(), [], []
+    clips: set[tuple[float, float] | None] = set()
+    offsets, divisors = [], []
     for channel in channels:
         if channel.scheme == "CTNormalization":
             found = channel.intensities
@@ -122,5 +123,5 @@ def _linear(folder: Path, channels: Sequence[Channel]) -> list[dict[str, Any]]:
 def _more_limits(plan: NnunetPlan) -> str:
     schemes = {c.scheme for c in plan.channels}
     if "RescaleTo01Normalization" in schemes:
-        return " Its least and greatest value are taken on the scene sampled onto a small grid, as for all quantiles."
+        return " The scene's least and greatest value are taken on a small grid of samples, as all quantiles."
     return ""

@@ -174,8 +174,8 @@ def _order(folder: Path, plans: Mapping[str, Any], axes: int) -> tuple[int, ...]
         return forward
     if plans["image_reader_writer"] not in PICTURES or forward[0] != 0:
         raise RequestError(
-            f"{folder}: a 2d configuration on slices of volumes is not run here, for a card's spacing is that "
-            "of all axes; valid: 3d_fullres or 3d_lowres, or a dataset of pictures"
+            f"{folder}: a 2d configuration on slices of volumes is not run here, for a card's spacing is "
+            "that of all axes; valid: 3d_fullres or 3d_lowres, or a dataset of pictures"
         )
     return tuple(a - 1 for a in forward[1:])
 
@@ -201,8 +201,8 @@ def _labels(folder: Path, stored: Mapping[str, Any]) -> tuple[tuple[int, str], .
     """Values and names in the order of the output's channels; ``ignore`` has none."""
     if any(isinstance(v, list) and len(v) > 1 for v in stored.values()):
         raise RequestError(
-            f"{folder}: dataset.json has regions (labels that are lists): their masks overlap, and a label map "
-            "holds one class per element; valid: a model trained on labels"
+            f"{folder}: dataset.json has regions (labels that are lists): their masks overlap, and a label "
+            "map holds one class per element; valid: a model trained on labels"
         )
     labels = {name: v[0] if isinstance(v, list) else v for name, v in stored.items() if name != "ignore"}
     found = sorted((int(v), str(name)) for name, v in labels.items())

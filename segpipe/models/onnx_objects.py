@@ -188,7 +188,10 @@ def _cut(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 def _upsampled(masks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Masks (n, …) at the window's size, bi- or trilinear with half-pixel centres."""
-    if tuple(masks.shape[1:]) == shape or not len(masks):
-        return masks.new_zeros(0, *shape) if not len(masks) else masks
+    if not len(masks):
+        return masks.new_zeros(0, *shape)
+    if tuple(masks.shape[1:]) == shape:
+        return masks
     mode = "bilinear" if len(shape) == 2 else "trilinear"
-    return functional.interpolate(masks[None], size=shape, mode=mode, align_corners=False)[0]
+    larger: torch.Tensor = functional.interpolate(masks[None], size=shape, mode=mode, align_corners=False)
+    return larger[0]

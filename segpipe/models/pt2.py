@@ -18,7 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 FUNCTIONS = frozenset(
-    ["Abs", "Add", "And", "CeilDiv", "CeilToInt", "CleanDiv", "Eq", "Equality", "FloatTrueDiv", "Float", "FloorDiv", "FloorToInt", "Ge", "GreaterThan", "Gt", "IntTrueDiv", "Integer", "Le", "LessThan", "Lt", "Max", "Min", "Mod", "ModularIndexing", "Mul", "Ne", "Not", "Or", "Pow", "PowByNatural", "PythonMod", "Rational", "RoundToInt", "StrictGreaterThan", "StrictLessThan", "Symbol", "ToFloat", "TruncToInt", "Unequality", "ceiling", "false", "floor", "true"]
+    {"Abs", "Add", "And", "CeilDiv", "CeilToInt", "CleanDiv", "Eq", "Equality", "Float", "FloatTrueDiv"}
+    | {"FloorDiv", "FloorToInt", "Ge", "GreaterThan", "Gt", "IntTrueDiv", "Integer", "Le", "LessThan", "Lt"}
+    | {"Max", "Min", "Mod", "ModularIndexing", "Mul", "Ne", "Not", "Or", "Pow", "PowByNatural", "PythonMod"}
+    | {"Rational", "RoundToInt", "StrictGreaterThan", "StrictLessThan", "Symbol", "ToFloat", "TruncToInt"}
+    | {"Unequality", "ceiling", "false", "floor", "true"}
 )
 """What a shape expression may call: sympy's and torch's arithmetic."""
 
@@ -33,7 +37,7 @@ _PLAIN = re.compile(r"[\w.+:-]*", re.ASCII)
 _PAYLOAD = re.compile(r"(weight|tensor)_\d+", re.ASCII)
 _SYMBOL = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _BANNED = ("as_graph", "as_custom_obj", "as_operator")
-_LEAF = {"type": None, "context": None, "children_spec": []}
+_LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 _FOLDERS = (
     ("data/weights/", "model_weights_config.json"),
     ("data/constants/", "model_constants_config.json"),

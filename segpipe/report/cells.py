@@ -151,6 +151,26 @@ _COMPARED = {
 """Sizes of the metric table, named for what and the unit."""
 _OF_TABLE = {
     ("summary", "value"): Column("Value", "ratio", "The metric."),
+    **{
+        ("instances", name): column
+        for name, column in {
+            "region": Column("Region", "text", "The one that most of the object lies in; empty: in none."),
+            "count": Column("Count", "number", "Elements (pixels or voxels) of the object."),
+            "touches_edge": Column(
+                "Touches edge", "state",
+                "The object lies on the scene's border: it may go on beyond, and its size is a lower bound.",
+            ),
+        }.items()
+    },
+    **{
+        (table, name): Column(name.upper(), "number", said)
+        for table in ("objects", "panoptic")
+        for name, said in {
+            "tp": "Pairs of a predicted object and one of the reference that match.",
+            "fp": "Predicted objects without a match.",
+            "fn": "Objects of the reference without a match.",
+        }.items()
+    },
     ("calibration", "low"): Column(
         "From", "ratio", "Lower end of the bin of confidence; empty: over all bins."
     ),

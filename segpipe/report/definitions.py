@@ -146,6 +146,17 @@ DEFINITIONS = (
         _DISTANCES, "boundary.*",
     ),
     Definition(
+        "pq", "Panoptic quality (PQ, SQ, RQ) and average precision (AP)",
+        "PQ = SQ · RQ; SQ = Σ IoU / TP; RQ = TP / (TP + FP/2 + FN/2); "
+        "AP = mean of precision over recall 0, 0.01, …, 1",
+        "TP: pairs of a predicted and a true object of one class with an IoU of more than 0.5; FP and FN: "
+        "the other objects (Kirillov et al. 2019). AP ranks objects by their scores and is the mean over "
+        "IoU 0.50, 0.55, …, 0.95 (COCO); AP50 and AP75 are at one of these. Rows of all classes, things "
+        "and stuff are means over classes.",
+        "Not defined (—) where neither map has an object of the class; SQ also where none is matched.",
+        "pq|sq|rq|ap|ap50|ap75",
+    ),
+    Definition(
         "intensity", "Intensity", "mean, sd (divided by n), percentiles of the image under a class",
         "In the image's own unit, over valid elements weighted by cover. Percentiles are right within "
         "the histogram's bin.",

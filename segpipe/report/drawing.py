@@ -72,15 +72,16 @@ def layers(
     reference: np.ndarray | None,
     classes: Sequence[Class],
     nodata: int | None,
+    ids: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """The pictures of one cut by key, all RGBA of the same size.
+    """The pictures of one cut by key, all RGBA of the same size; predicted objects are outlined by ``ids``.
 
     A label that is no class's is drawn in grey: it should not be there, so it is seen. In a
     reference it means "not compared" and is left out.
     """
     ground = [c.value for c in classes if c.background]
     shown = ~np.isin(labels, ground if nodata is None else [*ground, nodata])
-    pictures = {"image": base, "labels": overlay(base, labels, shown, classes)}
+    pictures = {"image": base, "labels": overlay(base, labels, shown, classes, ids)}
     if reference is not None:
         known = np.isin(reference, [c.value for c in classes if not c.background])
         pictures["reference"] = overlay(base, reference, known, classes)
@@ -88,13 +89,22 @@ def layers(
     return pictures
 
 
-def overlay(base: np.ndarray, labels: np.ndarray, shown: np.ndarray, classes: Sequence[Class]) -> np.ndarray:
-    """Classes laid over the picture: translucent, and outlined where there is a background."""
+def overlay(
+    base: np.ndarray,
+    labels: np.ndarray,
+    shown: np.ndarray,
+    classes: Sequence[Class],
+    ids: np.ndarray | None = None,
+) -> np.ndarray:
+    """Classes laid over the picture: translucent, and outlined where there is a background.
+
+    With ``ids`` of objects each of them is, also against its neighbour of the same class.
+    """
     colors = class_colors(labels, classes).astype(np.float32)
     full = not any(c.background for c in classes)
     opacity = np.full(labels.shape, 0.65 if full else 0.4, dtype=np.float32)
     if not full:
-        opacity[edges(labels)] = 1.0
+        opacity[edges(labels if ids is None else ids)] = 1.0
     opacity[~shown] = 0
     # over transparent cells the class stands alone, on white: it is a prediction all the same
     below = np.where(base[..., 3:] > 0, base[..., :3], 255).astype(np.float32)

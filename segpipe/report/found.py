@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from segpipe.metrics.tally import SizeScale
 from segpipe.objects import ObjectTable
 from segpipe.reference import IdRule
 from segpipe.report.frames import FAILED, MEASURED, SIZE_COLUMNS, ClassLike
+
+if TYPE_CHECKING:
+    from segpipe.measure import Measured
 
 EDGES = ("z", "y", "x")
 
@@ -38,8 +41,34 @@ class SceneFound:
     """With the reference's objects; None: there are none."""
     rule: IdRule | None = None
     """Of the reference."""
+    values: Mapping[int, int | None] = field(default_factory=dict)
+    """What the job calls the reference's classes (`Reference.values`)."""
     reason: str = ""
     """Why it failed."""
+
+    @classmethod
+    def of(cls, scene: str, measured: Measured, values: Mapping[int, int | None] | None = None) -> SceneFound:
+        """Of a scene's numbers."""
+        scale = SizeScale.from_dict(measured.scale)
+        return cls(
+            scene, measured.found, measured.members, measured.regions, scale, measured.geometry,
+            measured.objects, measured.rule, values or {},
+        )  # fmt: skip
+
+    @property
+    def true_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the reference's objects, ascending, and the class of each; int64."""
+        assert self.overlaps is not None and self.rule is not None
+        true = np.unique(self.overlaps.reference[self.overlaps.reference > 0])
+        divisor = self.rule.divisor
+        if not divisor:
+            return true, np.full(len(true), self.rule.value)
+        given = true // divisor
+        classes = given.copy()
+        for before, after in self.values.items():
+            if after is not None:  # elements of a class without a value are not compared: they have no id
+                classes[given == before] = after
+        return true, classes
 
 
 def found_table(scenes: Sequence[SceneFound], classes: Sequence[ClassLike], smallest: int) -> pd.DataFrame:
@@ -99,11 +128,11 @@ def _homes(scene: SceneFound, count: int) -> list[str]:
     return [scene.regions[home] if home > 0 else "" for home in scene.members.homes(count).tolist()]
 
 
-def with_counts(regions: pd.DataFrame, scenes: Sequence[SceneFound]) -> pd.DataFrame:
+def with_counts(regions: pd.DataFrame, scenes: Sequence[SceneFound], things: Collection[int]) -> pd.DataFrame:
     """The region table with ``objects``: how many objects of a class have most of themselves in a region.
 
-    In the whole scene all are counted. Empty for stuff that is not counted, values that are no class,
-    and where nothing was measured.
+    In the whole scene all are counted. Empty where nothing was measured, and for values that are no
+    ``things``: background and stuff are not counted.
     """
     known: dict[tuple[str, str, int], int] = {}
     for scene in scenes:
@@ -117,7 +146,8 @@ def with_counts(regions: pd.DataFrame, scenes: Sequence[SceneFound]) -> pd.DataF
             known |= {(scene.scene, name, int(v)): int(n) for v, n in zip(values, counts, strict=True)}
     keys = zip(regions["scene"], regions["region"], regions["value"], strict=True)
     numbers = [known.get((s, r, -1 if pd.isna(v) else int(v)), 0) for s, r, v in keys]
-    objects = pd.Series(numbers, index=regions.index, dtype="Int64").mask(regions["state"] != MEASURED)
+    counted = (regions["state"] == MEASURED) & regions["value"].isin([*things])
+    objects = pd.Series(numbers, index=regions.index, dtype="Int64").where(counted)
     found = regions.copy()
     found.insert(list(found.columns).index("count") + 1, "objects", objects)
     return found
@@ -126,13 +156,9 @@ def with_counts(regions: pd.DataFrame, scenes: Sequence[SceneFound]) -> pd.DataF
 def scene_overlaps(scene: SceneFound, stuff: Sequence[int], smallest: int) -> Overlaps:
     """The scene's objects and the reference's, with their classes."""
     assert scene.table is not None and scene.overlaps is not None and scene.scale is not None
-    assert scene.rule is not None
     objects = scene.table.objects
     predicted = Objects.of(objects.ids, objects.classes, objects.scores)
-    true = np.unique(scene.overlaps.reference[scene.overlaps.reference > 0])
-    divisor = scene.rule.divisor
-    classes = true // divisor if divisor else np.full(len(true), scene.rule.value)
-    reference = Objects.of(true, classes)
+    reference = Objects.of(*scene.true_classes)
     return overlaps(
         scene.overlaps, predicted, reference, scene.scale, stuff=stuff, minimum=Minimum(elements=smallest)
     )

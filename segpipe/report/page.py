@@ -36,6 +36,10 @@ INDEX_ROWS = 500
 """Rows of a table in the index of many scenes; pages of scenes show `ROWS`."""
 FREQUENT = "mIoU of classes with"
 """Beginning of the name of the mean over classes with enough reference."""
+CLASSES_TOLD = 4
+"""Classes whose objects are counted in words."""
+OBJECTS_SHOWN = 300
+"""Rows of the table of instances on any page: the largest; a scene may have millions."""
 HIDDEN = ("confusion",)
 """Tables that are shown as a figure."""
 Tables = Mapping[str, pd.DataFrame]
@@ -106,7 +110,7 @@ def _index(record: RunRecord, tables: Tables, views: Sequence[Any], thumbnails: 
         root="./",
         lead=_lead(record),
         finding=_finding(record, totals, tables),
-        cards=_cards(record, totals, tables.get("summary")),
+        cards=[*_cards(record, totals, tables.get("summary")), *_object_cards(tables)],
         totals=totals,
         failed=record.failed[:ROWS],
         told=FAILURES,
@@ -159,13 +163,16 @@ def _tables(tables: Tables, record: RunRecord, limit: int, many: bool = False) -
     for name, frame in tables.items():
         if name in HIDDEN:
             continue
-        note = ""
+        note, most = "", limit
         if not many:
             frame = frame.drop(columns="scene", errors="ignore")
-        elif name == "metrics":
+        if name == "instances":
+            most = min(limit, OBJECTS_SHOWN)
+            frame, note = frame.sort_values("count", ascending=False, kind="stable"), "largest first"
+        elif many and name == "metrics":
             frame, note = frame.sort_values("iou", kind="stable"), "lowest IoU first"
         title = name.replace("_", " ").capitalize()
-        result.append(page_table(name, title, f"{name}.csv", frame, record.legend, limit, note))
+        result.append(page_table(name, title, f"{name}.csv", frame, record.legend, most, note))
     return result
 
 
@@ -231,6 +238,26 @@ def _cards(record: RunRecord, totals: Sequence[Bars], summary: pd.DataFrame | No
             top = max(present, key=lambda b: b.length)
             detail = f"the largest class: {top.share} of what was measured"
             cards.append(_Card(top.name, top.size, group.unit, detail, "size"))
+    return cards
+
+
+def _object_cards(tables: Tables) -> list[_Card]:
+    """How many objects of which classes a model found, and the mean panoptic quality of scenes."""
+    regions, cards = tables["regions"], []
+    if "objects" in regions:
+        whole = regions[regions["region"] == SCENE]
+        found = whole.groupby("class", sort=False)["objects"].sum(min_count=1).dropna()
+        counts = found[found > 0].sort_values(ascending=False, kind="stable")
+        named = ", ".join(f"{n:,} {name}" for name, n in counts.head(CLASSES_TOLD).items())
+        more = f" and {len(counts) - CLASSES_TOLD} classes more" if len(counts) > CLASSES_TOLD else ""
+        cards.append(_Card("Objects", f"{int(found.sum()):,}", "", named + more))
+    if "panoptic" in tables:
+        scenes = tables["panoptic"]
+        mean = scenes.loc[scenes["class"] == "all", ["pq", "sq", "rq"]].mean()
+        defined = int(scenes.loc[scenes["class"] == "all", "pq"].notna().sum())
+        parts = f"SQ {units.number(mean['sq'], 3)}, RQ {units.number(mean['rq'], 3)}"
+        detail = f"over classes, then {defined:,} scene{'' if defined == 1 else 's'} · {parts}"
+        cards.append(_Card("Panoptic quality", units.number(mean["pq"], 3), "", detail, "pq"))
     return cards
 
 

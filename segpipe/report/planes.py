@@ -114,6 +114,7 @@ class _Cut:
     labels: np.ndarray
     reference: np.ndarray | None
     uncertainty: np.ndarray | None
+    ids: np.ndarray | None
 
 
 def volume_pictures(
@@ -156,7 +157,8 @@ def _draw(
     base = resize(stretch(cut.values[None], cut.valid, [bounds]), size, smooth=True)
     labels = resize(cut.labels, size, smooth=False)
     reference = None if cut.reference is None else resize(cut.reference, size, smooth=False)
-    pictures = layers(base, labels, reference, classes, nodata)
+    ids = None if cut.ids is None else resize(cut.ids, size, smooth=False)
+    pictures = layers(base, labels, reference, classes, nodata, ids)
     if cut.uncertainty is not None:
         pictures["uncertainty"] = heat(resize(cut.uncertainty, size, smooth=False), labels, nodata)
     return pictures
@@ -237,6 +239,7 @@ def _cut(
         anatomy.upright(sample_labels(read.labels, plane), view),
         sampled(read.reference),
         sampled(read.uncertainty),
+        sampled(read.ids),
     )
 
 

@@ -71,6 +71,7 @@ def raster_preview(
     max_size: int = 900,
     count: int | None = None,
     read_uncertainty: ArrayReader | None = None,
+    read_ids: ArrayReader | None = None,
 ) -> Previews:
     """Panels of a raster: image, labels over it, reference over it, difference, uncertainty.
 
@@ -85,8 +86,9 @@ def raster_preview(
         max_size: longest side of a panel, in pixels.
         count: the image's channels; needed only when ``bands`` is empty and there are several.
         read_uncertainty: windowed reader of shares, 0 (sure) to 1.
+        read_ids: windowed reader of the ids of predicted objects, which are outlined.
     """
-    read = Readers(read_image, read_labels, read_reference, read_uncertainty)
+    read = Readers(read_image, read_labels, read_reference, read_uncertainty, read_ids)
     drawn = raster_pictures(read, geometry, bands, classes, nodata, max_size, count)
     panels, legend, differences = _panels(drawn.pictures, drawn.caption, drawn.seen, classes, nodata)
     return assemble(panels, drawn.pictures, legend, differences, drawn.notes)
@@ -109,7 +111,8 @@ def raster_pictures(
     base = stretch(values, valid, bounds)
     labels = sample_labels(read.labels, plane)
     reference = None if read.reference is None else sample_labels(read.reference, plane)
-    pictures = layers(base, labels, reference, classes, nodata)
+    ids = None if read.ids is None else sample_labels(read.ids, plane)
+    pictures = layers(base, labels, reference, classes, nodata, ids)
     if read.uncertainty is not None:
         pictures["uncertainty"] = heat(sample_labels(read.uncertainty, plane), labels, nodata)
     size, per_pixel = _display(geometry, base.shape[:2], plane.factors[0])
@@ -142,6 +145,7 @@ def volume_preview(
     max_size: int = 1200,
     channel: int = 0,
     read_uncertainty: ArrayReader | None = None,
+    read_ids: ArrayReader | None = None,
 ) -> Previews:
     """Panels of a volume: three planes through the largest structure; and axial slices to leaf through.
 
@@ -160,8 +164,9 @@ def volume_preview(
         max_size: width of a panel, in pixels.
         channel: of the image to show.
         read_uncertainty: as for `raster_preview`.
+        read_ids: as for `raster_preview`.
     """
-    read = Readers(read_image, read_labels, read_reference, read_uncertainty)
+    read = Readers(read_image, read_labels, read_reference, read_uncertainty, read_ids)
     drawn = volume_pictures(read, geometry, classes, nodata, max_size, channel)
     low, high = drawn.bounds
     caption = (

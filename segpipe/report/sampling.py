@@ -45,6 +45,8 @@ class Readers:
     """In the classes' values; any other value is not compared."""
     uncertainty: ArrayReader | None = None
     """Shares of 0 (sure) to 1."""
+    ids: ArrayReader | None = None
+    """Of predicted objects, 0 none."""
 
 
 class Cells(Protocol):

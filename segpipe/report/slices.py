@@ -53,13 +53,16 @@ def axial_slices(
     stack = Stack(geometry.shape, across, tuple(at.tolist()), max(1, edge // EDGE))
     values, valid = sample_image(read.image, stack, (channel,))
     labels = sample_labels(read.labels, stack)
+    ids = labels if read.ids is None else sample_labels(read.ids, stack)
     order = range(len(at)) if anatomy.sign[UP] > 0 else range(len(at) - 1, -1, -1)
     drawn, captions = [], []
     for i in order:
         base = stretch(anatomy.upright(values[:, i], AXIAL), anatomy.upright(valid[i], AXIAL), [bounds])
         base = resize(base, (high, wide), smooth=True)
-        shown = resize(anatomy.upright(labels[i], AXIAL), (high, wide), smooth=False)
-        drawn.append(_finished(layers(base, shown, None, classes, nodata)["labels"]))
+        shown, outlined = (
+            resize(anatomy.upright(part[i], AXIAL), (high, wide), smooth=False) for part in (labels, ids)
+        )
+        drawn.append(_finished(layers(base, shown, None, classes, nodata, outlined)["labels"]))
         rank = at[i] + 1 if anatomy.sign[UP] > 0 else number - at[i]
         captions.append(f"Slice {rank} of {number}, {_height(geometry, across, int(at[i]))}")
     pictures = _encoded(drawn)

@@ -16,7 +16,8 @@ VIT = {
     "decoder_fusion_channels": 8,
 }
 CASES = [(name, TINY) for name in sorted(set(ARCHITECTURES) - {"DPT"})]
-CASES += [("DPT", VIT), ("Unet", {"encoder_name": "tu-hrnet_w18"})]
+CASES += [("DPT", VIT)]
+CASES += [pytest.param("Unet", {"encoder_name": "tu-hrnet_w18"}, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,8 @@ def test_the_architectures_are_those_of_the_library():
     assert len(CASES) == len(smp.MODEL_ARCHITECTURES_MAPPING) + 1 == 13
 
 
-@pytest.mark.parametrize(
-    ("architecture", "arguments", "bands"),
-    [(*case, bands) for case in CASES for bands in ((8,) if "hrnet" in str(case) else (2, 3, 8))],
-)
+@pytest.mark.parametrize("bands", [2, 3, 8])
+@pytest.mark.parametrize(("architecture", "arguments"), CASES)
 def test_any_number_of_bands_equals_the_library(make_card, tmp_path, architecture, arguments, bands):
     direct = saved(tmp_path, architecture, bands, arguments)
     card = make_card("smp", "w.safetensors", bands=bands, architecture=architecture, arguments=arguments)

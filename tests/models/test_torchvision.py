@@ -165,7 +165,7 @@ def test_detections_are_the_librarys_and_the_best_is_in_front(make_card, tmp_pat
 
 
 def test_mask_rcnn_trains_on_windows_as_they_are(make_card):
-    network = untrained(instance_card(make_card, weights="")).train()
+    network = untrained(instance_card(make_card)).train()
     box = torch.tensor([[8.0, 8.0, 40.0, 48.0]])
     mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
     mask[0, 8:48, 8:40] = 1

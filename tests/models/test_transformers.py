@@ -98,7 +98,8 @@ def test_logits_equal_the_library_upsampled(make_card, tmp_path, architecture):
     logits = answer(direct, batch).logits
     expected = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
     found = load_model(card_for(make_card, architecture), "cpu", 1, "fp32")(batch)
-    assert torch.equal(found, expected)
+    # Tensors mapped from a file lie elsewhere in memory, which can change the order of sums.
+    assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()))
     assert float(found.std()) > 0.1
 
 

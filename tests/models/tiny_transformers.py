@@ -129,9 +129,28 @@ def tiny(architecture):
     network = getattr(t, architecture)(CONFIGS[architecture]()).eval()
     for name, parameter in network.named_parameters():
         if any(head in name for head in HEADS):
-            torch.nn.init.normal_(parameter, std=0.4)
+            torch.nn.init.normal_(parameter, std=1.0)
+        elif "bbox_attention" in name:  # DETR's masks begin with what each query looks at
+            torch.nn.init.normal_(parameter, std=0.5)
         elif parameter.ndim == 2 and len(parameter) == 12:  # one row a query
             torch.nn.init.normal_(parameter, std=3.0)
         elif "position" not in name and parameter.ndim > 1 and parameter.numel():
             torch.nn.init.kaiming_normal_(parameter)
+    balance(network)
     return network
+
+
+def balance(network):
+    """Take what all queries have in common out of the class logits, so that they are of several classes."""
+    heads = [m for n, m in network.named_modules() if n.endswith(HEADS) and isinstance(m, torch.nn.Linear)]
+    if not heads:
+        return
+    seen = []
+    hook = heads[0].register_forward_hook(lambda module, inputs, logits: seen.append(logits))
+    more = {}
+    if isinstance(network, t.OneFormerForUniversalSegmentation):
+        more["task_inputs"] = torch.ones(1, network.config.task_seq_len)
+    with torch.no_grad():
+        network(pixel_values=torch.randn(1, BANDS, 64, 64), **more)
+        heads[0].bias -= seen[-1].mean((0, 1))
+    hook.remove()

@@ -19,9 +19,9 @@ from tests.training.conftest import CLASSES, RasterFolder, fold_of, prepared, re
 
 Rasters = Callable[..., Recipe]
 WITH_STATE = {
-    "card": {"arguments": {"channels": [8, 16], "strides": [2], "num_res_units": 0, "norm": "BATCH", "dropout": 0.3}},
+    "card": {"arguments": {"channels": [8, 16], "strides": [2], "norm": "BATCH", "dropout": 0.3}},
     "augment": {"flip": 0.5, "rotate": 0.5, "noise": 0.5},
-}  # fmt: skip
+}
 """All that carries state or draws numbers: batch norm, dropout, augmentation."""
 
 
@@ -203,20 +203,17 @@ def test_the_result_is_a_moving_average_of_the_weights(rasters: Rasters, tmp_pat
 
 def test_history_holds_mean_losses_and_rates(rasters: Rasters, tmp_path: Path) -> None:
     told: list[Moment] = []
-    training = training_of(rasters(optimise={"steps": 5}, judge={"every": 2}), tmp_path)
-    losses: list[float] = []
-
-    def follow() -> bool:
-        losses.extend(training.progress.losses[-1:])
-        return False
-
-    training.run(told.append, follow)
+    training = training_of(rasters(optimise={"steps": 5}, judge={"every": 2}), tmp_path / "two")
+    training.run(told.append, never)
+    single = training_of(rasters(optimise={"steps": 5}, judge={"every": 1}), tmp_path / "one")
+    single.run(ignored, never)
+    losses = [m.loss for m in single.progress.history]
     assert [m.step for m in told] == [2, 4, 5]
-    assert told[0].rate == training.rate(1)
+    means = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2, losses[4]]
+    assert [m.loss for m in told] == pytest.approx(means)
+    assert [m.rate for m in told] == [training.rate(step) for step in (1, 3, 4)]
     assert all(m.steps == 5 and 0 <= m.score <= 1 and 0 <= m.miou <= m.score for m in told)
     assert [m.seconds for m in told] == sorted(m.seconds for m in told)
-    # the loss of steps 1, 3 (2, 4 and 5 had their row when they were asked)
-    assert len(losses) == 2
     assert told == training.progress.history
 
 

@@ -45,7 +45,7 @@ def network_of(recipe: Recipe, seed: int = 3) -> TrainNetwork:
     with torch.no_grad():
         for tensor in network.average.state_dict().values():
             if tensor.is_floating_point():
-                tensor += 0.1 * torch.rand(tensor.shape)
+                tensor += 0.1 * (torch.rand(tensor.shape) - 0.5)
     return network
 
 

@@ -1,0 +1,180 @@
+"""`segpipe train` from end to end: what the UI shows, exit codes, and stops that lose nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterName,
+)
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling
+from world import Ended, write_raster
+
+from segpipe.models.card import load_card
+from tests.flows.conftest import wait_until
+from tests.training.conftest import recipe_data, write_recipe, write_scene
+
+STOPS_WITHIN = 90.0
+"""Seconds until the tests give up; a quiet machine takes 2 to 6."""
+PATIENCE = 300.0
+"""The same for a process that has libraries to load on a busy machine."""
+LONG = {"optimise": {"steps": 100_000}, "judge": {"every": 5}}
+
+
+@pytest.fixture(scope="module")
+def few_rasters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small labelled rasters."""
+    folder = tmp_path_factory.mktemp("rasters")
+    for number in range(3):
+        write_scene(folder, f"scene{number}", (40, 40), number)
+    return folder
+
+
+RecipeMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe_file(few_rasters: Path, tmp_path: Path) -> RecipeMaker:
+    """``recipe_file(name, **fields)``: the path of a recipe whose results lie in this test's folder."""
+
+    def make(name: str, **fields: Any) -> Path:
+        data = recipe_data(few_rasters, name=name, out=str(tmp_path / "out"), **fields)
+        return write_recipe(tmp_path / f"{name}.yaml", data)
+
+    return make
+
+
+def start(recipe: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """`segpipe train` as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "segpipe.cli", "train", str(recipe)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def runs_of(client: SyncPrefectClient, name: str) -> list[FlowRun]:
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
+    return sorted(found, key=lambda run: run.created or run.expected_start_time)  # type: ignore[arg-type,return-value]
+
+
+def steps_of(checkpoint: Path) -> int:
+    state = torch.load(checkpoint, weights_only=True)
+    return int(state["progress"]["step"])
+
+
+def test_a_recipe_becomes_a_card_and_the_ui_shows_how(
+    on_server: SyncPrefectClient, server_environment: dict[str, str], recipe_file: RecipeMaker, tmp_path: Path
+) -> None:
+    process = start(recipe_file("Whole_run.1"), server_environment)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    (fold,) = (tmp_path / "out/Whole_run.1").glob("*/fold-0")
+    scores = load_card(fold / "card.yaml").scores
+    first, last = out.splitlines()[0], out.splitlines()[-1]
+    assert first == "Whole_run.1: 3 scenes, 6 steps a fold"
+    assert last == f"{scores} Card: {fold}/card.yaml"
+    (run,) = runs_of(on_server, "Whole_run.1")
+    assert run.state is not None
+    assert (run.state.name, run.state.message) == ("Completed", last)
+    mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+    artifacts = on_server.read_artifacts(artifact_filter=mine)
+    (progress,) = [a for a in artifacts if a.type == "progress"]
+    assert progress.data == 100.0
+    history = pd.read_csv(fold / "history.csv")
+    assert progress.description == f"fold-0: step 6 of 6, mean Dice {history['score'].iloc[-1]:.4f}"
+    pages = sorted((a for a in artifacts if a.type == "markdown"), key=lambda a: str(a.created))
+    assert [page.key for page in pages] == ["whole-run-1-training"] * 2
+    text = str(pages[-1].data)
+    assert "Step 6 of 6" in text
+    row = re.search(r"\| Loss \| ([\d.]+) \| ([\d.]+) \|", text)
+    assert row is not None
+    assert row.groups() == (f"{history['loss'].iloc[-1]:.4f}", f"{history['loss'].min():.4f}")
+    row = re.search(r"\| Mean Dice on what is kept apart \| ([\d.]+) \| ([\d.]+) \|", text)
+    assert row is not None
+    assert row.groups() == (f"{history['score'].iloc[-1]:.4f}", f"{history['score'].max():.4f}")
+    assert text.count("data:image/svg+xml;base64,") == 2
+    assert f"`{fold}/training.html`" in text
+
+
+def test_a_wrong_recipe_is_told_in_a_line_before_any_server(
+    here: Callable[..., Ended], recipe_file: RecipeMaker
+) -> None:
+    path = recipe_file("wrong", optimise={"rate": -1})
+    ended = here("train", str(path))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"error: {path}: optimise.rate: found -1; input should be greater than 0\n"
+    ended = here("train", str(recipe_file("wrong")), "--set", "windows.size=33")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: windows.size: found 33x33; valid: multiples of 2, the total stride\n"
+
+
+def test_a_wrong_scene_fails_the_run_with_a_line(
+    on_server: SyncPrefectClient, recipe_file: RecipeMaker, tmp_path: Path
+) -> None:
+    from flows.train import train_model
+    from segpipe.training.recipe import load_recipe
+
+    write_scene(tmp_path, "bad", (40, 40), 1)
+    labels = write_raster(tmp_path / "labels/bad.tif", np.full((1, 40, 40), 9, np.uint8))
+    data = {"scenes": [str(tmp_path / "images")], "reference": {"path": str(tmp_path / "labels")}}
+    state = train_model(load_recipe(recipe_file("bad", data=data)), return_state=True)
+    assert state.is_failed()
+    assert str(state.message).startswith(f"{labels}: holds 9, which is no class of the card")
+
+
+@pytest.mark.parametrize("by", ["api", "ctrl-c", "sigterm"])
+def test_a_stop_leaves_a_checkpoint_and_the_next_call_goes_on(
+    by: str,
+    on_server: SyncPrefectClient,
+    server_environment: dict[str, str],
+    recipe_file: RecipeMaker,
+    tmp_path: Path,
+) -> None:
+    name = f"long-{by}"
+    recipe = recipe_file(name, **LONG)
+    reached = [0]
+    for attempt in (1, 2):
+        process = start(recipe, server_environment)
+
+        def further() -> Path | None:
+            assert process.poll() is None, process.communicate()  # noqa: B023
+            found = list((tmp_path / "out" / name).glob("*/fold-0/checkpoint.pt"))
+            return found[0] if found and steps_of(found[0]) > reached[-1] else None
+
+        checkpoint = wait_until(further, PATIENCE, "a checkpoint")
+        run = runs_of(on_server, name)[-1]
+        assert len(runs_of(on_server, name)) == attempt
+        if by == "api":
+            on_server.set_flow_run_state(run.id, Cancelling())
+        elif by == "ctrl-c":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        _, err = process.communicate(timeout=STOPS_WITHIN)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        assert err.splitlines()[-1] == "stopped: the same command goes on from the checkpoint"
+        state = on_server.read_flow_run(run.id).state
+        assert state is not None
+        assert state.name == "Cancelled"
+        reached.append(steps_of(checkpoint))
+    progress = torch.load(checkpoint, weights_only=True)["progress"]
+    assert [m["step"] for m in progress["history"]] == list(range(5, reached[-1] + 1, 5))
+    assert len(progress["losses"]) == reached[-1] % 5
