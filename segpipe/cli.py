@@ -18,6 +18,7 @@ from segpipe.errors import RequestError, SegpipeError
 
 if TYPE_CHECKING:
     from segpipe.config import Job
+    from segpipe.models.card import Card
     from segpipe.report.record import RunRecord
     from segpipe.run import Run
     from segpipe.settings import Settings
@@ -249,8 +250,13 @@ def _models(
 
 
 @models_app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")]) -> None:
-    """Show a model card with its size, window and halo."""
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")],
+    reach: Annotated[
+        bool, typer.Option(help="Also measure how far the model looks (seconds to minutes).")
+    ] = False,
+) -> None:
+    """Show a model card with its size, window, halo and what a forward pass costs."""
     from segpipe.models.card import load_card
     from segpipe.models.registry import check_card, describe
 
@@ -266,6 +272,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder,
         "window": "whole scene" if facts.window is None else "x".join(map(str, facts.window)),
         "halo": "measured when first needed" if facts.halo is None else "x".join(map(str, facts.halo)),
         "total stride": facts.stride,
+        "forward pass": "not told by the file" if facts.flops is None else _cost(card, facts.flops),
         "input": ", ".join(card.input.bands) or card.input.modality or "one channel",
         "classes": ", ".join(f"{c.value} {c.name}" for c in card.classes),
         "data": card.data,
@@ -273,9 +280,26 @@ def show(name: Annotated[str, typer.Argument(help="Name of a card in the folder,
         "limits": card.limits,
         "licence": card.licence,
     }
+    if reach:
+        rows |= _reach_rows(card)
     for key, value in rows.items():
         table.add_row(key, str(value))
     Console().print(table)
+
+
+def _reach_rows(card: Card) -> dict[str, Any]:
+    """How far the model looks, and what smaller halos would change."""
+    from segpipe.inference.halo import card_reach
+
+    if card.window_shape is None or card.output.kind != "semantic":
+        return {"reach": "of semantic models with windows only"}
+    found = card_reach(card, card.window_shape, "runs")
+    seams = ", ".join(f"{halo}: {share:.2%}" for halo, share, _ in found.seams)
+    return {
+        "reach": found.note,
+        "halo, measured": "x".join(map(str, found.halo)),
+        "class changes by halo": seams,
+    }
 
 
 @models_app.command("export")
@@ -295,6 +319,12 @@ def export(
     job = load_job(job_file) if job_file is not None else None
     for line in export_model(_card_path(name), to, out, job, method):
         print(line)
+
+
+def _cost(card: Card, flops: float) -> str:
+    """Work and memory of a forward pass, for people."""
+    what = "megapixel" if card.kind == "raster" else "million voxels"
+    return f"{flops / 1e3:,.0f} GFLOP per {what}; about {card.window.forward_bytes} bytes per element"
 
 
 def _card_path(name: str) -> Path:

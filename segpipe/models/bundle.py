@@ -6,7 +6,7 @@ import torch
 
 from segpipe.errors import RequestError
 from segpipe.models import monai
-from segpipe.models.bundle_files import Bundle, network_definition
+from segpipe.models.bundle_files import WEIGHTS, Bundle, network_definition
 from segpipe.models.card import Card, Provider
 from segpipe.models.naming import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
@@ -42,7 +42,7 @@ def _as_monai(card: Card, bundle: Bundle) -> Card:
     only_arguments(card, ())
     try:
         definition = network_definition(bundle)
-        bundle.weights()
+        bundle.first(WEIGHTS)
     except RequestError as error:
         raise card_error(card, "weights", str(error)) from error
     if card.architecture not in (None, definition.architecture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 AS_STORED = (Provider.onnx, Provider.torchscript, Provider.exported, Provider.classical)
 """Providers whose files fix their own arithmetic: only fp32 is asked of them."""
+
+FLOPS_EDGE = {2: 256, 3: 64}
+"""Edge of what a forward pass is counted on, by number of axes."""
 
 Key = tuple[str, str, str, str, int]
 M = TypeVar("M")
@@ -73,6 +77,8 @@ class ModelDescription:
     """Margin per model axis; None: measured when first needed."""
     stride: int
     """Total stride."""
+    flops: float | None
+    """Floating-point operations per element of the input, a multiply-add being two; None: not told."""
 
 
 def load_model(card: Card, device: str, threads: int, precision: str) -> SegmentationModel:
@@ -176,7 +182,25 @@ def describe(card: Card) -> ModelDescription:
         window=card.window_shape,
         halo=card.halo,
         stride=card.window.stride,
+        flops=_flops(card, network),
     )
+
+
+def _flops(card: Card, network: object) -> float | None:
+    """Of one forward pass per element, counted by torch; None for runtimes of their own, and objects."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from segpipe.models.network import TorchNetwork
+
+    if not isinstance(network, TorchNetwork):
+        return None
+    stride = card.window.stride
+    small = tuple(-(-FLOPS_EDGE[card.ndim] // stride) * stride for _ in range(card.ndim))
+    shape = card.window_shape if card.window.fixed and card.window_shape else small
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, card.channels, *shape))
+    return counter.get_total_flops() / math.prod(shape) or None
 
 
 def untrained(card: Card) -> torch.nn.Module:

@@ -140,8 +140,10 @@ def test_fingerprint_follows_every_member(tmp_path, two):
 )
 def test_members_that_do_not_agree_are_refused(tmp_path, two, member, own, told):
     write_card(tmp_path, "b", **member)
+    card = ensemble(tmp_path, **own)
     with pytest.raises(RequestError) as error:
-        load_model(ensemble(tmp_path, **own), "cpu", 1, "fp32")
+        check_card(card)
+        load_model(card, "cpu", 1, "fp32")
     assert told in str(error.value)
 
 

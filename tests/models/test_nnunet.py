@@ -22,6 +22,7 @@ from segpipe.models.nnunet_card import card_from_nnunet
 from segpipe.models.nnunet_plans import read_plan
 from segpipe.models.registry import check_card, load_model
 
+os.environ["nnUNet_def_n_proc"] = "1"  # threads of its prediction, read when it is imported
 pytest.importorskip("nnunetv2", reason="needs nnunetv2, the package that these folders come from")
 
 SPACING = [2.0, 1.0, 1.5]
@@ -194,8 +195,12 @@ def test_one_window_equals_the_predictor(trained, folds, mirror):
 
 
 def test_scene_agrees_with_the_predictor(trained):
-    """From the stored image to labels at the plans' spacing: normalisation, transposition, Gaussian blend."""
-    image, truth = spheres((40, 45, 70), 7)
+    """From the stored image to labels at the plans' spacing: normalisation, transposition, Gaussian blend.
+
+    In a scene of 5/4 of the window both lattices are the same, 0 and a quarter along each axis; left are half
+    precision sums there, and means of probabilities instead of logits here.
+    """
+    image, truth = spheres((30, 20, 40), 7)
     theirs = predictor(trained, (0,), False)
     spacing = {"spacing": [1.0, 2.0, 1.5]}
     expected = theirs.predict_single_npy_array(image[None], spacing, None, None, False)
@@ -215,7 +220,8 @@ def test_scene_agrees_with_the_predictor(trained):
     for value in (1, 2):
         a, b = found == value, expected == value
         assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.99
-        assert b.sum() > 0.5 * (truth == value).sum()  # it has learned something: no agreement of noise
+    # It has learned something: no agreement of noise.
+    assert ((expected > 0) & (truth > 0)).sum() > 0.7 * (truth > 0).sum()
 
 
 def test_checkpoint_is_read_without_running_code(trained, tmp_path):
@@ -324,7 +330,7 @@ def test_channels_of_one_kind_become_steps_and_ignore_has_no_class(tmp_path):
 
 def test_mistakes_name_the_field(trained):
     card = card_from_nnunet(trained)
-    window = card.window.model_copy(update={"size": [24, 18, 32]})
+    window = card.window.model_copy(update={"size": [24, 17, 32]})
     for changed, told in [
         (with_arguments(card, configuration="2d"), "found no configuration '2d'; valid: 3d_fullres, base"),
         (
@@ -335,7 +341,10 @@ def test_mistakes_name_the_field(trained):
         (with_arguments(card, checkpoint="last"), "arguments.checkpoint: found 'last'; valid: final or best"),
         (with_arguments(card, mirror="yes"), "arguments.mirror: found 'yes'"),
         (with_arguments(card, tta=1), "arguments.tta: unknown"),
-        (card.model_copy(update={"window": window}), "window.size: found [24, 18, 32]"),
+        (
+            card.model_copy(update={"window": window}),
+            "window.size: found [24, 17, 32]; valid: multiples of [4, 2, 4]",
+        ),
         (
             card.model_copy(update={"classes": card.classes[:2]}),
             "classes: found values [0, 1]; valid: 0 backgr",

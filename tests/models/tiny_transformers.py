@@ -136,6 +136,8 @@ def tiny(architecture):
             torch.nn.init.normal_(parameter, std=3.0)
         elif "position" not in name and parameter.ndim > 1 and parameter.numel():
             torch.nn.init.kaiming_normal_(parameter)
+        if name.endswith("mask_head.lay1.weight"):
+            parameter.data[:, 128:] *= 100  # the channels that say so
     balance(network)
     return network
 

@@ -94,13 +94,16 @@ def _quantised(
         folder = Path(name)
         ready, small = str(folder / "ready.onnx"), str(folder / "small.onnx")
         try:
-            # Fuses batch norms into convolutions first: apart they would be rounded twice.
+            # Fuses batch norms into convolutions first, where it can: apart they would be rounded twice.
             quant_pre_process(graph, ready, skip_symbolic_shape=True)
             if method == "static":
+                # One that could not be fused stays float32: onnxruntime has no whole-number form of it.
+                norms = [n.name for n in onnx.load(ready).graph.node if n.op_type == "BatchNormalization"]
                 reader = _Calibration(card, graph.graph.input[0].name, windows)
                 quantize_static(
                     ready, small, reader, quant_format=QuantFormat.QDQ, per_channel=True,
                     activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+                    nodes_to_exclude=norms,
                 )  # fmt: skip
             else:
                 quantize_dynamic(ready, small, weight_type=QuantType.QUInt8)
