@@ -302,6 +302,32 @@ def _reach_rows(card: Card) -> dict[str, Any]:
     }
 
 
+@models_app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A folder that nnU-Net trained, or a MONAI bundle (folder or zip).")
+    ],
+    out: Annotated[Path, typer.Option(help="The card to write, e.g. configs/models/spleen.yaml.")],
+    configuration: Annotated[str, typer.Option(help="Of an nnU-Net folder.")] = "3d_fullres",
+) -> None:
+    """Write the card of a model that another tool trained; the model itself stays where it is."""
+    import yaml
+
+    from segpipe.models.bundle_card import card_from_bundle
+    from segpipe.models.card import load_card
+    from segpipe.models.nnunet_card import card_from_nnunet
+    from segpipe.models.registry import check_card
+
+    nnunet = (source / "plans.json").is_file()
+    card = card_from_nnunet(source, configuration) if nnunet else card_from_bundle(source)
+    fields = card.model_dump(mode="json", exclude_defaults=True)
+    fields["weights"] = os.path.relpath(source.resolve(), out.resolve().parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100), encoding="utf-8")
+    check_card(load_card(out))
+    print(f"{out}: look it over, most of all classes, normalisation and limits")
+
+
 @models_app.command("export")
 def export(
     name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")],

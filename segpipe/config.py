@@ -131,7 +131,14 @@ class Compute(Strict):
         pattern=r"^(auto|[1-9]\d*)$",
         description="Windows per forward pass; short batches are padded to it.",
     )
-    tta: TTA = Field(TTA.none, description="flips: mean over all mirror images (2 or 3 axes: 4 or 8 passes).")
+    tta: TTA = Field(
+        TTA.none,
+        description="flips: mean over the mirror images along the card's mirror axes (of 2 or 3: 4 or 8).",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the network by torch.compile: slower to begin, then faster; PyTorch models.",
+    )
     runner: Runner = Field(
         Runner.threads,
         description="threads: this machine. dask: a local cluster, or the one at `address`.",

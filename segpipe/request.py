@@ -82,6 +82,7 @@ def _check_tiling(job: Job, card: Card) -> None:
         in_vain = {
             "tiling.blend": tiling.blend is not Blend.trim,
             "compute.tta": job.compute.tta is not TTA.none,
+            "compute.compile": job.compute.compile,
             "outputs.scores": job.outputs.scores,
             "outputs.uncertainty": job.outputs.uncertainty,
         }

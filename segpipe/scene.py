@@ -322,6 +322,7 @@ def device_parts(settings: Settings) -> dict[str, Any]:
         "precision": settings.precision,
         "device_class": settings.device_class,
         "engine": ENGINE_VERSION,
+        **({"compile": True} if settings.compile else {}),
     }
 
 

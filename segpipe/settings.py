@@ -23,6 +23,8 @@ class Settings:
     batch: int
     threads: int
     tta: bool
+    compile: bool = False
+    """Whether the network goes through torch.compile."""
 
 
 def resolve_settings(compute: Compute, card: Card) -> Settings:
@@ -43,7 +45,8 @@ def resolve_settings(compute: Compute, card: Card) -> Settings:
         device_class = torch.cuda.get_device_name(device)
     else:  # vector width and threads change the last bits
         device_class = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}-t{threads}"
-    return Settings(device, device_class, precision, batch, threads, compute.tta.value == "flips")
+    flips = compute.tta.value == "flips"
+    return Settings(device, device_class, precision, batch, threads, flips, compute.compile)
 
 
 def resolve_device(wanted: str, card: Card) -> str:

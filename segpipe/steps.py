@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from segpipe.errors import SceneError
 from segpipe.lattice import Index
 from segpipe.scene import Scene, check_blocks, check_worker, labels_stage, pending_blocks
 from segpipe.store import ArraySpec, stop_requested
+
+if TYPE_CHECKING:
+    from segpipe.models.base import ObjectModel, SegmentationModel
 
 SECONDS_PER_MPX = 2.0
 """A first guess for sizing batches of blocks, before anything was measured."""
@@ -71,8 +75,13 @@ def predict_blocks(
     pending = set(pending_blocks(scene)) if attempt > 1 else set(blocks)
     todo = [i for i in blocks if i in pending]
     card, settings = scene.card, scene.settings
-    load = load_model if card.output.kind == "semantic" else load_object_model
-    model = load(card, settings.device, settings.threads, settings.precision)
+    model: SegmentationModel | ObjectModel
+    if card.output.kind == "semantic":
+        model = load_model(
+            card, settings.device, settings.threads, settings.precision, compile=settings.compile
+        )
+    else:
+        model = load_object_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
     with SceneBlocks.of(scene, attempt, progress) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)

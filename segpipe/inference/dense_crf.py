@@ -11,7 +11,8 @@ Elements i and j at p with image values I attract one another (Potts) by
 
 where each kernel is divided by √(n_i n_j), n its sum over the window (i itself counted), as in the authors'
 own code: a weight then means about the same for every σ and radius, and beside a border. Each iteration is
-Q_i(l) ∝ P_i(l) · exp(Σ_{j ≠ i} k_ij Q_j(l)), for all elements at once.
+Q_i(l) ∝ P_i(l) · exp(Σ_{j ≠ i} k_ij Q_j(l)), for all elements at once (j ≠ i as in the paper; both authors'
+codes let an element send itself a message).
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def dense_crf(
 ) -> torch.Tensor:
     """Probabilities after mean-field inference; the formula is in the module's docstring.
 
-    Defaults are those of the authors' demo, for images of 0…255. Kernels are made anew in each iteration
-    instead of kept: memory is a few times that of the probabilities, and time grows with iterations ×
-    (2·radius + 1)² × (k + c).
+    Defaults are those of pydensecrf's example and of Teichmann's code, for images of 0…255. Kernels are made
+    anew in each iteration instead of kept: memory is a few times that of the probabilities, and time grows
+    with iterations × (2·radius + 1)² × (k + c).
 
     Args:
         probabilities: (k, y, x) or (k, z, y, x), float32, of each class.
@@ -84,7 +85,7 @@ def dense_crf(
             and no message comes from there.
 
     Returns:
-        float32, shaped like `probabilities`, each element's sum is 1.
+        float32, shaped like `probabilities`; where valid, an element's sum is 1.
 
     Raises:
         ValueError: shapes do not fit one another, or a number is out of its range.

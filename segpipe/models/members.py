@@ -41,8 +41,6 @@ def check_members(card: Card) -> None:
     Raises:
         RequestError: names the member and the field, what it has and what the ensemble has.
     """
-    if card.weights:
-        raise card_error(card, "weights", f"found {card.weights!r}; an ensemble's are those of its members")
     if card.output.activation != "none" or card.output.kind != "semantic":
         raise card_error(
             card,

@@ -183,7 +183,8 @@ def _cut(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     x0, y0, x1, y1 = (edge[:, None, None] for edge in boxes.T)
     y = torch.arange(masks.shape[1])[None, :, None]
     x = torch.arange(masks.shape[2])[None, None, :]
-    return masks * ((x >= x0) & (x < x1) & (y >= y0) & (y < y1))
+    inside: torch.Tensor = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+    return masks * inside
 
 
 def _upsampled(masks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -36,7 +36,7 @@ AS_STORED = (Provider.onnx, Provider.torchscript, Provider.exported, Provider.cl
 FLOPS_EDGE = {2: 256, 3: 64}
 """Edge of what a forward pass is counted on, by number of axes."""
 
-Key = tuple[str, str, str, str, int]
+Key = tuple[str, str, str, str, int, bool]
 M = TypeVar("M")
 
 _models: dict[Key, Any] = {}
@@ -81,7 +81,9 @@ class ModelDescription:
     """Floating-point operations per element of the input, a multiply-add being two; None: not told."""
 
 
-def load_model(card: Card, device: str, threads: int, precision: str) -> SegmentationModel:
+def load_model(
+    card: Card, device: str, threads: int, precision: str, *, compile: bool = False
+) -> SegmentationModel:
     """The card's model, ready to run; the same object for the same request in one process.
 
     Args:
@@ -91,13 +93,14 @@ def load_model(card: Card, device: str, threads: int, precision: str) -> Segment
         precision: ``fp32``, ``bf16`` or ``fp16``, as `resolve_precision` gives it. A file that fixes
             its own arithmetic (ONNX, TorchScript) runs as it is stored whatever is asked here: a
             region-of-interest model may be one, and the model after it not.
+        compile: by torch.compile.
 
     Raises:
-        RequestError: the card, its weights or the device cannot be served.
+        RequestError: the card, its weights or the device cannot be served, or nothing compiles it here.
     """
     from segpipe.models.network import ReadyModel
 
-    return _loaded(card, device, threads, precision, ReadyModel)
+    return _loaded(card, device, threads, precision, ReadyModel, compile)
 
 
 def load_object_model(card: Card, device: str, threads: int, precision: str) -> ObjectModel:
@@ -108,7 +111,12 @@ def load_object_model(card: Card, device: str, threads: int, precision: str) -> 
 
 
 def _loaded(
-    card: Card, device: str, threads: int, precision: str, ready: Callable[[Card, Any, str, int], M]
+    card: Card,
+    device: str,
+    threads: int,
+    precision: str,
+    ready: Callable[[Card, Any, str, int], M],
+    compile: bool = False,
 ) -> M:
     if card.provider in AS_STORED:
         precision = "fp32"
@@ -120,9 +128,14 @@ def _loaded(
             device,
             precision,
             threads,
+            compile,
         )
         if key not in _models:
             network = _build(card, _device(card, device), threads)
+            if compile:
+                from segpipe.models.compiled import compiled
+
+                network = compiled(card, cast("Network", network))
             _models[key] = ready(card, network, precision, threads)
         return cast(M, _models[key])
 

@@ -64,6 +64,8 @@ def resolve_weights(card: Card) -> Path:
     Raises:
         RequestError: nothing is there, or it is of a kind that the card's provider cannot read.
     """
+    if card.provider is Provider.ensemble:
+        raise card_error(card, "weights", f"found {card.weights!r}; an ensemble's are those of its members")
     if not card.weights:
         raise card_error(card, "weights", "none given; valid: a path relative to the card, pkg:// or hf://")
     scheme, sign, _ = card.weights.partition("://")

@@ -157,7 +157,8 @@ _OF_TABLE = {
             "region": Column("Region", "text", "The one that most of the object lies in; empty: in none."),
             "count": Column("Count", "number", "Elements (pixels or voxels) of the object."),
             "touches_edge": Column(
-                "Touches edge", "state",
+                "Touches edge",
+                "state",
                 "The object lies on the scene's border: it may go on beyond, and its size is a lower bound.",
             ),
         }.items()

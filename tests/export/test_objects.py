@@ -120,7 +120,18 @@ def test_polygons_are_the_objects(ids: np.ndarray, tmp_path: Path) -> None:
     write_object_polygons(reader(ids), UTM, rows, path)
     found = geopandas.read_file(path, layer="instances")
     assert found.crs.to_epsg() == 32633
-    expected = ["id", "class", "value", "score", "count", "area_m2", "touches_edge", "region", "partner", "iou"]
+    expected = [
+        "id",
+        "class",
+        "value",
+        "score",
+        "count",
+        "area_m2",
+        "touches_edge",
+        "region",
+        "partner",
+        "iou",
+    ]
     assert [c for c in found.columns if c != "geometry"] == expected
     assert found.geometry.area.tolist() == rows["area_m2"].tolist()  # of squares of 10 m, exact
     back = rasterize(
@@ -161,7 +172,10 @@ def test_a_coco_data_set(ids: np.ndarray, tmp_path: Path) -> None:
     write_coco(reader(found), (300, 420), objects, CLASSES, "a scène.tif", path)
     read = COCO(str(path))
     assert read.loadImgs(1) == [{"id": 1, "file_name": "a scène.tif", "height": 300, "width": 420}]
-    assert [(c["id"], c["name"], c["isthing"]) for c in read.loadCats([1, 7])] == [(1, "café", 1), (7, "sky", 0)]
+    assert [(c["id"], c["name"], c["isthing"]) for c in read.loadCats([1, 7])] == [
+        (1, "café", 1),
+        (7, "sky", 0),
+    ]
     assert 0 not in read.cats
     assert sorted(read.anns) == np.unique(ids[ids > 0]).tolist()
     for number, annotation in read.anns.items():

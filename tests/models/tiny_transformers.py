@@ -131,12 +131,12 @@ def tiny(architecture):
         if any(head in name for head in HEADS):
             torch.nn.init.normal_(parameter, std=1.0)
         elif "bbox_attention" in name:  # DETR's masks begin with what each query looks at
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.05)
         elif parameter.ndim == 2 and len(parameter) == 12:  # one row a query
             torch.nn.init.normal_(parameter, std=3.0)
         elif "position" not in name and parameter.ndim > 1 and parameter.numel():
             torch.nn.init.kaiming_normal_(parameter)
-        if name.endswith("mask_head.lay1.weight"):
+        if name.endswith("mask_head.conv1.conv.weight"):
             parameter.data[:, 128:] *= 100  # the channels that say so
     balance(network)
     return network
