@@ -19,6 +19,7 @@ from segpipe.allocator import release
 from segpipe.boxes import Box
 from segpipe.errors import SceneError, StoppedError
 from segpipe.grid import onto_model
+from segpipe.inference.dense_crf import dense_crf
 from segpipe.inference.device import Answer, activate, all_finite, best_class, entropy, flip_views, to_host
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
@@ -297,6 +298,9 @@ class Engine:
         for view in self.views:
             p = activate(self._scores(x.flip(view) if view else x), self.card.output.activation)
             p = p.flip(view) if view else p
+            if self.card.output.crf is not None:
+                crf = self.card.output.crf.model_dump()
+                p = torch.stack([dense_crf(q, image, **crf) for q, image in zip(p, x, strict=True)])
             if self.several:
                 p = torch.cat([p, entropy(p)], 1)
             total = p if total is None else total + p

@@ -178,12 +178,28 @@ class Window(Strict):
         return self
 
 
+class Crf(Strict):
+    """A dense conditional random field over a window's probabilities (Krähenbühl & Koltun 2011)."""
+
+    iterations: int = Field(10, ge=1, le=100)
+    radius: int = Field(5, ge=1, description="Elements within which two influence each other.")
+    appearance_weight: float = Field(10.0, ge=0)
+    appearance_sigma: float = Field(80.0, gt=0, description="In elements.")
+    image_sigma: float = Field(0.3, gt=0, description="In units of the normalised image.")
+    smooth_weight: float = Field(3.0, ge=0)
+    smooth_sigma: float = Field(3.0, gt=0, description="In elements.")
+
+
 class Output(Strict):
     """What comes out of the network."""
 
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
     """softmax: logits, one channel a class. sigmoid: one logit, of the second of two classes.
     none: probabilities already."""
+    crf: Crf | None = Field(
+        None,
+        description="Sharpen probabilities along edges of the image; the halo needs (iterations + 1) × radius.",
+    )
     kind: Literal["semantic", "instance", "panoptic"] = "semantic"
     """semantic: a score per class. instance: objects of classes. panoptic: objects of the classes that
     are things, and one segment for each of the others."""

@@ -318,8 +318,10 @@ def _check_objects(card: Card) -> None:
         raise card_error(
             card, "classes", "one must have background: true: what elements without an object are labelled as"
         )
-    if card.roi is not None or any(card.cleanup.model_dump().values()):
-        raise card_error(card, "output.kind", "objects go without `roi` and `cleanup`; leave these out")
+    if card.roi is not None or card.output.crf is not None or any(card.cleanup.model_dump().values()):
+        raise card_error(
+            card, "output.kind", "objects go without `roi`, `crf` and `cleanup`; leave these out"
+        )
     if card.window.size != "whole" and not all(card.halo or (0,)):
         raise card_error(
             card,

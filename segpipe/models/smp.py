@@ -60,7 +60,7 @@ def _check_window(card: Card, network: Any) -> None:
             "window.stride",
             f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
         )
-    patches = getattr(getattr(network.encoder, "model", None), "patch_embed", None)
+    patches: Any = getattr(getattr(network.encoder, "model", None), "patch_embed", None)
     if not getattr(patches, "strict_img_size", False):
         return
     size = tuple(patches.img_size)

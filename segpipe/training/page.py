@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import yaml
 from markupsafe import Markup
 
+from segpipe.report.drawing import DIFFERENCE
 from segpipe.report.figures import ticks
 from segpipe.report.templates import data_uri, render
 from segpipe.training.loop import Moment
 from segpipe.training.pictures import Sample
 from segpipe.training.recipe import Recipe
 
-WIDE, HIGH, LEFT, BOTTOM = 640, 220, 56, 28
+WIDE, HIGH, LEFT, RIGHT, BOTTOM = 640, 220, 56, 28, 28
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def training_page(recipe: Recipe, folds: Sequence[FoldView]) -> str:
     ]
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
     legend = [(c.name, c.color) for c in recipe.card.classes if not c.background]
-    return render("training.html", recipe=recipe, folds=views, text=text, legend=legend)
+    kinds = list(DIFFERENCE.values())
+    return render("training.html", recipe=recipe, folds=views, text=text, legend=legend, difference=kinds)
 
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> Markup:
@@ -69,13 +71,13 @@ def curve(points: Sequence[tuple[float, float]], title: str) -> Markup:
     last = max(xs)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDE - LEFT - 12) * x / last
+        across = LEFT + (WIDE - LEFT - RIGHT) * x / last
         return across, 8 + (HIGH - BOTTOM - 8) * (high - y) / (high - low)
 
     parts = []
     for value, label in ticks(low, high):
         _, y = place(0, value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDE - 12}"/>')
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDE - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for value, label in ticks(0, last):
         x, _ = place(value, low)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,28 @@ import pandas as pd
 import pytest
 import rasterio
 import shapely
+import torch
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from pycocotools.coco import COCO
+from pyproj import Geod
 from rasterio.features import shapes
+from torchmetrics.detection import PanopticQuality
 
 from flows.segment import segment
-from segpipe.config import Job
+from segpipe.blocks import SceneBlocks
+from segpipe.deliver import done_record, export_scene
+from segpipe.inference.engine import Engine
+from segpipe.inference.labels import nodata_value
+from segpipe.inference.normalise import Normaliser, Statistics
+from segpipe.instances.window import WindowObjects
+from segpipe.measure import measure_scene
+from segpipe.run import Run, finish_run
+from segpipe.scene import pending_blocks
+from segpipe.steps import finish_labels
 from tests.flows.conftest import load, run_folder
-from tests.inference.lab import Lab
-from tests.inference.test_objects import Oracle, segmented
+from tests.inference.lab import Lab, prepared
 from tests.instances.scene import by_first, discs
 from tests.test_resume import kill, start, wait_for
 from tests.world import Ended, command
@@ -140,8 +152,8 @@ def districts() -> geopandas.GeoDataFrame:
     """Three slanted polygons, which leave some of the scene out, in pixels made metres."""
     corners = {
         "west": [(0, 0), (95.3, 10.2), (130.7, 256), (0, 250.4)],
-        "north": [(95.3, 10.2), (310.5, 4.5), (300.1, 120.6), (114.2, 140.9)],
-        "south": [(114.2, 140.9), (300.1, 120.6), (316.6, 251.2), (130.7, 256)],
+        "north": [(95.3, 10.2), (230.5, 4.5), (220.1, 120.6), (114.2, 140.9)],
+        "south": [(114.2, 140.9), (220.1, 120.6), (316.6, 251.2), (130.7, 256)],
     }
     polygons = [shapely.Polygon([PLACE @ xy for xy in ring]) for ring in corners.values()]
     return geopandas.GeoDataFrame({"district": [*corners]}, geometry=polygons, crs="EPSG:32633")
@@ -361,12 +373,156 @@ def test_a_killed_run_ends_with_the_same_bytes(
 
 # ------------------------------------------------------------------ stuff
 
+SEA = 2
+DEGREES = rasterio.Affine(0.02, 0, 11.0, 0, -0.02, 62.0)
 
-class Panoptic(Oracle):
-    """Ids below 1000 are of things, the others of the sea: class 2, in many pieces."""
 
-    def objects(self, batch: Any) -> Any:
+class Panoptic:
+    """Answers with the values of the image, class × 1000 + number, as objects."""
+
+    device = torch.device("cpu")
+
+    def objects(self, batch: torch.Tensor) -> Sequence[WindowObjects]:
         found = []
-        for window in super().objects(batch):
-            found.append(window)
+        for window in batch.numpy()[:, 0].astype(np.int64):
+            known, ids = np.unique(window, return_inverse=True)
+            classes = known[known > 0] // 1000
+            ids = ids.reshape(window.shape) + (0 if known[0] == 0 else 1)
+            found.append(
+                WindowObjects(ids.astype(np.int32), classes, np.full(len(classes), 0.75, np.float32))
+            )
         return found
+
+
+def panoptic_maps() -> tuple[np.ndarray, np.ndarray]:
+    """Prediction and truth as class × 1000 + number: discs, one of another class, and a sea in two parts."""
+    discs_true = discs((120, 100), 40, seed=6, radius=(4, 9))
+    moved = np.roll(discs_true, 1, 1)
+    maps = []
+    for ids, wrong in ((moved, 7), (discs_true, 0)):
+        kind = np.where(ids % 2, ODD, EVEN)
+        kind = np.where(ids == wrong, ODD + EVEN - kind, kind) if wrong else kind
+        found = np.where(ids > 0, kind * 1000 + ids, 0)
+        edge = 14 if wrong else 15
+        found[:edge], found[-20:, 30:] = SEA * 1000, SEA * 1000
+        maps.append(found)
+    return maps[0], maps[1]
+
+
+@pytest.fixture(scope="module")
+def panoptic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's folder of a panoptic card on a geographic grid."""
+    lab = Lab(tmp_path_factory.mktemp("panoptic"))
+    predicted, true = panoptic_maps()
+    place = {"crs": "EPSG:4326", "transform": DEGREES}
+    ref = lab.raster(predicted[None].astype(np.float32), **place)
+    reference = lab.raster(true[None].astype(np.int32), **place)
+    classes = [*CLASSES, {"value": SEA, "name": "sea", "color": "#00ffff", "thing": False}]
+    card = lab.card(2, classes=classes, output={"kind": "panoptic", "activation": "none"})
+    job = lab.job(
+        ref, card, "out", tiling={"block": "48"}, reference={"path": reference.uri, "divisor": 1000}
+    )
+    scene = prepared(job, ref)
+    with SceneBlocks.of(scene) as store:
+        normaliser = Normaliser(scene.card, scene.scaling, Statistics())
+        engine = Engine(scene.plan, scene.card, normaliser, Panoptic(), store, nodata_value(scene.card))
+        engine.run(pending_blocks(scene), lambda: False)
+    finish_labels(scene)
+    measured, done = measure_scene(scene, "test")
+    run = Run(job.outputs.dir, job.name, "run", "2024-05-06T07:08:09+00:00")
+    files = export_scene(scene, measured, run)
+    finish_run(run, job, scene.settings, [done_record(scene, measured, files, {"measure": done}, 1)])
+    return Path(run.location)
+
+
+def test_things_and_stuff_have_the_quality_of_torchmetrics(panoptic: Path) -> None:
+    oracle = PanopticQuality({EVEN, ODD}, {GROUND, SEA}, return_sq_and_rq=True, return_per_class=True)
+    sides = (np.stack([m // 1000, np.where(m // 1000 == SEA, 0, m)], -1)[None] for m in panoptic_maps())
+    oracle.update(*(torch.from_numpy(side) for side in sides))
+    want = dict(zip(("even", "odd", "ground", "sea"), oracle.compute().squeeze().tolist(), strict=True))
+    table = pd.read_csv(panoptic / "panoptic.csv").set_index("class")
+    for name in ("even", "odd", "sea"):
+        assert 0 < want[name][0] < 1
+        assert table.loc[name, ["pq", "sq", "rq"]].tolist() == pytest.approx(want[name])
+    means = {"things": ["even", "odd"], "stuff": ["sea"], "all": ["even", "odd", "sea"]}
+    for name, parts in means.items():
+        assert table.loc[name, "pq"] == pytest.approx(np.mean([want[part][0] for part in parts]))
+
+
+def test_stuff_is_one_segment_and_is_not_counted(panoptic: Path) -> None:
+    predicted, _ = panoptic_maps()
+    table = pd.read_csv(panoptic / "instances.csv")
+    [sea] = table[table["value"] == SEA].to_dict("records")
+    assert sea["count"] == (predicted == SEA * 1000).sum()
+    with rasterio.open(panoptic / "scenes/scene/instances.tif") as file:
+        ids = file.read(1)
+    np.testing.assert_array_equal(ids == sea["id"], predicted == SEA * 1000)
+    np.testing.assert_array_equal(ids, by_first(predicted))
+    regions = pd.read_csv(panoptic / "regions.csv").set_index("value")["objects"]
+    things = {v: len(np.unique(predicted[predicted // 1000 == v])) for v in (EVEN, ODD)}
+    assert regions.dropna().to_dict() == things
+    coco = COCO(str(panoptic / "scenes/scene/instances.json"))
+    assert {i: c["isthing"] for i, c in coco.cats.items()} == {EVEN: 1, ODD: 1, SEA: 0}
+    np.testing.assert_array_equal(coco.annToMask(coco.anns[sea["id"]]), predicted == SEA * 1000)
+
+
+def test_areas_on_a_geographic_grid_are_those_of_geodesics(panoptic: Path) -> None:
+    """Each row of pixels as a polygon on the ellipsoid, by GeographicLib."""
+    predicted, _ = panoptic_maps()
+    west, east = DEGREES.c, DEGREES.c + DEGREES.a
+    edges = DEGREES.f + DEGREES.e * np.arange(121)
+    ground = Geod(ellps="WGS84")
+    rows = [
+        abs(ground.polygon_area_perimeter([west, east, east, west], [top, top, low, low])[0])
+        for top, low in pairwise(edges)
+    ]
+    assert rows[-1] > 1.05 * rows[0]
+    sizes = np.broadcast_to(np.array(rows)[:, None], predicted.shape)
+    table = pd.read_csv(panoptic / "instances.csv")
+    ids = by_first(predicted)
+    want = [sizes[ids == number].sum() for number in table["id"]]
+    assert table["area_m2"].tolist() == pytest.approx(want, rel=1e-6)
+    layer = geopandas.read_file(panoptic / "scenes/scene/instances.gpkg")
+    assert layer.crs.to_epsg() == 4326 and layer["area_m2"].tolist() == table["area_m2"].tolist()
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("card", "job", "said"),
+    [
+        ({}, {"tiling": {"blend": "gaussian"}}, "tiling.blend: 'oracle' finds objects"),
+        ({}, {"tiling": {"halo": "0"}}, "tiling.halo: found 0"),
+        ({"window": {"size": [64], "halo": [0]}}, {}, "window.halo: found [0]"),
+        ({"classes": [{**c, "background": False} for c in CLASSES]}, {}, "must have background: true"),
+        (
+            {},
+            {"measure": {"objects": True}, "reference": {"path": "scene.tif"}},
+            "measure.objects: ids alone do not say which of even, odd",
+        ),
+        (
+            {"output": {"kind": "semantic"}, "arguments": {}},
+            {},
+            "reference.divisor: 'oracle' yields a class for every element",
+        ),
+    ],
+    ids=["blend", "halo of the job", "halo of the card", "no background", "ids of classes", "semantic"],
+)
+def test_what_cannot_be_done_is_refused_in_a_line(
+    card: dict[str, Any],
+    job: dict[str, Any],
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    here: Callable[..., Ended],
+) -> None:
+    (tmp_path / "oracle.onnx").write_bytes((folder / "oracle.onnx").read_bytes())
+    path = tmp_path / "oracle.yaml"
+    path.write_text(yaml.safe_dump({**CARD, **card}))
+    if "reference" in job:
+        job = {**job, "reference": {"path": str(folder / "scene.tif")}}
+    ended = here("run", str(write_job(folder, tmp_path / "out", model=str(path), **job)))
+    assert ended.code == 2
+    assert len(ended.err.splitlines()) == 1 and said in ended.err, ended.err
+    assert not (tmp_path / "out" / "objects").exists()

@@ -229,3 +229,24 @@ def test_numbers_out_of_range_are_refused(arguments, message):
 def test_grids_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"probabilities \(3, 4, 5\), image \(2, 5, 4\)"):
         crf(scene((4, 5))[0], scene((5, 4))[1])
+
+
+def test_a_cards_crf_is_the_function_on_each_window(tmp_path) -> None:
+    """Through the engine: a scene of one window has the labels of the network's probabilities, refined."""
+    from segpipe.inference.dense_crf import dense_crf
+    from tests.inference.lab import STRIDE, Lab, labels_of, patches, predict, prepared
+
+    lab, values = Lab(tmp_path), patches((64, 64), seed=3)
+    crf = {"iterations": 4, "radius": 4, "image_sigma": 0.5}
+    steps = [{"op": "subtract", "value": [128]}, {"op": "divide", "value": [40]}]
+    window = {"size": [64], "halo": [0], "stride": STRIDE}
+    found = {}
+    for name, output in (("plain", {}), ("crf", {"crf": crf})):
+        card = lab.card(2, window=window, output=output, input={"bands": ["b0"], "normalisation": steps})
+        scene = prepared(lab.job(lab.raster(values), card, name, scores=True), lab.raster(values))
+        predict(scene)
+        found[name] = np.asarray(scene.predict.array("scores")[...]), labels_of(scene)
+    image = torch.from_numpy((values.astype(np.float32) - 128) / 40)
+    wanted = dense_crf(torch.from_numpy(found["plain"][0]), image, **crf)
+    assert np.allclose(found["crf"][0], wanted.numpy(), atol=1e-6)
+    assert (found["crf"][1] != found["plain"][1]).any()

@@ -366,7 +366,7 @@ def test_deeplab_v2_sees_as_far_as_its_layers_say():
 @pytest.mark.parametrize(("name", "far"), [("DeepLabV1", 320), ("DeepLabV2", 512), ("SegNet", 480)])
 def test_moving_the_image_by_the_stride_moves_the_answer(name, far):
     """And moving it by half a stride does not: the stride is the smallest such."""
-    model = settled(small(name))
+    model = settled(small(name)).requires_grad_(False)
     for p in model.parameters():
         if p.ndim == 4 and p.shape[0] == 3:  # the scores' convolution: scores of about 1
             nn.init.normal_(p)

@@ -125,7 +125,9 @@ def trained(tmp_path_factory) -> Path:
             trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
             trainer.initialize()
             trainer.network.train()
-            for step in range(24):
+            # Learns faster than SGD of momentum 0.99: windows that agree need a network that knows its task.
+            trainer.optimizer = torch.optim.Adam(trainer.network.parameters(), 1e-2)
+            for step in range((50, 5)[fold]):
                 trainer.train_step(_batch(trainer, 100 * fold + step))
             trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
             folder = Path(trainer.output_folder).parent

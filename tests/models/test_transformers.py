@@ -165,7 +165,7 @@ def test_stuff_is_one_segment(make_card, tmp_path):
     card = card_for(make_card, architecture, "panoptic", classes=4)
     batch = torch.randn(1, 4, 64, 64)
     out = answer(direct, batch)
-    common = 2  # the last label; two of its segments are told apart where it is a thing
+    common = 2  # a label of two segments
     stuff = card.classes[1 + common].model_copy(update={"thing": False})
     classes = [stuff if c.value == stuff.value else c for c in card.classes]
     card = card.model_copy(update={"classes": classes})
@@ -413,9 +413,10 @@ def test_untrained_networks_are_made_from_arguments(make_card):
 
 @pytest.mark.skipif(Provider.transformers not in ENDINGS, reason="weights.py takes folders alone for now")
 def test_trained_tensors_come_back_from_one_file(make_card, tmp_path):
-    card = card_for(make_card, "EomtForUniversalSegmentation", weights="w.safetensors", arguments=EOMT)
-    network = untrained(card).eval()
+    architecture = "EomtForUniversalSegmentation"
+    network = untrained(card_for(make_card, architecture, weights="", arguments=EOMT)).eval()
     save_file(network.state_dict(), tmp_path / "w.safetensors")
+    card = card_for(make_card, architecture, weights="w.safetensors", arguments=EOMT)
     batch = torch.randn(1, 4, 64, 64)
     with torch.inference_mode():
         expected = network(batch)

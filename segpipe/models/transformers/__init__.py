@@ -57,7 +57,7 @@ def check(card: Card) -> None:
 
 
 def module(card: Card) -> torch.nn.Module:
-    """The network with random weights, of the configuration that the card's arguments give.
+    """The network with random weights, configured by the card's arguments, or by its folder of weights.
 
     For scores per class it maps images (n, c, y, x) to logits (universal networks: to scores). For objects
     it is the library's own, which makes its own loss of `mask_labels` and `class_labels`.
