@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -49,6 +49,8 @@ class ObjectNetwork(Protocol):
     """What an adapter builds for a card whose output is `instance` or `panoptic`."""
 
     device: torch.device
+    rule: Literal["transformers", "paper"]
+    """How masks of panoptic cards compete: see `segpipe.instances.window.resolve_masks`."""
 
     @property
     def parameters(self) -> int | None:

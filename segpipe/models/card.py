@@ -198,7 +198,7 @@ class Output(Strict):
     none: probabilities already."""
     crf: Crf | None = Field(
         None,
-        description="Sharpen probabilities along edges of the image; the halo needs (iterations + 1) × radius.",
+        description="Sharpen probabilities along edges; the halo needs (iterations + 1) × radius.",
     )
     kind: Literal["semantic", "instance", "panoptic"] = "semantic"
     """semantic: a score per class. instance: objects of classes. panoptic: objects of the classes that

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
@@ -17,14 +15,13 @@ class ReadyObjects:
     """An object network with its arithmetic, and the rules by which its masks compete."""
 
     def __init__(self, card: Card, network: ObjectNetwork, precision: str, threads: int) -> None:
-        """``network.rule``, where it has one, is `resolve_masks`'s rule for panoptic cards."""
         self.device = network.device
         self.parameters = network.parameters
         self._network = network
         self._output = card.output
         self._precision = precision
         self._threads = threads
-        self._rule: Literal["transformers", "paper"] = getattr(network, "rule", "transformers")
+        self._rule = network.rule
         front = [c for c in card.classes if not c.background]
         self._things = [c.value for c in front if c.thing]
         self._stuff = [c.value for c in front if not c.thing]

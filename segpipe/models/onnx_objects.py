@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class OnnxObjects:
     card: Card
     device: torch.device
     parameters: int | None = None
+    rule: Literal["transformers", "paper"] = "paper"
 
     def candidates(self, batch: torch.Tensor) -> Sequence[Candidates]:
         """Masks proposed for each window of a batch (n, c, …), each window by itself."""

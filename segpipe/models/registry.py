@@ -230,6 +230,22 @@ def untrained(card: Card) -> torch.nn.Module:
     return cast(Trainable, adapter).module(card)
 
 
+def built_state(card: Card) -> dict[str, torch.Tensor]:
+    """Tensors by name of a card's network, whatever its weights are stored as.
+
+    Raises:
+        RequestError: the card cannot be built, or is no PyTorch network.
+    """
+    import torch
+
+    from segpipe.models.network import TorchNetwork
+
+    network = _build(card, torch.device("cpu"), 1)
+    if not isinstance(network, TorchNetwork):
+        raise card_error(card, "provider", f"{card.provider.value} has no tensors by name")
+    return dict(network.module.state_dict())
+
+
 def check_card(card: Card) -> None:
     """Refuse, before any work, a card that could not run: everything but building the network.
 

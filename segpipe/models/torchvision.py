@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,6 +70,8 @@ class _AsGiven(GeneralizedRCNNTransform):  # type: ignore[misc]
 
 class MaskRCNNObjects:
     """Mask R-CNN as an `ObjectNetwork`."""
+
+    rule: Literal["transformers", "paper"] = "paper"
 
     def __init__(self, card: Card, network: nn.Module, device: torch.device) -> None:
         self.device = device

@@ -25,13 +25,17 @@ ENDINGS: dict[Provider, tuple[str, ...]] = {
     Provider.literature: (".safetensors", ".pt", ".pth"),
     Provider.classical: (".safetensors",),
     Provider.bundle: (".zip",),
+    Provider.transformers: (".safetensors",),
     Provider.exported: (".pt2",),
     Provider.torchscript: (".pt", ".pth", ".ts", ".torchscript"),
 }
 """Kinds of file each provider reads; those of `FOLDER_FILES` read a folder."""
 
 FOLDER_FILES: dict[Provider, tuple[str, ...]] = {
-    Provider.transformers: ("config.json", "*.safetensors", "*.safetensors.index.json"),
+    Provider.transformers: (
+        *("config.json", "*.safetensors", "*.safetensors.index.json"),
+        *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    ),
     Provider.nnunet: ("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"),
     Provider.bundle: ("configs/*.json", "configs/*.yaml", "models/model.*"),
 }
@@ -82,7 +86,7 @@ def resolve_weights(card: Card) -> Path:
             f"found {card.weights!r}; valid: a path relative to the card, "
             "pkg://distribution/file, or hf://org/name@commit/file",
         )
-    if card.provider in FOLDER_FILES and not (card.provider is Provider.bundle and path.is_file()):
+    if card.provider in FOLDER_FILES and not (card.provider in ENDINGS and path.is_file()):
         _check_folder(card, path)
     else:
         _check_file(card, path)

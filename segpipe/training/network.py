@@ -13,7 +13,7 @@ from segpipe.config import Precision
 from segpipe.errors import RequestError
 from segpipe.models.card import load_card
 from segpipe.models.network import AUTOCAST, at_resolution, output_channels
-from segpipe.models.registry import untrained
+from segpipe.models.registry import built_state, untrained
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.training.recipe import Recipe, Stored
 
@@ -135,8 +135,8 @@ def _halved(value: torch.Tensor) -> torch.Tensor:
 def begin_with(module: torch.nn.Module, channels: int, start: str) -> list[str]:
     """Copy the weights of another card's network where names and shapes fit; says what does not.
 
-    A convolution of the image takes, where the other has another number of bands, the mean over those,
-    scaled so that inputs of the same values give the same sums.
+    A convolution of the image takes, where the other has another number of bands, these in turn, scaled by
+    their numbers, as smp and timm do: filters of single bands and of differences between bands live on.
 
     Args:
         module: to be filled.
@@ -147,7 +147,8 @@ def begin_with(module: torch.nn.Module, channels: int, start: str) -> list[str]:
         RequestError: nothing fits.
     """
     card = load_card(start)
-    state = load_state(resolve_weights(card))
+    path = resolve_weights(card)
+    state = load_state(path) if path.is_file() else built_state(card)
     bands = (channels, card.channels)
     wanted = module.state_dict()
     fitting, notes = {}, []
@@ -158,9 +159,9 @@ def begin_with(module: torch.nn.Module, channels: int, start: str) -> list[str]:
         if other.shape == tensor.shape:
             fitting[name] = other
         elif tensor.ndim > 2 and (tensor.shape[1], other.shape[1]) == bands and _but_bands(tensor, other):
-            ratio = bands[1] / bands[0]
-            fitting[name] = other.mean(1, keepdim=True).expand(tensor.shape) * ratio
-            notes.append(f"{name}: mean over {other.shape[1]} bands")
+            in_turn = torch.arange(bands[0]) % bands[1]
+            fitting[name] = other[:, in_turn] * (bands[1] / bands[0])
+            notes.append(f"{name}: {bands[1]} bands in turn for {bands[0]}")
     filled = {wanted[name].data_ptr() for name in fitting}  # one tensor under two names is stored once
     rest = [
         name

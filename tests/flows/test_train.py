@@ -128,7 +128,7 @@ def test_a_wrong_recipe_is_told_in_a_line_before_any_server(
     assert ended.err == f"error: {path}: optimise.rate: found -1; input should be greater than 0\n"
     ended = here("train", str(recipe_file("wrong")), "--set", "windows.size=33")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "error: windows.size: found 33x33; valid: multiples of 2, the total stride\n"
+    assert ended.err == "error: windows.size: found 33x33; valid: multiples of 8, the total stride\n"
 
 
 def test_a_wrong_scene_fails_the_run_with_a_line(

@@ -282,3 +282,13 @@ def test_nothing_kept_apart_is_trained_without_scores(rasters: Rasters, tmp_path
     assert training.trial() is None
     assert [math.isnan(m.score) for m in training.progress.history] == [True, True]
     assert len(training.sampler.scenes) == 4
+
+
+def test_trials_on_the_way_take_few_scenes_and_the_last_all(rasters: Rasters, tmp_path: Path) -> None:
+    training = training_of(rasters(judge={"scenes": 1}), tmp_path)
+    training.run(ignored, never)
+    few, everything = training.trial(1), training.trial()
+    assert few is not None
+    assert everything is not None
+    assert (few.table["scene"].nunique(), everything.table["scene"].nunique()) == (1, 2)
+    assert training.progress.history[-1].score == few.score != everything.score
