@@ -25,7 +25,7 @@ from segpipe.models.convert.judge import judge, scene_windows
 from segpipe.models.convert.onnx_file import export_onnx
 from segpipe.models.convert.quantise import METHODS, quantise
 from segpipe.models.network import ReadyModel
-from segpipe.models.registry import _build, load_model
+from segpipe.models.registry import build_network, load_model
 from segpipe.models.weights import resolve_weights
 
 WINDOWS = 16
@@ -62,7 +62,9 @@ def forms(path: Path, windows: list[torch.Tensor], folder: Path, threads: int) -
 
 def _compiled(card: Card, threads: int, window: torch.Tensor) -> SegmentationModel:
     """The network behind torch.compile, which compiles at the first window."""
-    model = ReadyModel(card, compiled(card, _build(card, torch.device("cpu"), threads)), "fp32", threads)
+    model = ReadyModel(
+        card, compiled(card, build_network(card, torch.device("cpu"), threads)), "fp32", threads
+    )
     model(window[None])
     return model
 

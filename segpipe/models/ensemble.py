@@ -17,7 +17,7 @@ from segpipe.inference.device import activate
 from segpipe.models.card import Card
 from segpipe.models.members import check_members, dropout_passes, member_cards
 from segpipe.models.network import Network, TorchNetwork, at_resolution, output_channels
-from segpipe.models.registry import _build, check_card
+from segpipe.models.registry import build_network, check_card
 from segpipe.models.weights import card_error
 
 
@@ -113,7 +113,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
 
 
 def _network(card: Card, device: torch.device, threads: int) -> Network:
-    network = _build(card, device, threads)
+    network = build_network(card, device, threads)
     assert callable(network)  # semantic: `check_members` saw to it
     return network
 

@@ -131,7 +131,7 @@ def _loaded(
             compile,
         )
         if key not in _models:
-            network = _build(card, _device(card, device), threads)
+            network = build_network(card, _device(card, device), threads)
             if compile:
                 from segpipe.models.compiled import compiled
 
@@ -186,7 +186,7 @@ def describe(card: Card) -> ModelDescription:
     """
     import torch
 
-    network = _build(card, torch.device("cpu"), 1)
+    network = build_network(card, torch.device("cpu"), 1)
     return ModelDescription(
         parameters=network.parameters,
         weights=resolve_weights(card) if card.weights else None,
@@ -240,7 +240,7 @@ def built_state(card: Card) -> dict[str, torch.Tensor]:
 
     from segpipe.models.network import TorchNetwork
 
-    network = _build(card, torch.device("cpu"), 1)
+    network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
         raise card_error(card, "provider", f"{card.provider.value} has no tensors by name")
     return dict(network.module.state_dict())
@@ -273,7 +273,8 @@ def _adapter(card: Card) -> Adapter:
         ) from error
 
 
-def _build(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
+def build_network(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
+    """The card's network with its weights, as its provider's adapter builds it; anew at every call."""
     return _adapter(card).build(card, device, threads)
 
 

@@ -259,7 +259,7 @@ def test_compiled_network_answers_as_the_plain_one(unet):
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     card, network = unet(window={"size": [16], "stride": 2, "halo": [4]})
-    plain = registry._build(card, torch.device("cpu"), 1)
+    plain = registry.build_network(card, torch.device("cpu"), 1)
     batch = torch.randn(1, 2, 16, 16)
     with torch.inference_mode():
         found = compiled(card, plain)(batch)
@@ -268,7 +268,7 @@ def test_compiled_network_answers_as_the_plain_one(unet):
 
 def test_what_cannot_be_compiled_is_refused(unet, make_card, tmp_path, monkeypatch):
     card, _ = unet()
-    plain = registry._build(card, torch.device("cpu"), 1)
+    plain = registry.build_network(card, torch.device("cpu"), 1)
     whole = card.model_copy(update={"window": card.window.model_copy(update={"size": "whole"})})
     with pytest.raises(RequestError, match="takes whole scenes of any shape; use compile: false"):
         compiled(whole, plain)
@@ -278,6 +278,6 @@ def test_what_cannot_be_compiled_is_refused(unet, make_card, tmp_path, monkeypat
         compiled(card, plain)
     file = conv_card(make_card, tmp_path, np.ones((3, 4, 1, 1), np.float32))
     with pytest.raises(RequestError, match=r"trial \(onnx\) is no PyTorch network"):
-        compiled(file, registry._build(file, torch.device("cpu"), 1))
+        compiled(file, registry.build_network(file, torch.device("cpu"), 1))
     with pytest.raises(RequestError, match="onnx is no PyTorch network: nothing to export"):
         export_onnx(file, tmp_path / "out")

@@ -15,7 +15,7 @@ from segpipe.models.card import Card, load_card
 from segpipe.models.convert.cards import joined, publish
 from segpipe.models.convert.checks import Parity, compare, example_shape, noise_windows
 from segpipe.models.network import TorchNetwork
-from segpipe.models.registry import _build, check_card, load_model
+from segpipe.models.registry import build_network, check_card, load_model
 from segpipe.models.weights import card_error
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def onnx_graph(card: Card, opset: int = OPSET) -> tuple[onnx.ModelProto, bool]:
     needs("onnx", "onnxscript")
     import onnx
 
-    network = _build(card, torch.device("cpu"), 1)
+    network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
         raise card_error(card, "provider", f"{card.provider.value} is no PyTorch network: nothing to export")
     example = torch.zeros(2, card.channels, *example_shape(card))
