@@ -137,7 +137,7 @@ class Compute(Strict):
     )
     compile: bool = Field(
         False,
-        description="Compile the network by torch.compile: slower to begin, then faster; PyTorch models.",
+        description="Compile the network by torch.compile, which takes a minute; PyTorch models.",
     )
     runner: Runner = Field(
         Runner.threads,

@@ -199,9 +199,13 @@ def test_one_window_equals_the_predictor(trained, folds, mirror):
 def test_scene_agrees_with_the_predictor(trained):
     """From the stored image to labels at the plans' spacing: normalisation, transposition, Gaussian blend.
 
-    In a scene of 5/4 of the window both lattices are the same, 0 and a quarter along each axis; left are half
-    precision sums there, and means of probabilities instead of logits here.
+    In a scene of 5/4 of the window both lattices are the same, 0 and a quarter along each axis. With
+    nnU-Net's own weights only its half precision sums are left, and means of logits instead of
+    probabilities. Our Gaussian has its centre between the middle elements, and a least weight of a
+    thousandth, as MONAI's: in windows as small as these, that moves one boundary element in thirty.
     """
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
     image, truth = spheres((30, 20, 40), 7)
     theirs = predictor(trained, (0,), False)
     spacing = {"spacing": [1.0, 2.0, 1.5]}
@@ -213,17 +217,23 @@ def test_scene_agrees_with_the_predictor(trained):
     x = (np.clip(image, clip.low, clip.high) - subtract.value[0]) / divide.value[0]
     lattice = make_lattice(x.shape, card.window_shape, card.halo, card.window.stride, card.window.fixed)
     whole = Box.whole(x.shape)
-    merger = GaussianScores(whole, lattice, 3)
-    padded = np.pad(x, [(0, a.padded - a.size) for a in lattice.axes])
+    ours = GaussianScores(whole, lattice, 3)
+    weight = compute_gaussian(lattice.window_shape, 1 / 8, 10, device=torch.device("cpu")).float().numpy()
+    total = np.zeros((3, *x.shape))
     for index in lattice.windows(whole, "gaussian"):
-        batch = torch.from_numpy(padded[lattice.window(index).slices][None, None])
-        merger.aggregate(index, activate(model(batch), "softmax")[0].numpy())
-    found = merger.finalize().argmax(0)
+        place = lattice.window(index).slices
+        scores = activate(model(torch.from_numpy(x[place][None, None].copy())), "softmax")[0].numpy()
+        ours.aggregate(index, scores)
+        total[(slice(None), *place)] += scores * weight
     for value in (1, 2):
-        a, b = found == value, expected == value
-        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.99
-    # It has learned something: no agreement of noise.
-    assert ((expected > 0) & (truth > 0)).sum() > 0.7 * (truth > 0).sum()
+        assert dice(total.argmax(0) == value, expected == value) > 0.998
+        assert dice(ours.finalize().argmax(0) == value, expected == value) > 0.97
+        # It has learned something: this is no agreement of noise.
+        assert dice(expected == value, truth == value) > 0.85
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
 
 
 def test_checkpoint_is_read_without_running_code(trained, tmp_path):
