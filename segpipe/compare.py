@@ -235,7 +235,8 @@ def _other_settings(before: RunRecord, after: RunRecord) -> Iterator[str]:
     for key, name in (("regions", "region layer"), ("reference", "reference")):
         first, second = (record.job.get(key) for record in (before, after))
         if first != second:
-            sides = (", ".join(v for _, v in _flat(s)) if s else "none" for s in (first, second))
+            asked = ([v for k, v in _flat(s or {}) if (k, v) != ("divisor", "0")] for s in (first, second))
+            sides = [", ".join(values) or "none" for values in asked]
             yield f"other {name}: {' → '.join(sides)}"
 
 
