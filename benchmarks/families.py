@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,15 +52,21 @@ def main() -> None:
         print(*measure(next(f for f in families() if f.name == arguments.one)))
         return
     _row("family", "provider", "parameters", "seconds", "peak MiB", "differ")
+    failed = False
     for family in families():
         if not arguments.names or family.name in arguments.names:
-            _row(family.name, family.provider, *run_fresh("benchmarks.families", family.name))
+            try:
+                found = run_fresh("benchmarks.families", family.name)
+            except subprocess.CalledProcessError as error:
+                failed, found = True, ["failed:", str(error.stderr).strip().splitlines()[-1]]
+            _row(family.name, family.provider, *found)
+    sys.exit(failed)
 
 
 def _row(*cells: str) -> None:
     print(
         "".join(
-            f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, WIDTHS, strict=True))
+            f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, WIDTHS, strict=False))
         )
     )
     sys.stdout.flush()

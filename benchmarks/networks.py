@@ -136,7 +136,7 @@ def families() -> list[Family]:
         _monai("UNet", 3, 8, **unet),
         _monai("BasicUNetPlusPlus", 3, 16, features=(8, 8, 16, 32, 64, 8)),
         _monai("AttentionUnet", 3, 8, channels=(8, 16, 32, 64), strides=(2, 2, 2)),
-        _monai("VNet", 3, 16, dropout_prob_down=None, dropout_prob_up=(None, None)),
+        _monai("VNet", 3, 16),
         _monai("DynUNet", 3, 8, **kernels),
         _monai("SegResNet", 3, 8, init_filters=8),
         _monai("UNETR", 3, 16, img_size=64, feature_size=8, hidden_size=192, mlp_dim=384, num_heads=6),
