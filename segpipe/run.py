@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,16 +27,9 @@ from segpipe.classes import load_classes, with_found
 from segpipe.config import Job
 from segpipe.errors import RequestError
 from segpipe.groups import load_groups
-from segpipe.measure import TALLY_VERSION, Measured, load_measured
-from segpipe.metrics.instances import OverlapTable
-from segpipe.metrics.tally import SizeScale, Tally
+from segpipe.measure import TALLY_VERSION, Measured
 from segpipe.models.card import Card, Class
 from segpipe.models.weights import weights_fingerprint
-from segpipe.report.agreement import agreement_table
-from segpipe.report.found import SceneFound, found_table, panoptic_table, with_counts
-from segpipe.report.frames import NO_REFERENCE, Found
-from segpipe.report.intensity import SceneIntensity, intensity_table
-from segpipe.report.objects import instances_table, objects_table
 from segpipe.report.page import page_paths, render_pages
 from segpipe.report.pictures import Previews, load_previews
 from segpipe.report.record import (
@@ -48,27 +41,18 @@ from segpipe.report.record import (
     load_record,
 )
 from segpipe.report.results import results_json
-from segpipe.report.summary import summary_table
-from segpipe.report.surface import surface_table
 from segpipe.report.tables import (
-    SceneResult,
-    confusion_table,
-    metric_table,
-    region_table,
     write_atomic,
     write_table,
 )
-from segpipe.report.uncertainty import (
-    calibration_table,
-    uncertainty_table,
-)
+from segpipe.run_tables import read_measured, run_tables
 from segpipe.scene import model_parts, read_card
 from segpipe.settings import Settings
 from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
 from segpipe.sources.mosaic import SCHEME as MOSAIC
 from segpipe.sources.remote import is_remote, remote_identity
-from segpipe.store import Stage, is_url, join, open_store
+from segpipe.store import is_url, join, open_store
 
 T = TypeVar("T")
 
@@ -202,6 +186,7 @@ def finish_run(
     model = model_summary(read_card(job.model)) if job.model else None
     device = {"device": settings.device_class, "precision": settings.precision} if model else {}
     given = [] if model else ["labels measured as given: no model was run"]
+    measured = read_measured(run.out, scenes)
     record = RunRecord(
         job_name=job.name,
         run_id=run.name,
@@ -209,29 +194,30 @@ def finish_run(
         finished=_now(),
         job=job.model_dump(mode="json"),
         model=model,
-        classes=() if model else _given_classes(run, job, scenes),
+        classes=() if model else _given_classes(job, measured),
         versions={**_versions(), **device},
         scenes=tuple(scenes),
         groups=load_groups(groups, [s.name for s in scenes]) if (groups := job.measure.groups) else {},
         notes=tuple(n for n in (job.description, *given, *notes) if n),
     )
-    write_run(run, record)
+    _write(run, record, measured)
     return record
 
 
-def _given_classes(run: Run, job: Job, scenes: Sequence[SceneRecord]) -> tuple[ClassInfo, ...]:
+def _given_classes(job: Job, measured: Mapping[str, Measured]) -> tuple[ClassInfo, ...]:
     """The classes listed; where none are, the values found in any scene."""
     if job.classes:
         return _class_infos(load_classes(job.classes))
-    found = {v for s in scenes if s.state == "done" for v in _measured(run.out, s).values}
-    return _class_infos(with_found((), found))
+    return _class_infos(with_found((), {v for m in measured.values() for v in m.values}))
 
 
 def write_run(run: Run, record: RunRecord) -> None:
     """Tables, page and record of a run, from its stages alone; the record last."""
-    measured = {s.name: _measured(run.out, s) for s in record.done}
-    results = [_result(s, measured.get(s.name)) for s in record.scenes]
-    tables = _tables(record, results, measured)
+    _write(run, record, read_measured(run.out, record.scenes))
+
+
+def _write(run: Run, record: RunRecord, measured: Mapping[str, Measured]) -> None:
+    tables = run_tables(record, measured)
     keys = {s.name: s.keys["previews"] for s in record.done}
 
     def previews(scene: str) -> Previews | None:
@@ -248,46 +234,6 @@ def write_run(run: Run, record: RunRecord) -> None:
         write_atomic(folder / "run.json", dump_record(record).encode())
 
 
-def _tables(
-    record: RunRecord, results: Sequence[SceneResult], measured: Mapping[str, Measured]
-) -> dict[str, pd.DataFrame]:
-    """Every table that the job asked for, by its file's name."""
-    classes, job, scenes = record.legend, record.job, record.scenes
-    tables = {"regions": region_table(results, classes)}
-    if job.get("reference"):
-        metrics = tables["metrics"] = metric_table(results, classes)
-        blocks: list[Tally] = []
-        if len(scenes) == 1 and measured:
-            receipts = next(iter(measured.values())).stage.receipts()
-            blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
-        tables["summary"] = summary_table(metrics, classes, groups=record.groups or None, blocks=blocks)
-        tables["agreement"] = agreement_table(metrics)
-        tables["confusion"] = confusion_table(results, classes)
-    if job.get("measure", {}).get("intensity"):
-        tables["intensity"] = intensity_table([_intensity(s, measured.get(s.name)) for s in scenes], classes)
-    if job.get("measure", {}).get("surface"):
-        tables["surface"] = surface_table(_found(scenes, measured, lambda m: m.surfaces), classes)
-    found_objects = [_found_objects(s, measured.get(s.name), job) for s in scenes]
-    if any(scene.table is not None for scene in found_objects):
-        smallest = job["measure"]["smallest"]
-        things = [c.value for c in classes if not (c.background or c.stuff)]
-        tables["regions"] = with_counts(tables["regions"], found_objects, things)
-        tables["instances"] = found_table(found_objects, classes, smallest)
-        if any(scene.overlaps is not None for scene in found_objects):
-            stuff = [c.value for c in classes if c.stuff]
-            tables["panoptic"] = panoptic_table(found_objects, classes, stuff, smallest)
-    elif job.get("measure", {}).get("objects"):
-        objects, smallest = _found(scenes, measured, _objects), job["measure"]["smallest"]
-        tables["objects"] = objects_table(objects, smallest)
-        tables["instances"] = instances_table(objects, smallest)
-    if job.get("outputs", {}).get("uncertainty"):
-        found = [_uncertainty(s, measured.get(s.name)) for s in scenes]
-        tables["uncertainty"] = uncertainty_table(found, classes)
-        if job.get("reference"):
-            tables["calibration"] = calibration_table(_found(scenes, measured, lambda m: m.calibration))
-    return tables
-
-
 def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
     """Regions, metrics and summary of a finished run; the latter two None without a reference."""
     store = open_store(run.location)
@@ -302,59 +248,6 @@ def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFra
     regions, metrics, summary = tables
     assert regions is not None
     return regions, metrics, summary
-
-
-def _measured(out: str, scene: SceneRecord) -> Measured:
-    stage = Stage(out, scene.keys["measure"])
-    if stage.read_json("info.json") is None:
-        raise RequestError(
-            f"scene {scene.name}: its tallies ({stage.key}) are gone from the store; run the job again"
-        )
-    return load_measured(stage)
-
-
-def _result(scene: SceneRecord, measured: Measured | None) -> SceneResult:
-    if measured is None:
-        return SceneResult(scene.name, (), scene.attempts, reason=scene.error)
-    scale = SizeScale.from_dict(measured.scale)
-    return SceneResult(scene.name, measured.regions, scene.attempts, measured.tally, scale, measured.outside)
-
-
-def _intensity(scene: SceneRecord, measured: Measured | None) -> SceneIntensity:
-    if measured is None:
-        return SceneIntensity(scene.name, reason=scene.error)
-    return SceneIntensity(scene.name, measured.regions, measured.channels, measured.intensity)
-
-
-def _uncertainty(scene: SceneRecord, measured: Measured | None) -> SceneIntensity:
-    if measured is None:
-        return SceneIntensity(scene.name, reason=scene.error)
-    return SceneIntensity(scene.name, measured.regions, measured.doubts, measured.uncertainty)
-
-
-def _found_objects(scene: SceneRecord, measured: Measured | None, job: Mapping[str, Any]) -> SceneFound:
-    if measured is None:
-        return SceneFound(scene.name, reason=scene.error)
-    values = (job.get("reference") or {}).get("values", {})
-    return SceneFound.of(scene.name, measured, {int(k): v for k, v in values.items()})
-
-
-def _objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
-    return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
-
-
-def _found(
-    scenes: Sequence[SceneRecord], measured: Mapping[str, Measured], pick: Callable[[Measured], T | None]
-) -> list[Found[T]]:
-    """One thing of every scene's measurements."""
-    parts = []
-    for scene in scenes:
-        if scene.name not in measured:
-            parts.append(Found[T](scene.name, None, scene.error, failed=True))
-            continue
-        value = pick(measured[scene.name])
-        parts.append(Found(scene.name, value, NO_REFERENCE if value is None else ""))
-    return parts
 
 
 def _class_infos(classes: Sequence[Class]) -> tuple[ClassInfo, ...]:
