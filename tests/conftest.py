@@ -56,6 +56,27 @@ def here(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     return run
 
 
+@pytest.fixture(scope="module")
+def messages() -> Iterator[list[tuple[str, int, str]]]:
+    """What was wrong, the exit code and the message; printed at the end of the module."""
+    rows: list[tuple[str, int, str]] = []
+    yield rows
+    print("\n\n| wrong input | exit code | message |\n|---|---|---|")
+    for what, code, line in rows:
+        print(f"| {what} | {code} | `{line}` |")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: on small tensors, several mostly wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The API of a real Prefect server on SQLite, started once."""

@@ -34,6 +34,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        auto_reload=False,  # a process that runs for hours keeps the templates that go with its code
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -26,9 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
 STRIDES = {"SegNet": 32, "SETRNaive": 16, "SETRPUP": 16, "DeepLabV1": 8, "DeepLabV2": 8}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_repeatable: None) -> None:
-    torch.set_num_threads(1)  # networks this small lose more by waiting than they win
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(name: str, **arguments: Any) -> Any:

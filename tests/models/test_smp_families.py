@@ -20,10 +20,7 @@ CASES += [("DPT", VIT)]
 CASES += [pytest.param("Unet", {"encoder_name": "tu-hrnet_w18"}, marks=pytest.mark.slow)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share; two threads on a busy machine wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def saved(folder, architecture, bands, arguments):

@@ -23,10 +23,7 @@ SEMANTIC = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on a busy machine wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def direct_semantic(name, bands=3, **more):

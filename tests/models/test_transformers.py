@@ -1,12 +1,7 @@
-"""transformers: scores and objects are those of the library's networks and of its image processors."""
+"""transformers: scores are those of the library's networks and image processors; what is refused."""
 
 import json
-import sys
-import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import transformers as t
@@ -14,82 +9,23 @@ from safetensors.torch import load_file, save_file
 
 from segpipe.errors import RequestError
 from segpipe.models.card import Provider
-from segpipe.models.objects import ReadyObjects
 from segpipe.models.registry import check_card, load_model, untrained
 from segpipe.models.transformers import build
 from segpipe.models.weights import ENDINGS
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_transformers import CONFIGS, tiny
-
-CPU = torch.device("cpu")
-TOKENS = [49, 3, 12, 7, 50]
-LOW_RESOLUTION = ["MaskFormerForInstanceSegmentation", "OneFormerForUniversalSegmentation"]
-QUERIES = [*LOW_RESOLUTION, "Mask2FormerForUniversalSegmentation", "EomtForUniversalSegmentation"]
-QUERIES += ["DetrForSegmentation"]
-
-
-def one_former_processor():
-    """Its class names come from a file, for otherwise it asks the hub for COCO's."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = {str(k): {"isthing": 1, "name": f"c{k}"} for k in range(3)}
-        (Path(folder) / "names.json").write_text(json.dumps(names))
-        return t.OneFormerImageProcessor(repo_path=folder, class_info_file="names.json")
-
-
-SEEDS = dict(zip(QUERIES, ((1, 5), (2, 4), (1, 7), (0, 4), (7,)), strict=True))
-"""Random weights that find several objects."""
-PROCESSORS = dict(
-    zip(
-        QUERIES,
-        (
-            t.MaskFormerImageProcessor,
-            one_former_processor,
-            t.Mask2FormerImageProcessor,
-            lambda: t.EomtImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}),
-            t.DetrImageProcessor,
-        ),
-        strict=True,
-    )
+from tests.models.tiny_transformers import (
+    CONFIGS,
+    EOMT,
+    PROCESSORS,
+    QUERIES,
+    SEEDS,
+    answer,
+    card_for,
+    one_former_processor,
+    saved,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small to share; two threads on a busy machine wait for each other."""
-    torch.set_num_threads(1)
-
-
-def saved(folder, architecture):
-    direct = tiny(architecture)
-    direct.save_pretrained(folder / "net")
-    return direct
-
-
-def card_for(make_card, architecture, kind="semantic", **fields):
-    square = architecture.startswith(("Beit", "DPT", "Eomt"))
-    queries = architecture in QUERIES
-    defaults = {
-        "architecture": architecture,
-        "window": {"fixed": True} if square else {},
-        "output": {
-            "kind": kind,
-            "activation": "none" if queries else "softmax",
-            "score": 0.4,
-            "overlap": 0.3,
-        },
-        "arguments": {"task_tokens": TOKENS} if architecture.startswith("OneFormer") else {},
-    }
-    return make_card("transformers", **{"weights": "net", **defaults, **fields})
-
-
-def answer(direct, batch):
-    """The library's own output; OneFormer is told its task by the tokens, zeros after them."""
-    more = {}
-    if isinstance(direct, t.OneFormerForUniversalSegmentation):
-        more["task_inputs"] = torch.tensor([TOKENS + [0] * (20 - len(TOKENS))] * len(batch))
-    with torch.inference_mode():
-        return direct(pixel_values=batch, **more)
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("architecture", sorted(set(CONFIGS) - set(QUERIES)))
@@ -119,143 +55,6 @@ def test_class_scores_are_the_processors(make_card, tmp_path, architecture):
     assert torch.equal(found.argmax(0), expected.segmentation)
     assert float(found.std()) > 0.01
     assert len(expected.segmentation.unique()) > 1 or architecture.startswith("Detr")
-
-
-def assert_same_segments(found, segmentation, infos):
-    """The same elements, class and score, whatever the ids are."""
-    assert len(found.classes) == len(infos)
-    taken = np.zeros(segmentation.shape, bool)
-    for info in infos:
-        here = segmentation == info["id"]
-        [k] = np.unique(found.ids[here])
-        assert k > 0 and np.array_equal(found.ids == k, here)
-        assert found.classes[k - 1] == info["label_id"] + 1  # the fixture's values, after background
-        assert found.scores[k - 1] == pytest.approx(info["score"], abs=2e-6)
-        taken |= here
-    assert not found.ids[~taken].any()
-
-
-@pytest.mark.parametrize("architecture", QUERIES)
-def test_panoptic_segments_are_the_processors(make_card, tmp_path, architecture):
-    """All classes are things: transformers 5 mixes up ids after stuff (tests/instances/test_window.py)."""
-    edge = 384 if architecture.startswith("Mask2") else 64
-    for seed in SEEDS[architecture]:
-        torch.manual_seed(seed)
-        direct = saved(tmp_path, architecture)
-        card = card_for(make_card, architecture, "panoptic", classes=4)
-        batch = torch.randn(1, 4, edge, edge)
-        fused = {} if architecture.startswith("Eomt") else {"label_ids_to_fuse": set()}
-        [expected] = PROCESSORS[architecture]().post_process_panoptic_segmentation(
-            answer(direct, batch),
-            threshold=0.4,
-            overlap_mask_area_threshold=0.3,
-            target_sizes=[(edge, edge)],
-            **fused,
-        )
-        [found] = ReadyObjects(card, build(card, CPU, 1), "fp32", 1).objects(batch)
-        infos = expected["segments_info"]
-        assert_same_segments(found, expected["segmentation"].numpy(), infos)
-        assert len(infos) > 1
-
-
-def test_stuff_is_one_segment(make_card, tmp_path):
-    torch.manual_seed(0)
-    architecture = "EomtForUniversalSegmentation"
-    direct = saved(tmp_path, architecture)
-    card = card_for(make_card, architecture, "panoptic", classes=4)
-    batch = torch.randn(1, 4, 64, 64)
-    out = answer(direct, batch)
-    common = 2  # a label of two segments
-    stuff = card.classes[1 + common].model_copy(update={"thing": False})
-    classes = [stuff if c.value == stuff.value else c for c in card.classes]
-    card = card.model_copy(update={"classes": classes})
-    [expected] = PROCESSORS[architecture]().post_process_panoptic_segmentation(
-        out, [(64, 64)], threshold=0.4, overlap_mask_area_threshold=0.3, stuff_classes=[common]
-    )
-    [found] = ReadyObjects(card, build(card, CPU, 1), "fp32", 1).objects(batch)
-    segmentation = expected["segmentation"].numpy()
-    assert len(found.classes) == len(expected["segments_info"])
-    for info in expected["segments_info"]:
-        [k] = np.unique(found.ids[segmentation == info["id"]])
-        assert np.array_equal(found.ids == k, segmentation == info["id"])
-        assert found.classes[k - 1] == info["label_id"] + 1
-    assert found.classes.tolist().count(1 + common) == 1
-
-
-def instances_of(architecture, out, masks, threshold):
-    """(score, label, mask) of the processor's instances; ``masks``: probabilities at the window's size."""
-    if architecture.startswith("Eomt"):
-        [one] = PROCESSORS[architecture]().post_process_instance_segmentation(out, [(64, 64)], threshold)
-        return one["segments_info"], one["segmentation"].numpy()
-    logits = torch.logit(masks.double())  # above 0 exactly where the probability is above one half
-    # OneFormer's processor lets masks compete before they are masks; its authors' rule is MaskFormer's.
-    [one] = t.MaskFormerImageProcessor().post_process_instance_segmentation(
-        SimpleNamespace(class_queries_logits=out.class_queries_logits, masks_queries_logits=logits),
-        threshold=threshold,
-        return_binary_maps=True,
-    )
-    return one["segments_info"], one["segmentation"].numpy()
-
-
-@pytest.mark.parametrize("architecture", QUERIES[:3])
-def test_instances_are_the_processors(make_card, tmp_path, architecture):
-    direct = saved(tmp_path, architecture)
-    card = card_for(make_card, architecture, "instance", classes=4)
-    batch = torch.randn(1, 4, 64, 64)
-    out = answer(direct, batch)
-    logits = out.masks_queries_logits
-    if architecture in LOW_RESOLUTION:
-        masks = torch.nn.functional.interpolate(logits.sigmoid(), size=(64, 64), mode="bilinear")
-    else:
-        masks = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear").sigmoid()
-    infos, maps = instances_of(architecture, out, masks, 0.4)
-    expected = sorted((i["score"], i["label_id"] + 1, m.tobytes()) for i, m in zip(infos, maps, strict=True))
-    network = build(card, CPU, 1)
-    with torch.inference_mode():
-        [found] = network.candidates(batch)
-    own = [
-        (s, c, (m > 0.5).astype(np.float32).tobytes())
-        for s, c, m in zip(found.scores, found.classes, found.masks, strict=True)
-        if s >= 0.4 and (m > 0.5).any()
-    ]
-    assert len(own) == len(expected) > 1
-    assert sorted(e[1:] for e in own) == sorted(e[1:] for e in expected)
-    assert np.allclose(sorted(e[0] for e in own), [e[0] for e in expected], atol=1e-5)
-
-
-def test_eomt_instances_are_painted_in_their_order(make_card, tmp_path):
-    """The processor lets the last query paint over the others, this library the best: where they agree."""
-    architecture = "EomtForUniversalSegmentation"
-    direct = saved(tmp_path, architecture)
-    card = card_for(make_card, architecture, "instance", classes=4)
-    batch = torch.randn(2, 4, 64, 64)
-    out = answer(direct, batch[:1])
-    infos, segmentation = instances_of(architecture, out, None, 0.4)
-    network = build(card, CPU, 1)
-    with torch.inference_mode():
-        [found] = network.candidates(batch[:1])
-    kept = [k for k in range(len(found.scores)) if found.scores[k] >= 0.4 and (found.masks[k] > 0.5).any()]
-    assert [i["label_id"] + 1 for i in infos] == found.classes[kept].tolist() and len(kept) > 1
-    assert np.allclose([i["score"] for i in infos], found.scores[kept], atol=1e-5)
-    painted = np.full((64, 64), -1)
-    for number, k in enumerate(kept):
-        painted[found.masks[k] > 0.5] = number
-    assert np.array_equal(painted, segmentation)
-
-
-@pytest.mark.parametrize(
-    "architecture", ["MaskFormerForInstanceSegmentation", "EomtForUniversalSegmentation"]
-)
-def test_place_in_a_batch_changes_no_bit(make_card, tmp_path, architecture):
-    saved(tmp_path, architecture)
-    card = card_for(make_card, architecture, "panoptic", classes=4)
-    model = ReadyObjects(card, build(card, CPU, 1), "fp32", 1)
-    batch = torch.randn(3, 4, 64, 64)
-    together = model.objects(batch)
-    for k in range(3):
-        [alone] = model.objects(batch[k : k + 1])
-        assert np.array_equal(together[k].ids, alone.ids)
-        assert together[k].scores.tobytes() == alone.scores.tobytes()
 
 
 def test_one_former_task_is_tokenised_as_its_processor_does(make_card, tmp_path):
@@ -358,17 +157,6 @@ def test_weights_with_nan_or_an_adapter_are_refused(make_card, tmp_path):
     (tmp_path / "net" / "adapter_config.json").write_text("{}")
     with pytest.raises(RequestError, match="holds an adapter"):
         build(card_for(make_card, architecture), CPU, 1)
-
-
-EOMT = {
-    "image_size": 64,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "num_blocks": 1,
-    "num_queries": 12,
-    "num_register_tokens": 0,
-}
 
 
 def test_untrained_networks_are_made_from_arguments(make_card):

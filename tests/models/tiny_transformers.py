@@ -1,4 +1,11 @@
-"""Tiny networks of every family that the transformers adapter takes: 4 bands, 3 labels, random weights."""
+"""Tiny networks of every family that the transformers adapter takes: 4 bands, 3 labels, random weights.
+
+And their cards, and the library's own processors of their answers.
+"""
+
+import json
+import tempfile
+from pathlib import Path
 
 import torch
 import transformers as t
@@ -38,8 +45,24 @@ def resnet():
 
 PLAIN_VIT = {"num_channels": BANDS, "image_size": 64, "patch_size": 16, "hidden_size": 16}
 ATTENTION = {"num_attention_heads": 2, "num_hidden_layers": 4}
-DECODER = {"decoder_layers": 2, "encoder_layers": 1, "num_queries": 12, "dim_feedforward": 16}
-
+MASK_DECODER = {
+    "num_queries": 12,
+    "hidden_dim": 32,
+    "dim_feedforward": 16,
+    "encoder_feedforward_dim": 32,
+    "num_attention_heads": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+}
+EOMT = {
+    "image_size": 64,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_blocks": 1,
+    "num_queries": 12,
+    "num_register_tokens": 0,
+}
 CONFIGS = {
     "UperNetForSemanticSegmentation": lambda: t.UperNetConfig(
         backbone_config=convnext(), hidden_size=16, pool_scales=[1, 2], auxiliary_in_channels=16, num_labels=3
@@ -79,34 +102,22 @@ CONFIGS = {
         backbone_config=swin(),
         feature_size=32,
         mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        num_attention_heads=2,
         num_labels=3,
-        **DECODER,
+        **MASK_DECODER,
     ),
     "OneFormerForUniversalSegmentation": lambda: t.OneFormerConfig(
         backbone_config=swin(),
         conv_dim=32,
         mask_dim=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        num_attention_heads=2,
         query_dec_layers=1,
         task_seq_len=20,
         text_encoder_width=32,
         text_encoder_num_layers=1,
         num_labels=3,
-        **DECODER,
+        **MASK_DECODER,
     ),
     "EomtForUniversalSegmentation": lambda: t.EomtConfig(
-        **PLAIN_VIT,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        num_blocks=1,
-        num_queries=12,
-        num_register_tokens=0,
-        num_labels=3,
+        **EOMT, num_channels=BANDS, patch_size=16, num_labels=3
     ),
     "DetrForSegmentation": lambda: t.DetrConfig(
         backbone_config=resnet(),
@@ -120,7 +131,6 @@ CONFIGS = {
         num_labels=3,
     ),
 }
-
 HEADS = ("class_predictor", "class_embed", "class_labels_classifier")
 
 
@@ -156,3 +166,66 @@ def balance(network):
         network(pixel_values=torch.randn(1, BANDS, 64, 64), **more)
         heads[0].bias -= seen[-1].mean((0, 1))
     hook.remove()
+
+
+TOKENS = [49, 3, 12, 7, 50]
+LOW_RESOLUTION = ["MaskFormerForInstanceSegmentation", "OneFormerForUniversalSegmentation"]
+QUERIES = [*LOW_RESOLUTION, "Mask2FormerForUniversalSegmentation", "EomtForUniversalSegmentation"]
+QUERIES += ["DetrForSegmentation"]
+
+
+def one_former_processor():
+    """Its class names come from a file, for otherwise it asks the hub for COCO's."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = {str(k): {"isthing": 1, "name": f"c{k}"} for k in range(3)}
+        (Path(folder) / "names.json").write_text(json.dumps(names))
+        return t.OneFormerImageProcessor(repo_path=folder, class_info_file="names.json")
+
+
+SEEDS = dict(zip(QUERIES, ((1, 5), (2, 4), (1, 7), (0, 4), (7,)), strict=True))
+"""Random weights that find several objects."""
+PROCESSORS = dict(
+    zip(
+        QUERIES,
+        (
+            t.MaskFormerImageProcessor,
+            one_former_processor,
+            t.Mask2FormerImageProcessor,
+            lambda: t.EomtImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}),
+            t.DetrImageProcessor,
+        ),
+        strict=True,
+    )
+)
+
+
+def saved(folder, architecture):
+    direct = tiny(architecture)
+    direct.save_pretrained(folder / "net")
+    return direct
+
+
+def card_for(make_card, architecture, kind="semantic", **fields):
+    square = architecture.startswith(("Beit", "DPT", "Eomt"))
+    queries = architecture in QUERIES
+    defaults = {
+        "architecture": architecture,
+        "window": {"fixed": True} if square else {},
+        "output": {
+            "kind": kind,
+            "activation": "none" if queries else "softmax",
+            "score": 0.4,
+            "overlap": 0.3,
+        },
+        "arguments": {"task_tokens": TOKENS} if architecture.startswith("OneFormer") else {},
+    }
+    return make_card("transformers", **{"weights": "net", **defaults, **fields})
+
+
+def answer(direct, batch):
+    """The library's own output; OneFormer is told its task by the tokens, zeros after them."""
+    more = {}
+    if isinstance(direct, t.OneFormerForUniversalSegmentation):
+        more["task_inputs"] = torch.tensor([TOKENS + [0] * (20 - len(TOKENS))] * len(batch))
+    with torch.inference_mode():
+        return direct(pixel_values=batch, **more)

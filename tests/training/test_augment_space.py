@@ -4,8 +4,6 @@ Bands that hold the coordinates of their own elements are interpolated exactly, 
 element came from, whatever the code believes.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -17,13 +15,7 @@ from segpipe.training.augment_space import CELLS, sampling_grid
 NONE = Augmentation.none()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Windows are small here: on a busy machine, threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spec(**fields: object) -> Augmentation:
