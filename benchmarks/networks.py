@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 
-BANDS = 5
-CLASSES = 7
+from benchmarks.rows import BANDS, CLASSES, Made, Row, best, write_card
 
 Call = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 """The library's own way from an image (1, c, …) to scores (1, k, …) of its size."""
@@ -104,7 +105,8 @@ def _monai(architecture: str, ndim: int, stride: int, **arguments: Any) -> Famil
     )  # fmt: skip
 
 
-def _literature(name: str, stride: int, fixed: bool = False, **arguments: Any) -> Family:
+def literature(name: str, stride: int, fixed: bool = False, **arguments: Any) -> Family:
+    """A network of `segpipe.models.literature`."""
     from segpipe.models.literature import ARCHITECTURES
 
     return Family(
@@ -121,6 +123,60 @@ def _transformers(name: str, config: Callable[[], Any], stride: int, fixed: bool
         return getattr(transformers, name)(config())  # type: ignore[no-any-return]
 
     return Family(name, "transformers", name, make, _logits, stride=stride, fixed=fixed)
+
+
+def family_card(family: Family, direct: torch.nn.Module, folder: Path, name: str = "card") -> Path:
+    """The family's card in a folder, with the network's weights beside it."""
+    weights = f"{name}-weights"
+    if family.provider == "transformers":
+        direct.save_pretrained(folder / weights)  # type: ignore[operator]
+    else:
+        weights += ".safetensors"
+        save_file({k: v.clone().contiguous() for k, v in direct.state_dict().items()}, folder / weights)
+    return write_card(
+        folder,
+        family.provider,
+        family.ndim,
+        name,
+        architecture=family.architecture,
+        arguments=family.arguments,
+        weights=weights,
+        window={
+            "size": [family.size],
+            "halo": [family.size // 8],
+            "stride": family.stride,
+            "fixed": family.fixed,
+        },
+        output={"activation": family.activation},
+    )
+
+
+def probabilities(family: Family, direct: torch.nn.Module) -> Call:
+    """The library's own call up to the softmax, channels innermost in memory where segpipe has them so."""
+    innermost = family.provider in ("smp", "torchvision", "literature")
+    if innermost:
+        direct.to(memory_format=torch.channels_last)
+
+    def call(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last) if innermost else x
+        return family.call(module, x).float().softmax(1)
+
+    return call
+
+
+def rows() -> list[Row]:
+    """A line of the table for each."""
+
+    def row(family: Family) -> Row:
+        def make(folder: Path) -> Made:
+            direct = family.make().eval()
+            card = family_card(family, direct, folder)
+            call = probabilities(family, direct)
+            return Made(card, lambda x: best(call(direct, x)))
+
+        return Row(family.name, family.provider, make, family.ndim)
+
+    return [row(family) for family in families()]
 
 
 def families() -> list[Family]:
@@ -142,15 +198,15 @@ def families() -> list[Family]:
         _monai("UNETR", 3, 16, img_size=64, feature_size=8, hidden_size=192, mlp_dim=384, num_heads=6),
         _monai("SwinUNETR", 3, 32, feature_size=12),
     ]
-    labels = {"num_labels": CLASSES}
-    vit = {
+    labels: dict[str, Any] = {"num_labels": CLASSES}
+    vit: dict[str, Any] = {
         "num_channels": BANDS,
         "image_size": 256,
         "patch_size": 16,
         "hidden_size": 192,
         "intermediate_size": 384,
     }
-    depth = {"num_attention_heads": 3, "num_hidden_layers": 4}
+    depth: dict[str, Any] = {"num_attention_heads": 3, "num_hidden_layers": 4}
     return [
         *(_smp(name) for name in ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN")),
         *(_smp(name) for name in ("DeepLabV3", "DeepLabV3Plus", "UPerNet")),
@@ -195,9 +251,9 @@ def families() -> list[Family]:
             "MobileNetV2ForSemanticSegmentation",
             lambda: t.MobileNetV2Config(num_channels=BANDS, output_stride=16, **labels), 16,
         ),
-        _literature("SegNet", 32),
-        _literature("DeepLabV1", 8),
-        _literature("DeepLabV2", 8, depth=18),
-        _literature("SETRNaive", 16, fixed=True, vit_name="vit_tiny_patch16_224", img_size=256),
-        _literature("SETRPUP", 16, fixed=True, vit_name="vit_tiny_patch16_224", img_size=256),
+        literature("SegNet", 32),
+        literature("DeepLabV1", 8),
+        literature("DeepLabV2", 8, depth=18),
+        literature("SETRNaive", 16, fixed=True, vit_name="vit_tiny_patch16_224", img_size=256),
+        literature("SETRPUP", 16, fixed=True, vit_name="vit_tiny_patch16_224", img_size=256),
     ]  # fmt: skip

@@ -13,7 +13,6 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows.server import free_port, local_server
-from segpipe.config import Strict
 from segpipe.errors import RequestError
 
 DRAIN_SECONDS = 10.0
@@ -36,10 +35,10 @@ def check_server() -> None:
             )
 
 
-def run_here(flow: Callable[..., Any], parameter: Strict) -> State[Any]:
-    """Run a flow of one parameter on the server that settings name, or on one that ends with the run."""
+def run_here(flow: Callable[..., Any], *parameters: object) -> State[Any]:
+    """Run a flow on the server that settings name, or on one that ends with the run."""
     with nullcontext() if get_current_settings().api.url is not None else _own_server():
-        state: State[Any] = flow(parameter, return_state=True)
+        state: State[Any] = flow(*parameters, return_state=True)
     return state
 
 

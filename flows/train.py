@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,44 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.watch import LOOK_SECONDS
-from segpipe.errors import SegpipeError, StoppedError
+from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.training.loop import Moment
-from segpipe.training.recipe import Recipe
+from segpipe.training.recipe import Recipe, load_recipe
 from segpipe.training.run import Told, mark, train
 from tasks.training import training_markdown
 
 STATES_OF_A_STOP = ("CANCELLING", "CANCELLED")
 
 
-@flow(name="train", flow_run_name="{recipe.name}")
-def train_model(recipe: Recipe) -> State[Any]:
+def run_name() -> str:
+    """The model's name; the file's, where the recipe is wrong, which the run then says."""
+    given = runtime.flow_run.parameters
+    try:
+        return load_recipe(given["recipe"], given["changes"]).name
+    except RequestError:
+        return Path(given["recipe"]).stem or "train"
+
+
+@flow(name="train", flow_run_name=run_name)
+def train_model(recipe: str, changes: Sequence[str] = ()) -> State[Any]:
     """Train a model from labelled scenes and write its card.
 
     Prepares the scenes once, trains each chosen fold, tries it on what is kept apart, and leaves card,
     weights, scores and a page. The same recipe goes on where it stopped.
 
     Args:
-        recipe: Data, card, windows, augmentation, loss and optimiser.
+        recipe: Path of a recipe, a YAML file such as configs/train/hippocampus.yaml. This and the paths in
+            it are found from the folder in which the worker (or `segpipe serve`) was started.
+        changes: Keys of the recipe to set for this run, each as a.b=value, e.g. optimise.steps=500.
     """
-    watch = TrainWatch(UUID(runtime.flow_run.get_id()), recipe)
+    try:
+        wanted = load_recipe(recipe, changes)
+    except RequestError as error:
+        return Failed(message=str(error))
+    watch = TrainWatch(UUID(runtime.flow_run.get_id()), wanted)
     try:
         with on_signals(watch.stop):
-            result = train(recipe, Told(watch.scenes, watch.moment), watch.should_stop)
+            result = train(wanted, Told(watch.scenes, watch.moment), watch.should_stop)
     except StoppedError as error:
         return Cancelled(message=str(error))
     except SegpipeError as error:
@@ -77,7 +92,8 @@ class TrainWatch:
 
     def moment(self, fold: str, moment: Moment) -> None:
         """A row of the history, with a trial where something is kept apart."""
-        judged = "" if math.isnan(moment.score) else f", mean Dice {moment.score:.4f}"
+        measure = self._recipe.measure[:1].lower() + self._recipe.measure[1:]
+        judged = "" if math.isnan(moment.score) else f", {measure} {moment.score:.4f}"
         left = moment.seconds / moment.step * (moment.steps - moment.step) / 60
         get_run_logger().info(
             "%s: step %d of %d, loss %.4f%s, about %.0f min left",

@@ -4,7 +4,7 @@ from segpipe.allocator import use_huge_pages
 
 __version__ = "0.1.0"
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Raised only when the same inputs give other bits; part of every predict key."""
 
 use_huge_pages()

@@ -118,7 +118,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     from flows.train import train_model
 
     check_server()
-    state = run_here(train_model, recipe)
+    state = run_here(train_model, str(recipe_file), overrides or [])
     print(state.message, file=sys.stderr if not state.is_completed() else sys.stdout)
     if not state.is_completed():
         raise typer.Exit(130 if state.is_cancelled() else 1)

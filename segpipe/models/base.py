@@ -61,6 +61,32 @@ class ObjectNetwork(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What an instance or panoptic network should find in one window."""
+
+    masks: torch.Tensor
+    """(m, y, x) bool; no element is in two."""
+    classes: torch.Tensor
+    """(m,) class values of the card, int64."""
+
+
+class Objective(Protocol):
+    """A library's own loss of its network."""
+
+    def __call__(
+        self, network: torch.nn.Module, images: torch.Tensor, truths: Sequence[Truth]
+    ) -> torch.Tensor:
+        """A scalar to minimise.
+
+        Args:
+            network: in training mode, maybe wrapped for several processes.
+            images: (n, c, y, x), on the network's device as the truths are.
+            truths: of each image.
+        """
+        ...
+
+
 class ObjectModel(Protocol):
     """A network whose answer is objects, ready on its device."""
 

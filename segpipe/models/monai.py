@@ -10,8 +10,7 @@ import torch
 
 from segpipe.models.card import Card
 from segpipe.models.naming import construct, known
-from segpipe.models.network import Network, TorchNetwork, fill, output_channels
-from segpipe.models.weights import load_state, resolve_weights
+from segpipe.models.network import Network, output_channels, with_weights
 
 ARCHITECTURES = (
     "AttentionUnet",
@@ -67,6 +66,4 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     Raises:
         RequestError: architecture, arguments or weights do not fit one another.
     """
-    network = module(card)
-    fill(card, network, load_state(resolve_weights(card)))
-    return TorchNetwork(network, device)
+    return with_weights(card, module(card), device)

@@ -52,6 +52,20 @@ def construct(card: Card, factory: Callable[..., Any], arguments: Mapping[str, A
         ) from error
 
 
+def check_stride(card: Card, stride: int) -> None:
+    """Whether windows that fit the card's stride fit the network's.
+
+    Raises:
+        RequestError: the card's is no multiple of it.
+    """
+    if card.window.stride % stride:
+        raise card_error(
+            card,
+            "window.stride",
+            f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
+        )
+
+
 def only_arguments(card: Card, names: Collection[str]) -> None:
     """Refuse arguments that would be ignored.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from segpipe.errors import RequestError
 from segpipe.models.base import SegmentationModel
 from segpipe.models.card import Card
-from segpipe.models.weights import card_error
+from segpipe.models.weights import card_error, load_state, resolve_weights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,6 +63,18 @@ class TorchNetwork:
 def output_channels(card: Card) -> int:
     """Channels the network answers with: one a class, or one in all under a sigmoid."""
     return 1 if card.output.activation == "sigmoid" else len(card.classes)
+
+
+def with_weights(
+    card: Card, module: torch.nn.Module, device: torch.device, *, channels_last: bool = False
+) -> TorchNetwork:
+    """A module with the card's weights, on its device.
+
+    Raises:
+        RequestError: the weights do not fit the module.
+    """
+    fill(card, module, load_state(resolve_weights(card)))
+    return TorchNetwork(module, device, channels_last)
 
 
 def fill(card: Card, module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -131,19 +143,10 @@ class ReadyModel:
             RequestError: the network answers with another number of channels than the card has
                 classes, or with a spatial shape that is no whole fraction of the input's.
         """
-        if self.device.type == "cpu" and torch.get_num_threads() != self._threads:
-            # The setting belongs to the calling thread, and changes the last bits of some sums.
-            torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            with self._arithmetic():
+            with forward_pass(self.device, self._precision, self._threads):
                 scores = self._network(batch)
             return at_resolution(scores.float(), batch, self._channels, self._name).contiguous()
-
-    def _arithmetic(self) -> AbstractContextManager[object]:
-        dtype = AUTOCAST.get(self._precision)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
 
 
 def at_resolution(scores: torch.Tensor, batch: torch.Tensor, channels: int, name: str) -> torch.Tensor:

@@ -16,9 +16,9 @@ LIMITS = (
     "Differs from nnU-Net's own prediction: images are resampled linearly, not by cubic splines; "
     "probabilities, not logits, are blended and resampled; a scene smaller than the window is padded at its "
     "end, not on both sides; the scene is not cropped to its nonzero part; windows overlap by half but do "
-    "not begin where those of nnU-Net do, and a window's least weight is greater. Ask for `tiling.blend: "
-    "gaussian`, as nnU-Net blends: under `trim` each element has one window's answer. No mirror images "
-    "unless `arguments.mirror: true`."
+    "not begin where those of nnU-Net do, and their weights are centred half an element lower. Ask for "
+    "`tiling.blend: gaussian`, as nnU-Net blends: under `trim` each element has one window's answer. No "
+    "mirror images unless `arguments.mirror: true`."
 )
 
 

@@ -95,9 +95,7 @@ def check(card: Card) -> None:
         RequestError: one is not, the layout is neither nchw nor nhwc, or onnxruntime here lacks what
             `execution` names.
     """
-    if card.output.kind == "panoptic":
-        raise card_error(card, "output.kind", "found panoptic; valid: semantic or instance")
-    if card.output.kind == "instance":
+    if card.output.kind != "semantic":
         onnx_objects.check(card)
         more = onnx_objects.ARGUMENTS[card.arguments["decode"]]
         only_arguments(card, {*ARGUMENTS, *more} - {"output"})
@@ -135,7 +133,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network | OnnxObjec
         raise card_error(card, "weights", f"input {source.name!r} is {source.type}; valid: float or float16")
     channels_last = card.arguments.get("layout") == "nhwc"
     _check_shape(card, source.shape, channels_last)
-    if card.output.kind == "instance":
+    if card.output.kind != "semantic":
         onnx_objects.check_outputs(card, session.get_outputs())
         return OnnxObjects(
             session, source.name, DTYPES[source.type], channels_last, card, torch.device("cpu")

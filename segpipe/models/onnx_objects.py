@@ -3,7 +3,8 @@
 ``arguments.decode`` says what the file's outputs are, for one window:
 
 - ``masks``: outputs named ``masks`` (n, …), ``classes`` (n,): k is the k-th class of the card, and
-  ``scores`` (n,). ``logits: true`` where the masks are logits. Smaller masks are upsampled.
+  ``scores`` (n,). ``logits: true`` where the masks are logits. Smaller masks are upsampled. Of panoptic cards
+  too: masks of stuff are among them.
 - ``yolo-seg``: as Ultralytics exports YOLOv8-seg, YOLO11-seg and FastSAM: the first output (1, 4 + k + c,
   anchors) has centre, width and height in elements of the window, a score for each of the k classes of the
   card that are no background, and c coefficients; the second (1, c, h', w') has prototypes. ``iou``: above
@@ -75,6 +76,8 @@ def check(card: Card) -> None:
         raise card_error(card, "arguments.decode", f"found {decode!r}; valid: {' or '.join(DECODERS)}")
     if decode == "yolo-seg" and card.kind != "raster":
         raise card_error(card, "kind", "found volume; yolo-seg decodes boxes in two axes")
+    if decode == "yolo-seg" and card.output.kind != "instance":
+        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for yolo-seg: instance")
     iou, most = card.arguments.get("iou", IOU), card.arguments.get("detections", DETECTIONS)
     if not isinstance(iou, int | float) or not 0 < iou <= 1:
         raise card_error(card, "arguments.iou", f"found {iou!r}; valid: above 0, at most 1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from segpipe.config import Precision
 from segpipe.errors import RequestError
-from segpipe.models.card import (
-    WITHOUT_WEIGHTS,
-    Card,
-    Divide,
-    Provider,
-    SceneQuantiles,
-    Subtract,
-    load_card,
-)
+from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider, load_card
+from segpipe.models.checks import check_input, check_objects, check_window
 from segpipe.models.weights import card_error, resolve_weights, weights_files, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -50,13 +42,6 @@ class Adapter(Protocol):
     """Everything that can be refused without building."""
     build: Callable[[Card, torch.device, int], Network | ObjectNetwork]
     """The network with its weights, on a device, with that many CPU threads."""
-
-
-class Trainable(Adapter, Protocol):
-    """What a provider's module offers beside where its networks can be trained here."""
-
-    module: Callable[[Card], torch.nn.Module]
-    """The network with random weights."""
 
 
 @dataclass(frozen=True)
@@ -216,36 +201,6 @@ def _flops(card: Card, network: object) -> float | None:
     return counter.get_total_flops() / math.prod(shape) or None
 
 
-def untrained(card: Card) -> torch.nn.Module:
-    """The card's network with random weights, for training.
-
-    Raises:
-        RequestError: the card does not fit its provider, or the provider's networks are not trained here.
-    """
-    _check_window(card)
-    _check_input(card)
-    adapter = _adapter(card)
-    if not hasattr(adapter, "module"):
-        raise card_error(card, "provider", f"{card.provider.value} models run here, but are not trained here")
-    return cast(Trainable, adapter).module(card)
-
-
-def built_state(card: Card) -> dict[str, torch.Tensor]:
-    """Tensors by name of a card's network, whatever its weights are stored as.
-
-    Raises:
-        RequestError: the card cannot be built, or is no PyTorch network.
-    """
-    import torch
-
-    from segpipe.models.network import TorchNetwork
-
-    network = build_network(card, torch.device("cpu"), 1)
-    if not isinstance(network, TorchNetwork):
-        raise card_error(card, "provider", f"{card.provider.value} has no tensors by name")
-    return dict(network.module.state_dict())
-
-
 def check_card(card: Card) -> None:
     """Refuse, before any work, a card that could not run: everything but building the network.
 
@@ -254,16 +209,16 @@ def check_card(card: Card) -> None:
     """
     if card.weights or card.provider not in WITHOUT_WEIGHTS:
         resolve_weights(card)
-    _adapter(card).check(card)
-    _check_window(card)
-    _check_input(card)
+    provider(card).check(card)
+    check_window(card)
+    check_input(card)
     if card.output.kind != "semantic":
-        _check_objects(card)
+        check_objects(card)
     if card.roi is not None:
         _check_roi(card, card.roi.card)
 
 
-def _adapter(card: Card) -> Adapter:
+def provider(card: Card) -> Adapter:
     """The provider's module, imported when first needed: each one is seconds and megabytes."""
     try:
         return cast(Adapter, importlib.import_module(f"segpipe.models.{card.provider.value}"))
@@ -275,7 +230,7 @@ def _adapter(card: Card) -> Adapter:
 
 def build_network(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
     """The card's network with its weights, as its provider's adapter builds it; anew at every call."""
-    return _adapter(card).build(card, device, threads)
+    return provider(card).build(card, device, threads)
 
 
 def _device(card: Card, name: str) -> torch.device:
@@ -299,88 +254,6 @@ def _device(card: Card, name: str) -> torch.device:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     return device
-
-
-def _check_window(card: Card) -> None:
-    window, stride = card.window, card.window.stride
-    shape = card.window_shape
-    field = "window.shape" if window.size == "whole" else "window.size"
-    if shape is not None:
-        for n in shape:
-            if n < 1 or n % stride:
-                raise card_error(
-                    card, field, f"found {n}; valid: a positive multiple of window.stride {stride}"
-                )
-    if window.size == "whole":
-        if card.halo is None or any(card.halo):
-            raise card_error(card, "window.halo", "a whole scene has no halo: leave it out")
-        return
-    if card.halo is None:
-        return
-    for n, halo in zip(shape or (), card.halo, strict=True):
-        # Origins stay multiples of the stride, so the halo is rounded up to one.
-        rounded = -(-halo // stride) * stride
-        if halo < 0 or n - 2 * rounded < stride:
-            raise card_error(
-                card,
-                "window.halo",
-                f"found {halo} for a window of {n} (stride {stride}); "
-                f"valid: 0 to {max(0, (n - stride) // 2 // stride * stride)}",
-            )
-
-
-def _check_objects(card: Card) -> None:
-    """What cards whose answer is objects can't have, and what they need."""
-    if sum(c.background for c in card.classes) != 1:
-        raise card_error(
-            card, "classes", "one must have background: true: what elements without an object are labelled as"
-        )
-    if card.roi is not None or card.output.crf is not None or any(card.cleanup.model_dump().values()):
-        raise card_error(
-            card, "output.kind", "objects go without `roi`, `crf` and `cleanup`; leave these out"
-        )
-    if card.window.size != "whole" and not all(card.halo or (0,)):
-        raise card_error(
-            card,
-            "window.halo",
-            f"found {card.window.halo}; objects of neighbouring windows are joined by what both see: valid: "
-            "elements above 0, best more than half of what is searched for",
-        )
-
-
-def _check_input(card: Card) -> None:
-    wanted = card.input
-    if wanted.spacing is not None:
-        if len(wanted.spacing) != card.ndim or min(wanted.spacing) <= 0:
-            raise card_error(
-                card, "input.spacing", f"found {wanted.spacing}; valid: {card.ndim} sizes above 0"
-            )
-        if card.window.shape is not None:
-            raise card_error(card, "input.spacing", "window.shape sets the grid already: give one of the two")
-    if wanted.orientation and not re.fullmatch(
-        r"(?!.*[RL].*[RL])(?!.*[AP].*[AP])(?!.*[SI].*[SI]).{3}", wanted.orientation
-    ):
-        raise card_error(
-            card,
-            "input.orientation",
-            f"found {wanted.orientation!r}; valid: one letter each of R/L, A/P and S/I, e.g. RAS",
-        )
-    for number, step in enumerate(wanted.normalisation):
-        field = f"input.normalisation.{number}"
-        if isinstance(step, Subtract | Divide):
-            if len(step.value) not in (1, card.channels):
-                raise card_error(
-                    card,
-                    f"{field}.value",
-                    f"found {len(step.value)} numbers; valid: 1, or {card.channels} (one a band)",
-                )
-            if isinstance(step, Divide) and 0 in step.value:
-                raise card_error(card, f"{field}.value", "found 0; nothing is divided by zero")
-        elif isinstance(step, SceneQuantiles):
-            if step.low >= step.high:
-                raise card_error(card, f"{field}.low", f"found {step.low}; valid: below high {step.high}")
-            if step.grid is not None and len(step.grid) != card.ndim:
-                raise card_error(card, f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes")
 
 
 def _check_roi(card: Card, path: str) -> None:

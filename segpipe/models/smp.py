@@ -9,9 +9,9 @@ import segmentation_models_pytorch as library
 import torch
 
 from segpipe.models.card import Card
-from segpipe.models.naming import construct, known, only_arguments
-from segpipe.models.network import Network, TorchNetwork, fill, output_channels
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.naming import check_stride, construct, known, only_arguments
+from segpipe.models.network import Network, output_channels, with_weights
+from segpipe.models.weights import card_error
 
 ARCHITECTURES = {c.__name__: c for c in library.MODEL_ARCHITECTURES_MAPPING.values()}
 
@@ -54,12 +54,7 @@ def _check_window(card: Card, network: Any) -> None:
     stride = int(network.encoder.output_stride)
     if isinstance(network, library.DPT):  # its decoder goes on to 1/32 from the encoder's patches
         stride *= max(1, 2 ** (len(network.encoder.output_strides) + 1) // stride)
-    if card.window.stride % stride:
-        raise card_error(
-            card,
-            "window.stride",
-            f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
-        )
+    check_stride(card, stride)
     patches: Any = getattr(getattr(network.encoder, "model", None), "patch_embed", None)
     if not getattr(patches, "strict_img_size", False):
         return
@@ -79,6 +74,4 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     Raises:
         RequestError: architecture, arguments or weights do not fit one another.
     """
-    network = module(card)
-    fill(card, network, load_state(resolve_weights(card)))
-    return TorchNetwork(network, device, channels_last=True)
+    return with_weights(card, module(card), device, channels_last=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from segpipe.errors import RequestError
 from segpipe.inference.overlap import Prefetch
+from segpipe.models.base import Truth
 from segpipe.training.losses import build_loss
 from segpipe.training.network import TrainNetwork
 from segpipe.training.recipe import Keep, Recipe
@@ -18,6 +20,7 @@ from segpipe.training.sampler import Batch, Sampler
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
 from segpipe.training.trial import Trial, try_model
+from segpipe.training.trial_objects import try_objects
 from segpipe.training.world import World
 
 AHEAD = 4
@@ -34,8 +37,9 @@ class Moment:
     """Mean over the steps since the last row."""
     rate: float
     score: float = math.nan
-    """Mean Dice of the trial; NaN where there was none."""
+    """Of the trial (`Trial.score`); NaN where there was none."""
     miou: float = math.nan
+    """The same; NaN for networks that find objects."""
     seconds: float = 0.0
     """Since the beginning, stops left out."""
 
@@ -111,11 +115,13 @@ class Training:
                 progress.seconds = before + time.monotonic() - begun
                 due = progress.step % recipe.judge.every == 0 or self.finished
                 if due:
-                    self._judge(told)
+                    self._judge()
                 # a later call has a time of its own
                 stop = self.world.any(should_stop() or time.monotonic() - begun > limit)
                 if due or stop:
                     self._save()
+                if due:
+                    told(progress.history[-1])  # after the checkpoint: whatever fails there loses nothing
                 if stop and not self.finished:
                     return False
         return True
@@ -138,12 +144,16 @@ class Training:
             group["lr"] = rate
         self.network.module.train()
         total = 0.0
-        for images, targets, weights in batches:
-            images, targets = images.to(self.network.device), targets.to(self.network.device)
-            weights = None if weights is None else weights.to(self.network.device)
-            loss = self.loss(self.network.logits(self.forward, images), targets, weights) / len(batches)
+        for batch in batches:
+            loss = self._loss(batch) / len(batches)
             self.scaler.scale(loss).backward()
             total += float(loss.detach())
+        if self.world.any(not math.isfinite(total)):
+            raise RequestError(
+                f"optimise: the loss is not finite in step {progress.step + 1}, so nothing more is learned: "
+                f"try a lower `optimise.rate` (found {plan.rate:g}), a longer `optimise.warmup`, or "
+                f"`compute.precision: fp32` (found {self.network.precision})"
+            )
         self.scaler.unscale_(self.optimiser)
         torch.nn.utils.clip_grad_norm_(self.network.module.parameters(), plan.clip)
         self.scaler.step(self.optimiser)
@@ -152,15 +162,29 @@ class Training:
         self.network.update_average(progress.step)
         return total
 
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        network, (images, targets, weights) = self.network, batch
+        images = images.to(network.device)
+        if isinstance(targets, list):
+            truths = [Truth(t.masks.to(network.device), t.classes.to(network.device)) for t in targets]
+            return network.own_loss(self.forward, images, truths)
+        weights = None if weights is None else weights.to(network.device)
+        loss: torch.Tensor = self.loss(
+            network.logits(self.forward, images), targets.to(network.device), weights
+        )
+        return loss
+
     def trial(self, limit: int | None = None) -> Trial | None:
         """Try the averaged model on what is kept apart; None where nothing is."""
         judged = [s for s in self.scenes if self.fold.judged(s.name)]
         if not judged:
             return None
         network = self.network
+        if self.recipe.card.output.kind != "semantic":
+            return try_objects(network.find, self.recipe.card, judged[:limit], self.fold, network.device)
         return try_model(network.predict, self.recipe.card, judged[:limit], self.fold, network.device)
 
-    def _judge(self, told: Callable[[Moment], None]) -> None:
+    def _judge(self) -> None:
         progress, judge = self.progress, self.recipe.judge
         moment = Moment(
             step=progress.step,
@@ -182,7 +206,6 @@ class Training:
         progress.stopped = self.world.any(stop)
         progress.history.append(moment)
         progress.losses = []
-        told(moment)
 
     def take_best(self) -> None:
         """Make the weights of the best trial the result, where the recipe says so."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segpipe.config import Precision
 from segpipe.errors import RequestError
+from segpipe.inference.device import best_class
+from segpipe.inference.objects import ground_value
+from segpipe.instances.window import WindowObjects
+from segpipe.models.base import Truth
 from segpipe.models.card import load_card
 from segpipe.models.network import AUTOCAST, at_resolution, output_channels
-from segpipe.models.registry import built_state, untrained
+from segpipe.models.trainable import built_state, finder, objective, untrained
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.training.recipe import Recipe, Stored
 
@@ -58,6 +64,10 @@ class TrainNetwork:
                 self.module, multi_avg_fn=get_ema_multi_avg_fn(recipe.optimise.ema), use_buffers=True
             )
             self.average = self._ema.module
+        self._objective = objective(self.card)
+        self._finder = None
+        if self._objective is not None:
+            self._finder = finder(self.card, self.average, device, precision, torch.get_num_threads())
 
     @property
     def parameters(self) -> int:
@@ -81,6 +91,33 @@ class TrainNetwork:
         if isinstance(scores, list | tuple):
             scores = scores[0]
         return at_resolution(scores.float(), images, output_channels(self.card), self.card.name)
+
+    def own_loss(
+        self, module: torch.nn.Module, images: torch.Tensor, truths: Sequence[Truth]
+    ) -> torch.Tensor:
+        """The library's own loss of a network that finds objects."""
+        assert self._objective is not None
+        with self._arithmetic():
+            loss = self._objective(module, images.contiguous(memory_format=self.layout), truths)
+        return loss.float()
+
+    def find(self, image: torch.Tensor) -> WindowObjects:
+        """What the moving average finds in a window (1, c, …)."""
+        assert self._finder is not None
+        self.average.eval()
+        (found,) = self._finder.objects(image)
+        return found
+
+    def answer(self, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Class values of a window (1, c, …), and ids where the network finds objects: as shown to people."""
+        if self._finder is not None:
+            found = self.find(image)
+            values = np.concatenate([[ground_value(self.card)], found.classes])
+            return values[found.ids], found.ids
+        logits = self.predict(image)
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        return np.array(self.card.values)[best_class(logits)[0].cpu().numpy()], None
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of the moving average, in evaluation mode."""

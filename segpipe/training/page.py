@@ -44,8 +44,8 @@ def training_page(recipe: Recipe, folds: Sequence[FoldView]) -> str:
                     curve([(m.step, m.loss) for m in fold.rows], "Loss by step"),
                 ),
                 (
-                    "Mean Dice on what is kept apart",
-                    curve([(m.step, m.score) for m in fold.rows], "Mean Dice by step"),
+                    f"{recipe.measure} on what is kept apart",
+                    curve([(m.step, m.score) for m in fold.rows], f"{recipe.measure} by step"),
                 ),
             ],
             "samples": [(s.name, [(c, data_uri("jpeg", p)) for c, p in s.pictures]) for s in fold.samples],

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from segpipe.boxes import Box
-from segpipe.inference.device import best_class
 from segpipe.models.card import Card
 from segpipe.report.drawing import jpeg, layers, limits, resize, stretch
 from segpipe.training.losses import IGNORE
@@ -33,8 +32,12 @@ class Sample:
     """Caption and JPEG."""
 
 
+Answer = Callable[[torch.Tensor], tuple[np.ndarray, np.ndarray | None]]
+"""Image (1, c, …) to class values (…) and, of networks that find objects, their ids (…)."""
+
+
 def samples(
-    predict: Callable[[torch.Tensor], torch.Tensor],
+    answer: Answer,
     card: Card,
     scenes: Sequence[TrainScene],
     fold: Fold,
@@ -44,7 +47,7 @@ def samples(
     """A few places that are kept apart, the same at every call.
 
     Args:
-        predict: images (1, c, …) to logits of the same size.
+        answer: of the network to a window.
         card: of the model.
         scenes: of which those with judged elements are shown.
         fold: says which those are.
@@ -53,12 +56,12 @@ def samples(
     """
     places = [(s, box) for s in scenes for box in fold.judged(s.name)]
     chosen = [places[i] for i in np.linspace(0, len(places) - 1, min(SAMPLES, len(places))).astype(int)]
-    return [_sample(predict, card, scene, box, window, device) for scene, box in chosen]
+    return [_sample(answer, card, scene, box, window, device) for scene, box in chosen]
 
 
 @torch.inference_mode()
 def _sample(
-    predict: Callable[[torch.Tensor], torch.Tensor],
+    answer: Answer,
     card: Card,
     scene: TrainScene,
     judged: Box,
@@ -71,13 +74,11 @@ def _sample(
     seen = box.intersect(Box.whole(scene.shape))
     image, target = scene.read(seen)
     padded = np.pad(image, [(0, 0), *((0, w - n) for w, n in zip(window, seen.shape, strict=True))])
-    logits = predict(torch.from_numpy(padded)[None].to(device))
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    found = best_class(logits)[0].cpu().numpy()[tuple(slice(0, n) for n in seen.shape)]
+    inside = tuple(slice(0, n) for n in seen.shape)
+    labels, ids = answer(torch.from_numpy(padded)[None].to(device))
+    labels, ids = labels[inside], None if ids is None else ids[inside]
     values = np.array([*card.values, NOTHING])
-    truth = values[np.where(target == IGNORE, len(card.values), np.minimum(target, len(card.values) - 1))]
-    labels = values[found]
+    truth = values[np.where(target == IGNORE, len(card.values), target)]
     if len(window) == 3:
         background = [c.value for c in card.classes if c.background]
         at = int((~np.isin(truth, [*background, NOTHING])).sum((1, 2)).argmax())
@@ -85,7 +86,7 @@ def _sample(
     shown = image[[2, 1, 0]] if len(image) >= 3 else image[:1]
     valid = np.ones(labels.shape, dtype=bool)
     base = stretch(shown, valid, limits(shown, valid))
-    drawn = layers(base, labels, truth, card.classes, None)
+    drawn = layers(base, labels, truth, card.classes, None, ids)
     captions = {"image": "image", "reference": "reference", "labels": "predicted", "difference": "difference"}
     return Sample(scene.name, tuple((captions[k], _shown(drawn[k])) for k in captions))
 

@@ -1,4 +1,4 @@
-"""The recipe: one set of pydantic models that is the YAML of `segpipe train` and the UI's form."""
+"""The recipe: one set of pydantic models that is the YAML of `segpipe train`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class Data(Strict):
     scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
     reference: Reference = Field(description="The labels, in the values of the card's classes.")
     objects: bool = Field(
-        False, description="The reference holds ids of objects: 0 is the first class, all others the second."
+        False,
+        description="The reference holds ids of objects: 0 is the background, all others the other class. "
+        "With `reference.divisor`: class × divisor + number.",
     )
     bands: list[str] = Field(default_factory=list, description="Names of the scenes' bands, in file order.")
     description: str = Field("", description="For the card: what this data is, and whose.")
@@ -147,6 +149,11 @@ class Stored(str, Enum):
     fp16 = "fp16"
 
 
+def default_loss() -> list[LossTerm]:
+    """Cross-entropy and Dice, alike."""
+    return [LossTerm(name=LossName.cross_entropy), LossTerm(name=LossName.dice)]
+
+
 class Recipe(Strict):
     """How a model is trained: data, card, windows, augmentation, loss, optimiser."""
 
@@ -158,7 +165,7 @@ class Recipe(Strict):
     windows: Windows = Field(default_factory=Windows, description="What one forward pass sees.")
     augment: Augmentation = Field(default_factory=Augmentation, description="How windows are varied.")
     loss: list[LossTerm] = Field(
-        default_factory=lambda: [LossTerm(name=LossName.cross_entropy), LossTerm(name=LossName.dice)],
+        default_factory=default_loss,
         min_length=1,
         description="Terms of a weighted sum.",
     )
@@ -177,14 +184,24 @@ class Recipe(Strict):
             return {**data, "card": {"name": data.get("name"), **data["card"]}}
         return data
 
+    @property
+    def measure(self) -> str:
+        """What the score of a trial is, for people."""
+        return "Mean Dice" if self.card.output.kind == "semantic" else "Panoptic quality"
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.card.output.activation == "none":
+        if self.card.output.kind == "semantic" and self.card.output.activation == "none":
             raise ValueError("card.output.activation: found none; trained networks end in softmax or sigmoid")
         if self.card.weights:
             raise ValueError("card.weights: leave it out; `start` names the card to begin with")
-        if self.data.objects and len(self.card.classes) != 2:
+        if self.data.objects and not self.data.reference.divisor and len(self.card.classes) != 2:
             raise ValueError("data.objects: ids have two classes, background first")
+        if self.card.output.kind != "semantic":
+            if not self.data.objects:
+                raise ValueError("data.objects: found false; networks that find objects learn from ids")
+            if "loss" in self.model_fields_set and self.loss != default_loss():
+                raise ValueError("loss: leave it out; networks that find objects have their library's own")
         if any(t.name is LossName.border for t in self.loss) and not self.data.objects:
             raise ValueError("loss: border weights need ids of objects: `data.objects: true`")
         if any(step.op == "window_zscore" for step in self.card.input.normalisation):

@@ -64,16 +64,14 @@ def check_recipe(recipe: Recipe) -> list[SceneRef]:
     Raises:
         RequestError: naming the field, what was found and what would be valid.
     """
-    from segpipe.models.registry import untrained
+    from segpipe.models.trainable import objective, untrained
 
     card = recipe.card
     window_shape(recipe)
-    if card.roi is not None or card.output.kind != "semantic":
-        field = "roi" if card.roi is not None else "output.kind"
-        raise RequestError(
-            f"card.{field}: leave it out; networks are trained on whole scenes, class by class"
-        )
+    if card.roi is not None:
+        raise RequestError("card.roi: leave it out; networks are trained on whole scenes")
     network = untrained(card)
+    objective(card)
     if recipe.start and not Path(recipe.start).is_file():
         raise RequestError(f"start: {recipe.start} does not exist; give a model card")
     if recipe.start:
@@ -104,7 +102,11 @@ def train(recipe: Recipe, told: Told, should_stop: Callable[[], bool] = lambda: 
     folder.mkdir(parents=True, exist_ok=True)
     with join_world(device) as (world, device):
         torch.set_num_threads(cores)
+        if not world.first:
+            world.wait()  # the first process writes the scenes, the others find them
         scenes = prepare(recipe, refs, lambda ready: told.scenes(ready, len(refs)))
+        if world.first:
+            world.wait()
         shapes = {scene.name: scene.shape for scene in scenes}
         cards, texts = [], []
         for apart in recipe.split.chosen:
@@ -117,6 +119,9 @@ def train(recipe: Recipe, told: Told, should_stop: Callable[[], bool] = lambda: 
             texts.append(done)
     if len(cards) == 1:
         return Result(folder, cards[0], texts[0])
+    if recipe.card.output.kind != "semantic":
+        texts.append("Objects of several networks are not averaged: each fold has a card of its own.")
+        return Result(folder, cards[0], "\n".join(texts))
     return Result(folder, _ensemble(recipe, folder, cards), "\n".join(texts))
 
 
@@ -195,13 +200,17 @@ def _show(recipe: Recipe, training: Training, folder: Path, state: str, scores: 
     pd.DataFrame([asdict(m) for m in history]).to_csv(folder / "history.csv", index=False)
     network = training.network
     shown = samples(
-        network.predict,
+        network.answer,
         recipe.card,
         training.scenes,
         training.fold,
         training.sampler.shape,
         network.device,
     )
+    (folder / "samples").mkdir(exist_ok=True)
+    for number, sample in enumerate(shown):
+        for caption, picture in sample.pictures:
+            (folder / "samples" / f"{number}-{caption}.jpg").write_bytes(picture)
     facts = {
         "Steps": f"{training.progress.step:,} of {recipe.optimise.steps:,}",
         "Time": f"{training.progress.seconds / 60:.1f} minutes on {network.device.type}, {network.precision}",
@@ -216,17 +225,21 @@ def scores_text(recipe: Recipe, fold: Fold, trial: Trial | None) -> str:
     """What a card says of how good the model is, and how that was found."""
     if trial is None:
         return "Not judged: the model has learned from all the data."
+    measure = trial.measure
     units = "scenes" if recipe.split.by is SplitBy.scene else f"blocks of {recipe.split.block} elements"
     how = f"Part {fold.apart} of {recipe.split.folds} parts of {units}, never learned from"
     if recipe.judge.keep is Keep.best:
         how += ", but the best of several trials on it was kept, so this flatters"
     count = trial.table["scene"].nunique()
-    if recipe.split.by is SplitBy.block:
+    if recipe.split.by is SplitBy.block and measure == "dice":
         ious = trial.table.groupby("class")[["tp", "fp", "fn"]].sum()
         iou = ious["tp"] / ious.sum(axis=1)
         lines = [f"{c.name} {iou[c.name]:.3f}" for c in recipe.card.classes if not c.background]
         return f"{how}: mIoU {trial.miou:.3f}; IoU {', '.join(lines)}."
-    return f"{how} ({count} scenes): Dice {', '.join(trial.lines(recipe.card))} (95 % intervals over scenes)."
+    name = {"dice": "Dice", "pq": "panoptic quality"}[measure]
+    return (
+        f"{how} ({count} scenes): {name} {', '.join(trial.lines(recipe.card))} (95 % intervals over scenes)."
+    )
 
 
 def write_card(card: Card, path: Path, weights: str, recipe: Recipe, scores: str) -> None:

@@ -14,15 +14,19 @@ import torch
 from segpipe.boxes import Box
 from segpipe.config import parse_memory, parse_size
 from segpipe.errors import RequestError
+from segpipe.models.base import Truth
 from segpipe.training.augment import augment
 from segpipe.training.border import border_weights
 from segpipe.training.losses import IGNORE, LossName
 from segpipe.training.recipe import Recipe
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
+from segpipe.training.truth import number_pairs, pairs_of, window_truth
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Images (n, c, …), targets (n, …), and weights of the elements where a loss wants them."""
+Target = torch.Tensor | Truth
+"""Channels (…), or the objects of a window."""
+Batch = tuple[torch.Tensor, torch.Tensor | list[Truth], torch.Tensor | None]
+"""Images (n, c, …), targets (n, …) or n windows' objects, and weights of elements where a loss wants them."""
 
 TRIES = 20
 """Windows drawn until one has something to learn from; the last is taken as it is."""
@@ -73,7 +77,7 @@ class Sampler:
         self.share = np.array([float(np.prod(s.shape)) for s in self.scenes])
         self.share /= self.share.sum()
         self._in_memory = sum(s.bytes for s in self.scenes) <= parse_memory(recipe.compute.memory)
-        self._held: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._held: dict[str, tuple[np.ndarray, ...]] = {}
         self._border = any(term.name is LossName.border for term in recipe.loss)
 
     def batches(self, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -84,10 +88,13 @@ class Sampler:
             start = (number * world + rank) * size
             yield _collate([self.window(start + i) for i in range(size)])
 
-    def window(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The window of this number: augmented image (c, …), target (…), weights (…)."""
+    def window(self, number: int) -> tuple[torch.Tensor, Target, torch.Tensor | None]:
+        """The window of this number: augmented image (c, …), its target, weights (…)."""
         rng = np.random.default_rng((self.recipe.optimise.seed, number))
-        image, target, scene = self._drawn(rng)
+        image, target, ids, scene = self._drawn(rng)
+        table = np.zeros((0, 2), np.int64)
+        if ids is not None:
+            target, table = number_pairs(target, ids)
         pixels, labels = augment(
             torch.from_numpy(image),
             torch.from_numpy(target.astype(np.int64)),
@@ -96,20 +103,24 @@ class Sampler:
             spacing=scene.spacing,
             outside=IGNORE,
         )
-        weights = None
-        if self._border:
-            weights = torch.from_numpy(border_weights(np.maximum(labels.numpy(), 0)))
-        if self.recipe.data.objects:
-            labels = labels.clamp(max=1)
-        return pixels, labels, weights
+        if ids is None:
+            return pixels, labels, None
+        target, ids = pairs_of(labels.numpy(), table)
+        if self.recipe.card.output.kind != "semantic":
+            # These networks cannot be told to look away: what nothing is said of is not there to be seen.
+            return pixels * (labels != IGNORE), window_truth(target, ids, self.recipe.card), None
+        weights = torch.from_numpy(border_weights(ids)) if self._border else None
+        return pixels, torch.from_numpy(target), weights
 
-    def _drawn(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, TrainScene]:
+    def _drawn(
+        self, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, TrainScene]:
         for _ in range(TRIES):
             scene, box = self._place(rng)
-            image, target = self._cut(scene, box)
+            image, target, *ids = self._cut(scene, box)
             if (target != IGNORE).any():
                 break
-        return image, target, scene
+        return image, target, ids[0] if ids else None, scene
 
     def _place(self, rng: np.random.Generator) -> tuple[TrainScene, Box]:
         """A scene and a window on it, which may reach beyond where the scene is smaller."""
@@ -135,28 +146,34 @@ class Sampler:
         ]
         return scene, Box.at(start, self.shape)
 
-    def _cut(self, scene: TrainScene, box: Box) -> tuple[np.ndarray, np.ndarray]:
-        """Image and target of a window, 0 and `IGNORE` beyond the scene."""
+    def _cut(self, scene: TrainScene, box: Box) -> tuple[np.ndarray, ...]:
+        """Image, target and, where the scene has them, ids of a window; beyond the scene 0 and `IGNORE`."""
         inner = box.intersect(Box.whole(scene.shape))
-        image, target = self._read(scene, inner)
-        target = np.where(self.fold.is_learned(scene.name, inner), target, IGNORE)
+        image, *said = self._read(scene, inner)
+        learned = self.fold.is_learned(scene.name, inner)
+        said = [np.where(learned, part, IGNORE) for part in said]
         if inner == box:
-            return image, target
+            return image, *said
         pads = [
             (a - b, d - c) for a, b, c, d in zip(inner.start, box.start, inner.stop, box.stop, strict=True)
         ]
-        return np.pad(image, [(0, 0), *pads]), np.pad(target, pads, constant_values=IGNORE)
+        return np.pad(image, [(0, 0), *pads]), *(np.pad(p, pads, constant_values=IGNORE) for p in said)
 
-    def _read(self, scene: TrainScene, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, scene: TrainScene, box: Box) -> tuple[np.ndarray, ...]:
         if not self._in_memory:
-            return scene.read(box)
+            return _everything(scene, box)
         if scene.name not in self._held:
-            self._held[scene.name] = scene.read(Box.whole(scene.shape))
-        image, target = self._held[scene.name]
-        return np.ascontiguousarray(image[(slice(None), *box.slices)]), target[box.slices]
+            self._held[scene.name] = _everything(scene, Box.whole(scene.shape))
+        image, *said = self._held[scene.name]
+        return np.ascontiguousarray(image[(slice(None), *box.slices)]), *(p[box.slices] for p in said)
 
 
-def _collate(windows: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> Batch:
+def _everything(scene: TrainScene, box: Box) -> tuple[np.ndarray, ...]:
+    return *scene.read(box), *([scene.read_ids(box)] if scene.objects else [])
+
+
+def _collate(windows: Sequence[tuple[torch.Tensor, Target, torch.Tensor | None]]) -> Batch:
     images, targets, weights = zip(*windows, strict=True)
     stacked = None if weights[0] is None else torch.stack([w for w in weights if w is not None])
-    return torch.stack(images), torch.stack(targets), stacked
+    objects = [t for t in targets if isinstance(t, Truth)]
+    return torch.stack(images), objects or torch.stack(targets), stacked

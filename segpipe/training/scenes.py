@@ -34,7 +34,7 @@ EDGE = {2: 1024, 3: 128}
 """Longest edge of a block in the store, by number of axes."""
 POSITIONS = 8192
 """Elements of each class remembered of a scene, drawn evenly from all: where balanced windows lie."""
-VERSION = 1
+VERSION = 2
 """Raised when the same scene would be stored with other bits."""
 
 
@@ -50,12 +50,14 @@ class TrainScene:
     """Elements of each class."""
     spacing: tuple[float, ...] | None
     """Element size along the model's axes in mm; None for rasters, whose elements are taken as square."""
+    objects: bool = False
+    """Whether ids of objects are there."""
 
     @property
     def bytes(self) -> int:
-        """Of both arrays in memory."""
-        image, target = self.stage.array("image"), self.stage.array("target")
-        return int(image.nbytes + target.nbytes)
+        """Of its arrays in memory."""
+        names = ("image", "target", "ids") if self.objects else ("image", "target")
+        return sum(int(self.stage.array(name).nbytes) for name in names)
 
     @cached_property
     def positions(self) -> list[np.ndarray]:
@@ -69,6 +71,10 @@ class TrainScene:
         """Image (c, …) float32 and target (…) of a box inside the scene; `IGNORE` where nothing is said."""
         image = np.asarray(self.stage.array("image")[(slice(None), *box.slices)])
         return image, np.asarray(self.stage.array("target")[box.slices])
+
+    def read_ids(self, box: Box) -> np.ndarray:
+        """Ids of objects of a box, int64 (…); 0: none, `IGNORE` where nothing is said."""
+        return np.asarray(self.stage.array("ids")[box.slices])
 
 
 def prepare(recipe: Recipe, refs: Iterable[SceneRef], told: Callable[[int], None]) -> list[TrainScene]:
@@ -95,14 +101,14 @@ def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
         channels, _ = match_bands(card, source)
         geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
         scaling = tuple(source.scaling[c] for c in channels)
-    with _open_labels(data, ref, geometry) as labels:
+    with _open_labels(card, data, ref, geometry) as labels:
         parts = {
             "source": identity,
             "channels": channels,
             "labels": labels.identity,
             "input": card.input.model_dump(mode="json", exclude={"modality"}),
             "values": card.values,
-            "objects": data.objects,
+            "objects": data.objects and [data.reference.divisor],
             "version": VERSION,
         }
         stage = Stage(recipe.out, stage_key("learn", parts))
@@ -115,17 +121,23 @@ def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
                     statistics = scene_statistics(card, geometry, scaling, reader)
                 normaliser = Normaliser(card, scaling, statistics)
                 found = _store(stage, card, data, grid, normaliser, reader, labels)
-    return TrainScene(ref.name, stage, grid.shape, tuple(found["counts"]), _spacing(geometry, grid))
+    spacing = _spacing(geometry, grid)
+    return TrainScene(ref.name, stage, grid.shape, tuple(found["counts"]), spacing, data.objects)
 
 
-def _open_labels(data: Data, ref: SceneRef, geometry: Geometry) -> ReferenceLabels:
+def _open_labels(card: Card, data: Data, ref: SceneRef, geometry: Geometry) -> ReferenceLabels:
     """The labels of a scene, or why there are none.
 
     Raises:
         SceneError: none fits its name, or they lie on another grid.
     """
     uri = find_reference(data.reference, ref.name)
-    return open_reference(data.reference, uri, geometry, IdRule() if data.objects else None)
+    rule = None
+    if data.objects:
+        ground = next((c.value for c in card.classes if c.background), card.values[0])
+        other = next(value for value in card.values if value != ground)
+        rule = IdRule(data.reference.divisor, value=other, ground=ground)
+    return open_reference(data.reference, uri, geometry, rule)
 
 
 def _spacing(geometry: Geometry, grid: GridMap) -> tuple[float, ...] | None:
@@ -149,16 +161,20 @@ def _store(
     blocks = Blocks(grid.shape, block, (0,) * len(block))
     arrays = [
         ArraySpec("image", "float32", 0.0, channels=card.channels),
-        ArraySpec("target", "int32" if data.objects else "int16", IGNORE, labels=True),
+        ArraySpec("target", "int16", IGNORE, labels=True),
     ]
+    if data.objects:
+        arrays.append(ArraySpec("ids", "int64", IGNORE, labels=True))
     stage.create(None, blocks, arrays, {})
     drawn = Drawn(len(card.classes))
     for number, index in enumerate(blocks.indices()):
         box = blocks.box(index)
-        image, target = _block(card, data, grid, normaliser, reader, labels, box)
+        image, target, ids = _block(card, grid, normaliser, reader, labels, box)
         stage.write("image", box.slices, image)
-        stage.write("target", box.slices, target.astype(arrays[1].dtype))
-        drawn.add(np.minimum(target, 1) if data.objects else target, box, np.random.default_rng(number))
+        stage.write("target", box.slices, target.astype(np.int16))
+        if data.objects:
+            stage.write("ids", box.slices, ids)
+        drawn.add(target, box, np.random.default_rng(number))
     buffer = io.BytesIO()
     named: dict[str, Any] = {str(c): found for c, found in enumerate(drawn.positions)}
     np.savez_compressed(buffer, **named)
@@ -170,30 +186,28 @@ def _store(
 
 def _block(
     card: Card,
-    data: Data,
     grid: GridMap,
     normaliser: Normaliser,
     reader: SceneBlocks,
     labels: ReferenceLabels,
     box: Box,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Image and target of a box of the model's grid; labels are taken from the nearest element."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image, target and ids of a box of the model's grid; labels are taken from the nearest element."""
     native = box if grid.identity else grid.native_box(box)
     pixels = reader.read(native)
     image = normaliser.elementwise(pixels)
-    target = _channels(card, data, labels.read(native, ids=data.objects), labels.uri)
-    target = np.where(pixels.valid, target, IGNORE)
+    classes, ids = labels.read_both(native)
+    said = np.stack([_channels(card, classes, labels.uri), ids])
+    said[:, ~pixels.valid] = IGNORE
     if not grid.identity:
         nearest = card.input.image_resampling is Interpolation.nearest
         image = onto_model(image, native, grid, box, nearest=nearest)
-        target = onto_model(target[None], native, grid, box, nearest=True)[0]
-    return image, target
+        said = onto_model(said, native, grid, box, nearest=True)
+    return image, said[0], said[1]
 
 
-def _channels(card: Card, data: Data, values: np.ndarray, uri: str) -> np.ndarray:
-    """Class values as channels of the network's output; ids as they are; `IGNORE` where nothing is said."""
-    if data.objects:
-        return np.where(values == IGNORED, IGNORE, values)
+def _channels(card: Card, values: np.ndarray, uri: str) -> np.ndarray:
+    """Class values as channels of the network's output; `IGNORE` where nothing is said."""
     known = np.array(sorted(card.values), dtype=np.int64)
     channel = np.array([card.values.index(value) for value in known.tolist()], dtype=np.int64)
     place = np.minimum(np.searchsorted(known, values), len(known) - 1)

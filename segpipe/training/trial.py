@@ -28,25 +28,28 @@ class Trial:
     """What the model did on what is kept apart."""
 
     table: pd.DataFrame
-    """A row per scene and class: scene, class, tp, fp, fn, dice, iou; NaN where neither side has it."""
+    """A row per scene and class: scene, class, tp, fp, fn, and measures; NaN where neither side has it."""
     score: float
-    """Mean Dice over classes (background left out) of the mean over scenes."""
+    """Mean over classes (background left out) of the mean over scenes of Dice; of objects: of PQ."""
     miou: float
-    """Mean over classes of IoU, of all scenes' counts together."""
+    """Mean over classes of IoU, of all scenes' counts together; NaN for objects."""
+    measure: str = "dice"
+    """Column that `score` is of."""
 
     def lines(self, card: Card) -> list[str]:
-        """For people: mean Dice of each class with its interval over scenes."""
+        """For people: the mean over scenes for each class, with its interval."""
         found = []
         for c in card.classes:
             if c.background:
                 continue
-            dice = self.table[self.table["class"] == c.name]["dice"].to_numpy(float)
-            count = int(np.isfinite(dice).sum())
+            found_by_scene = self.table[self.table["class"] == c.name][self.measure].to_numpy(float)
+            count = int(np.isfinite(found_by_scene).sum())
             if not count:
                 found.append(f"{c.name} not in what is kept apart")
                 continue
-            interval = mean_intervals(dice[:, None], np.arange(len(dice)), len(dice))
-            text = f"{c.name} {np.nanmean(dice):.3f}"
+            scenes = len(found_by_scene)
+            interval = mean_intervals(found_by_scene[:, None], np.arange(scenes), scenes)
+            text = f"{c.name} {np.nanmean(found_by_scene):.3f}"
             if count > 1:
                 text += f" ({interval.low[0]:.3f} to {interval.high[0]:.3f})"
             found.append(text)
@@ -123,8 +126,6 @@ def _confusion(
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
         labels = best_class(logits)[0].cpu().numpy()[owned.within(window)].astype(np.int64)
         truth = target[owned.within(seen)].astype(np.int64)
-        if truth.max(initial=0) >= classes:
-            truth = np.minimum(truth, 1)  # ids of objects
         keep = judged & (truth != IGNORE)
         matrix += np.bincount(truth[keep] * classes + labels[keep], minlength=classes**2).reshape(classes, -1)
     return matrix

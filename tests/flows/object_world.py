@@ -53,16 +53,26 @@ def class_of(ids: np.ndarray) -> np.ndarray:
     return np.select([(ids == 0) | (ids == NODATA), ids % 2 == 1], [GROUND, ODD], EVEN)
 
 
-def oracle(path: Path) -> None:
+def oracle(path: Path, divisor: int | None = None) -> None:
     """An ONNX file that answers with a mask for every id in its window, the largest id first.
 
-    Class 1 + id mod 2 of the card, score 0.6 + (id mod 10) / 50.
+    Class 1 + id mod 2 of the card, or id // ``divisor``; score 0.6 + (id mod 10) / 50.
     """
     constants = {
         "flat": np.array([-1]), "zero": np.float32(0), "two": np.float32(2), "ten": np.float32(10),
         "one": np.float32(1), "fifty": np.float32(50), "least": np.float32(0.6), "spatial": np.array([1, 2]),
         "batch": np.array([0, 1]), "last": np.array([-1]), "end": np.array([-(2**31)]), "axis": np.array([0]),
+        "divisor": np.float32(divisor or 1),
     }  # fmt: skip
+    place = [
+        helper.make_node("Mod", ["ids", "two"], ["odd"], fmod=1),
+        helper.make_node("Add", ["odd", "one"], ["place"]),
+    ]
+    if divisor:
+        place = [
+            helper.make_node("Div", ["ids", "divisor"], ["share"]),
+            helper.make_node("Floor", ["share"], ["place"]),
+        ]
     nodes = [
         helper.make_node("Reshape", ["image", "flat"], ["line"]),
         helper.make_node("Unique", ["line"], ["values"]),
@@ -73,8 +83,7 @@ def oracle(path: Path) -> None:
         helper.make_node("Unsqueeze", ["ids", "spatial"], ["each"]),
         helper.make_node("Equal", ["window", "each"], ["there"]),
         helper.make_node("Cast", ["there"], ["masks"], to=TensorProto.FLOAT),
-        helper.make_node("Mod", ["ids", "two"], ["odd"], fmod=1),
-        helper.make_node("Add", ["odd", "one"], ["place"]),
+        *place,
         helper.make_node("Cast", ["place"], ["classes"], to=TensorProto.INT64),
         helper.make_node("Mod", ["ids", "ten"], ["rest"], fmod=1),
         helper.make_node("Div", ["rest", "fifty"], ["more"]),

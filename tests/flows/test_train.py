@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import signal
@@ -10,11 +12,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     ArtifactFilter,
@@ -23,12 +27,18 @@ from prefect.client.schemas.filters import (
     FlowRunFilterName,
 )
 from prefect.client.schemas.objects import FlowRun
+from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelling
+from prefect.types.entrypoint import EntrypointType
 from world import Ended, write_raster
 
+from flows.train import train_model
 from segpipe.models.card import load_card
+from segpipe.training.loop import Moment
+from tasks.training import training_markdown
 from tests.flows.conftest import wait_until
-from tests.training.conftest import recipe_data, write_recipe, write_scene
+from tests.training.conftest import recipe_data, recipe_of, write_recipe, write_scene
 
 STOPS_WITHIN = 90.0
 """Seconds until the tests give up; a quiet machine takes 2 to 6."""
@@ -131,16 +141,118 @@ def test_a_wrong_recipe_is_told_in_a_line_before_any_server(
     assert ended.err == "error: windows.size: found 33x33; valid: multiples of 8, the total stride\n"
 
 
+COLORS = {"image": (200, 40, 40), "reference": (40, 200, 40), "predicted": (40, 40, 200)}
+
+
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_the_ui_shows_the_first_places_that_are_kept_apart(
+    count: int, few_rasters: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "history.csv").write_text("step,loss,score\n3,0.5,\n6,0.25,0.75\n")
+    (tmp_path / "samples").mkdir()
+    for number in range(count):
+        for caption, color in {**COLORS, "difference": (0, 0, 0)}.items():
+            picture = Image.new("RGB", (480, 240 + 60 * number), color)
+            picture.save(tmp_path / "samples" / f"{number}-{caption}.jpg")
+    text = training_markdown(recipe_of(few_rasters), "fold-0", Moment(6, 6, 0.25, 0.1, 0.75), tmp_path)
+    rows = [line for line in text.splitlines() if "image/jpeg" in line]
+    assert len(rows) == min(count, 3)
+    assert ("| Image | Reference | Predicted |" in text) == bool(count)
+    for number, row in enumerate(rows):
+        cells = re.findall(r"!\[(\w+) (\d)\]\(data:image/jpeg;base64,([^)]+)\)", row)
+        assert [(caption, place) for caption, place, _ in cells] == [(c, str(number + 1)) for c in COLORS]
+        for caption, _, data in cells:
+            with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+                assert shown.size == (200, 100 + 25 * number)
+                np.testing.assert_allclose(np.asarray(shown).mean((0, 1)), COLORS[caption], atol=4)
+
+
+@pytest.fixture(scope="module")
+def deployed(flow_server: str, flow_home: Path) -> UUID:
+    """The deployment that `segpipe serve` makes of the flow, on the server."""
+    with temporary_settings({PREFECT_API_URL: flow_server, PREFECT_HOME: flow_home}):
+        found = train_model.to_deployment(name="train", entrypoint_type=EntrypointType.MODULE_PATH).apply()
+    assert isinstance(found, UUID)
+    return found
+
+
+def submitted(client: SyncPrefectClient, deployment: UUID, form: dict[str, Any]) -> FlowRun:
+    """A run of what the UI's form sends, carried out here as the deployment's process does."""
+    run = client.create_flow_run_from_deployment(deployment, parameters=form)
+    run_flow(train_model, flow_run=run, return_type="state")
+    return client.read_flow_run(run.id)
+
+
+def test_the_form_is_a_path_and_a_list_and_each_says_what_it_is(
+    deployed: UUID, on_server: SyncPrefectClient
+) -> None:
+    schema = on_server.read_deployment(deployed).parameter_openapi_schema
+    assert schema is not None
+    assert {name: field["type"] for name, field in schema["properties"].items()} == {
+        "recipe": "string",
+        "changes": "array",
+    }
+    assert schema["required"] == ["recipe"]
+    assert schema["properties"]["changes"]["items"] == {"type": "string"}
+    assert "configs/train/hippocampus.yaml" in schema["properties"]["recipe"]["description"]
+    assert "a.b=value" in schema["properties"]["changes"]["description"]
+
+
+def test_the_form_trains_with_its_changes_from_the_working_folder(
+    deployed: UUID,
+    on_server: SyncPrefectClient,
+    recipe_file: RecipeMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe_file("before")
+    monkeypatch.chdir(tmp_path)
+    changes = ["name=form.1", "optimise.steps=4", "judge.every=2"]
+    run = submitted(on_server, deployed, {"recipe": "before.yaml", "changes": changes})
+    (card,) = (tmp_path / "out/form.1").glob("*/fold-0/card.yaml")
+    assert run.state is not None
+    assert (run.name, run.state.name) == ("form.1", "Completed")
+    assert str(run.state.message).endswith(f"Card: {card}")
+    assert pd.read_csv(card.parent / "history.csv")["step"].tolist() == [2, 4]
+    assert not (tmp_path / "out/before").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "said"),
+    [
+        ({}, "plain", "data.objects: ids have two classes"),
+        ({"changes": ["optimise.rate=-1"]}, "plain", "optimise.rate: found -1; input should be"),
+        ({"changes": ["optimise.rates=1"]}, "plain", "unknown key; did you mean `rate`?"),
+        ({"changes": ["fast"]}, "plain", "fast: found no `key=value`"),
+        ({"recipe": "nowhere/missing.yaml"}, "missing", "missing.yaml: cannot be read"),
+        ({"changes": ["data.objects=false", "windows.size=33"]}, "plain", "windows.size: found"),
+    ],
+    ids=["recipe", "value", "key", "no value", "no file", "what does not fit"],
+)
+def test_a_mistake_in_the_form_fails_the_run_with_its_line(
+    form: dict[str, Any],
+    name: str,
+    said: str,
+    deployed: UUID,
+    on_server: SyncPrefectClient,
+    recipe_file: RecipeMaker,
+    tmp_path: Path,
+) -> None:
+    recipe = recipe_file("plain", data={"objects": True})
+    run = submitted(on_server, deployed, {"recipe": str(recipe), **form})
+    assert run.state is not None
+    assert (run.name, run.state.name) == (name, "Failed")
+    assert said in str(run.state.message)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_scene_fails_the_run_with_a_line(
     on_server: SyncPrefectClient, recipe_file: RecipeMaker, tmp_path: Path
 ) -> None:
-    from flows.train import train_model
-    from segpipe.training.recipe import load_recipe
-
     write_scene(tmp_path, "bad", (40, 40), 1)
     labels = write_raster(tmp_path / "labels/bad.tif", np.full((1, 40, 40), 9, np.uint8))
     data = {"scenes": [str(tmp_path / "images")], "reference": {"path": str(tmp_path / "labels")}}
-    state = train_model(load_recipe(recipe_file("bad", data=data)), return_state=True)
+    state = train_model(str(recipe_file("bad", data=data)), return_state=True)
     assert state.is_failed()
     assert str(state.message).startswith(f"{labels}: holds 9, which is no class of the card")
 

@@ -140,7 +140,7 @@ def test_gaussian_is_the_weighted_mean_of_its_windows(lab: Lab, shape: tuple[int
     edges = lattice.window_shape
     lines = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in edges]
     weight = np.multiply.outer(*lines)
-    weight = np.maximum(weight / weight.max(), 1e-3)
+    weight = np.maximum(weight / weight.max(), 1e-8)
     total, weights = np.zeros((len(CLASSES), *x.shape[2:])), np.zeros(x.shape[2:])
     network = Pyramid(2, 1, len(CLASSES)).eval()
     for index in np.ndindex(*[len(a.origins) for a in lattice.axes]):

@@ -20,7 +20,8 @@ from segpipe.models.convert.checks import Parity, compare, milliseconds, noise_w
 from segpipe.models.convert.judge import judge, scene_windows
 from segpipe.models.convert.onnx_file import check_graph, export_onnx, onnx_graph
 from segpipe.models.convert.quantise import quantise
-from segpipe.models.registry import load_model, untrained
+from segpipe.models.registry import load_model
+from segpipe.models.trainable import untrained
 
 onnx = pytest.importorskip("onnx", reason="needs onnx")
 pytest.importorskip("onnxscript", reason="needs onnxscript, with which torch writes ONNX")

@@ -201,8 +201,8 @@ def test_scene_agrees_with_the_predictor(trained):
 
     In a scene of 5/4 of the window both lattices are the same, 0 and a quarter along each axis. With
     nnU-Net's own weights only its half precision sums are left, and means of logits instead of
-    probabilities. Our Gaussian has its centre between the middle elements, and a least weight of a
-    thousandth, as MONAI's: in windows as small as these, that moves one boundary element in thirty.
+    probabilities. Our Gaussian has its centre between the middle elements, not on the upper one: in windows
+    as small as these, that moves one boundary element in three hundred.
     """
     from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
@@ -227,7 +227,7 @@ def test_scene_agrees_with_the_predictor(trained):
         total[(slice(None), *place)] += scores * weight
     for value in (1, 2):
         assert dice(total.argmax(0) == value, expected == value) > 0.998
-        assert dice(ours.finalize().argmax(0) == value, expected == value) > 0.97
+        assert dice(ours.finalize().argmax(0) == value, expected == value) > 0.99
         # It has learned something: this is no agreement of noise.
         assert dice(expected == value, truth == value) > 0.85
 

@@ -193,7 +193,10 @@ def test_no_objects(card, tmp_path):
         ({"arguments": {"decode": "yolo-seg", "iou": 0}}, "arguments.iou: found 0"),
         ({"arguments": {"decode": "yolo-seg", "detections": 0}}, "arguments.detections: found 0"),
         ({"arguments": {"decode": "masks", "logits": 1}}, "arguments.logits: found 1"),
-        ({"output": {"kind": "panoptic"}}, "output.kind: found panoptic; valid: semantic or instance"),
+        (
+            {"output": {"kind": "panoptic"}, "arguments": {"decode": "yolo-seg"}},
+            "output.kind: found panoptic; valid for yolo-seg: instance",
+        ),
         ({"arguments": {"decode": "yolo-seg"}}, "weights: the file's outputs are"),
         ({"input": {"bands": ["a"]}}, "input.bands: found 1; the file takes 2"),
     ],

@@ -8,8 +8,9 @@ from torchvision.models import detection, segmentation
 
 from segpipe.errors import RequestError
 from segpipe.models.objects import ReadyObjects
-from segpipe.models.registry import load_model, untrained
+from segpipe.models.registry import load_model
 from segpipe.models.torchvision import build
+from segpipe.models.trainable import untrained
 
 CPU = torch.device("cpu")
 BIG = pytest.mark.slow

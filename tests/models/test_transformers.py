@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from segpipe.errors import RequestError
 from segpipe.models.card import Provider
-from segpipe.models.registry import check_card, load_model, untrained
+from segpipe.models.registry import check_card, load_model
+from segpipe.models.trainable import untrained
 from segpipe.models.transformers import build
 from segpipe.models.weights import ENDINGS
 from tests.models.tiny_transformers import (

@@ -28,7 +28,7 @@ from segpipe.training.trial import try_model
 from tests.training.conftest import RasterFolder, fold_of, prepared, recipe_of
 
 FILES = {
-    "card.yaml", "checkpoint.pt", "history.csv", "scores.csv",
+    "card.yaml", "checkpoint.pt", "history.csv", "samples", "scores.csv",
     "training.html", "training.json", "weights.safetensors",
 }  # fmt: skip
 Rasters = Callable[..., Recipe]
@@ -149,6 +149,8 @@ def test_the_page_stands_alone_and_shows_what_is_kept_apart(two_folds: Trained) 
         image = Image.open(io.BytesIO(base64.b64decode(data)))
         assert image.size == (256, 256)  # 32 pixels, eight times as large
     assert page.count("<svg") >= 2
+    files = {p.name for p in (two_folds.fold(0) / "samples").iterdir()}
+    assert files == {f"{number}-{caption}.jpg" for number in (0, 1) for caption in captions}
 
 
 def test_the_folds_together_are_an_ensemble(two_folds: Trained) -> None:

@@ -8,9 +8,9 @@ from segpipe.models.card import Card
 from segpipe.models.literature.deeplab import DeepLabV1, DeepLabV2
 from segpipe.models.literature.segnet import SegNet
 from segpipe.models.literature.setr import SETRPUP, SETRNaive
-from segpipe.models.naming import construct, known
-from segpipe.models.network import Network, TorchNetwork, fill, output_channels
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.naming import check_stride, construct, known
+from segpipe.models.network import Network, output_channels, with_weights
+from segpipe.models.weights import card_error
 
 ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
     cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
@@ -40,12 +40,7 @@ def module(card: Card) -> torch.nn.Module:
     assert isinstance(network, torch.nn.Module)
     stride = network.stride
     assert isinstance(stride, int)
-    if card.window.stride % stride:
-        raise card_error(
-            card,
-            "window.stride",
-            f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
-        )
+    check_stride(card, stride)
     return network
 
 
@@ -55,6 +50,4 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     Raises:
         RequestError: architecture, arguments or weights do not fit one another.
     """
-    network = module(card)
-    fill(card, network, load_state(resolve_weights(card)))
-    return TorchNetwork(network, device, channels_last=True)
+    return with_weights(card, module(card), device, channels_last=True)

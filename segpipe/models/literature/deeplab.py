@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,7 +22,29 @@ STRIDE = 8
 """Total stride of both versions."""
 
 
-class DeepLabV1(nn.Module):
+class DeepLab(nn.Module, ABC):
+    """What both versions share: logits at 1/8 of the input's size, upsampled."""
+
+    @property
+    def stride(self) -> int:
+        """Edges of the input are multiples of this."""
+        return STRIDE
+
+    @abstractmethod
+    def coarse(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes, y / 8, x / 8) of images (n, in_channels, y, x)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes, y, x) of images (n, in_channels, y, x).
+
+        Raises:
+            ValueError: an edge is no multiple of the stride.
+        """
+        check_size(x, self.stride)
+        return upsample(self.coarse(x), STRIDE)
+
+
+class DeepLabV1(DeepLab):
     """DeepLab-LargeFOV on VGG-16.
 
     Chen, Papandreou, Kokkinos, Murphy and Yuille, "Semantic Image Segmentation with Deep Convolutional Nets
@@ -75,25 +98,16 @@ class DeepLabV1(nn.Module):
         start_convolutions(self)
         nn.init.normal_(self.fc8.weight, std=0.01)
 
-    @property
-    def stride(self) -> int:
-        """Edges of the input are multiples of this."""
-        return STRIDE
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (n, classes, y, x) of images (n, in_channels, y, x).
-
-        Raises:
-            ValueError: an edge is no multiple of the stride.
-        """
-        check_size(x, self.stride)
+    def coarse(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits at 1/8 of the input's size."""
         x = self.features(x)
         x = self.dropout(self.fc6(x).relu())
         x = self.dropout(self.fc7(x).relu())
-        return upsample(self.fc8(x), STRIDE)
+        logits: torch.Tensor = self.fc8(x)
+        return logits
 
 
-class DeepLabV2(nn.Module):
+class DeepLabV2(DeepLab):
     """DeepLab with atrous spatial pyramid pooling (ASPP-L) on a ResNet.
 
     Chen, Papandreou, Kokkinos, Murphy and Yuille, "DeepLab: Semantic Image Segmentation with Deep
@@ -144,17 +158,7 @@ class DeepLabV2(nn.Module):
             nn.init.zeros_(cast(nn.Parameter, branch.bias))
             self.aspp.append(branch)
 
-    @property
-    def stride(self) -> int:
-        """Edges of the input are multiples of this."""
-        return STRIDE
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (n, classes, y, x) of images (n, in_channels, y, x).
-
-        Raises:
-            ValueError: an edge is no multiple of the stride.
-        """
-        check_size(x, self.stride)
+    def coarse(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits at 1/8 of the input's size."""
         features = self.backbone.forward_features(x)
-        return upsample(torch.stack([branch(features) for branch in self.aspp]).sum(0), STRIDE)
+        return torch.stack([branch(features) for branch in self.aspp]).sum(0)

@@ -25,6 +25,7 @@ from segpipe.models.transformers.configs import (
     stored_config,
 )
 from segpipe.models.transformers.families import ARCHITECTURES
+from segpipe.models.transformers.objective import QueryLoss
 from segpipe.models.transformers.queries import ClassScores, Queries, QueryObjects
 from segpipe.models.transformers.task import TASK_ARGUMENTS, task_tokens
 from segpipe.models.weights import card_error, load_state, resolve_weights
@@ -86,8 +87,20 @@ def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNet
             network = _scorer(card, network)
     if card.output.kind == "semantic":
         return TorchNetwork(network, device)
+    return finder(card, network.eval().requires_grad_(False).to(device), device)
+
+
+def finder(card: Card, network: torch.nn.Module, device: torch.device) -> ObjectNetwork:
+    """A network that is already on the device, e.g. one in training, as what finds objects."""
     config: Any = network.config
     return QueryObjects(card, _queries(card, network), labelled(card, config.num_labels), device)
+
+
+def objective(card: Card) -> QueryLoss | None:
+    """The library's own loss; None where networks are trained by losses of ours."""
+    if card.output.kind == "semantic":
+        return None
+    return QueryLoss(card, labelled(card, _config(card).num_labels))
 
 
 def _config(card: Card) -> Any:

@@ -68,7 +68,7 @@ class QueryObjects:
         """``values``: class value of each of the network's labels."""
         self.device = device
         self.rule = queries.family.rule
-        self._queries = queries.eval().requires_grad_(False).to(device)
+        self._queries = queries
         self._instances = card.output.kind == "instance"
         self._lowest = card.output.score
         self._values = np.array(values, np.int64)

@@ -1,0 +1,104 @@
+"""What a card can be refused for without its provider."""
+
+from __future__ import annotations
+
+import re
+
+from segpipe.models.card import Card, Divide, SceneQuantiles, Subtract
+from segpipe.models.weights import card_error
+
+
+def check_window(card: Card) -> None:
+    """Whether size, halo and stride of the window go together.
+
+    Raises:
+        RequestError: they don't; names the field, what was found and what would be valid.
+    """
+    window, stride = card.window, card.window.stride
+    shape = card.window_shape
+    field = "window.shape" if window.size == "whole" else "window.size"
+    if shape is not None:
+        for n in shape:
+            if n < 1 or n % stride:
+                raise card_error(
+                    card, field, f"found {n}; valid: a positive multiple of window.stride {stride}"
+                )
+    if window.size == "whole":
+        if card.halo is None or any(card.halo):
+            raise card_error(card, "window.halo", "a whole scene has no halo: leave it out")
+        return
+    if card.halo is None:
+        return
+    for n, halo in zip(shape or (), card.halo, strict=True):
+        # Origins stay multiples of the stride, so the halo is rounded up to one.
+        rounded = -(-halo // stride) * stride
+        if halo < 0 or n - 2 * rounded < stride:
+            raise card_error(
+                card,
+                "window.halo",
+                f"found {halo} for a window of {n} (stride {stride}); "
+                f"valid: 0 to {max(0, (n - stride) // 2 // stride * stride)}",
+            )
+
+
+def check_objects(card: Card) -> None:
+    """What cards whose answer is objects can't have, and what they need.
+
+    Raises:
+        RequestError: names the field, what was found and what would be valid.
+    """
+    if sum(c.background for c in card.classes) != 1:
+        raise card_error(
+            card, "classes", "one must have background: true: what elements without an object are labelled as"
+        )
+    if card.roi is not None or card.output.crf is not None or any(card.cleanup.model_dump().values()):
+        raise card_error(
+            card, "output.kind", "objects go without `roi`, `crf` and `cleanup`; leave these out"
+        )
+    if card.window.size != "whole" and not all(card.halo or (0,)):
+        raise card_error(
+            card,
+            "window.halo",
+            f"found {card.window.halo}; objects of neighbouring windows are joined by what both see: valid: "
+            "elements above 0, best more than half of what is searched for",
+        )
+
+
+def check_input(card: Card) -> None:
+    """Whether grid, orientation and normalisation make sense together.
+
+    Raises:
+        RequestError: they don't; names the field, what was found and what would be valid.
+    """
+    wanted = card.input
+    if wanted.spacing is not None:
+        if len(wanted.spacing) != card.ndim or min(wanted.spacing) <= 0:
+            raise card_error(
+                card, "input.spacing", f"found {wanted.spacing}; valid: {card.ndim} sizes above 0"
+            )
+        if card.window.shape is not None:
+            raise card_error(card, "input.spacing", "window.shape sets the grid already: give one of the two")
+    if wanted.orientation and not re.fullmatch(
+        r"(?!.*[RL].*[RL])(?!.*[AP].*[AP])(?!.*[SI].*[SI]).{3}", wanted.orientation
+    ):
+        raise card_error(
+            card,
+            "input.orientation",
+            f"found {wanted.orientation!r}; valid: one letter each of R/L, A/P and S/I, e.g. RAS",
+        )
+    for number, step in enumerate(wanted.normalisation):
+        field = f"input.normalisation.{number}"
+        if isinstance(step, Subtract | Divide):
+            if len(step.value) not in (1, card.channels):
+                raise card_error(
+                    card,
+                    f"{field}.value",
+                    f"found {len(step.value)} numbers; valid: 1, or {card.channels} (one a band)",
+                )
+            if isinstance(step, Divide) and 0 in step.value:
+                raise card_error(card, f"{field}.value", "found 0; nothing is divided by zero")
+        elif isinstance(step, SceneQuantiles):
+            if step.low >= step.high:
+                raise card_error(card, f"{field}.low", f"found {step.low}; valid: below high {step.high}")
+            if step.grid is not None and len(step.grid) != card.ndim:
+                raise card_error(card, f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes")

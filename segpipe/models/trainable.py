@@ -1,0 +1,88 @@
+"""Networks for training, of the providers that have some: untrained, with their library's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+
+from segpipe.models.base import Objective, ObjectModel, ObjectNetwork
+from segpipe.models.card import Card
+from segpipe.models.checks import check_input, check_objects, check_window
+from segpipe.models.network import TorchNetwork
+from segpipe.models.objects import ReadyObjects
+from segpipe.models.registry import Adapter, build_network, provider
+from segpipe.models.weights import card_error
+
+
+class Trainable(Adapter, Protocol):
+    """What a provider's module offers beside where its networks can be trained here."""
+
+    module: Callable[[Card], torch.nn.Module]
+    """The network with random weights."""
+
+
+class ObjectTrainable(Trainable, Protocol):
+    """What it offers beside these where it has networks that find objects."""
+
+    objective: Callable[[Card], Objective | None]
+    """The library's own loss of the card's network; None where it has none."""
+    finder: Callable[[Card, torch.nn.Module, torch.device], ObjectNetwork]
+    """A network on its device as what finds objects, its weights as they are at each call."""
+
+
+def untrained(card: Card) -> torch.nn.Module:
+    """The card's network with random weights, for training.
+
+    Raises:
+        RequestError: the card does not fit its provider, or the provider's networks are not trained here.
+    """
+    check_window(card)
+    check_input(card)
+    adapter = provider(card)
+    if not hasattr(adapter, "module"):
+        raise card_error(card, "provider", f"{card.provider.value} models run here, but are not trained here")
+    return cast(Trainable, adapter).module(card)
+
+
+def objective(card: Card) -> Objective | None:
+    """The loss with which an instance or panoptic network is trained; None for scores per class.
+
+    Raises:
+        RequestError: the card does not fit its provider, or the provider's are not trained here.
+    """
+    if card.output.kind == "semantic":
+        return None
+    check_objects(card)
+    adapter = provider(card)
+    found = cast(ObjectTrainable, adapter).objective(card) if hasattr(adapter, "objective") else None
+    if found is None:
+        raise card_error(
+            card,
+            "provider",
+            f"{card.provider.value} models that find objects are not trained here: valid: torchvision's "
+            "Mask R-CNN, or networks of transformers",
+        )
+    return found
+
+
+def finder(
+    card: Card, network: torch.nn.Module, device: torch.device, precision: str, threads: int
+) -> ObjectModel:
+    """A network in training, whose `objective` there is, as what finds objects in windows."""
+    return ReadyObjects(
+        card, cast(ObjectTrainable, provider(card)).finder(card, network, device), precision, threads
+    )
+
+
+def built_state(card: Card) -> dict[str, torch.Tensor]:
+    """Tensors by name of a card's network, whatever its weights are stored as.
+
+    Raises:
+        RequestError: the card cannot be built, or is no PyTorch network.
+    """
+    network = build_network(card, torch.device("cpu"), 1)
+    if not isinstance(network, TorchNetwork):
+        raise card_error(card, "provider", f"{card.provider.value} has no tensors by name")
+    return dict(network.module.state_dict())
