@@ -102,6 +102,7 @@ def _monai(architecture: str, ndim: int, stride: int, **arguments: Any) -> Famil
         f"{architecture} {ndim}D", "monai", architecture,
         lambda: factory(spatial_dims=ndim, in_channels=channels, out_channels=CLASSES, **arguments),
         call, arguments, stride, 256 if ndim == 2 else 64 if stride < 32 else 96, ndim=ndim,
+        fixed="img_size" in arguments,  # its positions are learned
     )  # fmt: skip
 
 

@@ -62,15 +62,14 @@ def draw_discs(shape: tuple[int, int], number: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     ids = np.zeros(shape, np.int32)
     y, x = np.mgrid[: shape[0], : shape[1]]
-    placed = 0
+    placed = np.zeros((0, 3))
     for _ in range(number * 50):
         radius = rng.uniform(7, 13)
         centre = rng.uniform(radius, np.array(shape) - radius)
-        distance = np.hypot(y - centre[0], x - centre[1])
-        if placed == number or (ids[distance <= radius + 2] > 0).any():
-            continue
-        placed += 1
-        ids[distance <= radius] = placed
+        apart = np.hypot(*(placed[:, :2] - centre).T) - placed[:, 2] - radius
+        if len(placed) < number and (apart > 2).all():
+            placed = np.concatenate([placed, [[*centre, radius]]])
+            ids[np.hypot(y - centre[0], x - centre[1]) <= radius] = len(placed)
     return ids
 
 
