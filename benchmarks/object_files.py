@@ -41,7 +41,7 @@ def _mask_rcnn(folder: Path, name: str) -> Made:
     """Held against the library's own network, which by its own parameters neither normalises nor resizes."""
     from torchvision.models import detection
 
-    score = 0.3
+    score = 0.2
     limits = {"box_detections_per_img": 20, "rpn_post_nms_top_n_test": 100, "box_nms_thresh": 0.7}
     direct = getattr(detection, name)(
         weights=None,
@@ -56,6 +56,7 @@ def _mask_rcnn(folder: Path, name: str) -> Made:
     # Random weights are sure of nothing: with wider ones some boxes are clearly of a class.
     nn.init.normal_(direct.roi_heads.box_predictor.cls_score.weight, std=0.002)
     nn.init.normal_(direct.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.5)
+    nn.init.constant_(direct.roi_heads.box_predictor.cls_score.bias[:1], -3.0)  # background less often
     direct.eval()
     save_file(direct.state_dict(), folder / "net.safetensors")
     card = _card(folder, "torchvision", score, architecture=name, arguments=limits, weights="net.safetensors")
