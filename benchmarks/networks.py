@@ -70,6 +70,15 @@ def _smp(architecture: str, encoder: str = "resnet18", **more: Any) -> Family:
     )  # fmt: skip
 
 
+def _even(network: torch.nn.Module, last: torch.nn.Module, call: Call) -> None:
+    """Random MobileNets give all elements one class: let norms see something, and put no class ahead."""
+    noise = torch.randn(4, BANDS, 64, 64)
+    with torch.no_grad():
+        for _ in range(20):
+            call(network.train(), noise)
+        last.bias -= call(network.eval(), noise).mean((0, 2, 3))  # type: ignore[operator]
+
+
 def _torchvision(name: str) -> Family:
     from torchvision.models import segmentation
 
@@ -84,12 +93,7 @@ def _torchvision(name: str) -> Family:
             BANDS, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False
         )
         if name.startswith("lraspp"):
-            # At random one class wins everywhere: norms that have seen something, and no class ahead.
-            noise = torch.randn(4, BANDS, 64, 64)
-            with torch.no_grad():
-                for _ in range(20):
-                    network.train()(noise)
-                network.classifier.low_classifier.bias -= network.eval()(noise)["out"].mean((0, 2, 3))  # type: ignore[union-attr,operator]
+            _even(network, network.get_submodule("classifier.low_classifier"), _out)
         return network
 
     return Family(name, "torchvision", name, make, _out, stride=16 if "mobilenet" in name else 8)
@@ -128,7 +132,10 @@ def _transformers(name: str, config: Callable[[], Any], stride: int, fixed: bool
     import transformers
 
     def make() -> torch.nn.Module:
-        return getattr(transformers, name)(config())  # type: ignore[no-any-return]
+        network: torch.nn.Module = getattr(transformers, name)(config())
+        if name.startswith("MobileNetV2"):
+            _even(network, network.get_submodule("segmentation_head.classifier.convolution"), _logits)
+        return network
 
     return Family(name, "transformers", name, make, _logits, stride=stride, fixed=fixed)
 
