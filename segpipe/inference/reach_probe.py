@@ -105,9 +105,10 @@ def measure_radius(
     """
     found: list[int] = []
     probed = 0
+    across = tuple(window) if fixed else _across(predict, channels, stride, window)
     for axis in range(len(window)):
         radius = None
-        for shape in _shapes(axis, stride, window, fixed, budget):
+        for shape in _shapes(axis, stride, across, fixed, budget):
             probed = max(probed, shape[axis])
             radius = _Strip(predict, (1, channels, *shape), axis, stride, seed).radius()
             if radius is not None:
@@ -126,8 +127,25 @@ def measure_radius(
     return Radius(tuple(found), probed, "")
 
 
+def _across(predict: Predict, channels: int, stride: int, window: Sequence[int]) -> tuple[int, ...]:
+    """Widths of probes across: the least that the network takes, the window's at most.
+
+    A pyramid of poolings (PAN's) leaves nothing of an image that is narrow.
+    """
+    narrow = round_up(max(NARROW[len(window)], 2 * stride), stride)
+    while any(n > narrow for n in window):
+        widths = tuple(min(narrow, n) for n in window)
+        try:
+            ask(predict, torch.zeros(1, channels, *widths))
+        except (RuntimeError, ValueError):  # torch's, of whatever layer it is
+            narrow *= 2
+        else:
+            return widths
+    return tuple(window)
+
+
 def _shapes(
-    axis: int, stride: int, window: Sequence[int], fixed: bool, budget: int
+    axis: int, stride: int, across: Sequence[int], fixed: bool, budget: int
 ) -> Iterator[tuple[int, ...]]:
     """Spatial shapes of the probes along one axis, each twice as long as the one before.
 
@@ -135,10 +153,9 @@ def _shapes(
         RequestError: not even the shortest fits into the budget.
     """
     if fixed:
-        yield tuple(window)
+        yield tuple(across)
         return
-    narrow = round_up(max(NARROW[len(window)], 2 * stride), stride)
-    shape = [min(narrow, n) for n in window]
+    shape = list(across)
     shape[axis] = 1
     least = 8 * stride
     longest = min(max(LONGEST, least), budget // math.prod(shape) // stride * stride)

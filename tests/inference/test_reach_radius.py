@@ -252,3 +252,13 @@ def test_published_architectures_with_global_pooling_have_no_radius(architecture
     encoder = "efficientnet-b0" if architecture == "Unet" else "resnet18"
     net = getattr(smp, architecture)(encoder, encoder_weights=None, in_channels=3, classes=3).eval()
     assert radius_of(net, 32, channels=3, window=256).values is None
+
+
+def test_a_network_that_takes_no_narrow_image_is_probed_by_wider_ones() -> None:
+    torch.manual_seed(0)
+    pan = smp.PAN("resnet18", encoder_weights=None, in_channels=1, classes=2).eval()
+    with pytest.raises(RuntimeError, match="Output size is too small"), torch.inference_mode():
+        pan(torch.zeros(1, 1, 256, 64))  # the width of a probe
+    found = measure_radius(pan, 1, 16, (256, 256), fixed=False, budget=2**18, seed=0)
+    assert found.values is None  # it pools the whole image
+    assert "outputs change up to the ends" in found.reason

@@ -1,0 +1,1 @@
+"""Promptable models: prompts, grounders that turn text into boxes, segmenters that turn boxes into masks."""

@@ -1,0 +1,157 @@
+"""SAM and what came after it (SAM-HQ, MedSAM, SAM 2 and 2.1, EdgeTAM, SAM 3) as segmenters.
+
+Kirillov et al., Segment Anything, ICCV 2023; Ke et al., SAM-HQ, NeurIPS 2023; Ma et al., MedSAM, Nature
+Communications 2024; Ravi et al., SAM 2, ICLR 2025; Zhou et al., EdgeTAM, CVPR 2025; Carion et al., SAM 3,
+2025. The networks are the transformers library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from segpipe.errors import RequestError
+from segpipe.models.card import Card
+from segpipe.models.network import forward_pass
+from segpipe.prompts.sam_folder import ENLARGE, embedding_shapes, load_network, read_folder
+from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
+
+MASK_SCALE, MASK_OFFSET = 20.0, -10.0
+"""Logits of a given mask, 10 inside and −10 outside: SAM 2's own code, `_use_mask_as_output`."""
+
+SATURATED = 1e-6
+"""Probabilities are kept this far from 0 and 1, so that their logits are finite."""
+
+
+class SamSegmenter:
+    """A `Segmenter` of the SAM families."""
+
+    def __init__(self, card: Card, device: torch.device, threads: int, precision: str, batch: int) -> None:
+        """As `load_segmenter`."""
+        folder = read_folder(card)
+        self.device = device
+        self.window = (folder.edge, folder.edge)
+        self.mask_shape = (4 * folder.grid, 4 * folder.grid)
+        self.shapes: Mapping[str, tuple[int, int, int]] = embedding_shapes(folder)
+        self._network: Any = load_network(card, folder).to(device)
+        self._hq, self._levels = folder.family.network == "SamHQModel", bool(folder.family.backbone)
+        self._given, self._channels = card.channels, folder.channels
+        self._probabilities = card.arguments.get("enlarge", ENLARGE[0]) == "probabilities"
+        self._threads, self._precision, self._batch = threads, precision, batch
+
+    @property
+    def parameters(self) -> int:
+        """Numbers learned in training."""
+        return sum(p.numel() for p in self._network.parameters())
+
+    def encode(self, window: np.ndarray) -> Embedding:
+        """As `Segmenter.encode`."""
+        return self.encode_batch(window[None])[0]
+
+    def encode_batch(self, windows: np.ndarray) -> list[Embedding]:
+        """As `Segmenter.encode_batch`. One channel is repeated where the network has several."""
+        wanted = (self._given, *self.window)
+        if windows.shape[1:] != wanted:
+            raise RequestError(f"window: found shape {windows.shape[1:]}; valid: {wanted}")
+        batch = torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
+        with forward_pass(self.device, self._precision, self._threads):
+            found = self._network.get_image_embeddings(batch.expand(-1, self._channels, -1, -1))
+            if self._hq:
+                image, layers = found
+                # The decoder looks at the first layer with global attention alone; it is (n, y, x, c).
+                found = [layer.permute(0, 3, 1, 2) for layer in layers[:1]] + [image]
+            maps = found if isinstance(found, list) else [found]
+            arrays = [m.float().cpu().numpy() for m in maps]
+        return [
+            Embedding({name: a[i] for name, a in zip(self.shapes, arrays, strict=True)})
+            for i in range(len(windows))
+        ]
+
+    def decode(
+        self, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool = True
+    ) -> Candidates:
+        """As `Segmenter.decode`."""
+        check_prompts(prompts, self.window, self.mask_shape)
+        maps = self._maps(embedding)
+        count = self._network.config.mask_decoder_config.num_multimask_outputs if multimask else 1
+        low = np.empty((len(prompts), count, *self.mask_shape), np.float32)
+        iou = np.empty((len(prompts), count), np.float32)
+        logits = np.empty((len(prompts), count, *self.window), np.float32)
+        with forward_pass(self.device, "fp32", self._threads):
+            for numbers in alike(prompts, self._batch):
+                chosen = [prompts[i] for i in numbers]
+                # Short batches repeat their last prompt: a batch's shape is part of its bits.
+                size = 1 if chosen[0].mask is not None else self._batch
+                chosen += chosen[-1:] * (size - len(chosen))
+                out = self._network(**maps, **self._tensors(chosen), multimask_output=multimask)
+                masks = out.pred_masks[0, : len(numbers)].float()
+                low[numbers] = masks.cpu().numpy()
+                iou[numbers] = out.iou_scores[0, : len(numbers)].float().cpu().numpy()
+                logits[numbers] = self._enlarged(masks).cpu().numpy()
+        return Candidates(logits, iou, low)
+
+    def _maps(self, embedding: Embedding) -> dict[str, Any]:
+        """The embedding as the network's arguments."""
+        found = {name: a.shape for name, a in embedding.arrays.items()}
+        if found != dict(self.shapes):
+            raise RequestError(f"embedding: found {found}; valid: {dict(self.shapes)}")
+        tensors = [
+            torch.from_numpy(np.ascontiguousarray(embedding.arrays[name], np.float32))[None].to(self.device)
+            for name in self.shapes
+        ]
+        if self._levels:
+            return {"image_embeddings": tensors}
+        layers = [t.permute(0, 2, 3, 1) for t in tensors[:-1]]
+        return {"image_embeddings": tensors[-1], **({"intermediate_embeddings": layers} if self._hq else {})}
+
+    def _tensors(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Prompts of one kind as the network's arguments; an axis of one image comes first."""
+        first, arrays = prompts[0], {}
+        if len(first.points_xy):
+            arrays["input_points"] = np.stack([p.points_xy for p in prompts]).astype(np.float32)
+            arrays["input_labels"] = np.stack([p.labels for p in prompts]).astype(np.int64)
+        if first.box_xyxy is not None:
+            arrays["input_boxes"] = np.stack([p.box_xyxy for p in prompts if p.box_xyxy is not None]).astype(
+                np.float32
+            )
+        if first.mask is not None:
+            arrays["input_masks"] = first.mask[None].astype(np.float32)
+        return {name: torch.from_numpy(a)[None].to(self.device) for name, a in arrays.items()}
+
+    def _enlarged(self, masks: torch.Tensor) -> torch.Tensor:
+        """(n, k, y, x) at the window's size: bilinear, half-pixel centres."""
+        given = masks.sigmoid() if self._probabilities else masks
+        large = functional.interpolate(given, size=self.window, mode="bilinear", align_corners=False)
+        return large.logit(eps=SATURATED) if self._probabilities else large
+
+
+def alike(prompts: Sequence[Prompt], batch: int) -> Iterator[list[int]]:
+    """Numbers of prompts that can be decoded together, at most ``batch`` at a time.
+
+    They have as many points and the same other parts: the library fills up missing points with tokens that
+    others attend to, which would make a mask depend on its neighbours. A coarse mask belongs to an image in
+    the library, so prompts with one go alone.
+    """
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        if prompt.mask is not None:
+            yield [number]
+        else:
+            kinds.setdefault((len(prompt.points_xy), prompt.box_xyxy is not None), []).append(number)
+    for numbers in kinds.values():
+        for start in range(0, len(numbers), batch):
+            yield numbers[start : start + batch]
+
+
+def mask_logits(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A mask (y, x) of the window's size, bool or cover in 0…1, as the logits of `Prompt.mask`.
+
+    As SAM 2 takes given masks: 10 inside, −10 outside, then bilinear with antialiasing.
+    """
+    logits = torch.from_numpy(mask.astype(np.float32))[None, None] * MASK_SCALE + MASK_OFFSET
+    low = functional.interpolate(logits, size=shape, mode="bilinear", align_corners=False, antialias=True)
+    return np.asarray(low[0, 0].numpy())

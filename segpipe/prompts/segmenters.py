@@ -1,0 +1,200 @@
+"""Segmenters: a window becomes an embedding once, and prompts become masks as often as they are asked.
+
+Positions are in elements of the window, whole numbers at centres as everywhere in segpipe, and in the order
+that the field has for prompts: x (column) before y (row). Arrays keep array order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from segpipe.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from segpipe.models.card import Card
+
+STABILITY_OFFSET = 1.0
+"""What Kirillov et al. 2023 shift the threshold by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """What an encoder says of one window: all that its decoder needs."""
+
+    arrays: Mapping[str, np.ndarray]
+    """By name: (c, y, x), float32 or, once halved, float16; names and shapes as `Segmenter.shapes`."""
+
+    def half(self) -> Embedding:
+        """As it is stored: float16.
+
+        Raises:
+            RequestError: a value is beyond what float16 can hold.
+        """
+        halved = {}
+        for name, array in self.arrays.items():
+            largest = float(np.abs(array).max(initial=0.0))
+            if not largest <= float(np.finfo(np.float16).max):
+                raise RequestError(f"embedding {name!r}: found {largest:g}; valid in float16: up to 65504")
+            halved[name] = array.astype(np.float16)
+        return Embedding(halved)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What points at one object: points, a box, a coarse mask, or several of these."""
+
+    points_xy: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.float32))
+    """(p, 2) float32."""
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """(p,) int64: 1 for points of the object, 0 for points beside it."""
+    box_xyxy: np.ndarray | None = None
+    """(4,) float32: centre of its first element, x and y, and of its last."""
+    mask: np.ndarray | None = None
+    """(y, x) float32 logits of `Segmenter.mask_shape`: `Candidates.low` of before, or `mask_logits`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Masks proposed for each of n prompts: k = 3, or 1 where one was asked for."""
+
+    logits: np.ndarray
+    """(n, k, y, x) float32 at the window's size: above 0 is the object."""
+    iou: np.ndarray
+    """(n, k) float32: the IoU with the object that the model predicts of its masks."""
+    low: np.ndarray
+    """(n, k, y, x) float32: the logits as the model gave them, of `Segmenter.mask_shape`."""
+
+
+class Segmenter(Protocol):
+    """A promptable model, ready on its device."""
+
+    window: tuple[int, int]
+    """Elements (y, x) of the only window that it takes."""
+    mask_shape: tuple[int, int]
+    """Elements (y, x) of masks as it gives and takes them."""
+    shapes: Mapping[str, tuple[int, int, int]]
+    """Name and shape (c, y, x) of each array of an embedding."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers learned in training."""
+
+    def encode(self, window: np.ndarray) -> Embedding:
+        """The embedding, float32, of one window (c, y, x), float32, normalised by the card's steps."""
+
+    def encode_batch(self, windows: np.ndarray) -> list[Embedding]:
+        """The same of several (n, c, y, x) in one pass."""
+
+    def decode(
+        self, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool = True
+    ) -> Candidates:
+        """Masks of each prompt, whatever the others are.
+
+        They take 4 · k bytes per element of the window and prompt: ask for many in turns.
+
+        Args:
+            embedding: as `encode` gave it, or halved.
+            prompts: one an object.
+            multimask: three masks for what a prompt may mean; False: the model's one.
+
+        Raises:
+            RequestError: a prompt or the embedding does not fit; names the prompt's number.
+        """
+
+
+def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
+    """Everything that a card can be refused for as a segmenter before its network is built.
+
+    Returns:
+        `Segmenter.shapes`: what an embedding will take.
+
+    Raises:
+        RequestError: names the field, what was found and what would be valid.
+    """
+    from segpipe.prompts.sam_folder import embedding_shapes, read_folder
+
+    return embedding_shapes(read_folder(card))
+
+
+def load_segmenter(
+    card: Card, device: torch.device, threads: int = 1, precision: str = "fp32", batch: int = 1
+) -> Segmenter:
+    """The segmenter of a card: the family is what its folder's config.json says.
+
+    Args:
+        card: provider transformers; its weights are a folder or a pinned snapshot of the hub.
+        device: where it runs.
+        threads: on a CPU.
+        precision: of the encoder: fp32, bf16 or fp16. Masks are decoded in fp32.
+        batch: prompts of a kind in one pass of the decoder; short batches are padded, so that other prompts
+            change no bit of a mask.
+
+    Raises:
+        RequestError: as `check_segmenter`; or the weights do not fit.
+    """
+    from segpipe.prompts.sam import SamSegmenter
+
+    return SamSegmenter(card, device, threads, precision, batch)
+
+
+def stability_score(
+    logits: np.ndarray, threshold: float = 0.0, offset: float = STABILITY_OFFSET
+) -> np.ndarray:
+    """IoU of each mask with itself under a higher and a lower threshold (Kirillov et al. 2023, appendix B).
+
+    Args:
+        logits: (…, y, x).
+        threshold: above which an element belongs to the mask.
+        offset: by which the threshold is raised and lowered.
+
+    Returns:
+        (…) float64; NaN where even the lower threshold leaves no element.
+    """
+    inner = np.count_nonzero(logits > threshold + offset, axis=(-2, -1))
+    outer = np.count_nonzero(logits > threshold - offset, axis=(-2, -1))
+    nothing = np.full(outer.shape, np.nan)
+    return np.asarray(np.divide(inner, outer, out=nothing, where=outer > 0))
+
+
+def check_prompts(prompts: Sequence[Prompt], window: tuple[int, int], mask_shape: tuple[int, int]) -> None:
+    """Whether every prompt says something, in shapes and places that a segmenter takes.
+
+    Raises:
+        RequestError: names the prompt's number and field, what was found and what would be valid.
+    """
+    for number, prompt in enumerate(prompts):
+        points, labels, box, mask = prompt.points_xy, prompt.labels, prompt.box_xyxy, prompt.mask
+        if not len(points) and box is None and mask is None:
+            raise _wrong(number, "points_xy", "found none", "a point, a box or a mask")
+        if points.ndim != 2 or points.shape[1] != 2 or not _inside(points, window):
+            raise _wrong(
+                number, "points_xy", f"found {points.tolist()}", f"x, y in a window of {window} (y, x)"
+            )
+        if labels.shape != (len(points),) or not np.isin(labels, (0, 1)).all():
+            raise _wrong(number, "labels", f"found {labels.tolist()}", f"{len(points)} times 0 or 1")
+        if box is not None and not (
+            box.shape == (4,) and _inside(box.reshape(2, 2), window) and (box[:2] <= box[2:]).all()
+        ):
+            raise _wrong(
+                number,
+                "box_xyxy",
+                f"found {box.tolist()}",
+                f"x, y of the first and of the last element in a window of {window} (y, x)",
+            )
+        if mask is not None and not (mask.shape == mask_shape and np.isfinite(mask).all()):
+            raise _wrong(number, "mask", f"found shape {mask.shape}", f"{mask_shape}, finite logits")
+
+
+def _inside(xy: np.ndarray, window: tuple[int, int]) -> bool:
+    """Whether positions (n, 2) lie in the window, whose elements reach half an element from their centres."""
+    return bool(((xy >= -0.5) & (xy <= np.array(window[::-1]) - 0.5)).all())
+
+
+def _wrong(number: int, name: str, found: str, valid: str) -> RequestError:
+    return RequestError(f"prompt {number}: {name}: {found}; valid: {valid}")
