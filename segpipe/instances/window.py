@@ -103,8 +103,8 @@ def resolve_instances(
 
     From the highest score down, ties in the order given, an object takes the elements of its mask that
     are still free; it is dropped where there are none, or where they are a smaller share of its mask than
-    ``overlap_threshold``. (transformers 5 paints masks in the order of queries, the last in front; MaskFormer's
-    and OneFormer's it thresholds before it enlarges them. Where masks overlap its map is another one.)
+    ``overlap_threshold``. (transformers 5 paints masks in the order of queries, the last in front, and
+    thresholds MaskFormer's and OneFormer's before it enlarges them: where masks overlap its map is another.)
 
     Args:
         masks: (n, y, x) or (n, z, y, x) probabilities.
