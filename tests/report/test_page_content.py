@@ -67,7 +67,7 @@ def test_headline() -> None:
 def test_failures_come_first_with_reasons() -> None:
     failed = scene("west", state="failed", error="west.tif ends at byte 12", geometry=None, attempts=3)
     page = pages(record(scene(), failed))[INDEX]
-    assert page.index("west.tif ends at byte 12") < page.index('<div class="cards">')
+    assert page.index("west.tif ends at byte 12") < page.index('<div class="cards')
     assert "1 of 2 scenes failed" in page and "3 attempts" in page
     assert Reader(page).rows["index-table"][1][1:3] == ["west", "failed"]
 
