@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as library
-from safetensors import SafetensorError
-from transformers.utils import logging
 
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.models.transformers.configs import NOT_FOLLOWED, REFUSED
+from segpipe.models.transformers.folder import REFUSED, data_alone, load_pretrained
 from segpipe.prompts.components import component_strips, deepest, find_components
 from segpipe.prompts.grounders import Detections, Grounder, Grounding, PhraseAccount, joined
 
@@ -68,7 +66,7 @@ def load_detector(
     """
     path = folder / "config.json"
     try:
-        data = _data_alone(json.loads(path.read_text(encoding="utf-8")))
+        data = data_alone(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise RequestError(
             f"{path}: not readable as JSON ({error}); valid: a folder of save_pretrained"
@@ -295,13 +293,6 @@ def _boxes(
     return Grounding(detections, tuple(accounts))
 
 
-def _data_alone(data: Any) -> Any:
-    """The same without the keys that ask for code, at any depth."""
-    if isinstance(data, dict):
-        return {k: _data_alone(v) for k, v in data.items() if str(k).lstrip("_") not in NOT_FOLLOWED}
-    return [_data_alone(v) for v in data] if isinstance(data, list) else data
-
-
 def _load_network(folder: Path, kind: str, data: dict[str, Any]) -> Any:
     backbone = data.get("backbone_config")
     if kind.endswith("dino") and (
@@ -313,29 +304,12 @@ def _load_network(folder: Path, kind: str, data: dict[str, Any]) -> Any:
             "valid: a backbone of the library itself, e.g. swin"
         )
     cls = getattr(library, FAMILIES[kind][0])
-    # A library draws no bars on stderr; the caller's own choice comes back afterwards.
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        network, report = cls.from_pretrained(
-            folder,
-            config=cls.config_class.from_dict(data),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ImportError, *REFUSED) as error:
-        raise RequestError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    # from_pretrained fills what is missing with random numbers, and only warns.
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[problem])):
-            raise RequestError(f"{folder}: {problem.replace('_', ' ')}: {names[0]} ({len(names)} in all)")
-    return network.eval().requires_grad_(False)
+        config = cls.config_class.from_dict(data)
+    except REFUSED as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{folder / 'config.json'} makes no {cls.__name__}: {reason}") from error
+    return load_pretrained(cls, folder, config)
 
 
 def _load_processor(folder: Path, kind: str) -> Any:

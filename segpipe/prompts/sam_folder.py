@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 import transformers as library
-from safetensors import SafetensorError
-from transformers.utils import logging
 
 from segpipe.models.card import Card, Provider
 from segpipe.models.naming import only_arguments
-from segpipe.models.transformers.configs import NOT_FOLLOWED, REFUSED
+from segpipe.models.transformers.folder import REFUSED, data_alone, load_pretrained
 from segpipe.models.weights import card_error, resolve_weights
 
 ENLARGE = ("logits", "probabilities")
@@ -126,16 +124,9 @@ def _read_json(card: Card, path: Path) -> tuple[str, dict[str, Any]]:
             raise card_error(
                 card, "weights", f"{path}: found no tracker_config; valid: as save_pretrained writes it"
             )
-    alone = _data_alone(data)
+    alone = data_alone(data)
     assert isinstance(alone, dict)
     return str(kind), alone
-
-
-def _data_alone(data: Any) -> Any:
-    """The same without the keys that ask for code, at any depth."""
-    if isinstance(data, dict):
-        return {k: _data_alone(v) for k, v in data.items() if str(k).lstrip("_") not in NOT_FOLLOWED}
-    return [_data_alone(v) for v in data] if isinstance(data, list) else data
 
 
 def _sizes(card: Card, path: Path, family: Family, config: Any) -> tuple[int, int, int]:
@@ -231,41 +222,7 @@ def load_network(card: Card, folder: SamFolder) -> torch.nn.Module:
     Raises:
         RequestError: the folder is damaged, or its tensors do not fit its config.json.
     """
-    if (folder.path / "adapter_config.json").exists():
-        raise card_error(
-            card, "weights", f"{folder.path} holds an adapter (adapter_config.json): merge it first"
-        )
-    # A library draws no bars on stderr; the caller's own choice comes back afterwards.
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded: Any = getattr(library, folder.family.network).from_pretrained(
-            folder.path,
-            config=folder.config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ImportError, *REFUSED) as error:
-        raise card_error(card, "weights", f"{folder.path} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    network, report = loaded
-    if problem := _misfit(network, report):
-        raise card_error(card, "weights", f"{folder.path}: {problem}")
-    assert isinstance(network, torch.nn.Module)
-    return network.eval().requires_grad_(False)
-
-
-def _misfit(network: torch.nn.Module, report: dict[str, Any]) -> str:
-    """What is wrong with tensors that were loaded; empty: nothing."""
-    # from_pretrained fills what is missing with random numbers, and only warns.
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(n) for n in report[problem] if not str(n).endswith("num_batches_tracked"))
-        if names:
-            return f"{problem.replace('_', ' ')}: {names[0]} ({len(names)} in all)"
-    bad = [name for name, tensor in network.named_parameters() if not bool(torch.isfinite(tensor).all())]
-    return f"{bad[0]} holds NaN or infinity" if bad else ""
+    network = getattr(library, folder.family.network)
+    return load_pretrained(
+        network, folder.path, folder.config, lambda problem: card_error(card, "weights", problem)
+    )

@@ -11,27 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from segpipe.models.base import ObjectNetwork
 from segpipe.models.card import Card
 from segpipe.models.naming import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill
-from segpipe.models.transformers.configs import (
-    REFUSED,
-    argued_config,
-    labelled,
-    network_class,
-    stored_config,
-)
+from segpipe.models.transformers.configs import argued_config, labelled, network_class, stored_config
 from segpipe.models.transformers.families import ARCHITECTURES
+from segpipe.models.transformers.folder import load_pretrained
 from segpipe.models.transformers.objective import QueryLoss
 from segpipe.models.transformers.queries import ClassScores, Queries, QueryObjects
 from segpipe.models.transformers.task import TASK_ARGUMENTS, task_tokens
 from segpipe.models.weights import card_error, load_state, resolve_weights
-
-COUNTERS = ("num_batches_tracked", "relative_position_index")
-"""Endings of tensors that old checkpoints hold and no network reads."""
 
 
 class Logits(torch.nn.Module):
@@ -142,38 +133,6 @@ def _queries(card: Card, network: torch.nn.Module) -> Queries:
 
 
 def _from_folder(card: Card, path: Path) -> torch.nn.Module:
-    from safetensors import SafetensorError
-
-    config = _config(card)
-    if (path / "adapter_config.json").exists():
-        raise card_error(card, "weights", f"{path} holds an adapter (adapter_config.json): merge it first")
-    # A library draws no bars on stderr; the caller's own choice comes back afterwards.
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded: Any = network_class(card).from_pretrained(
-            path,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, *REFUSED) as error:
-        raise card_error(card, "weights", f"{path} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    network, report = loaded
-    # from_pretrained fills what is missing with random numbers, and only warns.
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in report[problem] if not str(name).endswith(COUNTERS))
-        if names:
-            what = problem.replace("_", " ")
-            raise card_error(card, "weights", f"{path}: {what}: {names[0]} ({len(names)} in all)")
-    for name, tensor in network.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise card_error(card, "weights", f"{name} in {path} holds NaN or infinity")
-    assert isinstance(network, torch.nn.Module)
-    return network
+    return load_pretrained(
+        network_class(card), path, _config(card), lambda problem: card_error(card, "weights", problem)
+    )

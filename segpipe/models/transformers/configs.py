@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers as library
-from huggingface_hub.errors import StrictDataclassError
 
 from segpipe.models.card import Card
 from segpipe.models.network import output_channels
 from segpipe.models.transformers.families import ARCHITECTURES
+from segpipe.models.transformers.folder import REFUSED, data_alone
 from segpipe.models.weights import card_error
-
-REFUSED = (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError)
-"""What a configuration that makes no sense raises in the library."""
-
-NOT_FOLLOWED = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
-"""Keys by which a config.json can ask for code: from the folder, from other packages, from the hub."""
 
 
 def network_class(card: Card) -> Any:
@@ -44,7 +38,7 @@ def stored_config(card: Card, folder: Path) -> Any:
         raise card_error(card, "weights", f"{path}: model_type is {kind!r}; valid: {cls.model_type!r}")
     _check_backbone(card, data, "weights", str(path))
     try:
-        config = cls.from_dict(_data_alone(data))
+        config = cls.from_dict(data_alone(data))
     except REFUSED as error:
         _refuse(card, "weights", f"{path} makes no {cls.__name__}", error)
     check_config(card, config, f"{path}")
@@ -59,7 +53,7 @@ def argued_config(card: Card, arguments: dict[str, Any]) -> Any:
     """
     cls = network_class(card).config_class
     names = {field.name.lstrip("_") for field in dataclasses.fields(cls)}
-    given = _data_alone(arguments)
+    given = data_alone(arguments)
     for name in arguments:
         if name not in names or name not in given or name in ("id2label", "label2id"):
             raise card_error(card, f"arguments.{name}", f"unknown; valid: fields of {cls.__name__}")
@@ -145,13 +139,6 @@ def _check_backbone(card: Card, data: dict[str, Any], field: str, where: str) ->
     for timm in (name, inner.get("backbone") if isinstance(inner, dict) else None):
         if isinstance(timm, str) and (":" in timm or "/" in timm):
             raise card_error(card, field, f"{where} has backbone {timm!r}; valid: a name of timm itself")
-
-
-def _data_alone(data: Any) -> Any:
-    """The same without the keys that ask for code, at any depth."""
-    if isinstance(data, dict):
-        return {k: _data_alone(v) for k, v in data.items() if str(k).lstrip("_") not in NOT_FOLLOWED}
-    return [_data_alone(v) for v in data] if isinstance(data, list) else data
 
 
 def _refuse(card: Card, field: str, text: str, error: Exception) -> NoReturn:
