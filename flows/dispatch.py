@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from threading import BoundedSemaphore, Event
 from typing import Any, TypeVar
 
-from prefect import get_run_logger
+from prefect import Task, get_run_logger
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
@@ -16,7 +17,8 @@ from flows.watch import Watch
 from segpipe.config import Runner
 from segpipe.deliver import failed_record
 from segpipe.labelled import MeasurableScene
-from segpipe.lattice import Index
+from segpipe.prompts.answering import Round
+from segpipe.prompts.scene import PromptScene
 from segpipe.report.record import SceneRecord
 from segpipe.request import Request
 from segpipe.run import Run
@@ -24,10 +26,21 @@ from segpipe.scene import Scene, pending_blocks
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
 from segpipe.steps import batches_of
-from tasks.scenes import finish_scene, plan_scene, predict_batch_retried
+from tasks.prompts import (
+    answer_batch,
+    answer_solid,
+    detect_batch,
+    finish_prompts,
+    plan_prompts,
+    plan_round,
+    settle_prompts,
+)
+from tasks.scenes import finish_scene, plan_scene, predict_batch, retried
 from tasks.told import NOT_READY, OUT_OF_MEMORY
 
 T = TypeVar("T")
+MOST_WINDOWS = 64
+"""Of one batch: one to five minutes of a large encoder on a GPU, more on a CPU."""
 PLANNED_AHEAD = 2
 """Scenes whose plan is begun before the one in turn."""
 
@@ -43,6 +56,12 @@ def ahead(items: Iterable[T], count: int) -> Iterator[T]:
         if len(held) > count:
             yield held.popleft()
     yield from held
+
+
+def split(items: Sequence[T], workers: int) -> list[list[T]]:
+    """Windows in batches, at least one for each worker and none of more than `MOST_WINDOWS`."""
+    size = max(1, min(MOST_WINDOWS, -(-len(items) // workers)))
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,8 @@ class Dispatch:
         self.runner = runner
         self.watch = watch
         compute = request.job.compute
-        self.predict_batch = predict_batch_retried(compute.retries)
+        self.predict_batch = retried(predict_batch, compute.retries)
+        self.answer_batch = retried(answer_batch, compute.retries)
         # a cluster keeps one batch waiting for each worker, so that none idles between two
         self.places = BoundedSemaphore(compute.workers * (2 if compute.runner is Runner.dask else 1))
 
@@ -82,28 +102,86 @@ class Dispatch:
 
     def _plan(self, ref: SceneRef, settings: Settings) -> _Started:
         parameters = {"job": self.request.job, "ref": ref, "settings": settings}
-        return _Started(ref, settings, (self.runner.submit(plan_scene, parameters),))
+        step = plan_prompts if self.request.job.prompts.asked else plan_scene
+        return _Started(ref, settings, (self.runner.submit(step, parameters),))
 
     def _predict(self, planned: _Started) -> _Started:
         """Send a planned scene's batches as places come free, and behind them what finishes it."""
-        (plan,) = planned.futures
+        plan = planned.futures[0]
         self.watch.wait(plan)
         if not plan.state.is_completed():
             return planned
         scene: MeasurableScene = plan.result()
+        if isinstance(scene, PromptScene):
+            return replace(planned, futures=(*planned.futures, *self._ask(scene)))
         futures: list[PrefectFuture[Any]] = []
         reused = 0
         if isinstance(scene, Scene):
-            todo = pending_blocks(scene)
-            reused = scene.plan.blocks.count - len(todo)
-            self.watch.begin(scene, reused)
-            compute = self.request.job.compute
-            futures = self._batches(scene, batches_of(scene, todo, compute.batch_minutes, compute.workers))
+            futures, reused = self._blocks(scene)
         parameters = {"scene": scene, "run": self.run, "predicted": futures, "reused": reused}
         finished = self.runner.submit(finish_scene, {**parameters, "stop": self.stop})
         return replace(planned, futures=(*futures, finished))
 
-    def _batches(self, scene: Scene, batches: list[list[Index]]) -> list[PrefectFuture[Any]]:
+    def _blocks(self, scene: Scene) -> tuple[list[PrefectFuture[Any]], int]:
+        """Send the batches of a scene's blocks; also how many blocks are there already."""
+        todo, total = pending_blocks(scene), scene.plan.blocks.count
+        self.watch.begin(scene.ref.name, scene.predict, total, len(todo))
+        compute = self.request.job.compute
+        batches = batches_of(scene, todo, compute.batch_minutes, compute.workers)
+        parameters = [{"scene": scene, "blocks": blocks} for blocks in batches]
+        return self._batches(self.predict_batch, parameters), total - len(todo)
+
+    def _ask(self, scene: PromptScene) -> list[PrefectFuture[Any]]:
+        """Ground, then ask round by round: what does not fit its window is asked again in a larger one."""
+        futures = self._ground(scene)
+        parameters = {"scene": scene, "found": list(futures)}
+        futures.append(self.runner.submit(settle_prompts, parameters))
+        answered: list[PrefectFuture[Any]] = []
+        for number in count():
+            self.watch.wait(futures[-1])
+            if any(not f.state.is_completed() for f in futures):
+                return futures
+            if scene.planes.axis is not None:
+                answered += self._batches(answer_solid, [{"scene": scene}])
+                break
+            planned = self.runner.submit(plan_round, {"scene": scene, "number": number})
+            futures.append(planned)
+            self.watch.wait(planned)
+            if not planned.state.is_completed():
+                return futures
+            here: Round | None = planned.result()
+            if here is None:
+                break
+            self.watch.begin(scene.ref.name, scene.answers, here.total, len(here.windows), "windows")
+            sent = self._batches(self.answer_batch, self._windows(scene, here))
+            answered += sent
+            futures += sent
+            for future in sent:
+                self.watch.wait(future)
+        futures += [f for f in answered if f not in futures]
+        parameters = {"scene": scene, "run": self.run, "answered": answered, "stop": self.stop}
+        return [*futures, self.runner.submit(finish_prompts, parameters)]
+
+    def _ground(self, scene: PromptScene) -> list[PrefectFuture[Any]]:
+        """Send the batches of what finds phrases."""
+        grounder = scene.grounder
+        if scene.settled or grounder is None:
+            return []
+        if isinstance(grounder, Scene):
+            return self._blocks(grounder)[0]
+        todo, total = grounder.pending(), len(grounder.windows())
+        self.watch.begin(scene.ref.name, grounder.stage, total, len(todo), "windows")
+        parts = split(todo, self.request.job.compute.workers)
+        return self._batches(detect_batch, [{"scene": grounder, "windows": part} for part in parts])
+
+    def _windows(self, scene: PromptScene, here: Round) -> list[dict[str, Any]]:
+        parts = split(here.windows, self.request.job.compute.workers)
+        return [{"scene": scene, "number": here.number, "windows": part} for part in parts]
+
+    def _batches(
+        self, step: Task[..., Any], parameters: Sequence[dict[str, Any]]
+    ) -> list[PrefectFuture[Any]]:
+        """Send the batches of one scene as places come free."""
         futures: list[PrefectFuture[Any]] = []
         failed = Event()
 
@@ -113,14 +191,13 @@ class Dispatch:
                 failed.set()
             self.places.release()
 
-        for number, blocks in enumerate(batches, start=1):
+        for number, batch in enumerate(parameters, start=1):
             self.watch.until(lambda seconds: self.places.acquire(timeout=seconds))
             if failed.is_set():
                 self.places.release()
                 break  # one block short, a scene has no answer: spare the rest
-            part = f"{number} of {len(batches)}"
-            parameters = {"scene": scene, "blocks": blocks, "part": part, "stop": self.stop}
-            futures.append(self.runner.submit(self.predict_batch, parameters))
+            part = f"{number} of {len(parameters)}"
+            futures.append(self.runner.submit(step, {**batch, "part": part, "stop": self.stop}))
             futures[-1].add_done_callback(ended)
         return futures
 

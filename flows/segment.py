@@ -43,6 +43,11 @@ def segment(job: Job) -> State[Any]:
     Args:
         job: Which scenes, which model, what to report. Required: scenes, and a model or labels.
     """
+    return carry_out(job)
+
+
+def carry_out(job: Job) -> State[Any]:
+    """The body of a flow over scenes: from the request to the report."""
     try:
         request = check_request(job)
         runner = task_runner(job.compute)

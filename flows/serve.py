@@ -14,5 +14,9 @@ def serve_locally(host: str, port: int) -> None:
         os.environ["PREFECT_API_URL"] = api  # before prefect is imported and reads its settings
         prefect = import_module("prefect")
         module_path = import_module("prefect.types.entrypoint").EntrypointType.MODULE_PATH
-        flows = (import_module("flows.segment").segment, import_module("flows.train").train_model)
+        flows = (
+            import_module("flows.segment").segment,
+            import_module("flows.prompt").prompt,
+            import_module("flows.train").train_model,
+        )
         prefect.serve(*(flow.to_deployment(name=flow.name, entrypoint_type=module_path) for flow in flows))

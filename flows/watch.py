@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Event
 from typing import Any
 from uuid import UUID
@@ -14,7 +15,7 @@ from prefect.futures import PrefectFuture
 
 from segpipe.errors import StoppedError
 from segpipe.report.record import SceneRecord
-from segpipe.scene import Scene
+from segpipe.store import Stage
 
 LOOK_SECONDS = 5.0
 """Between two looks at receipts and at the flow run's state."""
@@ -22,6 +23,17 @@ LOG_SECONDS = 30.0
 """Between two lines of progress in the log."""
 NAMED = 3
 """Scenes in progress that are named beside the bar."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A scene in progress."""
+
+    stage: Stage
+    total: int
+    before: int
+    """Receipts of the stage that are not of these."""
+    what: str
 
 
 class Watch:
@@ -34,7 +46,7 @@ class Watch:
         self._run_id = run_id
         self._total = scenes
         self._done = 0
-        self._open: dict[str, Scene] = {}
+        self._open: dict[str, _Open] = {}
         self._looked = self._logged = time.monotonic()
         artifact = create_progress_artifact(0.0, description=f"0 of {scenes} scenes done")
         assert isinstance(artifact, UUID)  # a coroutine only in async flows
@@ -58,11 +70,11 @@ class Watch:
         self.until(ended.wait)
         future.wait()
 
-    def begin(self, scene: Scene, reused: int) -> None:
-        """A scene's blocks are on their way."""
-        self._open[scene.ref.name] = scene
-        blocks = scene.plan.blocks.count
-        get_run_logger().info("%s: %d of %d blocks to compute", scene.ref.name, blocks - reused, blocks)
+    def begin(self, name: str, stage: Stage, total: int, todo: int, what: str = "blocks") -> None:
+        """A scene's blocks or windows are on their way; each leaves a receipt in the stage."""
+        before = len(stage.done()) - (total - todo)
+        self._open[name] = _Open(stage, total, before, what)
+        get_run_logger().info("%s: %d of %d %s to compute", name, todo, total, what)
 
     def end(self, record: SceneRecord) -> None:
         """A scene is done, or has failed."""
@@ -79,15 +91,15 @@ class Watch:
             state = client.read_flow_run(self._run_id).state
         if state is not None and state.is_cancelling():
             raise StoppedError("the flow run was cancelled")
-        counts = [(s.ref.name, len(s.predict.done()), s.plan.blocks.count) for s in self._open.values()]
+        counts = [(name, len(o.stage.done()) - o.before, o) for name, o in self._open.items()]
         self._tell(counts)
         if time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
-            for name, done, blocks in counts:
-                get_run_logger().info("%s: %d of %d blocks", name, done, blocks)
+            for name, done, o in counts:
+                get_run_logger().info("%s: %d of %d %s", name, done, o.total, o.what)
 
-    def _tell(self, counts: list[tuple[str, int, int]]) -> None:
-        progress = 100 * (self._done + sum(done / blocks for _, done, blocks in counts)) / self._total
-        told = [f"scene {name}: {done} of {blocks} blocks" for name, done, blocks in counts[:NAMED]]
+    def _tell(self, counts: list[tuple[str, int, _Open]]) -> None:
+        progress = 100 * (self._done + sum(done / o.total for _, done, o in counts)) / self._total
+        told = [f"scene {name}: {done} of {o.total} {o.what}" for name, done, o in counts[:NAMED]]
         told.append(f"{self._done} of {self._total} scenes done")
         update_progress_artifact(self._artifact, progress=progress, description="; ".join(told))

@@ -67,10 +67,15 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
     Exit code 0: all scenes done; 1: some failed; 2: the request is wrong.
     """
     from segpipe.config import load_job
+
+    _run_job(load_job(job_file, overrides or []))
+
+
+def _run_job(job: Job) -> None:
+    """Run a job in a flow, and print its numbers."""
     from segpipe.request import check_request
     from segpipe.run import open_run
 
-    job = load_job(job_file, overrides or [])
     request = check_request(job)  # a mistake is told now, before a server is started
     found, before = open_run(job, request.mark)
     if before is not None and len(before.done) == len(request.scenes):
@@ -78,12 +83,13 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
         _headline(found, before)
         return
     from flows.here import check_server, run_here
+    from flows.prompt import prompt as ask
     from flows.runners import task_runner
     from flows.segment import segment
 
     task_runner(job.compute)
     check_server()
-    state = run_here(segment, job)
+    state = run_here(ask if job.prompts.asked else segment, job)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
         print(state.message, file=sys.stderr)
         raise typer.Exit(130)
@@ -93,6 +99,39 @@ def run(job_file: JobFile, overrides: Overrides = None) -> None:
     _headline(found, after)
     if not state.is_completed():
         raise typer.Exit(1)
+
+
+@app.command()
+def prompt(
+    what: Annotated[
+        str, typer.Argument(metavar="JOB.yaml|RUN", help="A job with a promptable model, or a run of one.")
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A phrase, or several as 'lake . dock . field'; may be repeated."),
+    ] = None,
+    grounder: Annotated[
+        str, typer.Option(help="Card of the model that finds phrases; left out: the job's.")
+    ] = "",
+    points: Annotated[
+        str, typer.Option(help="File of points (GeoJSON, GeoPackage, CSV): label 1 in the object, 0 beside.")
+    ] = "",
+    boxes: Annotated[str, typer.Option(help="File of boxes or polygons around objects.")] = "",
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least score of what a phrase finds.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Ask a promptable model for objects, by words, points or boxes, over scenes of any size.
+
+    What was encoded for an earlier question is read, not encoded again: ask a RUN as often as you like.
+    """
+    from segpipe.prompts.again import asked_job
+
+    if points and boxes:
+        raise RequestError("--points, --boxes: give one file: it may hold both")
+    asked = asked_job(what, text or [], grounder, points or boxes, threshold, overrides or [])
+    _run_job(asked)
 
 
 @app.command()
@@ -178,6 +217,10 @@ def _plan_line(job: Job, ref: SceneRef, settings: Settings) -> str:
     from segpipe.report.units import byte_size
     from segpipe.scene import dry_plan
 
+    if job.prompts.asked:
+        from segpipe.prompts.costs import prompt_line
+
+        return prompt_line(job, ref, settings)
     s = dry_plan(job, ref, settings).summary()
     return (
         f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "

@@ -9,40 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, model_validator
 
 from segpipe.errors import RequestError
+from segpipe.fields import AutoSize, Memory, Strict, Text, WindowSize, as_text
+from segpipe.prompts.options import PromptOptions
 from segpipe.validate import read_yaml, validate
-
-
-def _text(value: object) -> object:
-    """YAML reads ``512`` as a number; the field is text."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-SIZE = r"(\d+|\d+x\d+|\d+x\d+x\d+)"
-AutoSize = Annotated[str, BeforeValidator(_text), Field(pattern=rf"^(auto|{SIZE})$")]
-"""``auto``, one number for all axes, or one per axis in array order: ``512``, ``96x128x128``."""
-WindowSize = Annotated[str, BeforeValidator(_text), Field(pattern=rf"^(auto|whole|{SIZE})$")]
-Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
-"""Text that may be left out, empty or null. A form shows a plain box, where a union would be two tabs."""
-Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
-
-
-class Strict(BaseModel):
-    """Unknown keys are mistakes; values don't change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
 
 
 class Blend(str, Enum):
@@ -164,7 +139,7 @@ class Compute(Strict):
     @classmethod
     def _numbers_as_text(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
-            return {k: _text(v) if k in ("batch", "threads") else v for k, v in data.items()}
+            return {k: as_text(v) if k in ("batch", "threads") else v for k, v in data.items()}
         return data
 
 
@@ -228,13 +203,6 @@ class Measure(Strict):
     )
 
 
-class Prompts(Strict):
-    """For promptable models."""
-
-    text: list[str] = Field(default_factory=list, description="Phrases to look for.")
-    path: Text = Field("", description="Points, boxes or polygons (GeoJSON, GeoPackage, CSV).")
-
-
 class Outputs(Strict):
     """What is written, and where."""
 
@@ -291,7 +259,9 @@ class Job(Strict):
         "empty: the values that are found, there or in the reference.",
     )
     measure: Measure = Field(default_factory=Measure, description="Further measurements.")
-    prompts: Prompts = Field(default_factory=Prompts, description="For promptable models.")
+    prompts: PromptOptions = Field(
+        default_factory=PromptOptions, description="What a promptable model is asked."
+    )
 
     @model_validator(mode="after")
     def _one_of_model_or_labels(self) -> Job:
@@ -309,17 +279,13 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _nothing_asked_for_in_vain(self) -> Job:
-        """A key of the interface that this version cannot serve yet is refused, never ignored."""
+        """A key that would be ignored is refused."""
         if self.measure.objects and not self.reference:
             raise ValueError("`measure.objects` needs a `reference` of object ids")
         if self.labels and self.reference and self.reference.divisor:
             raise ValueError("`reference.divisor` needs a model that finds objects of several classes")
-        later = {
-            "prompts": bool(self.prompts.text or self.prompts.path),
-        }
-        for field, asked in later.items():
-            if asked:
-                raise ValueError(f"`{field}` is not available in this version of segpipe; remove it")
+        if self.labels and self.prompts.asked:
+            raise ValueError("`prompts` need a promptable model; labels that are given answer none")
         return self
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from segpipe import __version__
 from segpipe.boxes import Box
@@ -18,26 +19,29 @@ from segpipe.config import Format, Keep
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.common import LabelReader, ScoreReader
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
-from segpipe.export.objects import write_coco, write_object_polygons
+from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.regions import MOST_CLASSES, write_regions
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.inference.uncertainty import LEVELS
-from segpipe.labelled import MeasurableScene
+from segpipe.labelled import LabelledScene, MeasurableScene
 from segpipe.measure import Measured, shown_classes
 from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Class, Interpolation
+from segpipe.prompts.finding import account_of, summary_of
+from segpipe.prompts.scene import PromptScene
 from segpipe.reference import find_reference, open_reference
 from segpipe.regions import region_layer
 from segpipe.report.found import SceneFound, found_table
 from segpipe.report.pictures import FORMAT, Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
-from segpipe.report.record import GeometrySummary, SceneRecord
+from segpipe.report.record import AskedPhrase, GeometrySummary, SceneRecord
 from segpipe.report.tables import SceneResult, metric_table, region_table, write_atomic
 from segpipe.run import Run, local_folder
 from segpipe.scene import Scene
 from segpipe.sources import package_file
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.steps import Done
+from segpipe.store import Stage
 
 LARGEST_EXPORTED = 65534
 """Greatest label that the files of people's tools are written with."""
@@ -81,8 +85,8 @@ def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dic
         written["labels"] = target / f"labels{suffix}"
         if not written["labels"].exists():
             _write_labels(scene, measured, classes, written["labels"])
-    if isinstance(scene, Scene) and scene.finds_objects:
-        written |= _write_objects(scene, measured, target, suffix)
+    if scene.objects_stage is not None:
+        written |= _write_objects(scene, scene.objects_stage, measured, target, suffix)
     for name, shares in _shares(scene).items():
         written[name] = target / f"{name}{suffix}"
         if not written[name].exists():
@@ -90,10 +94,12 @@ def _write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dic
     return written
 
 
-def _write_objects(scene: Scene, measured: Measured, target: Path, suffix: str) -> dict[str, Path]:
+def _write_objects(
+    scene: MeasurableScene, stage: Stage, measured: Measured, target: Path, suffix: str
+) -> dict[str, Path]:
     """Ids of objects on the scene's grid; of rasters the objects as polygons and as COCO's JSON too."""
     assert measured.found is not None
-    geometry, found, dtype = scene.geometry, measured.found.objects, scene.labels.array("instances").dtype
+    geometry, found, dtype = scene.geometry, measured.found.objects, stage.array("instances").dtype
     written = {"instances": target / f"instances{suffix}"}
     with scene.open_labels(ids=True) as ids:
         if isinstance(geometry, VolumeGeometry):
@@ -102,19 +108,33 @@ def _write_objects(scene: Scene, measured: Measured, target: Path, suffix: str) 
                 write_nifti_ids(ids, geometry, header, dtype, written["instances"])
             return written
         assert isinstance(geometry, RasterGeometry)
-        written |= {"objects": target / "instances.gpkg", "coco": target / "instances.json"}
+        polygons = {"objects": target / "instances.gpkg", "geoparquet": target / "instances.parquet"}
+        written |= {**polygons, "coco": target / "instances.json"}
         if not written["instances"].exists():
             write_cog_ids(ids, geometry, dtype, written["instances"], _tags(scene))
-        if not written["objects"].exists():
-            reference = scene.job.reference
-            one = SceneFound.of(scene.ref.name, measured, reference.values if reference else {})
-            table = found_table([one], scene.classes, scene.job.measure.smallest)
-            write_object_polygons(ids, geometry, table, written["objects"])
+        table = _object_table(scene, measured)
+        if not all(path.exists() for path in polygons.values()):
+            write_object_polygons(ids, geometry, table, *polygons.values())
         if not written["coco"].exists():
             name = scene.ref.uri.rsplit("/", 1)[-1]
             shape = (geometry.shape[0], geometry.shape[1])
-            write_coco(ids, shape, found, scene.classes, name, written["coco"])
+            facts = None if measured.facts is None else coco_facts(table, _points(measured.facts))
+            write_coco(ids, shape, found, scene.classes, name, written["coco"], facts)
     return written
+
+
+def _object_table(scene: MeasurableScene, measured: Measured) -> pd.DataFrame:
+    """A row an object, as in ``instances.csv``."""
+    reference = scene.job.reference
+    one = SceneFound.of(scene.ref.name, measured, reference.values if reference else {})
+    stuff = [c.value for c in scene.classes if not (c.thing or c.background)]
+    return found_table([one], scene.classes, scene.job.measure.smallest, stuff)
+
+
+def _points(facts: pd.DataFrame) -> dict[int, np.ndarray]:
+    """The points that objects were asked with, by id: (p, 2) positions."""
+    pairs = zip(facts["id"].tolist(), facts["points"].tolist(), strict=True)
+    return {number: np.array(json.loads(text)).reshape(-1, 2) for number, text in pairs}
 
 
 def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bool:
@@ -143,7 +163,7 @@ def _why_no_file(classes: Sequence[Class]) -> str:
 
 def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[Class], path: Path) -> None:
     geometry = scene.geometry
-    predicted_raster = isinstance(scene, Scene) and isinstance(geometry, RasterGeometry)
+    predicted_raster = not isinstance(scene, LabelledScene) and isinstance(geometry, RasterGeometry)
     nodata = None
     if predicted_raster or _has_nodata(measured):
         nodata = 255 if max(c.value for c in classes) < 255 else 65535
@@ -208,7 +228,7 @@ def _write_shares(scene: MeasurableScene, shares: _Shares, path: Path) -> None:
 
 
 def _tags(scene: MeasurableScene) -> dict[str, str]:
-    model = {"MODEL": scene.card.name} if isinstance(scene, Scene) else {}
+    model = {"MODEL": scene.card.name} if isinstance(scene, Scene | PromptScene) else {}
     return {"SEGPIPE_VERSION": __version__, "SEGPIPE_LABELS": scene.labels_key, **model}
 
 
@@ -234,6 +254,8 @@ def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None
     shown = [FORMAT, scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
     if scene.finds_objects:
         shown.append("outlined by ids")
+    if isinstance(scene, PromptScene):
+        shown.append("a picture a phrase")
     return f"previews-{hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]}.zip"
 
 
@@ -260,16 +282,18 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
 
         doubt = _entropy(scene)
         ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
+        asked = measured.found.objects if isinstance(scene, PromptScene) and measured.found else None
         if isinstance(geometry, RasterGeometry):
             previews = raster_preview(
                 image, labels, truth, geometry, scene.bands, classes, nodata,
-                count=len(scene.channels), read_uncertainty=doubt, read_ids=ids,
+                count=len(scene.channels), read_uncertainty=doubt, read_ids=ids, asked=asked,
             )  # fmt: skip
         else:
             assert isinstance(geometry, VolumeGeometry)
             previews = volume_preview(
-                image, labels, truth, geometry, classes, nodata, read_uncertainty=doubt, read_ids=ids
-            )
+                image, labels, truth, geometry, classes, nodata,
+                read_uncertainty=doubt, read_ids=ids, asked=asked,
+            )  # fmt: skip
     measured.stage.write_bytes(name, dump_previews(previews))
     return previews
 
@@ -315,6 +339,14 @@ def done_record(
         plan = scene.plan.summary()
         if scene.card.input.image_resampling is Interpolation.nearest and not scene.plan.grid.identity:
             notes.append("resampled by nearest neighbour, as the card's own pipeline does")
+    asked: tuple[AskedPhrase, ...] = ()
+    said: tuple[str, ...] = ()
+    if isinstance(scene, PromptScene):
+        keys = {"embed": scene.embeddings.stage.key, "answers": scene.answers.key, **keys}
+        plan = summary_of(scene)
+        account = account_of(scene)
+        asked = tuple(AskedPhrase(**row) for row in account["asked"])
+        said = tuple(account["prompts"])
     if scene.job.outputs.formats and _why_no_file(classes):
         notes.append(f"no file of labels was written: {_why_no_file(classes)}")
     if scene.job.regions and len(classes) > MOST_CLASSES:
@@ -331,6 +363,8 @@ def done_record(
         attempts=attempts,
         files=dict(files),
         reused=tuple(name for name, step in steps.items() if not step.computed and step.reused),
+        asked=asked,
+        prompts=said,
     )
 
 
@@ -355,7 +389,11 @@ def geometry_summary(geometry: Geometry) -> GeometrySummary:
 
 def attempts_of(scene: MeasurableScene) -> int:
     """How often the scene's hardest block was tried; 1 where none was predicted."""
-    if not isinstance(scene, Scene):
+    if isinstance(scene, Scene):
+        stage = scene.predict
+    elif isinstance(scene, PromptScene):
+        stage = scene.answers
+    else:
         return 1
-    receipts: Sequence[dict[str, Any]] = list(scene.predict.receipts().values())
+    receipts: Sequence[dict[str, Any]] = list(stage.receipts().values())
     return max((int(r.get("attempts", 1)) for r in receipts), default=1)

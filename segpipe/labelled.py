@@ -27,7 +27,7 @@ from segpipe.reference import IdRule, LabelFile, find_reference, one_class, same
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Scaling
-from segpipe.store import stage_key
+from segpipe.store import Stage, stage_key
 
 NO_LABEL = -1
 """What a reader of given labels answers where their file says nothing."""
@@ -87,9 +87,14 @@ class MeasurableScene(ABC):
         return IdRule() if self.job.measure.objects else None
 
     @property
+    def objects_stage(self) -> Stage | None:
+        """Where the found objects' ids (`instances`) and table are; None: no model found any."""
+        return None
+
+    @property
     def finds_objects(self) -> bool:
         """Whether a model found objects, which have ids beside their classes."""
-        return False
+        return self.objects_stage is not None
 
     @property
     def uncertainty(self) -> tuple[str, ...]:
@@ -190,6 +195,12 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
             labels=labels,
             labels_identity=labels_identity,
         )
+
+
+def labels_identity(uri: str) -> dict[str, Any]:
+    """What tells that a file of labels changed."""
+    with _opened(uri) as file:
+        return file.source.identity
 
 
 @contextmanager

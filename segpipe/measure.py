@@ -6,6 +6,7 @@ A measure stage is complete in itself: with its receipts (one tally a tile) and 
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from segpipe.allocator import release
 from segpipe.boxes import Box
@@ -29,11 +31,10 @@ from segpipe.metrics.members import Members, members_tile
 from segpipe.metrics.members import add as add_members
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
 from segpipe.models.card import Class
-from segpipe.objects import ObjectTable
+from segpipe.objects import FACTS, ObjectTable
 from segpipe.reference import IdRule, ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
-from segpipe.scene import Scene
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.steps import Done
 from segpipe.store import Stage, stage_key, stop_requested
@@ -41,6 +42,7 @@ from segpipe.surfaces import measure_surfaces, tolerances
 
 SURFACES = "surfaces.json"
 FOUND = "objects.npz"
+FACTS_FILE = "facts.parquet"
 TALLY_VERSION = 2
 """Raised when the definition of a number in a tally changes; part of every measure key."""
 
@@ -74,6 +76,8 @@ class Measured:
     """None: not requested, or no reference."""
     found: ObjectTable | None = None
     """What a model found; None: labels, or a model without objects."""
+    facts: pd.DataFrame | None = None
+    """Further columns of these objects, by ``id``; None: there are none."""
     members: Members | None = None
     """Regions of these objects."""
     rule: IdRule | None = None
@@ -139,8 +143,10 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
             stage.commit(name, receipt)
             computed += 1
             release()
-        if isinstance(scene, Scene) and scene.finds_objects:
-            stage.write_bytes(FOUND, ObjectTable.load(scene.labels).dump())
+        if (objects := scene.objects_stage) is not None:
+            stage.write_bytes(FOUND, ObjectTable.load(objects).dump())
+            if (facts := objects.find_part(FACTS)) is not None:
+                stage.write_bytes(FACTS_FILE, facts)
         stage.write_json("info.json", _info(scene, regions, reference))
         stage.compact()
         if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
@@ -180,7 +186,7 @@ def load_measured(stage: Stage) -> Measured:
     receipts = stage.receipts().values()
     channels, doubts = info.get("intensity"), info.get("uncertainty")
     objects = [OverlapTable.from_json(r["objects"]) for r in receipts if "objects" in r]
-    found = stage.read_bytes(FOUND)
+    found, facts = stage.read_bytes(FOUND), stage.read_bytes(FACTS_FILE)
     calibrated = [Calibration.from_json(r["calibration"]) for r in receipts if "calibration" in r]
     return Measured(
         tally=add(Tally.from_json(r) for r in receipts),
@@ -198,6 +204,7 @@ def load_measured(stage: Stage) -> Measured:
         calibration=sum(calibrated, Calibration.empty()) if calibrated else None,
         objects=instances.add(objects) if objects else None,
         found=None if found is None else ObjectTable.of(found),
+        facts=None if facts is None else pd.read_parquet(io.BytesIO(facts)),
         members=add_members(Members.from_columns(**r["members"]) for r in receipts) if found else None,
         rule=IdRule(**info["rule"]) if info.get("rule") else None,
         geometry=geometry_from_dict(info["geometry"]) if found else None,

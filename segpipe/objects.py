@@ -22,6 +22,8 @@ from segpipe.store import ArraySpec, Stage
 
 TABLE = "objects"
 """Name of the part of a stage that holds the table."""
+FACTS = "facts"
+"""Name of the part with further columns of the objects, a Parquet table by ``id``; not all models have any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ def join_objects(scene: Scene) -> None:
         classes[(local > 0) & (ids == 0)] = ground_value(card)  # too small to be an object
         scene.labels.write("labels", box.slices, classes)
         scene.labels.write("instances", box.slices, ids)
-        _measure(ids, box, scale, size, sums)
+        add_sizes(ids, box, scale, size, sums)
     scene.labels.write_part(TABLE, ObjectTable(merged, size, sums).dump())
     scene.labels.commit("whole", {"objects": len(merged)})
 
@@ -121,7 +123,7 @@ def _edges(
         yield window_edges(overhang, lattice, lambda box: near[box.within(hull)])
 
 
-def _measure(ids: np.ndarray, box: Box, scale: SizeScale, size: np.ndarray, sums: np.ndarray) -> None:
+def add_sizes(ids: np.ndarray, box: Box, scale: SizeScale, size: np.ndarray, sums: np.ndarray) -> None:
     """Add a block's elements to the sizes and position sums of their objects, in whole numbers.
 
     `np.add.at` on int64 is exact for any sum and as fast as `np.bincount`, whose float64 sums are exact

@@ -13,6 +13,8 @@ from segpipe.groups import load_groups
 from segpipe.labelled import NO_MODEL
 from segpipe.models.card import Card, WindowZscore
 from segpipe.models.registry import check_card
+from segpipe.prompts.check import check_prompts
+from segpipe.prompts.phrases import phrase_classes
 from segpipe.regions import is_grid, parse_grid
 from segpipe.run import fingerprint
 from segpipe.scene import read_card
@@ -42,8 +44,13 @@ def check_request(job: Job) -> Request:
     _check_paths(job)
     card, settings = None, NO_MODEL
     classes = load_classes(job.classes) if job.classes else ()
-    if job.model:
+    if job.model and job.prompts.asked:
+        card = check_prompts(job)
+        settings = resolve_settings(job.compute, card)
+        classes = phrase_classes(job.prompts)
+    elif job.model:
         card = read_card(job.model)
+        _check_kind(card)
         check_card(card)
         _check_tiling(job, card)
         _check_objects(job, card)
@@ -55,6 +62,20 @@ def check_request(job: Job) -> Request:
         load_groups(job.measure.groups, [scene.name for scene in scenes])
     check_writable(job.outputs.dir)
     return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+
+
+def _check_kind(card: Card) -> None:
+    """A job without prompts needs a model that answers without."""
+    if card.output.kind == "prompted":
+        raise RequestError(
+            f"prompts: {card.name!r} answers prompts: give it `prompts.text`, `path`, `earlier` or "
+            "`everything`"
+        )
+    if card.output.kind == "boxes":
+        raise RequestError(
+            f"model: {card.name!r} finds boxes of phrases: give it as `prompts.grounder`, and a promptable "
+            "model"
+        )
 
 
 def _check_objects(job: Job, card: Card) -> None:
@@ -115,6 +136,7 @@ def _check_paths(job: Job) -> None:
         "labels": job.labels,
         "regions.path": job.regions.path if job.regions else "",
         "reference.path": job.reference.path if job.reference else "",
+        "prompts.earlier": job.prompts.earlier,
     }
     if job.regions and is_grid(job.regions.path):
         parse_grid(job.regions)

@@ -30,6 +30,7 @@ from segpipe.groups import load_groups
 from segpipe.measure import TALLY_VERSION, Measured
 from segpipe.models.card import Card, Class
 from segpipe.models.weights import weights_fingerprint
+from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.page import page_paths, render_pages
 from segpipe.report.pictures import Previews, load_previews
 from segpipe.report.record import (
@@ -107,16 +108,20 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
     asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
-    files = [s.uri for s in scenes]
+    files, prompts = [s.uri for s in scenes], job.prompts
+    asked["prompts"].pop("cache")
+    grounder = read_card(prompts.grounder) if prompts.grounder else None
     if job.regions is not None:
         files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]
     if job.reference is not None:
         files += [job.reference.path]
-    files += [path for path in (job.labels, job.classes, job.measure.groups) if path]
+    files += [path for path in (job.labels, job.classes, job.measure.groups, prompts.path) if path]
+    files += [prompts.earlier] if prompts.earlier else []
     parts = {
         "asked": asked,
         "model": model_parts(card) if card else None,
         "card": card.model_dump(mode="json") if card else None,
+        "grounder": [grounder.model_dump(mode="json"), model_parts(grounder)] if grounder else None,
         "settings": [settings.device_class, settings.precision, settings.batch],
         "inputs": [_state(uri) for uri in files],
         "versions": [ENGINE_VERSION, TALLY_VERSION],
@@ -184,6 +189,7 @@ def finish_run(
 ) -> RunRecord:
     """Write tables, ``run.json`` and the page of a run whose scenes have all ended."""
     model = model_summary(read_card(job.model)) if job.model else None
+    listed = _class_infos(phrase_classes(job.prompts)) if job.prompts.asked else ()
     device = {"device": settings.device_class, "precision": settings.precision} if model else {}
     given = [] if model else ["labels measured as given: no model was run"]
     measured = read_measured(run.out, scenes)
@@ -194,7 +200,7 @@ def finish_run(
         finished=_now(),
         job=job.model_dump(mode="json"),
         model=model,
-        classes=() if model else _given_classes(job, measured),
+        classes=listed if model else _given_classes(job, measured),
         versions={**_versions(), **device},
         scenes=tuple(scenes),
         groups=load_groups(groups, [s.name for s in scenes]) if (groups := job.measure.groups) else {},

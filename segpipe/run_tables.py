@@ -12,6 +12,7 @@ from segpipe.measure import Measured, load_measured
 from segpipe.metrics.instances import OverlapTable
 from segpipe.metrics.tally import SizeScale, Tally
 from segpipe.report.agreement import agreement_table
+from segpipe.report.asked import asked_table
 from segpipe.report.found import SceneFound, found_table, panoptic_table, with_counts
 from segpipe.report.frames import NO_REFERENCE, Found
 from segpipe.report.intensity import SceneIntensity, intensity_table
@@ -55,6 +56,8 @@ def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str,
     if measure.get("surface"):
         tables["surface"] = surface_table(_found(scenes, measured, lambda m: m.surfaces), classes)
     tables |= _of_objects(record, measured, tables["regions"])
+    if record.prompted:
+        tables["asked"] = asked_table(record, tables["regions"], tables.get("instances"))
     if job.get("outputs", {}).get("uncertainty"):
         found = [_uncertainty(s, measured.get(s.name)) for s in scenes]
         tables["uncertainty"] = uncertainty_table(found, classes)
@@ -72,12 +75,12 @@ def _of_objects(
     if any(scene.table is not None for scene in found):
         smallest = measure["smallest"]
         things = [c.value for c in classes if not (c.background or c.stuff)]
+        stuff = [c.value for c in classes if c.stuff]
         tables = {
             "regions": with_counts(regions, found, things),
-            "instances": found_table(found, classes, smallest),
+            "instances": found_table(found, classes, smallest, stuff),
         }
         if any(scene.overlaps is not None for scene in found):
-            stuff = [c.value for c in classes if c.stuff]
             tables["panoptic"] = panoptic_table(found, classes, stuff, smallest)
         return tables
     if not measure.get("objects"):

@@ -85,8 +85,8 @@ class Scene(MeasurableScene):
             self.predict.check()
 
     @property
-    def finds_objects(self) -> bool:
-        return self.card.output.kind != "semantic"
+    def objects_stage(self) -> Stage | None:
+        return self.labels if self.card.output.kind != "semantic" else None
 
     @property
     def id_rule(self) -> IdRule | None:

@@ -47,6 +47,17 @@ def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float, workers: i
     return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
 
+def together(parts: Sequence[Done], reused: int) -> Done:
+    """What all batches of a scene did."""
+    names = sorted({name for part in parts for name in part.timings})
+    return Done(
+        computed=sum(part.computed for part in parts),
+        reused=reused + sum(part.reused for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        timings={name: sum(part.timings.get(name, 0.0) for part in parts) for name in names},
+    )
+
+
 def predict_blocks(
     scene: Scene,
     blocks: Sequence[Index],

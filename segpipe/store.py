@@ -276,6 +276,10 @@ class Stage:
             raise SceneError(f"the stored stage {self.key} was dropped by another run; run the job again")
         return data
 
+    def find_part(self, name: str) -> bytes | None:
+        """What a block left, or None where it left nothing of this name."""
+        return self.read_bytes(f"parts-{self.generation.token}/{name}")
+
     def _delete(self, paths: list[str]) -> None:
         try:
             obstore.delete(self.objects, paths)

@@ -21,7 +21,7 @@ from segpipe.run import Run
 from segpipe.scene import Scene, create_stages, prepare_scene
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import Done, finish_labels, predict_blocks
+from segpipe.steps import Done, finish_labels, predict_blocks, together
 from tasks.told import passing_fault, told
 
 RETRIES = 2
@@ -62,9 +62,9 @@ def predict_batch(scene: Scene, blocks: Sequence[Index], part: str, stop: str) -
     return predict_blocks(scene, blocks, stop, task_run.get_run_count() or 1)
 
 
-def predict_batch_retried(retries: int) -> Task[..., Any]:
-    """The task with a job's own number of retries; Prefect works the delays out only when told again."""
-    return predict_batch.with_options(retries=retries, retry_delay_seconds=BACKOFF)
+def retried(step: Task[..., Any], retries: int) -> Task[..., Any]:
+    """A task with a job's own number of retries; Prefect works the delays out only when told again."""
+    return step.with_options(retries=retries, retry_delay_seconds=BACKOFF)
 
 
 @task(
@@ -82,7 +82,7 @@ def finish_scene(
     """Clean up, measure and export a scene whose blocks are all predicted, or whose labels are given."""
     steps: dict[str, Done] = {}
     if isinstance(scene, Scene):
-        steps = {"predict": _together(predicted, reused), "clean-up": finish_labels(scene)}
+        steps = {"predict": together(predicted, reused), "clean-up": finish_labels(scene)}
     measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
@@ -91,14 +91,3 @@ def finish_scene(
     if isinstance(scene, Scene):
         drop_unkept(scene)
     return record
-
-
-def _together(parts: Sequence[Done], reused: int) -> Done:
-    """What all batches of a scene did."""
-    names = sorted({name for part in parts for name in part.timings})
-    return Done(
-        computed=sum(part.computed for part in parts),
-        reused=reused + sum(part.reused for part in parts),
-        seconds=sum(part.seconds for part in parts),
-        timings={name: sum(part.timings.get(name, 0.0) for part in parts) for name in names},
-    )

@@ -1,13 +1,15 @@
-"""A raster's objects for the programs that work with outlines: a GeoPackage, and COCO's JSON."""
+"""A raster's objects for the programs that work with outlines: GeoPackage, GeoParquet, and COCO's JSON."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import geopandas
+import numpy as np
 import pandas as pd
 
 from segpipe.boxes import grid_boxes
@@ -21,13 +23,23 @@ from segpipe.models.card import Class
 
 STEP = 2048
 """Edge of a read, in pixels. Neither file depends on it."""
-FACTS = ("id", "class", "value", "score", "count", "area_m2", "area_px", "touches_edge", "region",
-         "partner", "iou")  # fmt: skip
+FACTS = (
+    "id", "class", "also", "value", "score", "source", "prompt", "grounder_score", "candidate", "chosen",
+    "predicted_iou", "stability", "level", "cut", "count", "area_m2", "area_px", "mask_count", "mask_area_m2",
+    "mask_area_px", "touches_edge", "region", "partner", "iou",
+)  # fmt: skip
 """Columns of the table of instances that are a polygon's attributes, as far as it has them."""
+PROMPTED = (
+    "also", "source", "prompt", "grounder_score", "candidate", "chosen", "predicted_iou", "stability",
+    "level", "cut", "mask_count", "mask_area_m2", "mask_area_px",
+)  # fmt: skip
+"""Those that are attributes of a prompted object's annotation in COCO's JSON, as far as there are any."""
+SAM_NAMES = {"stability": "stability_score"}
+"""What SAM's generator of masks (segment_anything) calls them, where it has another name."""
 
 
 def write_object_polygons(
-    ids: LabelReader, geometry: RasterGeometry, table: pd.DataFrame, path: Path
+    ids: LabelReader, geometry: RasterGeometry, table: pd.DataFrame, path: Path, *more: Path
 ) -> None:
     """Write one feature an object, along the edges of its pixels, with its numbers; in the scene's CRS.
 
@@ -37,7 +49,8 @@ def write_object_polygons(
         ids: windowed reader of the objects' ids, 0 none.
         geometry: of the scene.
         table: of the scene's instances, by ``id`` all that there are.
-        path: of the GeoPackage; whole or not there at all.
+        path: of a file, whole or not there at all: ``.parquet`` is GeoParquet, anything else a GeoPackage.
+        more: of others with the same features.
 
     Raises:
         SceneError: ids and table are not of the same objects.
@@ -48,16 +61,39 @@ def write_object_polygons(
         raise SceneError(f"{path}: {len(known)} objects in the scene, {len(table)} in its table")
     rows = table[[name for name in FACTS if name in table]].reset_index(drop=True)
     frame = geopandas.GeoDataFrame(rows, geometry=polygons, crs=geometry.projection)
-    with staging(path) as folder, warnings.catch_warnings():
+    for target in (path, *more):
+        with staging(target) as folder:
+            _write_frame(frame, folder / target.name)
+            commit(folder / target.name, target)
+
+
+def _write_frame(frame: geopandas.GeoDataFrame, path: Path) -> None:
+    if path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+        return
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a scene without a CRS stays without one
-        frame.to_file(
-            folder / path.name,
-            driver="GPKG",
-            layer="instances",
-            engine="pyogrio",
-            geometry_type="MultiPolygon",
-        )
-        commit(folder / path.name, path)
+        frame.to_file(path, driver="GPKG", layer="instances", engine="pyogrio", geometry_type="MultiPolygon")
+
+
+def coco_facts(table: pd.DataFrame, points: Mapping[int, np.ndarray]) -> dict[int, dict[str, Any]]:
+    """What is known of prompted objects beyond COCO's own attributes, by id, ready for JSON.
+
+    What is not known (NaN, an empty text) is left out. ``point_coords`` are x, y of the points that an object
+    was asked with, whole numbers at the centres of pixels, as SAM's generator of masks has them.
+
+    Args:
+        table: of the scene's instances.
+        points: (p, 2) positions (y, x) on the scene by id, of the objects that have some.
+    """
+    rows = table[["id", *(name for name in PROMPTED if name in table)]].astype(object)
+    rows = rows.rename(columns=SAM_NAMES)
+    facts: dict[int, dict[str, Any]] = {}
+    for row in rows.to_dict("records"):
+        known = {str(k): v for k, v in row.items() if k != "id" and not pd.isna(v) and v != ""}
+        at = points.get(row["id"], np.empty((0, 2)))
+        facts[row["id"]] = known | ({"point_coords": at[:, ::-1].tolist()} if len(at) else {})
+    return facts
 
 
 def write_coco(
@@ -67,6 +103,7 @@ def write_coco(
     classes: Sequence[Class],
     image: str,
     path: Path,
+    facts: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write objects as a COCO data set of one image, masks as uncompressed run lengths.
 
@@ -80,7 +117,9 @@ def write_coco(
         classes: values and names.
         image: ``file_name`` of the image.
         path: of the file; whole or not there at all.
+        facts: further attributes of annotations, by id (`coco_facts`).
     """
+    more = facts or {}
     listed = [{"id": c.value, "name": c.name, "isthing": int(c.thing)} for c in classes if not c.background]
     head = {
         "images": [{"id": 1, "file_name": image, "height": shape[0], "width": shape[1]}],
@@ -92,6 +131,7 @@ def write_coco(
         with part.open("w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "annotations": [')
             for number, annotation in enumerate(coco_annotations(objects, runs, shape)):
-                file.write((",\n" if number else "\n") + json.dumps(annotation, separators=(",", ":")))
+                text = json.dumps({**annotation, **more.get(annotation["id"], {})}, separators=(",", ":"))
+                file.write((",\n" if number else "\n") + text)
             file.write("\n]}\n")
         commit(part, path)

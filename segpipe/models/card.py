@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from segpipe.config import Strict
+from segpipe.fields import Strict
 from segpipe.validate import read_yaml, validate
 
 
@@ -200,9 +200,10 @@ class Output(Strict):
         None,
         description="Sharpen probabilities along edges; the halo needs (iterations + 1) × radius.",
     )
-    kind: Literal["semantic", "instance", "panoptic"] = "semantic"
+    kind: Literal["semantic", "instance", "panoptic", "prompted", "boxes"] = "semantic"
     """semantic: a score per class. instance: objects of classes. panoptic: objects of the classes that
-    are things, and one segment for each of the others."""
+    are things, and one segment for each of the others. prompted: masks of what is pointed at. boxes: boxes
+    of what is said in words."""
     score: float = Field(0.5, ge=0, le=1, description="Objects of a lower score are no objects.")
     mask: float = Field(0.5, ge=0, le=1, description="Probability from which an element is an object's.")
     overlap: float = Field(
@@ -220,7 +221,8 @@ class Class(Strict):
     thing: bool = Field(
         True, description="Of panoptic cards: countable objects; false: one segment, as sky or forest."
     )
-    synonyms: list[str] = Field(default_factory=list)
+    synonyms: list[str] = Field(default_factory=list, description="Other words for it, for prompts.")
+    description: str = Field("", description="What it is in a sentence, for prompts.")
     code: str | None = Field(None, description="Coded concept, e.g. SCT:12738006.")
 
 
@@ -261,7 +263,9 @@ class Card(Strict):
     input: Input
     window: Window
     output: Output = Field(default_factory=Output)
-    classes: list[Class] = Field(min_length=2)
+    classes: list[Class] = Field(
+        default_factory=list, description="Two or more; none of prompted models and of those that give boxes."
+    )
     roi: RegionOfInterest | None = None
     cleanup: CleanUp = Field(default_factory=CleanUp)
     allow_torchscript: bool = Field(
@@ -314,8 +318,17 @@ class Card(Strict):
         """Class value of each output channel."""
         return tuple(c.value for c in self.classes)
 
+    @property
+    def answers_prompts(self) -> bool:
+        """Whether it has no classes of its own: what it finds is what is asked for."""
+        return self.output.kind in ("prompted", "boxes")
+
     @model_validator(mode="after")
     def _consistent(self) -> Card:
+        if self.answers_prompts and self.classes:
+            raise ValueError(f"classes: a card of kind {self.output.kind} has none; leave them out")
+        if not self.answers_prompts and len(self.classes) < 2:
+            raise ValueError(f"classes: found {len(self.classes)}; valid: two or more")
         if len(set(self.values)) != len(self.values):
             raise ValueError(f"classes: values must differ; found {list(self.values)}")
         if self.output.activation == "sigmoid" and len(self.classes) != 2:

@@ -49,7 +49,7 @@ class ModelDescription:
     """What `segpipe models show` prints beside the card."""
 
     parameters: int | None
-    """Numbers learned in training; None where the file does not tell (ONNX)."""
+    """Numbers learned in training; None where the file does not tell (ONNX, detectors)."""
     weights: Path | None
     """File or folder; None where the provider needs none."""
     weights_bytes: int
@@ -116,7 +116,7 @@ def _loaded(
             compile,
         )
         if key not in _models:
-            network = build_network(card, _device(card, device), threads)
+            network = build_network(card, device_of(device), threads)
             if compile:
                 from segpipe.models.compiled import compiled
 
@@ -171,9 +171,17 @@ def describe(card: Card) -> ModelDescription:
     """
     import torch
 
-    network = build_network(card, torch.device("cpu"), 1)
+    network: object = None
+    parameters: int | None = None
+    if not card.answers_prompts:
+        network = built = build_network(card, torch.device("cpu"), 1)
+        parameters = built.parameters
+    elif card.output.kind == "prompted":
+        from segpipe.prompts.segmenters import load_segmenter
+
+        parameters = load_segmenter(card, torch.device("cpu")).parameters
     return ModelDescription(
-        parameters=network.parameters,
+        parameters=parameters,
         weights=resolve_weights(card) if card.weights else None,
         weights_bytes=sum(file.stat().st_size for file in weights_files(card)),
         fingerprint=weights_fingerprint(card),
@@ -209,6 +217,9 @@ def check_card(card: Card) -> None:
     """
     if card.weights or card.provider not in WITHOUT_WEIGHTS:
         resolve_weights(card)
+    if card.answers_prompts:
+        _check_prompted(card)
+        return
     provider(card).check(card)
     check_window(card)
     check_input(card)
@@ -216,6 +227,18 @@ def check_card(card: Card) -> None:
         check_objects(card)
     if card.roi is not None:
         _check_roi(card, card.roi.card)
+
+
+def _check_prompted(card: Card) -> None:
+    """A model that is asked: `segpipe.prompts` runs it."""
+    if card.output.kind == "boxes":
+        from segpipe.prompts.detectors import check_detector
+
+        check_detector(resolve_weights(card))
+        return
+    from segpipe.prompts.segmenters import check_segmenter
+
+    check_segmenter(card)
 
 
 def provider(card: Card) -> Adapter:
@@ -233,7 +256,7 @@ def build_network(card: Card, device: torch.device, threads: int) -> Network | O
     return provider(card).build(card, device, threads)
 
 
-def _device(card: Card, name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device, which exists, set to repeatable whole-float32 arithmetic."""
     import torch
 

@@ -34,7 +34,9 @@ ENDINGS: dict[Provider, tuple[str, ...]] = {
 FOLDER_FILES: dict[Provider, tuple[str, ...]] = {
     Provider.transformers: (
         *("config.json", "*.safetensors", "*.safetensors.index.json"),
-        *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+        *("preprocessor_config.json", "processor_config.json"),
+        *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
+        *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     ),
     Provider.nnunet: ("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"),
     Provider.bundle: ("configs/*.json", "configs/*.yaml", "models/model.*"),

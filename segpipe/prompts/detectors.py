@@ -8,20 +8,19 @@ safetensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers as library
 
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.models.transformers.folder import REFUSED, data_alone, load_pretrained
+from segpipe.prompts import concepts
 from segpipe.prompts.components import component_strips, deepest, find_components
 from segpipe.prompts.grounders import Detections, Grounder, Grounding, PhraseAccount, joined
+from segpipe.prompts.processors import check_length, image_tensor, load_network, load_processor, read_kind
 
 FAMILIES = {
     "grounding-dino": (
@@ -39,11 +38,14 @@ FAMILIES = {
 }
 """Network, image processor and processor of the library, by a folder's `model_type`."""
 
-TOKENIZERS = {
-    "bert": ("BertTokenizer", ["vocab.txt"]),
-    "clip": ("CLIPTokenizer", ["vocab.json", "merges.txt"]),
-}
-"""Class of the library, and the files that it reads where there is no tokenizer.json."""
+
+def check_detector(folder: Path) -> tuple[str, dict[str, Any]]:
+    """A folder's `model_type` and configuration.
+
+    Raises:
+        RequestError: it is none of a network that finds phrases.
+    """
+    return read_kind(folder, (*FAMILIES, *concepts.KINDS))
 
 
 def load_detector(
@@ -52,30 +54,27 @@ def load_detector(
     box_threshold: float | None = None,
     text_threshold: float = 0.25,
 ) -> Grounder:
-    """The detector in a folder.
+    """The detector in a folder; SAM 3 is one too, asked for boxes.
 
     Args:
         folder: as save_pretrained of the network and of its processor writes it.
         device: where it runs.
         box_threshold: least score, 0…1; none: the field's own, 0.25 (Grounding DINO), 0.1 (OWLv2), 0.5
-            (CLIPSeg: of an element).
+            (CLIPSeg: of an element), 0.3 (SAM 3).
         text_threshold: Grounding DINO: least probability of a word, for a box to answer the word's phrase.
 
     Raises:
         RequestError: the folder is none of a detector, damaged, or asks for what is not in it.
     """
-    path = folder / "config.json"
-    try:
-        data = data_alone(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path}: not readable as JSON ({error}); valid: a folder of save_pretrained"
-        ) from error
-    kind = data.get("model_type") if isinstance(data, dict) else None
-    if kind not in FAMILIES:
-        raise RequestError(f"{path}: model_type is {kind!r}; valid for text: {', '.join(FAMILIES)}")
-    network = _load_network(folder, kind, data).to(device)
-    processor = _load_processor(folder, kind)
+    kind, data = check_detector(folder)
+    if kind in concepts.KINDS:
+        return concepts.load_concepts(folder, device, 0.3 if box_threshold is None else box_threshold)
+    if kind.endswith("dino"):
+        _check_backbone(folder, data)
+    name, image, processor_name = FAMILIES[kind]
+    network = load_network(folder, name, data).to(device)
+    words = "BertTokenizer" if kind.endswith("dino") else "CLIPTokenizer"
+    processor = load_processor(folder, processor_name, image, words)
     if kind == "owlv2":
         return Owl(network, processor, 0.1 if box_threshold is None else box_threshold)
     if kind == "clipseg":
@@ -105,7 +104,7 @@ class GroundingDino:
         Raises:
             RequestError: a phrase has a full stop, or there are more word pieces than the network takes.
         """
-        image = _image(window)
+        image = image_tensor(window)
         for phrase in phrases:
             if "." in phrase:
                 raise RequestError(
@@ -119,9 +118,7 @@ class GroundingDino:
             raise RequestError(
                 f"phrases: found {len(tokens['input_ids'])} word pieces; valid: at most {limit} together"
             )
-        batch = self.processor(images=image, text=text, do_rescale=False, return_tensors="pt")
-        with torch.inference_mode():
-            output = self.network(**batch.to(self.network.device))
+        batch, output = _run(self.network, self.processor, image, text)
         # Thresholds are "greater than", so −1 keeps every box: those below are counted, too.
         result = self.processor.post_process_grounded_object_detection(
             output, batch["input_ids"], -1.0, self.text_threshold, [tuple(window.shape[1:])]
@@ -154,11 +151,8 @@ class Owl:
         Raises:
             RequestError: a phrase has more word pieces than the network takes.
         """
-        image = _image(window)
-        _check_length(self.processor, phrases, self.network.config.text_config.max_position_embeddings)
-        batch = self.processor(images=image, text=[list(phrases)], do_rescale=False, return_tensors="pt")
-        with torch.inference_mode():
-            output = self.network(**batch.to(self.network.device))
+        image = _checked(self.network, self.processor, window, phrases)
+        _, output = _run(self.network, self.processor, image, [list(phrases)])
         result = self.processor.post_process_grounded_object_detection(
             output, -1.0, [tuple(window.shape[1:])], [list(phrases)]
         )[0]
@@ -186,13 +180,10 @@ class ClipSeg:
         Raises:
             RequestError: a phrase has more word pieces than the network takes.
         """
-        image = _image(window)
-        _check_length(self.processor, phrases, self.network.config.text_config.max_position_embeddings)
+        image = _checked(self.network, self.processor, window, phrases)
         maps = []
         for phrase in phrases:
-            batch = self.processor(text=[phrase], images=[image], do_rescale=False, return_tensors="pt")
-            with torch.inference_mode():
-                logits = self.network(**batch.to(self.network.device)).logits
+            logits = _run(self.network, self.processor, image, [phrase])[1].logits
             small = torch.sigmoid(logits).reshape(1, 1, *logits.shape[-2:])
             large = torch.nn.functional.interpolate(
                 small, size=window.shape[1:], mode="bilinear", align_corners=False
@@ -235,18 +226,17 @@ def _components(scores: np.ndarray, threshold: float, phrase: int, label: str) -
     )
 
 
-def _image(window: np.ndarray) -> torch.Tensor:
-    if window.ndim != 3 or len(window) != 3:
-        raise RequestError(
-            f"window: found shape {window.shape}; valid: (3, y, x), a composite of three bands"
-        )
-    return torch.from_numpy(np.ascontiguousarray(window, dtype=np.float32))
+def _run(network: Any, processor: Any, image: torch.Tensor, text: Any) -> tuple[Any, Any]:
+    """The processor's batch of one image, and the network's answer to it."""
+    batch = processor(images=[image], text=text, do_rescale=False, return_tensors="pt")
+    with torch.inference_mode():
+        return batch, network(**batch.to(network.device))
 
 
-def _check_length(processor: Any, phrases: Sequence[str], limit: int) -> None:
-    for phrase in phrases:
-        if (found := len(processor.tokenizer(phrase)["input_ids"])) > limit:
-            raise RequestError(f"phrase {phrase!r}: found {found} word pieces; valid: at most {limit}")
+def _checked(network: Any, processor: Any, window: np.ndarray, phrases: Sequence[str]) -> torch.Tensor:
+    """A window as an image, where the network takes it and each of the phrases for itself."""
+    check_length(processor, phrases, network.config.text_config.max_position_embeddings)
+    return image_tensor(window)
 
 
 def _owners(names: Sequence[str], spans: np.ndarray) -> np.ndarray:
@@ -293,40 +283,16 @@ def _boxes(
     return Grounding(detections, tuple(accounts))
 
 
-def _load_network(folder: Path, kind: str, data: dict[str, Any]) -> Any:
+def _check_backbone(folder: Path, data: dict[str, Any]) -> None:
+    """A backbone of the library itself: others are fetched by name.
+
+    Raises:
+        RequestError: it is another.
+    """
     backbone = data.get("backbone_config")
-    if kind.endswith("dino") and (
-        not isinstance(backbone, dict) or str(backbone.get("model_type")).startswith("timm")
-    ):
+    if not isinstance(backbone, dict) or str(backbone.get("model_type")).startswith("timm"):
         found = data.get("backbone") if backbone is None else backbone
         raise RequestError(
             f"{folder / 'config.json'}: backbone_config: found {found!r}, which would have to be asked for; "
             "valid: a backbone of the library itself, e.g. swin"
         )
-    cls = getattr(library, FAMILIES[kind][0])
-    try:
-        config = cls.config_class.from_dict(data)
-    except REFUSED as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"{folder / 'config.json'} makes no {cls.__name__}: {reason}") from error
-    return load_pretrained(cls, folder, config)
-
-
-def _load_processor(folder: Path, kind: str) -> Any:
-    """The processor, its two parts by their own classes: nothing in the folder chooses them."""
-    _, image, processor = FAMILIES[kind]
-    words, vocabulary = TOKENIZERS["bert" if kind.endswith("dino") else "clip"]
-    # The library makes an empty tokenizer where there are no files, for which every word is unknown.
-    if not ((folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in vocabulary)):
-        raise RequestError(f"{folder}: found no tokenizer.json; valid: it, or {' with '.join(vocabulary)}")
-    try:
-        parts = [
-            getattr(library, name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            for name in (image, words)
-        ]
-    except (OSError, *REFUSED) as error:
-        raise RequestError(
-            f"{folder}: no processor ({' '.join(str(error).split())}); valid: preprocessor_config.json or "
-            "processor_config.json, and the tokenizer's files, as the processor's save_pretrained writes them"
-        ) from error
-    return getattr(library, processor)(*parts)

@@ -55,7 +55,7 @@ def read_prompts(
             f"prompts.path: {source} is a map layer, and the scene is a volume; give a CSV with columns "
             "i,j,k (voxels) or x_ras,y_ras,z_ras or x_lps,y_lps,z_lps (mm)"
         )
-    frame = _read_layer(str(path), layer)
+    frame = read_layer(str(path), layer)
     columns = {c: frame[c].tolist() for c in frame.columns if c != frame.geometry.name}
     attributes = read_attributes(columns, len(frame), source)
     found = None if frame.crs is None else CRS.from_user_input(frame.crs)
@@ -82,7 +82,7 @@ def _add(collector: Collector, row: int, shape: shapely.Geometry | None, placer:
         collector.add_polygon(row, placer.polygon(shape))
 
 
-def _read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
+def read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
     """A layer with at least one feature."""
     try:
         layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]

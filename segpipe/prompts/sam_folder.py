@@ -78,6 +78,8 @@ def read_folder(card: Card) -> SamFolder:
     """
     if card.provider is not Provider.transformers:
         raise card_error(card, "provider", f"found {card.provider.value}; valid for prompts: transformers")
+    if card.output.kind != "prompted":
+        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
     path = resolve_weights(card)
     if path.is_file():
         raise card_error(

@@ -37,12 +37,11 @@ class Concept:
     """Nobody's object: a phrase that means it is understood, and grounds nothing."""
 
 
-def concepts(classes: Sequence[Class], descriptions: Mapping[str, str] | None = None) -> tuple[Concept, ...]:
-    """The classes of a card as words, in the order of its score maps; ``descriptions`` by class name."""
-    said = descriptions or {}
+def concepts(classes: Sequence[Class]) -> tuple[Concept, ...]:
+    """The classes of a card as words, in the order of its score maps."""
     result = []
     for c in classes:
-        texts = [re.sub(r"[_\s]+", " ", text).strip() for text in (c.name, *c.synonyms, said.get(c.name, ""))]
+        texts = [re.sub(r"[_\s]+", " ", text).strip() for text in (c.name, *c.synonyms, c.description)]
         result.append(Concept(c.name, tuple(dict.fromkeys(filter(None, texts))), c.background))
     return tuple(result)
 

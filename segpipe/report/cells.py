@@ -120,6 +120,25 @@ COLUMNS = {
         for side, word, said in (("first", "First", "the first"), ("end", "End", "one past the last"))
         for a in ("z", "y", "x")
     },
+    "outcome": Column(
+        "Outcome", "text",
+        "found, below threshold, not found, not in the vocabulary, not understood; from prompts: not asked "
+        "for in words; scene failed: unknown.",
+    ),
+    "below": Column("Below threshold", "whole", "Candidates that are none because of their score."),
+    "small": Column("Too small", "whole", "Candidates that are none because of their size."),
+    "merged": Column("Merged", "whole", "Found, and now part of other objects."),
+    "best": Column("Best score", "ratio", "Highest score of a candidate, found or not."),
+    "mean_score": Column("Mean score", "ratio", "Of the objects that have a score."),
+    "means": Column("Means", "text", "Class that the phrase was matched with, or the nearest one."),
+    "similarity": Column("Similarity", "ratio", "Of the phrase and that class, at most 1."),
+    "note": Column("In words", "text", "What became of the phrase."),
+    "also": Column("Also", "text", "Other phrases that the object answers."),
+    "source": Column("Source", "text", "Where its prompt is from: drawn, earlier labels, text or a grid."),
+    "candidate": Column("Candidate", "whole", "Which of the candidate masks was taken."),
+    "predicted_iou": Column("Predicted IoU", "ratio", "What the model expects of the mask; not measured."),
+    "stability": Column("Stability", "ratio", "How little the mask depends on the threshold, 0 to 1."),
+    "level": Column("Level", "whole", "Of its window, which is thinned 2^level times; 0: not at all."),
     "smallest": Column("Smallest", "whole", "Elements of the smallest object that counts."),
     "side": Column("Side", "text", "Whose object it is: predicted, or of the reference."),
     "id": Column("Id", "whole", "In the file of labels or of the reference."),
@@ -147,10 +166,15 @@ _COMPARED = {
     "predicted": "Size of the class in the prediction, over the elements that were compared.",
     "reference": "Size of the class in the reference, over the elements that were compared.",
     "difference": "Predicted − reference.",
+    "mask_area": "Of the object's own mask, also where the map shows another object.",
+    "mask_volume": "Of the object's own mask, also where the map shows another object.",
 }
-"""Sizes of the metric table, named for what and the unit."""
+"""Sizes that are named for what and the unit."""
 _OF_TABLE = {
     ("summary", "value"): Column("Value", "ratio", "The metric."),
+    ("asked", "phrase"): Column("Phrase", "class", "As asked; the name of a class of this run."),
+    ("asked", "found"): Column("Found", "whole", "Candidates with a sufficient score and size."),
+    ("asked", "objects"): Column("Objects", "whole", "Of the phrase, in the map of the scene."),
     **{
         ("instances", name): column
         for name, column in {
@@ -278,7 +302,7 @@ def _spec(name: str, frame: pd.DataFrame) -> Column:
         return COLUMNS[name]
     what, _, unit = name.rpartition("_")
     if what in _COMPARED and f"_{unit}" in _UNITS:
-        return Column(what.capitalize(), "size", _COMPARED[what])
+        return Column(what.replace("_", " ").capitalize(), "size", _COMPARED[what])
     numeric = pd.api.types.is_numeric_dtype(frame[name]) and not pd.api.types.is_bool_dtype(frame[name])
     return Column(name.replace("_", " "), "real" if numeric else "text", "")
 

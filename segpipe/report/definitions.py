@@ -157,6 +157,30 @@ DEFINITIONS = (
         "pq|sq|rq|ap|ap50|ap75",
     ),
     Definition(
+        "asked", "What became of a phrase",
+        "found: candidates with a sufficient score and size; objects: those of the phrase in the map",
+        "Below threshold: there are candidates, and none has a sufficient score and size. Not found: there "
+        "are no candidates. Not in the vocabulary: no class of the model means it; the nearest one is "
+        "named. Not understood: a negation, several classes at once, or the background. Scores are the "
+        "search's own, 0 to 1; the mean score is over objects.",
+        "No number (—) where the scene failed, or where objects come from prompts and not from words.",
+        "outcome|below|small|merged|best|mean_score|means|similarity",
+    ),
+    Definition(
+        "predicted_iou", "Predicted IoU, candidates and stability",
+        "stability = elements with a logit above +1 / elements with a logit above −1",
+        "A prompt has several candidate masks; one is taken. The predicted IoU is what the model itself "
+        "expects of the mask's IoU with the object: nothing was compared. Stability says how little the "
+        "mask depends on the threshold (Kirillov et al. 2023).",
+        "Stability is not defined (—) for a mask without an element at the lower threshold.",
+        "predicted_iou|stability|candidate",
+    ),
+    Definition(
+        "mask_size", "Size of the mask", "Σ size of the elements of the object's own mask",
+        "Where objects overlap the map shows one of them: its size there can be smaller than its mask's.",
+        "", "mask_area_.*|mask_volume_.*",
+    ),
+    Definition(
         "intensity", "Intensity", "mean, sd (divided by n), percentiles of the image under a class",
         "In the image's own unit, over valid elements weighted by cover. Percentiles are right within "
         "the histogram's bin.",

@@ -45,6 +45,8 @@ class SceneFound:
     """What the job calls the reference's classes (`Reference.values`)."""
     reason: str = ""
     """Why it failed."""
+    facts: pd.DataFrame | None = None
+    """Further columns, by ``id``; None: there are none."""
 
     @classmethod
     def of(cls, scene: str, measured: Measured, values: Mapping[int, int | None] | None = None) -> SceneFound:
@@ -52,7 +54,7 @@ class SceneFound:
         scale = SizeScale.from_dict(measured.scale)
         return cls(
             scene, measured.found, measured.members, measured.regions, scale, measured.geometry,
-            measured.objects, measured.rule, values or {},
+            measured.objects, measured.rule, values or {}, facts=measured.facts,
         )  # fmt: skip
 
     @property
@@ -71,15 +73,18 @@ class SceneFound:
         return true, classes
 
 
-def found_table(scenes: Sequence[SceneFound], classes: Sequence[ClassLike], smallest: int) -> pd.DataFrame:
+def found_table(
+    scenes: Sequence[SceneFound], classes: Sequence[ClassLike], smallest: int, stuff: Collection[int] = ()
+) -> pd.DataFrame:
     """A row an object that the model found.
 
     Columns: ``scene``, ``id`` in the file of instances, ``class``, ``value``, ``score`` (empty where the
     model gives none), ``count`` of elements, its size, ``touches_edge``, ``region`` with most of it (empty:
-    none but the scene), the centroid in world coordinates and the bounding box in elements (first and one
-    past the last); with a reference the ``partner``'s id and the ``iou`` of a match above 0.5.
+    none but the scene, and for ``stuff``, whose one segment is at home nowhere), the centroid in world
+    coordinates and the bounding box in elements (first and one past the last); with a reference the
+    ``partner``'s id and the ``iou`` of a match above 0.5.
     """
-    parts = [_objects(s, classes, smallest) for s in scenes if s.table is not None]
+    parts = [_objects(s, classes, smallest, stuff) for s in scenes if s.table is not None]
     if not parts:
         return pd.DataFrame(
             columns=["scene", "id", "class", "value", "score", "count", "touches_edge", "region"]
@@ -87,7 +92,9 @@ def found_table(scenes: Sequence[SceneFound], classes: Sequence[ClassLike], smal
     return pd.concat(parts, ignore_index=True)
 
 
-def _objects(scene: SceneFound, classes: Sequence[ClassLike], smallest: int) -> pd.DataFrame:
+def _objects(
+    scene: SceneFound, classes: Sequence[ClassLike], smallest: int, stuff: Collection[int]
+) -> pd.DataFrame:
     assert scene.table is not None and scene.scale is not None
     objects, names = scene.table.objects, {c.value: c.name for c in classes}
     count = len(objects)
@@ -101,7 +108,7 @@ def _objects(scene: SceneFound, classes: Sequence[ClassLike], smallest: int) -> 
             "count": objects.elements,
             SIZE_COLUMNS[scene.scale.unit]: [scene.scale.size(n) for n in scene.table.size.tolist()],
             "touches_edge": objects.touches_edge,
-            "region": pd.Series(_homes(scene, count), dtype="str"),
+            "region": pd.Series(_homes(scene, objects.classes, stuff), dtype="str"),
         }
     )
     if scene.geometry is not None:
@@ -119,13 +126,14 @@ def _objects(scene: SceneFound, classes: Sequence[ClassLike], smallest: int) -> 
         iou[place] = matched.iou[pairs]
         frame["partner"] = pd.Series(partner, dtype="Int64").mask(partner < 0)
         frame["iou"] = iou
-    return frame
+    return frame if scene.facts is None else frame.merge(scene.facts, on="id", how="left", validate="1:1")
 
 
-def _homes(scene: SceneFound, count: int) -> list[str]:
+def _homes(scene: SceneFound, classes: np.ndarray, stuff: Collection[int]) -> list[str]:
     if scene.members is None:
-        return [""] * count
-    return [scene.regions[home] if home > 0 else "" for home in scene.members.homes(count).tolist()]
+        return [""] * len(classes)
+    homes = np.where(np.isin(classes, [*stuff]), -1, scene.members.homes(len(classes)))
+    return [scene.regions[home] if home > 0 else "" for home in homes.tolist()]
 
 
 def with_counts(regions: pd.DataFrame, scenes: Sequence[SceneFound], things: Collection[int]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from segpipe.regions.base import SCENE
 from segpipe.report import units
+from segpipe.report.asked import asked_table, finding, phrase_rows
 from segpipe.report.record import RunRecord
 from segpipe.report.shares import class_bars
 
@@ -26,7 +27,7 @@ def run_markdown(
     summary: pd.DataFrame | None = None,
     report: str = "report.html",
 ) -> str:
-    """Headline, failures with reasons, means, and size per class.
+    """Headline, failures with reasons, what was asked, means, and size per class.
 
     Args:
         record: of the run.
@@ -49,7 +50,7 @@ def run_markdown(
         lines.append(f"- and {failed - FAILURES} more, listed in the report")
     if failed:
         lines.append("")
-    lines += _means(summary)
+    lines += _asked(record, regions) + _means(summary)
     for group in class_bars(regions, metrics, record.legend):
         heads = ["Class", f"{group.quantity.capitalize()} ({group.unit})", "Share"]
         heads += ["IoU (pooled)", "Dice (pooled)"] if group.compared else []
@@ -63,6 +64,16 @@ def run_markdown(
     lines += [f"- {_text(note)}" for note in record.notes]
     lines += ["", f"Report: `{report.replace('`', '')}`", ""]
     return "\n".join(lines)
+
+
+def _asked(record: RunRecord, regions: pd.DataFrame) -> list[str]:
+    """Every phrase of a prompted run, those that were not found too."""
+    table = asked_table(record, regions)
+    rows = [[_text(cell) for cell in row] for row in phrase_rows(table)]
+    if not rows:
+        return []
+    said, heads = finding(table), ["Phrase", "Outcome", "Objects", "Size", "In words"]
+    return [*([_text(said), ""] if said else []), *_table(heads, rows, (0, 1, 4))]
 
 
 def _over_scenes(summary: pd.DataFrame) -> pd.DataFrame:
@@ -89,8 +100,9 @@ def _means(summary: pd.DataFrame | None) -> list[str]:
     return _table(["Metric", "Value", "95 % interval", "Defined", "Over"], rows)
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    rule = ["---" if i == 0 else "---:" for i in range(len(heads))]
+def _table(heads: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,)) -> list[str]:
+    """``words``: columns that begin at the left."""
+    rule = ["---" if i in words else "---:" for i in range(len(heads))]
     return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)] + [""]
 
 
@@ -105,8 +117,10 @@ def headline(
     metrics: pd.DataFrame | None = None,
     summary: pd.DataFrame | None = None,
 ) -> list[str]:
-    """The run in a few lines of plain text, for a terminal: sizes per class, then the main means."""
+    """The run in a few lines of plain text, for a terminal: what was asked, sizes per class, main means."""
     lines = [f"{record.job_name}: {len(record.done)} of {len(record.scenes)} scenes done"]
+    for phrase, _, objects, _, note in phrase_rows(asked_table(record, regions)):
+        lines.append(f"  {phrase:<16} {objects:>12} objects  {note}")
     for group in class_bars(regions, metrics, record.legend):
         for bar in group.bars[:CLASSES]:
             scores = f"  IoU {bar.iou}  Dice {bar.dice}" if group.compared else ""

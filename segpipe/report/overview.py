@@ -126,6 +126,8 @@ def scene_table(
     doubt = scene_entropy(uncertainty)
     if doubt:
         columns.append((Head("Entropy", "", True, "", "uncertainty"), _number(doubt)))
+    if any(s.asked for s in record.scenes):
+        columns.append((Head("Phrases found", "", True, "", "asked"), _phrases_found(record.scenes)))
     for column in units.SIZES:
         if column in whole and (names := largest_classes(regions, column, record.legend)):
             sizes = whole[whole["class"] == names[0]].set_index("scene")[column]
@@ -156,6 +158,19 @@ def _number(values: Mapping[Any, Any], form: Callable[[float], str] = _THREE) ->
             if math.isfinite(value)
             else Cell("—", tone="num muted")
         )
+
+    return draw
+
+
+def _phrases_found(scenes: Sequence[SceneRecord]) -> Callable[[str], Cell]:
+    """``3 of 5`` phrases of a scene, in order of the first number."""
+    asked = {s.name: [a.outcome == "found" for a in s.asked] for s in scenes if s.asked}
+
+    def draw(scene: str) -> Cell:
+        hits = asked.get(scene)
+        if hits is None:
+            return Cell("—", tone="num muted")
+        return Cell(f"{sum(hits):,} of {len(hits):,}", str(sum(hits)), tone="num")
 
     return draw
 

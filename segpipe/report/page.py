@@ -18,13 +18,14 @@ import pandas as pd
 
 from segpipe.regions.base import SCENE
 from segpipe.report import units
+from segpipe.report.asked import Asked, asked_view, finding
 from segpipe.report.cells import ROWS, Table, page_table
 from segpipe.report.confusion import confusion_matrix
 from segpipe.report.definitions import Definition, needed, of_metric
 from segpipe.report.markdown import HEADLINES
 from segpipe.report.overview import figures, scene_scores, scene_table
 from segpipe.report.pictures import Previews
-from segpipe.report.record import ModelSummary, RunRecord, SceneRecord
+from segpipe.report.record import ClassInfo, ModelSummary, RunRecord, SceneRecord
 from segpipe.report.scene_page import scene_view
 from segpipe.report.shares import LISTED, Bars, class_bars
 from segpipe.report.templates import data_uri, relative, render
@@ -42,6 +43,13 @@ OBJECTS_SHOWN = 300
 """Rows of the table of instances on any page: the largest; a scene may have millions."""
 HIDDEN = ("confusion",)
 """Tables that are shown as a figure."""
+TITLES = {"asked": "What was asked, by scene"}
+"""Of tables that are not called by their file's name."""
+OF_AN_OBJECT = (
+    "scene", "id", "class", "also", "score", "candidate", "predicted_iou", "stability", "source", "region",
+    *units.SIZES, *(f"mask_{size}" for size in units.SIZES),
+)  # fmt: skip
+"""Columns that come first of objects that were prompted for."""
 Tables = Mapping[str, pd.DataFrame]
 """By name of the file without its ending: regions, and any others."""
 
@@ -80,7 +88,7 @@ def render_pages(
     """
     shown = {name: frame for name, frame in tables.items() if name == "regions" or len(frame)}
     if len(record.scenes) == 1:
-        views = [scene_view(s, previews(s.name), {}, record.legend) for s in record.done]
+        views = [scene_view(s, previews(s.name), {}, record.legend, shown.get("asked")) for s in record.done]
         yield INDEX, _index(record, shown, views, {})
         return
     parts = {name: _split(frame) for name, frame in shown.items() if "scene" in frame}
@@ -112,6 +120,7 @@ def _index(record: RunRecord, tables: Tables, views: Sequence[Any], thumbnails: 
         finding=_finding(record, totals, tables),
         cards=[*_cards(record, totals, tables.get("summary")), *_object_cards(tables)],
         totals=totals,
+        asked=_asked(tables, record.scenes, classes),
         failed=record.failed[:ROWS],
         told=FAILURES,
         scenes=scenes,
@@ -137,7 +146,7 @@ def _scene(
     tables: Tables,
     around: Sequence[SceneRecord | None],
 ) -> str:
-    view = scene_view(scene, previews, tables, record.legend)
+    view = scene_view(scene, previews, tables, record.legend, tables.get("asked"))
     root = "../" * scene_path(scene.name).count("/")
     neighbours = [
         (word, other.name, relative(scene_path(other.name), root))
@@ -149,6 +158,7 @@ def _scene(
         record=record,
         root=root,
         view=view,
+        asked=_asked(tables, (scene,), record.legend),
         neighbours=neighbours,
         tables=_tables(tables, record, ROWS),
         definitions=_definitions(tables, {"confusion"} if view.matrix else set()),
@@ -161,19 +171,34 @@ def _tables(tables: Tables, record: RunRecord, limit: int, many: bool = False) -
     """Those that are shown as tables; of ``many`` scenes the lowest IoU first, of one without its name."""
     result = []
     for name, frame in tables.items():
-        if name in HIDDEN:
+        if name in HIDDEN or (name == "asked" and not many):
             continue
         note, most = "", limit
         if not many:
             frame = frame.drop(columns="scene", errors="ignore")
         if name == "instances":
             most = min(limit, OBJECTS_SHOWN)
-            frame, note = frame.sort_values("count", ascending=False, kind="stable"), "largest first"
+            frame, note = _largest_first(frame), "largest first"
         elif many and name == "metrics":
             frame, note = frame.sort_values("iou", kind="stable"), "lowest IoU first"
-        title = name.replace("_", " ").capitalize()
+        title = TITLES.get(name) or name.replace("_", " ").capitalize()
         result.append(page_table(name, title, f"{name}.csv", frame, record.legend, most, note))
     return result
+
+
+def _largest_first(frame: pd.DataFrame) -> pd.DataFrame:
+    """Objects by size, by elements where scenes have sizes of several kinds; what was asked comes first."""
+    sizes = [c for c in units.SIZES if c in frame and frame[c].notna().any()]
+    frame = frame.sort_values(sizes[0] if len(sizes) == 1 else "count", ascending=False, kind="stable")
+    if "predicted_iou" not in frame:
+        return frame
+    first = [c for c in OF_AN_OBJECT if c in frame]
+    return frame[[*first, *(c for c in frame.columns if c not in first)]]
+
+
+def _asked(tables: Tables, scenes: Sequence[SceneRecord], classes: Sequence[ClassInfo]) -> Asked | None:
+    table = tables.get("asked")
+    return None if table is None else asked_view(table, tables.get("instances"), scenes, classes)
 
 
 def _definitions(tables: Tables, also: Collection[str]) -> list[Definition]:
@@ -206,6 +231,8 @@ def _finding(record: RunRecord, totals: Sequence[Bars], tables: Tables) -> str:
             parts.append(
                 f"The largest class is {top.name}: {top.size} {group.unit}, {top.share} of what was measured."
             )
+    if "asked" in tables:
+        parts.insert(0, finding(tables["asked"]))
     rows = _headline_rows(tables.get("summary"))
     mean = next((r for r in rows if r["metric"] == "mIoU"), None)
     if mean is not None and math.isfinite(mean["value"]):
@@ -215,7 +242,7 @@ def _finding(record: RunRecord, totals: Sequence[Bars], tables: Tables) -> str:
         if len(scores) > 1:
             worst = min(scores, key=scores.__getitem__)
             parts.append(f"The weakest scene is {worst} with {units.number(scores[worst], 3)}.")
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
 
 
 def _interval(row: Mapping[Any, Any]) -> str:

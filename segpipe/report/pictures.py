@@ -39,7 +39,7 @@ class Panel:
     """One picture."""
 
     key: str
-    """``image``, ``labels``, ``reference``, ``difference`` or ``uncertainty``."""
+    """``image``, ``labels``, ``reference``, ``difference``, ``uncertainty``, or a phrase's number."""
     title: str
     caption: str
     """What is shown and how, in a sentence."""
@@ -91,6 +91,8 @@ class Previews:
     """Orientation convention, thinning."""
     slices: SliceStack | None = None
     """Of a volume."""
+    phrases: tuple[Panel, ...] = ()
+    """Of a prompted run: a picture of each phrase with objects; the title is the phrase."""
 
 
 def assemble(
@@ -102,6 +104,7 @@ def assemble(
     *,
     thumbnail: np.ndarray | None = None,
     slices: SliceStack | None = None,
+    phrases: Sequence[Panel] = (),
 ) -> Previews:
     """Panels with the composite and the thumbnail made of them.
 
@@ -113,6 +116,7 @@ def assemble(
         notes: what a reader must know.
         thumbnail: RGBA; left out: the labels' panel.
         slices: of a volume.
+        phrases: of a prompted run.
     """
     small = pictures["labels"] if thumbnail is None else thumbnail
     return Previews(
@@ -123,6 +127,7 @@ def assemble(
         _thumbnail(small),
         tuple(notes),
         slices,
+        tuple(phrases),
     )
 
 
@@ -140,9 +145,9 @@ def _thumbnail(picture: np.ndarray) -> bytes:
 def dump_previews(previews: Previews) -> bytes:
     """A zip archive of everything; the same previews give the same bytes."""
     index = asdict(previews)
-    for panel in index["panels"]:
+    for panel in (*index["panels"], *index["phrases"]):
         del panel["content"]
-    files = {f"{p.key}.{p.kind}": p.content for p in previews.panels}
+    files = {f"{p.key}.{p.kind}": p.content for p in (*previews.panels, *previews.phrases)}
     files |= {"composite.png": previews.composite, "thumbnail.webp": previews.thumbnail}
     del index["composite"], index["thumbnail"]
     if previews.slices is not None:
@@ -166,21 +171,22 @@ def load_previews(content: bytes) -> Previews:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             index = json.loads(archive.read("index.json"))
-            panels = tuple(
-                Panel(**panel, content=archive.read(f"{panel['key']}.{panel['kind']}"))
-                for panel in index["panels"]
-            )
             return Previews(
-                panels,
+                _load_panels(archive, index["panels"]),
                 tuple(LegendEntry(**entry) for entry in index["legend"]),
                 tuple(LegendEntry(**entry) for entry in index["difference_legend"]),
                 archive.read("composite.png"),
                 archive.read("thumbnail.webp"),
                 tuple(index["notes"]),
                 _load_slices(archive, index["slices"]),
+                _load_panels(archive, index.get("phrases", ())),  # archives from before there were any
             )
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"stored previews cannot be read ({error}); run the job again") from error
+
+
+def _load_panels(archive: zipfile.ZipFile, entries: Sequence[dict[str, Any]]) -> tuple[Panel, ...]:
+    return tuple(Panel(**e, content=archive.read(f"{e['key']}.{e['kind']}")) for e in entries)
 
 
 def _load_slices(archive: zipfile.ZipFile, index: dict[str, Any] | None) -> SliceStack | None:

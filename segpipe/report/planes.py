@@ -79,6 +79,33 @@ class Anatomy:
         return high, wide
 
 
+@dataclass(frozen=True, eq=False)
+class Extents:
+    """How many voxels the structures have at each index along each axis."""
+
+    classes: tuple[Class, ...]
+    counts: tuple[np.ndarray, ...]
+    """By axis: (classes, indices), int64."""
+
+    def along(self, value: int, axis: int) -> np.ndarray:
+        """(indices,) of one class, int64; zeros where it is none of them."""
+        own = [k for k, c in enumerate(self.classes) if c.value == value]
+        return np.asarray(self.counts[axis][own].sum(axis=0))
+
+    def centre(self) -> tuple[tuple[int, ...], str | None]:
+        """The median index, along each axis, of the class with most voxels, and its name.
+
+        Ties go to the first class. The middle of the volume and None where there is no structure.
+        """
+        totals = self.counts[0].sum(axis=1)
+        if not self.classes or totals.max() == 0:
+            return tuple(c.shape[1] // 2 for c in self.counts), None
+        largest = int(totals.argmax())
+        half = (int(totals[largest]) + 1) // 2
+        middle = (int(np.searchsorted(np.cumsum(c[largest]), half)) for c in self.counts)
+        return tuple(middle), self.classes[largest].name
+
+
 @dataclass(frozen=True)
 class VolumePictures:
     """The three planes in a row, once per kind of picture."""
@@ -98,6 +125,7 @@ class VolumePictures:
     place: str
     """Where the planes are, in words."""
     notes: tuple[str, ...]
+    extents: Extents
 
 
 @dataclass(frozen=True)
@@ -126,7 +154,8 @@ def volume_pictures(
     channel: int,
 ) -> VolumePictures:
     """Cut, turn upright, draw, and lay the planes side by side at one scale."""
-    centre, name = structure_centre(read.labels, geometry.shape, classes, nodata)
+    extents = structure_extents(read.labels, geometry.shape, classes, nodata)
+    centre, name = extents.centre()
     cuts = [_cut(view, read, geometry, centre, channel, width) for view in _VIEWS]
     every = np.concatenate([c.values.ravel() for c in cuts])
     seen = np.concatenate([c.valid.ravel() for c in cuts])
@@ -146,7 +175,7 @@ def volume_pictures(
     place = f"through the median voxel of {name}" if name else "through the middle of the volume"
     seen_labels = tuple(a.ravel() for a in arrays)
     axial = drawn[0]["labels"]
-    return VolumePictures(pictures, axial, centre, seen_labels, bounds, what, place, tuple(notes))
+    return VolumePictures(pictures, axial, centre, seen_labels, bounds, what, place, tuple(notes), extents)
 
 
 def _draw(
@@ -164,14 +193,10 @@ def _draw(
     return pictures
 
 
-def structure_centre(
+def structure_extents(
     read_labels: ArrayReader, shape: tuple[int, ...], classes: Sequence[Class], nodata: int | None
-) -> tuple[tuple[int, ...], str | None]:
-    """The median index, along each axis, of the class with most voxels, and its name.
-
-    One pass over slabs; what is kept are counts per class and index. Ties go to the first class.
-    The middle of the volume and None where there is no structure.
-    """
+) -> Extents:
+    """Where the classes are that are not background, in one pass over slabs."""
     kept = [c for c in classes if not c.background and c.value != nodata]
     counts = [np.zeros((len(kept), n), dtype=np.int64) for n in shape]
     step = max(1, SLAB_ELEMENTS // max(1, shape[1] * shape[2]))
@@ -185,13 +210,7 @@ def structure_centre(
                 counts[0][index, start:stop] += mask.sum(axis=(1, 2))
                 counts[1][index] += mask.sum(axis=(0, 2))
                 counts[2][index] += mask.sum(axis=(0, 1))
-    totals = counts[0].sum(axis=1)
-    if not kept or totals.max() == 0:
-        return tuple(n // 2 for n in shape), None
-    largest = int(totals.argmax())
-    half = (int(totals[largest]) + 1) // 2
-    middle = (int(np.searchsorted(np.cumsum(c[largest]), half)) for c in counts)
-    return tuple(middle), kept[largest].name
+    return Extents(tuple(kept), tuple(counts))
 
 
 def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, float], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,15 @@ from segpipe.report.drawing import (
     stretch,
     webp,
 )
+from segpipe.report.phrases import (
+    highlighted,
+    left_out,
+    phrase_panels,
+    phrase_slices,
+    shown_phrases,
+    small_objects,
+    spotted,
+)
 from segpipe.report.pictures import LegendEntry, Panel, Previews, assemble
 from segpipe.report.planes import volume_pictures
 from segpipe.report.sampling import (
@@ -33,6 +43,9 @@ from segpipe.report.sampling import (
     thinned,
 )
 from segpipe.report.slices import axial_slices
+
+if TYPE_CHECKING:
+    from segpipe.instances.merge import SceneObjects
 
 _NAMED = (("red", "b04", "b4"), ("green", "b03", "b3"), ("blue", "b02", "b2"))
 """Names of the bands shown as red, green and blue: colour words, then Sentinel-2's."""
@@ -58,6 +71,8 @@ class RasterPictures:
     caption: str
     """Of the image."""
     notes: tuple[str, ...]
+    phrases: tuple[tuple[Class, np.ndarray], ...] = ()
+    """RGBA with one class's objects highlighted, for each class that has any."""
 
 
 def raster_preview(
@@ -72,6 +87,7 @@ def raster_preview(
     count: int | None = None,
     read_uncertainty: ArrayReader | None = None,
     read_ids: ArrayReader | None = None,
+    asked: SceneObjects | None = None,
 ) -> Previews:
     """Panels of a raster: image, labels over it, reference over it, difference, uncertainty.
 
@@ -87,11 +103,13 @@ def raster_preview(
         count: the image's channels; needed only when ``bands`` is empty and there are several.
         read_uncertainty: windowed reader of shares, 0 (sure) to 1.
         read_ids: windowed reader of the ids of predicted objects, which are outlined.
+        asked: of a prompted run, whose classes are phrases: its objects; a picture of each phrase is made.
     """
     read = Readers(read_image, read_labels, read_reference, read_uncertainty, read_ids)
-    drawn = raster_pictures(read, geometry, bands, classes, nodata, max_size, count)
+    drawn = raster_pictures(read, geometry, bands, classes, nodata, max_size, count, asked)
     panels, legend, differences = _panels(drawn.pictures, drawn.caption, drawn.seen, classes, nodata)
-    return assemble(panels, drawn.pictures, legend, differences, drawn.notes)
+    phrases = phrase_panels([(c, picture, "") for c, picture in drawn.phrases])
+    return assemble(panels, drawn.pictures, legend, differences, drawn.notes, phrases=phrases)
 
 
 def raster_pictures(
@@ -102,6 +120,7 @@ def raster_pictures(
     nodata: int | None,
     max_size: int,
     count: int | None,
+    asked: SceneObjects | None = None,
 ) -> RasterPictures:
     """Thin, draw, and turn north up."""
     channels, shown = rgb_channels(bands, count)
@@ -116,11 +135,30 @@ def raster_pictures(
     if read.uncertainty is not None:
         pictures["uncertainty"] = heat(sample_labels(read.uncertainty, plane), labels, nodata)
     size, per_pixel = _display(geometry, base.shape[:2], plane.factors[0])
-    rows, columns = _north_up(geometry)
+    rows, columns = steps = _north_up(geometry)
+
+    def turned(picture: np.ndarray, smooth: bool = False) -> np.ndarray:
+        return resize(picture[::rows, ::columns], size, smooth=smooth)
+
     for key, picture in pictures.items():
-        picture = resize(picture[::rows, ::columns], size, smooth=key == "image")
-        pictures[key] = scale_bar(picture, per_pixel, "m")
-    factor = plane.factors[0]
+        pictures[key] = scale_bar(turned(picture, key == "image"), per_pixel, "m")
+    phrases, dotted = [], 0
+    for item in shown_phrases(classes, asked):
+        picture = turned(highlighted(base, labels, item, classes, nodata, ids))
+        dots = small_objects(asked, item.value, plane, steps, size)
+        dotted += len(dots)
+        phrases.append((item, scale_bar(spotted(picture, dots, item.color), per_pixel, "m")))
+    notes = [*_notes(geometry, plane.factors[0]), *left_out(classes, asked)]
+    if dotted:
+        notes.append(f"In pictures of phrases {dotted:,} objects too small to be seen are dots.")
+    ranges = "; ".join(f"{low:.4g} to {high:.4g}" for low, high in bounds)
+    caption = f"{shown}, stretched from the 2nd to the 98th percentile of the scene ({ranges})."
+    seen = (labels,) if reference is None else (labels, reference)
+    return RasterPictures(pictures, seen, caption, tuple(notes), tuple(phrases))
+
+
+def _notes(geometry: RasterGeometry, factor: int) -> list[str]:
+    """What a reader must know of a raster's pictures."""
     notes = []
     if factor > 1:
         notes.append(
@@ -129,10 +167,7 @@ def raster_pictures(
         )
     if geometry.rotated:
         notes.append("The raster is rotated: pictures follow its rows, north is not up.")
-    ranges = "; ".join(f"{low:.4g} to {high:.4g}" for low, high in bounds)
-    caption = f"{shown}, stretched from the 2nd to the 98th percentile of the scene ({ranges})."
-    seen = (labels,) if reference is None else (labels, reference)
-    return RasterPictures(pictures, seen, caption, tuple(notes))
+    return notes
 
 
 def volume_preview(
@@ -146,6 +181,7 @@ def volume_preview(
     channel: int = 0,
     read_uncertainty: ArrayReader | None = None,
     read_ids: ArrayReader | None = None,
+    asked: SceneObjects | None = None,
 ) -> Previews:
     """Panels of a volume: three planes through the largest structure; and axial slices to leaf through.
 
@@ -165,6 +201,7 @@ def volume_preview(
         channel: of the image to show.
         read_uncertainty: as for `raster_preview`.
         read_ids: as for `raster_preview`.
+        asked: as for `raster_preview`; a phrase is shown in the axial slice with most of it.
     """
     read = Readers(read_image, read_labels, read_reference, read_uncertainty, read_ids)
     drawn = volume_pictures(read, geometry, classes, nodata, max_size, channel)
@@ -175,9 +212,12 @@ def volume_preview(
     )
     stack = axial_slices(read, geometry, classes, nodata, drawn.bounds, drawn.centre, channel)
     panels, legend, differences = _panels(drawn.pictures, caption, drawn.seen, classes, nodata)
+    shown = shown_phrases(classes, asked)
+    phrases = phrase_slices(read, geometry, shown, drawn.extents, classes, nodata, drawn.bounds, channel)
     return assemble(
-        panels, drawn.pictures, legend, differences, drawn.notes, thumbnail=drawn.axial, slices=stack
-    )
+        panels, drawn.pictures, legend, differences, (*drawn.notes, *left_out(classes, asked)),
+        thumbnail=drawn.axial, slices=stack, phrases=phrase_panels(phrases),
+    )  # fmt: skip
 
 
 def rgb_channels(bands: Sequence[str], count: int | None = None) -> tuple[tuple[int, ...], str]:

@@ -60,6 +60,34 @@ class GeometrySummary:
     """Of a volume, e.g. RAS."""
 
 
+Outcome = Literal["found", "below threshold", "not found", "not in the vocabulary", "not understood"]
+"""What became of a phrase in a scene."""
+
+
+@dataclass(frozen=True)
+class AskedPhrase:
+    """A phrase that was asked for, and what became of it in one scene."""
+
+    phrase: str
+    outcome: Outcome
+    found: int = 0
+    """Detections with a sufficient score and size."""
+    below: int = 0
+    """Candidates whose score is below the threshold."""
+    small: int = 0
+    """Candidates that are too small."""
+    merged: int = 0
+    """Detections that became part of other objects."""
+    best: float | None = None
+    """Highest score of a candidate, found or not; None: there is none."""
+    means: str = ""
+    """Class that the phrase was matched with, the nearest one if none is meant; empty: not matched."""
+    similarity: float | None = None
+    """Of the phrase and that class."""
+    note: str = ""
+    """All of it in one line of words."""
+
+
 @dataclass(frozen=True)
 class SceneRecord:
     """One scene of the run."""
@@ -82,6 +110,10 @@ class SceneRecord:
     """What it is to its path relative to the run's folder."""
     reused: tuple[str, ...] = ()
     """Stages that were found finished under the same key and not computed again."""
+    asked: tuple[AskedPhrase, ...] = ()
+    """Of a prompted run: every phrase, in the order asked."""
+    prompts: tuple[str, ...] = ()
+    """Of a prompted run: what became of the rows of files of prompts, a line a fact."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +148,11 @@ class RunRecord:
     @property
     def failed(self) -> tuple[SceneRecord, ...]:
         return tuple(s for s in self.scenes if s.state == "failed")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether objects were asked for, by phrases or by prompts of files."""
+        return any(s.asked or s.prompts for s in self.scenes)
 
 
 _ADAPTER = TypeAdapter(RunRecord)

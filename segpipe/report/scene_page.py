@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from segpipe.report import units
+from segpipe.report.asked import phrase_captions
 from segpipe.report.confusion import Matrix, confusion_matrix
 from segpipe.report.pictures import LegendEntry, Panel, Previews, SliceStack
 from segpipe.report.record import ClassInfo, SceneRecord
@@ -54,6 +55,8 @@ class SceneView:
     matrix: Matrix | None
     notes: tuple[str, ...]
     details: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    phrases: tuple[Picture, ...] = ()
+    """Of a prompted run: a picture of each phrase with objects."""
 
 
 def scene_view(
@@ -61,6 +64,7 @@ def scene_view(
     previews: Previews | None,
     tables: Mapping[str, pd.DataFrame],
     classes: Sequence[ClassInfo],
+    asked: pd.DataFrame | None = None,
 ) -> SceneView:
     """A scene with its part of the tables.
 
@@ -69,6 +73,7 @@ def scene_view(
         previews: None: it is shown without pictures.
         tables: its own rows, by the name of the table; empty: its bars and matrix are shown elsewhere.
         classes: of the run.
+        asked: of a prompted run, its own rows of `asked_table`: the numbers under pictures of phrases.
     """
     timings = [(k, units.duration(v)) for k, v in scene.timings.items()]
     details = (
@@ -87,6 +92,7 @@ def scene_view(
         confusion_matrix(tables.get("confusion"), classes),
         (*scene.notes, *(previews.notes if previews else ())),
         details,
+        _phrases(previews, asked, classes) if previews else (),
     )
 
 
@@ -94,6 +100,21 @@ def _picture(panel: Panel, previews: Previews) -> Picture:
     legend = {"labels": previews.legend, "difference": previews.difference_legend}.get(panel.key, ())
     source = data_uri(panel.kind, panel.content)
     return Picture(panel.title, panel.caption, panel.alt, source, panel.width, panel.height, legend)
+
+
+def _phrases(
+    previews: Previews, asked: pd.DataFrame | None, classes: Sequence[ClassInfo]
+) -> tuple[Picture, ...]:
+    """Pictures of phrases under ``23 objects, 190 ha``; the phrase is the title, and beside its colour."""
+    numbers = {} if asked is None else phrase_captions(asked)
+    colors = {c.name: c.color for c in classes}
+    pictures = []
+    for panel in previews.phrases:
+        said = ". ".join(filter(None, (numbers.get(panel.title, ""), panel.caption)))
+        source = data_uri(panel.kind, panel.content)
+        dot = (LegendEntry(panel.title, colors.get(panel.title, "")),)
+        pictures.append(Picture(panel.title, said, panel.alt, source, panel.width, panel.height, dot))
+    return tuple(pictures)
 
 
 def _slider(stack: SliceStack, legend: tuple[LegendEntry, ...]) -> Slider:

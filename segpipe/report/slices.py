@@ -62,15 +62,23 @@ def axial_slices(
         shown, outlined = (
             resize(anatomy.upright(part[i], AXIAL), (high, wide), smooth=False) for part in (labels, ids)
         )
-        drawn.append(_finished(layers(base, shown, None, classes, nodata, outlined)["labels"]))
-        rank = at[i] + 1 if anatomy.sign[UP] > 0 else number - at[i]
-        captions.append(f"Slice {rank} of {number}, {_height(geometry, across, int(at[i]))}")
+        drawn.append(lettered(layers(base, shown, None, classes, nodata, outlined)["labels"]))
+        captions.append(slice_name(geometry, int(at[i])))
     pictures = _encoded(drawn)
     step = -(-len(drawn) // len(pictures))
     slices = tuple(Slice(p, c) for p, c in zip(pictures, captions[::step], strict=True))
     nearest = [abs(int(at[i]) - centre[across]) for i in order][::step]
     caption = f"Axial slices from the feet up, predicted classes over the image. {CONVENTION}"
     return SliceStack(slices, int(np.argmin(nearest)), wide, high, caption)
+
+
+def slice_name(geometry: VolumeGeometry, index: int) -> str:
+    """Which of the axial slices it is, counted from the feet, and where."""
+    anatomy = Anatomy.of(geometry)
+    across = anatomy.axis[UP]
+    number = geometry.shape[across]
+    rank = index + 1 if anatomy.sign[UP] > 0 else number - index
+    return f"Slice {rank} of {number}, {_height(geometry, across, index)}"
 
 
 def _height(geometry: VolumeGeometry, across: int, index: int) -> str:
@@ -81,7 +89,7 @@ def _height(geometry: VolumeGeometry, across: int, index: int) -> str:
     return f"{LETTERS[UP][millimetres < 0]} {abs(millimetres):.1f} mm"
 
 
-def _finished(picture: np.ndarray) -> np.ndarray:
+def lettered(picture: np.ndarray) -> np.ndarray:
     """RGB on black, with the letters of left and right."""
     alpha = picture[..., 3:].astype(np.float32) / 255
     image = Image.fromarray((picture[..., :3] * alpha).round().astype(np.uint8))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from segpipe.config import Strict
+from segpipe.fields import Strict
 from segpipe.errors import RequestError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from segpipe.config import Strict
+from segpipe.fields import Strict
 from segpipe.errors import RequestError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from segpipe.config import AutoSize, Memory, Precision, Reference, Strict, Text, apply_overrides
+from segpipe.config import Precision, Reference, apply_overrides
+from segpipe.fields import AutoSize, Memory, Strict, Text
 from segpipe.models.card import Card
 from segpipe.training.augment import Augmentation
 from segpipe.training.losses import LossName, LossTerm

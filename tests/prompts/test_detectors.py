@@ -1,17 +1,21 @@
 """Detectors with tiny random networks: boxes, scores and phrases are those of the library's own processor."""
 
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as library
 from safetensors.torch import load_file, save_file
 from skimage.measure import label, regionprops
 
+from benchmarks.detector_files import clipseg, dino, owl, save
 from segpipe.errors import RequestError
+from segpipe.models.card import Provider
+from segpipe.models.weights import FOLDER_FILES
 from segpipe.prompts.detectors import ClipSeg, load_detector
 from segpipe.prompts.grounders import Outcome
 
@@ -20,140 +24,20 @@ PHRASES = ["lake", "small docks", "field"]
 WINDOW = np.random.default_rng(0).random((3, 64, 96)).astype(np.float32)
 
 
-def _bert(folder: Path) -> Any:
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        ".",
-        "lake",
-        "dock",
-        "field",
-        "small",
-        "##s",
-        "?",
-        ",",
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    return library.BertTokenizer(str(folder / "vocab.txt"))
-
-
-def _clip(folder: Path, length: int) -> Any:
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    entries = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(["!", *entries])}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return library.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token="!"
-    )
-
-
-def _dino(folder: Path, prefix: str) -> Any:
-    config = getattr(library, f"{prefix}Config")(
-        backbone_config=library.SwinConfig(
-            embed_dim=8,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 1, 2, 2],
-            window_size=4,
-            out_features=["stage2", "stage3", "stage4"],
-            image_size=64,
-        ),
-        text_config=library.BertConfig(
-            vocab_size=13, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        ),
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        num_queries=40,
-        encoder_n_points=2,
-        decoder_n_points=2,
-        max_text_len=24,
-    )
-    image = library.GroundingDinoImageProcessor(size={"shortest_edge": 80, "longest_edge": 140})
-    network = getattr(library, f"{prefix}ForObjectDetection")(config)
-    return network, library.GroundingDinoProcessor(image, _bert(folder))
-
-
-def _owl(folder: Path) -> Any:
-    words = _clip(folder, 16)
-    config = library.Owlv2Config(
-        text_config={
-            "vocab_size": len(words),
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id,
-        },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 8,
-        },
-        projection_dim=16,
-    )
-    image = library.Owlv2ImageProcessor(size={"height": 64, "width": 64})
-    return library.Owlv2ForObjectDetection(config), library.Owlv2Processor(image, words)
-
-
-def _clipseg(folder: Path) -> Any:
-    words = _clip(folder, 20)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = library.CLIPSegConfig(
-        text_config=dict(
-            **sizes,
-            vocab_size=len(words),
-            max_position_embeddings=20,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-        ),
-        vision_config=dict(**sizes, image_size=32, patch_size=8),
-        projection_dim=16,
-        reduce_dim=8,
-        extract_layers=[0, 1, 2],
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-    )
-    image = library.ViTImageProcessor(size={"height": 32, "width": 32})
-    return library.CLIPSegForImageSegmentation(config), library.CLIPSegProcessor(image, words)
-
-
-def _save(folder: Path, make: Any, *arguments: str, factor: float = 3) -> tuple[Any, Any]:
-    torch.manual_seed(1)
-    folder.mkdir()
-    network, processor = make(folder, *arguments)
-    # Networks begin with logits near 0: larger numbers tell queries and words apart.
-    with torch.no_grad():
-        for name, tensor in network.named_parameters():
-            if tensor.ndim > 1 and "embed" not in name:
-                tensor.mul_(factor)
-    network.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return network, processor
-
-
 @pytest.fixture(scope="module", params=["GroundingDino", "MMGroundingDino"])
-def dino(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+def dino_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any, Any]:
     folder = tmp_path_factory.mktemp("models") / request.param
-    return folder, *_save(folder, _dino, request.param)
+    return folder, *save(folder, dino, request.param)
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
     return float(torch.quantile(values.double().flatten(), share))
 
 
-def test_boxes_and_phrases_of_grounding_dino(dino: tuple[Path, Any, Any]) -> None:
-    folder, network, processor = dino
+def test_boxes_and_phrases_of_grounding_dino(dino_folder: tuple[Path, Any, Any]) -> None:
+    folder, network, processor = dino_folder
     batch = processor(images=WINDOW, text=[PHRASES], do_rescale=False, return_tensors="pt")
     with torch.no_grad():
         output = network(**batch)
@@ -184,8 +68,8 @@ def test_boxes_and_phrases_of_grounding_dino(dino: tuple[Path, Any, Any]) -> Non
     assert [a.found for a in found.accounts] == np.bincount(d.phrase, minlength=3).tolist()
 
 
-def test_nothing_over_the_threshold_is_said_with_the_best(dino: tuple[Path, Any, Any]) -> None:
-    folder, *_ = dino
+def test_nothing_over_the_threshold_is_said_with_the_best(dino_folder: tuple[Path, Any, Any]) -> None:
+    folder, *_ = dino_folder
     found = load_detector(folder, CPU, box_threshold=1.0).ground(WINDOW, PHRASES)
     assert not len(found.detections) and found.detections.start.shape == (0, 2)
     assert {a.outcome for a in found.accounts} <= {Outcome.below, Outcome.absent}
@@ -193,8 +77,8 @@ def test_nothing_over_the_threshold_is_said_with_the_best(dino: tuple[Path, Any,
     assert max(a.best for a in found.accounts if a.below) <= 1
 
 
-def test_phrases_that_grounding_dino_cannot_take(dino: tuple[Path, Any, Any]) -> None:
-    detector = load_detector(dino[0], CPU)
+def test_phrases_that_grounding_dino_cannot_take(dino_folder: tuple[Path, Any, Any]) -> None:
+    detector = load_detector(dino_folder[0], CPU)
     with pytest.raises(RequestError, match="found a full stop"):
         detector.ground(WINDOW, ["lake. dock"])
     with pytest.raises(RequestError, match="valid: at most 24 together"):
@@ -204,7 +88,7 @@ def test_phrases_that_grounding_dino_cannot_take(dino: tuple[Path, Any, Any]) ->
 
 
 def test_boxes_and_phrases_of_owl(tmp_path: Path) -> None:
-    network, processor = _save(tmp_path / "owl", _owl)
+    network, processor = save(tmp_path / "owl", owl, factor=0.35)
     batch = processor(images=WINDOW, text=[PHRASES], do_rescale=False, return_tensors="pt")
     with torch.no_grad():
         output = network(**batch)
@@ -226,7 +110,7 @@ def test_boxes_and_phrases_of_owl(tmp_path: Path) -> None:
 
 
 def test_score_maps_and_objects_of_clipseg(tmp_path: Path) -> None:
-    network, processor = _save(tmp_path / "clipseg", _clipseg, factor=1)
+    network, processor = save(tmp_path / "clipseg", clipseg, factor=1)
     batch = processor(text=PHRASES, images=[WINDOW] * 3, do_rescale=False, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = network(**batch).logits
@@ -257,7 +141,7 @@ def test_score_maps_and_objects_of_clipseg(tmp_path: Path) -> None:
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "dino"
-    _save(folder, _dino, "GroundingDino")
+    save(folder, dino, "GroundingDino")
     config, good = folder / "config.json", json.loads((folder / "config.json").read_text())
 
     def refused(match: str) -> None:
@@ -283,3 +167,22 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     for file in ("tokenizer.json", "vocab.txt"):
         (folder / file).unlink()
     refused("found no tokenizer.json; valid: it, or vocab.txt")
+
+
+@pytest.mark.parametrize("make", [dino, owl])
+def test_what_is_fetched_of_a_published_folder_is_enough(tmp_path: Path, make: Any) -> None:
+    """As the hub has them: a preprocessor_config.json, and words without tokenizer.json."""
+    folder, fetched = tmp_path / "hub", tmp_path / "cache"
+    _, processor = save(folder, make, *(["GroundingDino"] if make is dino else []))
+    expected = load_detector(folder, CPU, 0.0).ground(WINDOW, PHRASES).detections
+    processor.image_processor.save_pretrained(folder)
+    for name in ("processor_config.json", "tokenizer.json"):
+        (folder / name).unlink()
+    assert (folder / "preprocessor_config.json").is_file()
+    fetched.mkdir()
+    for file in folder.iterdir():
+        if any(fnmatch(file.name, pattern) for pattern in FOLDER_FILES[Provider.transformers]):
+            shutil.copy(file, fetched)
+    found = load_detector(fetched, CPU, 0.0).ground(WINDOW, PHRASES).detections
+    assert len(found) == len(expected) > 0
+    np.testing.assert_array_equal(found.start, expected.start)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +12,7 @@ from safetensors.torch import save_file
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.prompts.sam import mask_logits
 from segpipe.prompts.segmenters import (
-    Embedding,
     Prompt,
-    Segmenter,
     check_segmenter,
     load_segmenter,
     stability_score,
@@ -25,11 +21,16 @@ from segpipe.sources.base import Pixels, Scaling
 from tests.prompts.tiny_sams import (
     NETWORKS,
     VIDEO_NETWORKS,
+    Published,
+    World,
     card_for,
     edge_of,
+    iou,
+    make_world,
+    normalised,
     picture,
     points,
-    processor,
+    published_medsam,
     tiny,
 )
 
@@ -50,68 +51,9 @@ PROMPTS = [
 ]
 
 
-class Published:
-    """The library's processor and model, asked for one prompt."""
-
-    def __init__(self, family: str, network: Any) -> None:
-        self.network, self.processor = network, processor(family)
-        self.image = picture(edge_of(family))
-
-    def __call__(
-        self, prompt: Prompt, masks: torch.Tensor | None = None, multimask: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits (k, y, x) at the image's size, predicted IoU (k), logits as the model gave them."""
-        given: dict[str, Any] = {}
-        if len(prompt.points_xy):
-            given["input_points"] = [[prompt.points_xy.tolist()]]
-            given["input_labels"] = [[prompt.labels.tolist()]]
-        if prompt.box_xyxy is not None:
-            given["input_boxes"] = [[prompt.box_xyxy.tolist()]]
-        inputs = self.processor(images=self.image, return_tensors="pt", **given)
-        sizes = [inputs.pop("original_sizes")]
-        if "reshaped_input_sizes" in inputs:
-            sizes.append(inputs.pop("reshaped_input_sizes"))
-        with torch.inference_mode():
-            out = self.network(**inputs, input_masks=masks, multimask_output=multimask)
-        [large] = self.processor.post_process_masks(out.pred_masks, *sizes, binarize=False)
-        return large[0], out.iou_scores[0, 0], out.pred_masks[0, 0]
-
-
-def normalised(card: Any, image: np.ndarray) -> np.ndarray:
-    """The window as the engine would hand it over."""
-    steps = Normaliser(card, (Scaling(),) * 3, Statistics())
-    channels = np.moveaxis(image, -1, 0)
-    return steps.elementwise(Pixels(channels, np.ones(image.shape[:2], bool)))
-
-
-@dataclass(frozen=True)
-class World:
-    """One family: the library's model, and ours from the folder that it was saved in."""
-
-    family: str
-    card: Any
-    published: Published
-    segmenter: Segmenter
-    window: np.ndarray
-    embedding: Embedding
-
-
 @pytest.fixture(scope="module", params=list(NETWORKS))
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    family: str = request.param
-    folder = tmp_path_factory.mktemp(family)
-    network = tiny(family)
-    network.save_pretrained(folder / "net")
-    published, card = Published(family, network), card_for(folder, family)
-    segmenter = load_segmenter(card, CPU)
-    window = normalised(card, published.image)
-    return World(family, card, published, segmenter, window, segmenter.encode(window))
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of masks (…, y, x), 1 where both are empty."""
-    union = (a | b).sum((-2, -1))
-    return np.where(union > 0, (a & b).sum((-2, -1)) / np.maximum(union, 1), 1.0)
+    return make_world(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("multimask", [True, False])
@@ -214,26 +156,7 @@ def test_medsam_is_sam_with_a_stretch_one_mask_and_probabilities_enlarged(tmp_pa
     segmenter = load_segmenter(card, CPU)
     found = segmenter.decode(segmenter.encode(window), [Prompt(**BOX)], multimask=False)
 
-    stretched = (scan - scan.min()) / np.clip(scan.max() - scan.min(), 1e-8, None)
-    image = torch.from_numpy(np.repeat(stretched[None, None], 3, axis=1))
-    with torch.no_grad():
-        embedding = network.vision_encoder(image).last_hidden_state
-        sparse, dense = network.prompt_encoder(
-            input_points=None,
-            input_labels=None,
-            input_boxes=torch.from_numpy(BOX["box_xyxy"])[None, None],
-            input_masks=None,
-        )
-        low, _ = network.mask_decoder(
-            image_embeddings=embedding,
-            image_positional_embeddings=network.get_image_wide_positional_embeddings(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-    expected = torch.nn.functional.interpolate(
-        low[:, 0].sigmoid(), size=(64, 64), mode="bilinear", align_corners=False
-    )[0, 0]
+    expected = published_medsam(network, scan, BOX["box_xyxy"])
     probabilities = torch.from_numpy(found.logits[0, 0]).sigmoid()
     torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=1e-4)
     assert 0.02 < float((expected > 0.5).float().mean()) < 0.98

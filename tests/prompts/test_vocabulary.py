@@ -88,9 +88,14 @@ def test_several_classes_and_negations_are_not_guessed(landcover: Vocabulary) ->
 def test_background_is_understood_and_has_no_objects() -> None:
     classes = [
         Class(value=0, name="clear", color="#000000", background=True, synonyms=["cloud free"]),
-        Class(value=1, name="cloud_shadow", color="#ffffff"),
+        Class(
+            value=1,
+            name="cloud_shadow",
+            color="#ffffff",
+            description="dark ground where a cloud hides the sun",
+        ),
     ]
-    words = concepts(classes, {"cloud_shadow": "dark ground where a cloud hides the sun"})
+    words = concepts(classes)
     assert words[1].texts == ("cloud shadow", "dark ground where a cloud hides the sun")
     vocabulary = Vocabulary(words)
     assert vocabulary.match("cloud free").meaning is Meaning.background

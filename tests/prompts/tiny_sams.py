@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 import transformers as t
 import yaml
 
+from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.models.card import load_card
+from segpipe.prompts.segmenters import Embedding, Prompt, Segmenter, load_segmenter
+from segpipe.sources.base import Pixels, Scaling
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 DECODER = {"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
@@ -119,7 +124,7 @@ def sam2() -> Any:
     )
 
 
-def sam2_video() -> Any:
+def sam2_video(**more: Any) -> Any:
     return t.Sam2VideoModel(
         t.Sam2VideoConfig(
             vision_config=sam2_vision(),
@@ -127,6 +132,7 @@ def sam2_video() -> Any:
             mask_decoder_config=DECODER,
             image_size=64,
             **MEMORY,
+            **more,
         )
     )
 
@@ -200,9 +206,14 @@ VIDEO_NETWORKS = {
 
 
 def tiny(family: str) -> Any:
-    """The library's network in evaluation mode, with weights whose masks have an inside and an outside."""
+    """The library's network of a family; see `weighted`."""
+    return weighted(NETWORKS[family])
+
+
+def weighted(build: Callable[[], Any]) -> Any:
+    """The network in evaluation mode, with weights whose masks have an inside and an outside."""
     torch.manual_seed(7)
-    network = NETWORKS[family]()
+    network = build()
     for name, parameter in network.named_parameters():
         if "backbone.timm_model" in name:
             continue
@@ -262,10 +273,7 @@ def card_for(folder: Path, family: str = "sam", **fields: Any) -> Any:
             ],
         },
         "window": {"size": [edge], "fixed": True},
-        "classes": [
-            {"value": 0, "name": "outside", "color": "#000000", "background": True},
-            {"value": 1, "name": "object", "color": "#ff0000"},
-        ],
+        "output": {"kind": "prompted"},
     }
     path = folder / "trial.yaml"
     path.write_text(yaml.safe_dump({**data, **fields}))
@@ -275,3 +283,90 @@ def card_for(folder: Path, family: str = "sam", **fields: Any) -> Any:
 def points(*xy: tuple[float, float], labels: tuple[int, ...]) -> dict[str, Any]:
     """Fields of a prompt: x, y of each point, and whether it is of the object."""
     return {"points_xy": np.array(xy, np.float32), "labels": np.array(labels)}
+
+
+class Published:
+    """The library's processor and model, asked for one prompt."""
+
+    def __init__(self, family: str, network: Any) -> None:
+        self.network, self.processor = network, processor(family)
+        self.image = picture(edge_of(family))
+
+    def __call__(
+        self, prompt: Prompt, masks: torch.Tensor | None = None, multimask: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (k, y, x) at the image's size, predicted IoU (k), logits as the model gave them."""
+        given: dict[str, Any] = {}
+        if len(prompt.points_xy):
+            given["input_points"] = [[prompt.points_xy.tolist()]]
+            given["input_labels"] = [[prompt.labels.tolist()]]
+        if prompt.box_xyxy is not None:
+            given["input_boxes"] = [[prompt.box_xyxy.tolist()]]
+        inputs = self.processor(images=self.image, return_tensors="pt", **given)
+        sizes = [inputs.pop("original_sizes")]
+        if "reshaped_input_sizes" in inputs:
+            sizes.append(inputs.pop("reshaped_input_sizes"))
+        with torch.inference_mode():
+            out = self.network(**inputs, input_masks=masks, multimask_output=multimask)
+        [large] = self.processor.post_process_masks(out.pred_masks, *sizes, binarize=False)
+        return large[0], out.iou_scores[0, 0], out.pred_masks[0, 0]
+
+
+def normalised(card: Any, image: np.ndarray) -> np.ndarray:
+    """The window as the engine would hand it over."""
+    steps = Normaliser(card, (Scaling(),) * 3, Statistics())
+    channels = np.moveaxis(image, -1, 0)
+    return steps.elementwise(Pixels(channels, np.ones(image.shape[:2], bool)))
+
+
+def published_medsam(network: Any, scan: np.ndarray, box_xyxy: np.ndarray) -> torch.Tensor:
+    """Probabilities (y, x) of the object in a box, as MedSAM_Inference.py of MedSAM's repository has them."""
+    stretched = (scan - scan.min()) / np.clip(scan.max() - scan.min(), 1e-8, None)
+    image = torch.from_numpy(np.repeat(stretched[None, None], 3, axis=1))
+    with torch.no_grad():
+        embedding = network.vision_encoder(image).last_hidden_state
+        sparse, dense = network.prompt_encoder(
+            input_points=None,
+            input_labels=None,
+            input_boxes=torch.from_numpy(box_xyxy)[None, None],
+            input_masks=None,
+        )
+        low, _ = network.mask_decoder(
+            image_embeddings=embedding,
+            image_positional_embeddings=network.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+    large = torch.nn.functional.interpolate(
+        low[:, 0].sigmoid(), size=scan.shape, mode="bilinear", align_corners=False
+    )
+    return large[0, 0]
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of masks (…, y, x), 1 where both are empty."""
+    union = (a | b).sum((-2, -1))
+    return np.where(union > 0, (a & b).sum((-2, -1)) / np.maximum(union, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class World:
+    """One family: the library's model, and ours from the folder that it was saved in."""
+
+    family: str
+    card: Any
+    published: Published
+    segmenter: Segmenter
+    window: np.ndarray
+    embedding: Embedding
+
+
+def make_world(family: str, folder: Path, network: Any = None) -> World:
+    """With the picture as the only window; the tiny network where none is given."""
+    network = network or tiny(family)
+    network.save_pretrained(folder / "net")
+    published, card = Published(family, network), card_for(folder, family)
+    segmenter = load_segmenter(card, torch.device("cpu"))
+    window = normalised(card, published.image)
+    return World(family, card, published, segmenter, window, segmenter.encode(window))

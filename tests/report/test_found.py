@@ -108,6 +108,7 @@ def test_counts_of_objects_by_the_region_that_has_most_of_them() -> None:
         ("s", "b", 4): 1, ("s", "b", 9): 1,
     }  # fmt: skip
     assert found_table([scene], CLASSES, 1)["region"].tolist() == ["a", "b", "b", "a", ""]
+    assert found_table([scene], CLASSES, 1, [2])["region"].tolist() == ["a", "b", "b", "", ""]  # 2 is stuff
 
 
 def compared(predicted: np.ndarray, truth: np.ndarray, classes: dict[int, int], **more: object) -> SceneFound:

@@ -15,7 +15,7 @@ from segpipe.models.card import Class
 from segpipe.report.colors import rgb
 from segpipe.report.drawing import DIFFERENCE
 from segpipe.report.pictures import dump_previews, load_previews
-from segpipe.report.planes import VolumePictures, structure_centre, volume_pictures
+from segpipe.report.planes import VolumePictures, structure_extents, volume_pictures
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.sampling import Plane, Readers, Stack, sample_image, sample_labels
 from tests.report.drawings import BONE, GROUND, ORGAN, SHARED, decoded, panel, raster_input, reader
@@ -161,9 +161,11 @@ def test_centre_is_the_median_of_the_largest_structure() -> None:
     labels[1:4, 2:7, 3:8] = 5
     labels[8, 8, 8] = 9
     classes = (GROUND, BONE, ORGAN)
-    assert structure_centre(lambda b: labels[b.slices], labels.shape, classes, None) == ((2, 4, 5), "organ")
+    found = structure_extents(lambda b: labels[b.slices], labels.shape, classes, None)
+    assert found.centre() == ((2, 4, 5), "organ")
     empty = np.zeros_like(labels)
-    assert structure_centre(lambda b: empty[b.slices], labels.shape, classes, None) == ((5, 5, 5), None)
+    found = structure_extents(lambda b: empty[b.slices], labels.shape, classes, None)
+    assert found.centre() == ((5, 5, 5), None)
 
 
 def test_real_ct() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from segpipe.config import Strict
+from segpipe.fields import Strict
 
 Share = float
 """A quantile, 0 to 1."""

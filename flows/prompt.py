@@ -1,0 +1,27 @@
+"""The prompt flow: objects that are asked for in words, by points or by boxes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import State, flow
+from prefect.states import Failed
+
+from flows.segment import carry_out, stop_workers
+from segpipe.config import Job
+
+
+@flow(name="prompt", flow_run_name="{job.name}", on_cancellation=[stop_workers], on_crashed=[stop_workers])
+def prompt(job: Job) -> State[Any]:
+    """Ask a promptable model for objects over scenes of any size, and report them by phrase and region.
+
+    Phrases go through a grounder (a semantic model's own classes, or a detector) to boxes; boxes, points and
+    earlier labels go to the model, whose encoder sees a window once: the next question reads what is kept.
+    Every phrase is accounted for, also those of which nothing is found.
+
+    Args:
+        job: Which scenes, which promptable model, and under "prompts" what to ask.
+    """
+    if not job.prompts.asked:
+        return Failed(message="prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`")
+    return carry_out(job)

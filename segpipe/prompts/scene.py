@@ -1,0 +1,239 @@
+"""A scene ready to be asked: opened, held against the promptable model, its stages keyed.
+
+Four stages of its own, each of which can be killed and goes on: what is asked (``ask``), embeddings
+(``embed``), answers by window (``answers``), objects on the native grid (``objects``). Then it is measured as
+any scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from segpipe import ENGINE_VERSION
+from segpipe.bands import match_bands
+from segpipe.blocks import SceneBlocks
+from segpipe.boxes import Box
+from segpipe.config import Job
+from segpipe.errors import SceneError
+from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
+from segpipe.labelled import MeasurableScene, find_labels, labels_identity
+from segpipe.models.card import Card, Class
+from segpipe.prompts.detecting import Detecting, detecting_of
+from segpipe.prompts.embeddings import PREFIX, Embeddings
+from segpipe.prompts.options import PromptOptions
+from segpipe.prompts.phrases import file_mark, phrase_classes
+from segpipe.prompts.planes import Planes
+from segpipe.prompts.pyramid import Pyramid
+from segpipe.prompts.segmenters import check_segmenter
+from segpipe.reference import IdRule
+from segpipe.scene import Scene, device_parts, model_parts, prepare_scene, read_card
+from segpipe.settings import Settings, resolve_settings
+from segpipe.sources import SceneRef, open_source
+from segpipe.store import Stage, stage_key
+
+ASKED = "asked"
+"""Name of the part of the stage `ask` that holds what is asked."""
+ANSWER_VERSION = 1
+"""Raised when the bits of answers or objects change: part of their keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptScene(MeasurableScene):
+    """A scene that is asked for objects; its channels are the promptable model's."""
+
+    settings: Settings
+    statistics: tuple[tuple[tuple[float, float], ...], ...]
+    planes: Planes
+    embeddings: Embeddings
+    ask: Stage
+    answers: Stage
+    labels: Stage
+    """Where classes and ids are."""
+    grounder: Scene | Detecting | None
+    """What finds the phrases: a semantic model over the scene, or a detector."""
+
+    @property
+    def card(self) -> Card:
+        """The promptable model's card (read once per process), with the bands that are shown."""
+        return prompted_card(self.job)
+
+    @property
+    def options(self) -> PromptOptions:
+        """What the job asks."""
+        return self.job.prompts
+
+    @property
+    def pyramid(self) -> Pyramid:
+        """Windows of a plane."""
+        return self.embeddings.pyramid
+
+    @cached_property
+    def _classes(self) -> tuple[Class, ...]:
+        return phrase_classes(self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def classes(self) -> tuple[Class, ...]:
+        """The phrases."""
+        return self._classes
+
+    @property
+    def nodata(self) -> int:
+        return 65535
+
+    @property
+    def labels_key(self) -> str:
+        return self.labels.key
+
+    @contextmanager
+    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
+        """Classes or ids in the store."""
+        array = self.labels.array("instances" if ids else "labels")
+        yield lambda box: np.asarray(array[box.slices])
+
+    def check_labels(self) -> None:
+        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
+        self.labels.check()
+
+    @property
+    def objects_stage(self) -> Stage:
+        return self.labels
+
+    @property
+    def id_rule(self) -> IdRule | None:
+        reference = self.job.reference
+        if reference is not None and reference.divisor:
+            return IdRule(reference.divisor, ground=0)
+        if not self.job.measure.objects:
+            return None
+        return IdRule(value=self.classes[1].value, ground=0)
+
+    def open_image(self) -> SceneBlocks:
+        """Straight from the source."""
+        return SceneBlocks(
+            self.ref.uri, self.job.bands, self.channels, self.dtype, self.geometry, None, self.identity
+        )
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known what is asked: phrases need not be looked for again."""
+        return self.ask.exists and ASKED in self.ask.done()
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """The card's steps, bound to this scene."""
+        return Normaliser(self.card, self.scaling, Statistics(self.statistics))
+
+
+def prompted_card(job: Job) -> Card:
+    """The card of a job's promptable model, with the bands that the job shows it."""
+    card = read_card(job.model)
+    if not job.prompts.bands:
+        return card
+    shown = card.model_copy(
+        update={"input": card.input.model_copy(update={"bands": list(job.prompts.bands)})}
+    )
+    shown._folder = card.folder
+    return shown
+
+
+def grounding_job(job: Job) -> Job:
+    """The job that maps the probabilities of a vocabulary's model over a scene."""
+    return Job.model_validate(
+        {
+            "name": job.name,
+            "scenes": list(job.scenes),
+            "model": job.prompts.grounder,
+            "bands": list(job.bands),
+            "tiling": {**job.tiling.model_dump(), "window": "auto", "halo": "auto"},
+            "compute": job.compute.model_dump(),
+            "outputs": {**job.outputs.model_dump(), "scores": True, "uncertainty": False},
+        }
+    )
+
+
+def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
+    """Open, check and key a scene that is asked for objects; makes no stage.
+
+    Raises:
+        SceneError: the scene does not suit the model or the grounder, or cannot be read.
+        RequestError: a prompt or an option suits no scene of this kind.
+    """
+    options, card = job.prompts, prompted_card(job)
+    shapes = check_segmenter(card)
+    with open_source(ref.uri, band_names=job.bands) as source:
+        channels, bands = match_bands(card, source)
+        geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
+        scaling, notes = tuple(source.scaling[c] for c in channels), tuple(source.notes)
+    planes = Planes.of(geometry, options.volume.plane)
+    if planes.axis is not None and options.everything:
+        raise SceneError("prompts.everything: found true; the scene is a volume, and a grid is for rasters")
+    assert card.window_shape is not None
+    pyramid = Pyramid(planes.plane_shape, card.window_shape[-1], options.margin)
+    image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
+    try:
+        statistics = scene_statistics(card, geometry, scaling, image).pairs
+    finally:
+        image.close()
+    source_key = stage_key("ingest", {"source": identity, "channels": channels, "engine": ENGINE_VERSION})
+    encoded = {
+        "source": source_key, **model_parts(card), **device_parts(settings), "batch": settings.batch,
+        "axis": planes.axis, "window": pyramid.window,
+    }  # fmt: skip
+    embed = Stage(job.outputs.dir, stage_key(PREFIX, encoded))
+    grounder = _grounder(job, ref, settings) if options.text else None
+    ask = Stage(job.outputs.dir, stage_key("ask", ask_parts(job, ref, source_key, grounder)))
+    asked = {
+        "embed": embed.key, "ask": ask.key, "margin": options.margin, "choice": options.choice.value,
+        "volume": options.volume.model_dump(mode="json"), "version": ANSWER_VERSION,
+    }  # fmt: skip
+    answers = Stage(job.outputs.dir, stage_key("answers", asked))
+    joined = {"of": answers.key, "same": options.same, "smallest": job.measure.smallest}
+    return PromptScene(
+        ref=ref, job=job, geometry=geometry, dtype=dtype, channels=channels, bands=bands, scaling=scaling,
+        identity=identity, notes=notes, settings=settings, statistics=statistics, planes=planes,
+        embeddings=Embeddings(embed, pyramid, planes, shapes), ask=ask, answers=answers,
+        labels=Stage(job.outputs.dir, stage_key("objects", joined)), grounder=grounder,
+    )  # fmt: skip
+
+
+def _grounder(job: Job, ref: SceneRef, settings: Settings) -> Scene | Detecting:
+    card = read_card(job.prompts.grounder)
+    mine = resolve_settings(job.compute, card)
+    if card.output.kind == "boxes":
+        return detecting_of(job, card, ref, mine)
+    return prepare_scene(grounding_job(job), ref, mine)
+
+
+def ask_parts(job: Job, ref: SceneRef, source_key: str, grounder: Scene | Detecting | None) -> dict[str, Any]:
+    """Everything that what is asked depends on."""
+    options = job.prompts
+    fields = ("text", "threshold", "crs", "layer", "polygons", "earlier_ids", "names", "everything", "grid")
+    earlier = find_labels(options.earlier, ref.name) if options.earlier else ""
+    return {
+        "options": options.model_dump(mode="json", include={*fields}),
+        "source": source_key,
+        "smallest": job.measure.smallest,
+        "file": file_mark(options.path) if options.path else "",
+        "earlier": labels_identity(earlier) if earlier else {},
+        "grounder": _grounder_key(grounder),
+        "version": ANSWER_VERSION,
+    }
+
+
+def _grounder_key(grounder: Scene | Detecting | None) -> str:
+    """What finds the phrases, its class names and synonyms included."""
+    if grounder is None:
+        return ""
+    if isinstance(grounder, Detecting):
+        return grounder.stage.key
+    words = [c.model_dump(mode="json", exclude={"color"}) for c in grounder.card.classes]
+    return stage_key("words", {"of": grounder.predict.key, "classes": words})

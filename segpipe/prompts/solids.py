@@ -1,0 +1,105 @@
+"""A volume is asked slice by slice, every slice's embedding kept like any other; one task for a volume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from segpipe.prompts.answered import CANDIDATES, Answered
+from segpipe.prompts.answering import embedded, load_asked, segmenter_of
+from segpipe.prompts.linking import link
+from segpipe.prompts.masks import Patch
+from segpipe.prompts.options import Volume
+from segpipe.prompts.pyramid import Window
+from segpipe.prompts.scene import PromptScene
+from segpipe.prompts.segmenters import Embedding
+from segpipe.prompts.volumes import Rules, SliceAnswer, Stop
+from segpipe.steps import Done
+
+VOLUME = "volume"
+"""Name of the part that holds a volume's answers."""
+
+
+@dataclass(eq=False)
+class _Solid:
+    """One object as its slices come."""
+
+    patches: list[Patch] = field(default_factory=list)
+    iou: list[float] = field(default_factory=list)
+    candidate: int = 0
+    level: int = 0
+    cut: bool = False
+    ends: list[str] = field(default_factory=list)
+
+
+def answer_volume(scene: PromptScene, run: str) -> Done:
+    """Ask the prompted slices of a volume, follow every object both ways, and commit the answers.
+
+    Raises:
+        StoppedError: a stop was requested; the embeddings made so far stay.
+    """
+    begun = time.perf_counter()
+    if VOLUME in scene.answers.done():
+        return Done(0, 1, time.perf_counter() - begun, {"encoder passes": 0.0})
+    assert scene.planes.axis is not None
+    segmenter, asked = segmenter_of(scene), load_asked(scene)
+    passes = 0
+
+    def embed(index: int, window: Window) -> Embedding:
+        nonlocal passes
+        [(_, embedding, _, new)] = embedded(scene, segmenter, [(window, index)], run)
+        passes += new
+        return embedding
+
+    found = link(
+        asked.prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid, segmenter, embed,
+        rules_of(scene.options.volume),
+    )  # fmt: skip
+    solids = _gathered(found, asked.prompts.objects.tolist())
+    scene.answers.write_part(VOLUME, _answered(solids).dump())
+    scene.answers.commit(VOLUME, {"objects": len(solids), "encoded": passes})
+    return Done(1, 0, time.perf_counter() - begun, {"encoder passes": float(passes)})
+
+
+def rules_of(options: Volume) -> Rules:
+    """When a chain of slices ends."""
+    return Rules(options.least_iou, options.least_overlap, options.change, options.reach)
+
+
+def _gathered(found: Iterator[SliceAnswer | Stop], objects: list[int]) -> dict[int, _Solid]:
+    """What comes slice by slice, by object."""
+    solids = {number: _Solid() for number in objects}
+    for item in found:
+        if isinstance(item, Stop):
+            ends = f"{item.how.value} from slice {item.origin} to {item.last}: {item.why.value}"
+            solids[item.object].ends.append(ends)
+            continue
+        answer, patch = item.answer, item.answer.patch
+        solid = solids[answer.object]
+        if patch is not None:
+            solid.patches.append(patch)
+            solid.iou.append(answer.iou)
+            solid.candidate, solid.level = answer.candidate, max(solid.level, patch.scale.bit_length() - 1)
+            solid.cut |= answer.cut
+    return solids
+
+
+def _answered(solids: dict[int, _Solid]) -> Answered:
+    n = len(solids)
+    every = list(solids.values())
+    unknown = np.full((n, CANDIDATES), np.nan)
+    return Answered(
+        np.array(list(solids), np.int64),
+        np.array([s.candidate for s in every], np.int64),
+        np.array([np.mean(s.iou) if s.iou else np.nan for s in every], np.float64),
+        np.full(n, np.nan),
+        unknown, unknown.copy(),
+        np.array([s.level for s in every], np.int64),
+        np.array([s.cut for s in every], bool),
+        np.full((n, 2), np.nan),
+        tuple("; ".join(s.ends) for s in every),
+        tuple(tuple(sorted(s.patches, key=lambda p: p.plane or (0, 0))) for s in every),
+    )  # fmt: skip

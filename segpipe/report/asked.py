@@ -1,0 +1,257 @@
+"""What was asked of a prompted run: the table of scenes and phrases, and the page's summary of it.
+
+A phrase is the name of a class, so sizes and numbers of objects are those of the region table. Every phrase
+that was asked for has its row, found or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from segpipe.regions.base import SCENE
+from segpipe.report import units
+from segpipe.report.cells import Cell, Head
+from segpipe.report.frames import FAILED
+from segpipe.report.record import AskedPhrase, ClassInfo, RunRecord, SceneRecord
+
+SCENE_FAILED = "scene failed"
+"""Outcome where the scene failed: what became of the phrase is unknown."""
+GIVEN = "from prompts"
+"""Outcome of classes that no text asked for: their objects come from prompts of files or from points."""
+FOUND = "found"
+_COUNTS = ("found", "below", "small", "merged")
+_TYPES = {
+    "scene": "str", "phrase": "str", "outcome": "str", **dict.fromkeys((*_COUNTS, "objects"), "Int64"),
+    **dict.fromkeys((*units.SIZES, "best", "mean_score"), "float64"),
+    "means": "str", "similarity": "float64", "note": "str",
+}  # fmt: skip
+
+
+def asked_table(
+    record: RunRecord, regions: pd.DataFrame, instances: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """A row a scene and phrase, in the order asked; classes that only prompts of files name come last.
+
+    Columns: ``outcome``; ``found``, ``below``, ``small``, ``merged`` of `AskedPhrase`; ``objects`` of the
+    phrase in the map and their size in SI units; ``best`` score of a candidate; ``mean_score`` of the objects
+    (NaN: none has one); ``means``, ``similarity``; ``note``. Numbers of failed scenes are empty.
+
+    Args:
+        record: of the run.
+        regions: the region table, with ``objects``.
+        instances: the table of objects; left out: ``mean_score`` is NaN.
+    """
+    asked = dict.fromkeys(a.phrase for scene in record.scenes for a in scene.asked)
+    named = (c.name for c in record.legend if not c.background)
+    phrases = list(dict.fromkeys((*asked, *named))) if record.prompted else []
+    sizes = [c for c in units.SIZES if c in regions and regions[c].notna().any()]
+    whole = regions[regions["region"] == SCENE]
+    measured = {(r["scene"], r["class"]): r for r in whole.to_dict("records") if r["state"] != FAILED}
+    scores = _mean_scores(instances)
+    rows = []
+    for scene in record.scenes:
+        told = {a.phrase: a for a in scene.asked}
+        for phrase in phrases:
+            here = measured.get((scene.name, phrase), {})
+            row = {"scene": scene.name, **_fate(scene, phrase, told.get(phrase))}
+            row |= {c: here.get(c) for c in ("objects", *sizes)}
+            rows.append(row | {"mean_score": scores.get((scene.name, phrase))})
+    kept = {c: t for c, t in _TYPES.items() if c not in units.SIZES or c in sizes}
+    return pd.DataFrame(rows, columns=list(kept)).astype(kept)
+
+
+def _fate(scene: SceneRecord, phrase: str, asked: AskedPhrase | None) -> dict[str, Any]:
+    if asked is not None:
+        return asdict(asked)
+    failed = scene.state == "failed"
+    return {
+        "phrase": phrase, "outcome": SCENE_FAILED if failed else GIVEN,
+        "means": "", "note": scene.error if failed else "",
+    }  # fmt: skip
+
+
+def _mean_scores(instances: pd.DataFrame | None) -> dict[tuple[str, str], float]:
+    """Mean score of the objects by scene and class; without those that have none."""
+    if instances is None or not {"scene", "class", "score"} <= set(instances):
+        return {}
+    scored = instances.dropna(subset=["score"])
+    means = scored.groupby(["scene", "class"])["score"].mean().reset_index()
+    rows = zip(means["scene"], means["class"], means["score"], strict=True)
+    return {(str(scene), str(name)): float(mean) for scene, name, mean in rows}
+
+
+def words(row: Mapping[Any, Any]) -> str:
+    """What became of a phrase in a scene, in one line: the note, or the numbers."""
+    outcome = str(row["outcome"])
+    if outcome == SCENE_FAILED:
+        return f"unknown: the scene failed ({row['note'] or 'no reason recorded'})"
+    found, below, small, merged = (0 if pd.isna(row[c]) else int(row[c]) for c in _COUNTS)
+    parts = [str(row["note"]) or _outcome_words(row, found, below, small)]
+    if merged and "merged" not in parts[0]:
+        parts.append(f"{merged:,} merged into other objects")
+    if found and not pd.isna(row["objects"]) and row["objects"] == 0:
+        parts.append("none of them is left in the map")
+    return "; ".join(parts)
+
+
+def _outcome_words(row: Mapping[Any, Any], found: int, below: int, small: int) -> str:
+    outcome, means = str(row["outcome"]), str(row["means"])
+    near = "" if pd.isna(row["similarity"]) else f" with {float(row['similarity']):.2f}"
+    lost = [f"{n:,} {why}" for n, why in ((below, "below the threshold"), (small, "too small")) if n]
+    if lost and not pd.isna(row["best"]):
+        lost[-1] += f", the best score is {float(row['best']):.2f}"
+    if outcome == FOUND:
+        return ", ".join([f"{found:,} found", *lost])
+    if outcome == GIVEN:
+        return "not asked for in words: the objects come from prompts"
+    if outcome == "below threshold":
+        return f"not found: {', '.join(lost) or 'no score reaches the threshold'}"
+    if outcome == "not found":
+        return "not found" + (f", though it means {means}{near}" if means else "")
+    return f"{outcome}" + (f"; nearest is {means}{near}" if means else "")
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """A phrase in the page's summary."""
+
+    phrase: str
+    color: str
+    """Of its class."""
+    outcome: str
+    good: bool
+    """Whether it was found in any scene."""
+    cells: tuple[Cell, ...]
+    """Under `Asked.heads`."""
+    note: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, as the page shows it."""
+
+    finding: str
+    """In a sentence; empty: nothing was asked in words."""
+    heads: tuple[Head, ...]
+    rows: tuple[AskedRow, ...]
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    """What became of prompts of files, by scene."""
+
+
+def asked_view(
+    table: pd.DataFrame,
+    instances: pd.DataFrame | None,
+    scenes: Sequence[SceneRecord],
+    classes: Sequence[ClassInfo],
+) -> Asked | None:
+    """The summary over scenes; None where nothing was asked.
+
+    Args:
+        table: of `asked_table`, the rows of these scenes.
+        instances: their objects, for mean scores; left out: those of the table, of one scene.
+        scenes: of the record.
+        classes: of the run.
+    """
+    lines = tuple((s.name, s.prompts) for s in scenes if s.prompts)
+    if table.empty and not lines:
+        return None
+    sizes = [c for c in units.SIZES if c in table and table[c].notna().any()]
+    groups = [(str(p), rows) for p, rows in table.groupby("phrase", sort=False)]
+    shown = {c: units.size_unit(c, [rows[c].sum() for _, rows in groups]) for c in sizes}
+    heads = [Head("Found", "", True, ""), Head("Objects", "", True, "")]
+    heads += [Head(units.SIZES[c].capitalize(), u.symbol, True, "", "size") for c, u in shown.items()]
+    heads.append(Head("Mean score", "", True, ""))
+    colors = {c.name: c.color for c in classes}
+    result = []
+    for phrase, rows in groups:
+        cells = [_whole(rows["found"]), _whole(rows["objects"])]
+        cells += [_sum(rows[c], lambda v, u=u: units.size(v, u)) for c, u in shown.items()]
+        cells.append(_score(rows, instances, phrase))
+        outcome, note = _over(rows)
+        good = bool(rows["outcome"].isin((FOUND, GIVEN)).any())
+        result.append(AskedRow(phrase, colors.get(phrase, ""), outcome, good, tuple(cells), note))
+    return Asked(finding(table), tuple(heads), tuple(result), lines)
+
+
+def _over(rows: pd.DataFrame) -> tuple[str, str]:
+    """Outcome and words of a phrase over scenes; words that all scenes share are told once."""
+    counts = rows["outcome"].value_counts(sort=False)
+    told = {words(row) for row in rows.to_dict("records")}
+    if len(counts) == 1:
+        outcome = str(counts.index[0])
+        return outcome, told.pop() if len(told) == 1 else f"{outcome} in all {len(rows):,} scenes"
+    found = int(counts.get(FOUND, 0) or counts.get(GIVEN, 0))
+    outcome = f"in {found:,} of {len(rows):,}" if found else " / ".join(map(str, counts.index))
+    return outcome, "; ".join(f"{name} in {n:,} scene{'' if n == 1 else 's'}" for name, n in counts.items())
+
+
+def finding(table: pd.DataFrame) -> str:
+    """How many of the phrases asked for in words were found anywhere, and which were not."""
+    asked = table[~table["outcome"].isin((GIVEN, SCENE_FAILED))]
+    if asked.empty:
+        return ""
+    phrases = list(dict.fromkeys(asked["phrase"]))
+    hit = set(asked.loc[asked["outcome"] == FOUND, "phrase"])
+    text = f"{len(hit):,} of {len(phrases):,} phrase{'' if len(phrases) == 1 else 's'} found"
+    missing = [p for p in phrases if p not in hit]
+    return f"{text}; not found: {', '.join(missing)}." if missing else f"{text}."
+
+
+def phrase_captions(table: pd.DataFrame) -> dict[str, str]:
+    """``23 objects, 190 ha`` for each phrase of one scene's rows of `asked_table`."""
+    sizes = [c for c in units.SIZES if c in table]
+    result = {}
+    for row in table.to_dict("records"):
+        parts = []
+        if not pd.isna(row["objects"]):
+            parts.append(f"{row['objects']:,} object{'' if row['objects'] == 1 else 's'}")
+        for column in sizes:
+            if not math.isnan(row[column]):
+                unit = units.size_unit(column, [row[column]])
+                parts.append(f"{units.size(row[column], unit)} {unit.symbol}")
+        result[str(row["phrase"])] = ", ".join(parts)
+    return result
+
+
+def phrase_rows(table: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
+    """Phrase, outcome, objects, size with its unit, and words, over all scenes: as plain text."""
+    view = asked_view(table, None, (), ())
+    if view is None:
+        return []
+    result = []
+    for row in view.rows:
+        sizes = zip(view.heads[2:-1], row.cells[2:-1], strict=True)
+        size = ", ".join(f"{cell.text} {head.unit}" for head, cell in sizes if cell.sort) or "—"
+        result.append((row.phrase, row.outcome, row.cells[1].text, size, row.note))
+    return result
+
+
+def _whole(values: pd.Series) -> Cell:
+    return _sum(values, lambda v: units.number(v, 0))
+
+
+def _sum(values: pd.Series, form: Any) -> Cell:
+    known = values.dropna()
+    if known.empty:
+        return Cell("—", tone="num muted")
+    total = float(known.sum())
+    return Cell(form(total), repr(total), tone="num")
+
+
+def _score(rows: pd.DataFrame, instances: pd.DataFrame | None, phrase: str) -> Cell:
+    """Mean over the objects of all scenes, not of scenes."""
+    scores = rows["mean_score"]
+    if instances is not None and {"class", "score"} <= set(instances):
+        scores = instances.loc[instances["class"] == phrase, "score"]
+    mean = float(scores.mean()) if np.isfinite(scores.to_numpy(np.float64)).any() else math.nan
+    return (
+        Cell(units.number(mean, 3), repr(mean), tone="num")
+        if math.isfinite(mean)
+        else Cell("—", tone="num muted")
+    )
