@@ -71,13 +71,16 @@ class Slices:
         self.keep = True
         """Whether embeddings stay in memory, as the cache on disk would keep them."""
 
+    def read(self, index: int, window: Window) -> np.ndarray:
+        """What the encoder sees, (c, y, x)."""
+        return read_window(self.store, self.normaliser, self.planes, self.pyramid, window, index)[0]
+
     def __call__(self, index: int, window: Window) -> Embedding:
         """The embedding of a window of a slice, halved."""
         key = index, window
         if key not in self.kept:
-            image = read_window(self.store, self.normaliser, self.planes, self.pyramid, window, index)
             self.encoded.append(key)
-            found = self.segmenter.encode(image).half()
+            found = self.segmenter.encode(self.read(index, window)).half()
             if not self.keep:
                 return found
             self.kept[key] = found
@@ -214,10 +217,7 @@ def by_library(slices: Slices, card: Card) -> int:
     path = Path(card.folder) / str(card.weights)
     network: Any = transformers.Sam2VideoModel.from_pretrained(path).eval()
     window = Window(slices.pyramid.levels - 1, (0, 0))
-    frames = np.stack([
-        read_window(slices.store, slices.normaliser, slices.planes, slices.pyramid, window, i)
-        for i in range(slices.planes.count)
-    ])  # fmt: skip
+    frames = np.stack([slices.read(i, window) for i in range(slices.planes.count)])
     slices.encoded += [(i, window) for i in range(len(frames))]
     video = torch.from_numpy(frames).repeat(1, 3, 1, 1)
     session = transformers.Sam2VideoInferenceSession(
@@ -279,7 +279,8 @@ def main() -> None:
         organs(arguments.card, rules, Linking(choice=arguments.choice, mask=arguments.mask))
     else:
         print(f"{arguments.card}: its weights are not here: no Dice was measured")
-    memory(arguments.depth)
+    if arguments.depth:
+        memory(arguments.depth)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "model and labels": ({"labels": "old/*.tif"}, ["one of `model` or `labels`", "found both"]),
     "neither": ({"model": None}, ["one of `model` or `labels`", "found neither"]),
     "no scenes": ({"scenes": []}, ["scenes: ", "found []; valid: Files, globs"]),
-    "prompts": ({"prompts": {"text": ["lakes"]}}, ["`prompts` is not available", "remove it"]),
+    "prompts without a grounder": ({"prompts": {"text": ["lakes"]}}, ["prompts", "`text` needs a `grounder`"]),
+    "prompts of another model": (
+        {"prompts": {"everything": True}},
+        ["is a semantic model, which takes no prompts", "output.kind: prompted"],
+    ),
     "tolerance": ({"measure": {"tolerance": 0}}, ["measure.tolerance: ", "found 0"]),
     "uncertainty of given labels": (
         {"model": None, "labels": "x.tif", "outputs": {"uncertainty": True}},

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from segpipe.boxes import Box
-from segpipe.config import parse_memory
+from segpipe.config import parse_memory, parse_size
 from segpipe.export.common import LabelReader
 from segpipe.metrics.tally import SizeScale
 from segpipe.objects import FACTS, TABLE, ObjectTable, add_sizes
@@ -74,9 +74,7 @@ def find_prompted(scene: PromptScene) -> Done:
     objects, lines = _objects(scene)
     joined = join_found(objects.found(scene), scene.geometry.shape, scene.options.same)
     kept = joined.kept
-    edge = BLOCK_EDGE[scene.geometry.ndim]
-    shape = tuple(min(edge, n) for n in scene.geometry.shape)
-    blocks = Blocks(scene.geometry.shape, shape, (0,) * scene.geometry.ndim)
+    blocks = _blocks(scene)
     masks = Masks(scene.geometry.shape, tuple(objects.answers.patches[i] for i in kept.tolist()))
     with scene.open_image() as store:
 
@@ -98,6 +96,14 @@ def find_prompted(scene: PromptScene) -> Done:
     scene.embeddings.touch()
     prune(scene.job.outputs.dir, scene.embeddings.stage.key, parse_memory(scene.options.cache))
     return Done(1, 0, time.perf_counter() - begun, {})
+
+
+def _blocks(scene: PromptScene) -> Blocks:
+    """The units of writing: the job's, or of the usual size. No id depends on them."""
+    shape, ndim = scene.geometry.shape, scene.geometry.ndim
+    wanted = scene.job.tiling.block
+    sizes = (BLOCK_EDGE[ndim],) * ndim if wanted == "auto" else parse_size(wanted, ndim, "tiling.block")
+    return Blocks(shape, tuple(min(a, n) for a, n in zip(sizes, shape, strict=True)), (0,) * ndim)
 
 
 def _objects(scene: PromptScene) -> tuple[_Objects, list[str]]:

@@ -21,7 +21,8 @@ from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.errors import SceneError
-from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
+from segpipe.geometry import Geometry
+from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
 from segpipe.labelled import MeasurableScene, find_labels, labels_identity
 from segpipe.models.card import Card, Class
 from segpipe.prompts.detecting import Detecting, detecting_of
@@ -35,6 +36,7 @@ from segpipe.reference import IdRule
 from segpipe.scene import Scene, device_parts, model_parts, prepare_scene, read_card
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import SceneRef, open_source
+from segpipe.sources.base import Scaling
 from segpipe.store import Stage, stage_key
 
 ASKED = "asked"
@@ -178,12 +180,11 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
         raise SceneError("prompts.everything: found true; the scene is a volume, and a grid is for rasters")
     assert card.window_shape is not None
     pyramid = Pyramid(planes.plane_shape, card.window_shape[-1], options.margin)
-    image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
-    try:
-        statistics = scene_statistics(card, geometry, scaling, image).pairs
-    finally:
-        image.close()
     source_key = stage_key("ingest", {"source": identity, "channels": channels, "engine": ENGINE_VERSION})
+    image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
+    with image:
+        look = Stage(job.outputs.dir, stage_key("look", {"source": source_key, **model_parts(card)}))
+        statistics = known_statistics(look, card, geometry, scaling, image)
     encoded = {
         "source": source_key, **model_parts(card), **device_parts(settings), "batch": settings.batch,
         "axis": planes.axis, "window": pyramid.window,
@@ -203,6 +204,19 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
         embeddings=Embeddings(embed, pyramid, planes, shapes), ask=ask, answers=answers,
         labels=Stage(job.outputs.dir, stage_key("objects", joined)), grounder=grounder,
     )  # fmt: skip
+
+
+def known_statistics(
+    look: Stage, card: Card, geometry: Geometry, scaling: tuple[Scaling, ...], image: SceneBlocks
+) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """The scene's statistics for the card's steps: found once, then read from the store."""
+    if not needs_statistics(card):
+        return ()
+    known = look.read_json("look.json")
+    if known is None:
+        known = scene_statistics(card, geometry, scaling, image).to_json()
+        look.write_json("look.json", known)
+    return Statistics.from_json(known).pairs
 
 
 def _grounder(job: Job, ref: SceneRef, settings: Settings) -> Scene | Detecting:

@@ -1,4 +1,8 @@
-"""A volume is asked slice by slice, every slice's embedding kept like any other; one task for a volume."""
+"""A volume is asked slice by slice, every slice's embedding kept like any other; one task for a volume.
+
+A model with a memory of frames follows an object by it; for others the mask on one slice is the prompt on the
+next.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,24 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from segpipe.models.registry import device_of
+from segpipe.models.weights import weights_fingerprint
 from segpipe.prompts.answered import CANDIDATES, Answered
 from segpipe.prompts.answering import embedded, load_asked, segmenter_of
-from segpipe.prompts.linking import link
+from segpipe.prompts.linking import Linking, link
 from segpipe.prompts.masks import Patch
 from segpipe.prompts.options import Volume
 from segpipe.prompts.pyramid import Window
 from segpipe.prompts.scene import PromptScene
 from segpipe.prompts.segmenters import Embedding
+from segpipe.prompts.video import VideoNetwork, has_memory, track
 from segpipe.prompts.volumes import Rules, SliceAnswer, Stop
 from segpipe.steps import Done
 
 VOLUME = "volume"
 """Name of the part that holds a volume's answers."""
+
+_networks: dict[tuple[str, str, str, int], VideoNetwork] = {}
 
 
 @dataclass(eq=False)
@@ -54,14 +63,26 @@ def answer_volume(scene: PromptScene, run: str) -> Done:
         passes += new
         return embedding
 
-    found = link(
-        asked.prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid, segmenter, embed,
-        rules_of(scene.options.volume),
-    )  # fmt: skip
+    question = (asked.prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid)
+    rules = rules_of(scene.options.volume)
+    if has_memory(scene.card):
+        found = track(*question, _network(scene), embed, rules)
+    else:
+        found = link(*question, segmenter, embed, rules, Linking(choice=scene.options.choice))
     solids = _gathered(found, asked.prompts.objects.tolist())
     scene.answers.write_part(VOLUME, _answered(solids).dump())
     scene.answers.commit(VOLUME, {"objects": len(solids), "encoded": passes})
     return Done(1, 0, time.perf_counter() - begun, {"encoder passes": float(passes)})
+
+
+def _network(scene: PromptScene) -> VideoNetwork:
+    """The scene's video model; the same object for the same request in one process."""
+    card, settings = scene.card, scene.settings
+    key = (card.prediction_fingerprint(), weights_fingerprint(card), settings.device, settings.threads)
+    if key not in _networks:
+        _networks.clear()  # one at a time: they are large
+        _networks[key] = VideoNetwork(card, device_of(settings.device), settings.threads)
+    return _networks[key]
 
 
 def rules_of(options: Volume) -> Rules:

@@ -104,12 +104,15 @@ def test_thick_box_bounds_the_object() -> None:
     column = np.zeros((12, 20, 20), int)
     column[:, 5:12, 6:15] = 1
     box = (1, (1.5, 4.5, 5.5), (8.5, 11.5, 14.5))
-    for points, origin in (([], 5), ([(1, (7, 8, 8), True)], 7), ([(1, (7, 8, 8), False)], 5)):
-        linking = BY_BOX if origin == 5 else Linking(choice=Choice.box)
-        _, answers, stops, _ = run(column, said(points, [box]), linking=linking)
-        expected = [2, 3, 4, 5, 6] if points and not points[0][2] else [*range(2, 9)]
-        assert sorted(a.index for a in answers) == expected
+    for points, origin, expected in (
+        ([], 5, range(2, 9)),
+        ([(1, (7, 8, 8), True)], 7, range(2, 9)),
+        ([(1, (7, 8, 8), False)], 5, range(2, 7)),  # a place beside it: the oracle stops there
+    ):
+        _, answers, stops, _ = run(column, said(points, [box]))
+        assert sorted(a.index for a in answers) == [*expected]
         assert {k[1] for k in stops} == {origin}
+        assert stops[1, origin, "backward"].why is Why.box
 
 
 def test_corrections_take_over_half_way() -> None:

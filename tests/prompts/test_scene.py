@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
 
 from segpipe.boxes import Box
 from segpipe.config import Job
@@ -22,8 +26,15 @@ from segpipe.prompts.answering import (
 )
 from segpipe.prompts.asking import settle
 from segpipe.prompts.embeddings import prune, window_id
+from segpipe.prompts.files import read_prompts
 from segpipe.prompts.finding import account_of, find_prompted
+from segpipe.prompts.linking import link
+from segpipe.prompts.masks import patch_cover
+from segpipe.prompts.pyramid import Window
 from segpipe.prompts.scene import PromptScene, prepare_prompts
+from segpipe.prompts.segmenters import Embedding
+from segpipe.prompts.solids import answer_volume, rules_of
+from segpipe.prompts.volumes import SliceAnswer
 from segpipe.request import check_request
 from segpipe.store import request_stop
 from tests.prompts.asked_world import EDGE, make_card, make_job, pixels
@@ -106,6 +117,21 @@ def test_neither_batches_nor_their_order_change_a_bit(card: Path, tmp_path: Path
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_block_shapes_change_no_id(card: Path, tmp_path: Path) -> None:
+    found = []
+    for block in ("auto", "64", "37x101"):
+        job = make_job(
+            tmp_path / block, card, (170, 210), [(5, 5, 60, 50), (40, 30, 120, 90), (150, 99, 199, 160)]
+        )
+        scene = planned(Job.model_validate({**job.model_dump(), "tiling": {"block": block}}))
+        answer(scene)
+        found.append(results(scene))
+    for labels, ids, facts in found[1:]:
+        np.testing.assert_array_equal(labels, found[0][0])
+        np.testing.assert_array_equal(ids, found[0][1])
+        assert facts == found[0][2]
+
+
 def test_a_second_question_encodes_nothing_and_is_answered_as_if_it_were_the_first(
     card: Path, tmp_path: Path
 ) -> None:
@@ -158,10 +184,6 @@ def test_every_object_has_its_row(card: Path, tmp_path: Path) -> None:
     scene = planned(make_job(tmp_path, card, (EDGE, EDGE), BOXES, choice="large"))
     answer(scene)
     find_prompted(scene)
-    import io
-
-    import pandas as pd
-
     facts = pd.read_parquet(io.BytesIO(scene.labels.read_part(FACTS)))
     table = ObjectTable.load(scene.labels)
     assert facts["id"].tolist() == table.objects.ids.tolist()
@@ -203,3 +225,59 @@ def test_the_embeddings_not_used_for_longest_go_first(card: Path, tmp_path: Path
     assert prune(str(tmp_path / "runs"), c.key, 3 * each) == []
     assert prune(str(tmp_path / "runs"), a.key, each) == [b.key, c.key]
     assert a.exists and not b.exists and not c.exists
+
+
+def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
+    """Mechanics with random weights: the slices are those that direct linking gives."""
+    folder = tmp_path / "card"
+    folder.mkdir()
+    card = make_card(folder)
+    data = yaml.safe_load(card.read_text())
+    steps = [{"op": "divide", "value": [255.0]}]
+    data |= {
+        "kind": "volume",
+        "input": {"normalisation": steps},
+        "window": {"size": [1, EDGE, EDGE], "fixed": True},
+    }
+    card.write_text(yaml.safe_dump(data))
+    voxels = np.random.default_rng(5).integers(0, 255, (9, 50, 60)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels.T, np.diag([1.0, 1.0, 3.0, 1.0])), tmp_path / "scan.nii.gz")
+    (tmp_path / "box.csv").write_text("i_min,i_max,j_min,j_max,k,phrase\n10,30,8,28,4,organ\n")
+    job = Job.model_validate(
+        {
+            "name": "ask",
+            "scenes": [str(tmp_path / "scan.nii.gz")],
+            "model": str(card),
+            "prompts": {
+                "path": str(tmp_path / "box.csv"),
+                "volume": {"least_iou": 0, "least_overlap": 0, "change": 1000.0},
+            },
+            "compute": {"device": "cpu", "threads": 1},
+            "outputs": {"dir": str(tmp_path / "runs")},
+        }
+    )
+    scene = planned(job)
+    assert scene.planes.axis == 0
+    done = answer_volume(scene, "run")
+    _, ids, _ = results(scene)
+    prompts, _ = read_prompts(tmp_path / "box.csv", scene.geometry)
+    segmenter = segmenter_of(scene)
+
+    def embed(index: int, window: Window) -> Embedding:
+        padded = np.zeros((1, EDGE, EDGE), np.float32)
+        padded[0, :50, :60] = voxels[index] / np.float32(255)
+        return segmenter.encode(padded).half()
+
+    rules = rules_of(job.prompts.volume)
+    expected = np.zeros(voxels.shape, bool)
+    for item in link(prompts, 0, voxels.shape, scene.pyramid, segmenter, embed, rules):
+        if isinstance(item, SliceAnswer) and item.answer.patch is not None:
+            expected |= patch_cover(item.answer.patch, Box.whole(voxels.shape))
+    assert expected.any(axis=(1, 2)).sum() > 1
+    np.testing.assert_array_equal(ids > 0, expected)
+    assert done.timings["encoder passes"] == len(scene.embeddings.stage.done())
+    assert answer_volume(scene, "run").computed == 0
+    other = planned(
+        Job.model_validate({**job.model_dump(), "prompts": {**job.prompts.model_dump(), "choice": "large"}})
+    )
+    assert answer_volume(other, "run").timings["encoder passes"] == 0
