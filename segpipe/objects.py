@@ -23,7 +23,7 @@ from segpipe.store import ArraySpec, Stage
 TABLE = "objects"
 """Name of the part of a stage that holds the table."""
 FACTS = "facts"
-"""Name of the part with further columns of the objects, a Parquet table by ``id``; not all models have any."""
+"""Name of the part with further columns of the objects, a Parquet table by ``id``; few models have any."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,10 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "model and labels": ({"labels": "old/*.tif"}, ["one of `model` or `labels`", "found both"]),
     "neither": ({"model": None}, ["one of `model` or `labels`", "found neither"]),
     "no scenes": ({"scenes": []}, ["scenes: ", "found []; valid: Files, globs"]),
-    "prompts without a grounder": ({"prompts": {"text": ["lakes"]}}, ["prompts", "`text` needs a `grounder`"]),
+    "words and nobody who finds them": (
+        {"prompts": {"text": ["lakes"]}},
+        ["prompts", "`text` needs a `grounder`"],
+    ),
     "prompts of another model": (
         {"prompts": {"everything": True}},
         ["is a semantic model, which takes no prompts", "output.kind: prompted"],

@@ -200,10 +200,10 @@ class Output(Strict):
         None,
         description="Sharpen probabilities along edges; the halo needs (iterations + 1) × radius.",
     )
-    kind: Literal["semantic", "instance", "panoptic", "prompted", "boxes"] = "semantic"
+    kind: Literal["semantic", "instance", "panoptic", "prompted", "boxes", "names"] = "semantic"
     """semantic: a score per class. instance: objects of classes. panoptic: objects of the classes that
     are things, and one segment for each of the others. prompted: masks of what is pointed at. boxes: boxes
-    of what is said in words."""
+    of what is said in words. names: which of some words a picture shows."""
     score: float = Field(0.5, ge=0, le=1, description="Objects of a lower score are no objects.")
     mask: float = Field(0.5, ge=0, le=1, description="Probability from which an element is an object's.")
     overlap: float = Field(
@@ -321,7 +321,7 @@ class Card(Strict):
     @property
     def answers_prompts(self) -> bool:
         """Whether it has no classes of its own: what it finds is what is asked for."""
-        return self.output.kind in ("prompted", "boxes")
+        return self.output.kind in ("prompted", "boxes", "names")
 
     @model_validator(mode="after")
     def _consistent(self) -> Card:

@@ -236,6 +236,11 @@ def _check_prompted(card: Card) -> None:
 
         check_detector(resolve_weights(card))
         return
+    if card.output.kind == "names":
+        from segpipe.prompts.processors import read_kind
+
+        read_kind(resolve_weights(card), ("clip",))
+        return
     from segpipe.prompts.segmenters import check_segmenter
 
     check_segmenter(card)

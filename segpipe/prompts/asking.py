@@ -80,7 +80,7 @@ def _of_text(scene: PromptScene) -> list[Asked]:
     else:
         grounding = _ground(scene, scene.grounder, found.phrases)
         grounding, also, merged = _one_each(grounding)
-    rows = tuple(_row(a, m) for a, m in zip(grounding.accounts, merged, strict=True))
+    rows = tuple(phrase_row(a, m) for a, m in zip(grounding.accounts, merged, strict=True))
     notes = tuple(f"text: {note}" for note in found.notes)
     return [_as_prompts(scene, grounding.detections, also, found.phrases, rows, notes)]
 
@@ -153,7 +153,7 @@ def _as_prompts(
     return Asked(prompts, np.full(len(d), int(Source.TEXT)), d.score, tuple(also), rows, notes)
 
 
-def _row(account: PhraseAccount, merged: int) -> dict[str, Any]:
+def phrase_row(account: PhraseAccount, merged: int = 0) -> dict[str, Any]:
     """What became of a phrase, for the record."""
     match = account.match
     return {

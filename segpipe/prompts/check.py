@@ -29,14 +29,23 @@ def check_prompts(job: Job) -> Card:
     _check_in_vain(job)
     if options.text:
         parse_phrases(options.text)
+    if options.grounder:
         grounder = read_card(options.grounder)
-        if grounder.output.kind == "semantic":
+        if grounder.output.kind == "semantic" or grounder.output.kind == "boxes":
             check_card(grounder)
-        elif grounder.output.kind != "boxes":
+        else:
             raise RequestError(
                 f"prompts.grounder: {grounder.name!r} is a {grounder.output.kind} model; valid: a semantic "
                 "one, or a detector that takes text (output.kind: boxes)"
             )
+    if options.labeller:
+        names = read_card(options.labeller)
+        if names.output.kind != "names":
+            raise RequestError(
+                f"prompts.labeller: {names.name!r} is a {names.output.kind} model; valid: a CLIP "
+                "(output.kind: names)"
+            )
+        check_card(names)
     if options.path:
         file_mark(options.path)
     classes = phrase_classes(options)

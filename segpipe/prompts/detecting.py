@@ -47,6 +47,7 @@ class Detecting:
     """A scene as a detector sees it. Small and picklable."""
 
     job: Job
+    card_path: str
     ref: SceneRef
     geometry: Geometry
     channels: tuple[int, ...]
@@ -60,8 +61,8 @@ class Detecting:
 
     @property
     def card(self) -> Card:
-        """The detector's card (read once per process)."""
-        return read_card(self.job.prompts.grounder)
+        """The model's card (read once per process)."""
+        return read_card(self.card_path)
 
     @property
     def phrases(self) -> tuple[str, ...]:
@@ -82,21 +83,20 @@ class Detecting:
         self.stage.create(None, Blocks((1,), (1,), (0,)), [], {"scene": self.ref.name})
 
 
-def detecting_of(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Detecting:
-    """A scene ready for a detector; makes no stage.
+def detecting_of(job: Job, card_path: str, ref: SceneRef, settings: Settings) -> Detecting:
+    """A scene ready for a model that looks at pictures and takes words; makes no stage.
 
     Raises:
         SceneError: the scene does not suit it.
     """
-    options = job.prompts
+    options, card = job.prompts, read_card(card_path)
     with open_source(ref.uri, band_names=job.bands) as source:
         channels, _ = match_bands(card, source)
         geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
         scaling = tuple(source.scaling[c] for c in channels)
     if not isinstance(geometry, RasterGeometry):
         raise SceneError(
-            f"prompts.grounder: {card.name!r} looks at pictures; the scene is a volume: valid: a semantic "
-            "model"
+            f"prompts: {card.name!r} looks at pictures; the scene is a volume: valid: a semantic model"
         )
     image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
     try:
@@ -110,8 +110,8 @@ def detecting_of(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Det
         "thresholds": [options.threshold, options.text_threshold],
     }  # fmt: skip
     return Detecting(
-        job=job, ref=ref, geometry=geometry, channels=channels, dtype=dtype, scaling=scaling,
-        identity=identity, statistics=statistics, settings=settings,
+        job=job, card_path=card_path, ref=ref, geometry=geometry, channels=channels, dtype=dtype,
+        scaling=scaling, identity=identity, statistics=statistics, settings=settings,
         pyramid=Pyramid((geometry.shape[0], geometry.shape[1]), card.window_shape[-1], 0.0),
         stage=Stage(job.outputs.dir, stage_key("detect", parts)),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,9 +21,11 @@ from segpipe.plan import BLOCK_EDGE, Blocks
 from segpipe.prompts.answered import CANDIDATES, Answered, answered_grid, together
 from segpipe.prompts.answering import all_answers, automatic_of, grid_masks, load_asked
 from segpipe.prompts.asked import Asked
+from segpipe.prompts.asking import phrase_row
 from segpipe.prompts.automatic import merge_masks
 from segpipe.prompts.embeddings import prune
 from segpipe.prompts.joining import Found, Joined, Source, join_found
+from segpipe.prompts.naming import name_masks
 from segpipe.prompts.painting import Masks, Painted, paint_scene
 from segpipe.prompts.phrases import UNNAMED, value_of
 from segpipe.prompts.scene import PromptScene
@@ -121,9 +123,15 @@ def _objects(scene: PromptScene) -> tuple[_Objects, list[str]]:
         lines = [f"grid: {line}" for line in tally.lines()]
         first = len(asked) + 1
         answers = together([answers, answered_grid(masks, first)])
-        values += [value_of(UNNAMED, scene.classes)] * len(masks)
+        named = [UNNAMED] * len(masks)
+        sure = np.full(len(masks), np.nan)
+        if scene.labeller is not None:
+            found, sure, accounts = name_masks(scene.labeller, masks.patches)
+            named = [name or UNNAMED for name in found]
+            asked = replace(asked, phrases=(*asked.phrases, *(phrase_row(a) for a in accounts)))
+        values += [value_of(name, scene.classes) for name in named]
         source = np.concatenate((source, np.full(len(masks), int(Source.AUTOMATIC))))
-        score = np.concatenate((score, np.full(len(masks), np.nan)))
+        score = np.concatenate((score, np.where([name == UNNAMED for name in named], np.nan, sure)))
     return _Objects(asked, answers, np.array(values, np.int64), source, score), lines
 
 

@@ -95,6 +95,9 @@ class PromptOptions(Strict):
         default_factory=dict, description="Phrase of each class value of the earlier labels."
     )
     everything: bool = Field(False, description="Masks of everything, without prompts: see `grid`.")
+    labeller: Text = Field(
+        "", description="Model card of a CLIP that names the masks of `everything` by the phrases of `text`."
+    )
     grid: Grid = Field(default_factory=Grid, description="How everything is found.")
     choice: Choice = Field(
         Choice.score,
@@ -123,10 +126,14 @@ class PromptOptions(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> PromptOptions:
-        if self.text and not self.grounder:
+        if self.labeller and not (self.everything and self.text):
+            raise ValueError("`labeller` goes with `everything` and `text`")
+        if self.text and not (self.grounder or self.labeller):
             raise ValueError(
                 "`text` needs a `grounder`: a model card, e.g. configs/models/landcover-unet.yaml"
             )
+        if self.grounder and self.labeller:
+            raise ValueError("`grounder` and `labeller`: give one: who finds phrases, or who names masks")
         if self.grounder and not self.text:
             raise ValueError("`grounder` goes with `text`")
         for field in ("crs", "layer"):

@@ -75,28 +75,44 @@ class Planes:
 def read_window(
     store: SceneBlocks, normaliser: Normaliser, planes: Planes, pyramid: Pyramid, window: Window, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the encoder sees of a window: (c, y, x) float32, normalised; padding and nodata are 0.
+    """What the encoder sees of a window, and which of its elements have data; see `read_box`."""
+    return read_box(store, normaliser, planes, pyramid.box(window), 1 << window.level, index)
 
-    Also which of its elements have data, (y, x) bool: those with any valid element under them.
 
-    Above the finest level each element is the mean of the valid ones under it. Rows are read in strips, so
-    that memory follows the window and not what it covers.
+def read_box(
+    store: SceneBlocks, normaliser: Normaliser, planes: Planes, whole: Box, step: int, index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A box of a plane, (c, y, x) float32, normalised, and which of its elements have data, (y, x) bool.
+
+    Of ``step`` × ``step`` elements each is the mean of the valid ones, and has data if there is any. What is
+    beyond the plane or has no data is 0. Rows are read in strips, so that memory follows the answer and not
+    what it covers.
+
+    Args:
+        whole: (y, x) elements of the plane, multiples of ``step`` long; may reach beyond it.
+        index: of the slice.
     """
-    step = 1 << window.level
-    whole = pyramid.box(window)
     box = whole.intersect(Box.whole(planes.plane_shape))
-    out = np.zeros((len(store.channels), pyramid.window, pyramid.window), np.float32)
-    known = np.zeros(out.shape[1:], bool)
-    rows = max(1, STRIP // (box.shape[1] * step)) * step
-    for start in range(box.start[0], box.stop[0], rows):
-        strip = Box((start, box.start[1]), (min(start + rows, box.stop[0]), box.stop[1]))
+    # squares begin where the box does, also before the plane
+    lead = [(a - b) % step for a, b in zip(box.start, whole.start, strict=True)]
+    shape = tuple(n // step for n in whole.shape)
+    out = np.zeros((len(store.channels), *shape), np.float32)
+    known = np.zeros(shape, bool)
+    left = (box.start[1] - whole.start[1]) // step
+    rows = max(1, STRIP // max(1, box.shape[1] * step)) * step
+    for start in range(box.start[0] - lead[0], box.stop[0], rows):
+        strip = Box((max(start, box.start[0]), box.start[1]), (min(start + rows, box.stop[0]), box.stop[1]))
         pixels = store.read(planes.box(strip, index))
-        values = normaliser.elementwise(pixels).reshape(len(out), *strip.shape)
-        valid = pixels.valid.reshape(strip.shape)
+        before = ((strip.start[0] - start), lead[1])
+        values = np.pad(
+            normaliser.elementwise(pixels).reshape(len(out), *strip.shape),
+            ((0, 0), (before[0], 0), (before[1], 0)),
+        )
+        valid = np.pad(pixels.valid.reshape(strip.shape), ((before[0], 0), (before[1], 0)))
         small, any_of = (values, valid) if step == 1 else _means(values, valid, step)
-        first = (start - box.start[0]) // step
-        out[:, first : first + small.shape[1], : small.shape[2]] = small
-        known[first : first + small.shape[1], : small.shape[2]] = any_of
+        top = (start - whole.start[0]) // step
+        out[:, top : top + small.shape[1], left : left + small.shape[2]] = small
+        known[top : top + small.shape[1], left : left + small.shape[2]] = any_of
     return out, known
 
 

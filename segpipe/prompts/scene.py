@@ -59,6 +59,8 @@ class PromptScene(MeasurableScene):
     """Where classes and ids are."""
     grounder: Scene | Detecting | None
     """What finds the phrases: a semantic model over the scene, or a detector."""
+    labeller: Detecting | None
+    """What names masks of a grid."""
 
     @property
     def card(self) -> Card:
@@ -190,19 +192,26 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
         "axis": planes.axis, "window": pyramid.window,
     }  # fmt: skip
     embed = Stage(job.outputs.dir, stage_key(PREFIX, encoded))
-    grounder = _grounder(job, ref, settings) if options.text else None
+    grounder = _grounder(job, ref) if options.grounder else None
+    labeller = None
+    if options.labeller:
+        mine = resolve_settings(job.compute, read_card(options.labeller))
+        labeller = detecting_of(job, options.labeller, ref, mine)
     ask = Stage(job.outputs.dir, stage_key("ask", ask_parts(job, ref, source_key, grounder)))
     asked = {
         "embed": embed.key, "ask": ask.key, "margin": options.margin, "choice": options.choice.value,
         "volume": options.volume.model_dump(mode="json"), "version": ANSWER_VERSION,
     }  # fmt: skip
     answers = Stage(job.outputs.dir, stage_key("answers", asked))
-    joined = {"of": answers.key, "same": options.same, "smallest": job.measure.smallest}
+    joined = {
+        "of": answers.key, "same": options.same, "smallest": job.measure.smallest,
+        "names": labeller.stage.key if labeller else "",
+    }  # fmt: skip
     return PromptScene(
         ref=ref, job=job, geometry=geometry, dtype=dtype, channels=channels, bands=bands, scaling=scaling,
         identity=identity, notes=notes, settings=settings, statistics=statistics, planes=planes,
         embeddings=Embeddings(embed, pyramid, planes, shapes), ask=ask, answers=answers,
-        labels=Stage(job.outputs.dir, stage_key("objects", joined)), grounder=grounder,
+        labels=Stage(job.outputs.dir, stage_key("objects", joined)), grounder=grounder, labeller=labeller,
     )  # fmt: skip
 
 
@@ -219,11 +228,11 @@ def known_statistics(
     return Statistics.from_json(known).pairs
 
 
-def _grounder(job: Job, ref: SceneRef, settings: Settings) -> Scene | Detecting:
+def _grounder(job: Job, ref: SceneRef) -> Scene | Detecting:
     card = read_card(job.prompts.grounder)
     mine = resolve_settings(job.compute, card)
     if card.output.kind == "boxes":
-        return detecting_of(job, card, ref, mine)
+        return detecting_of(job, job.prompts.grounder, ref, mine)
     return prepare_scene(grounding_job(job), ref, mine)
 
 

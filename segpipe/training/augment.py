@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from segpipe.fields import Strict
 from segpipe.errors import RequestError
+from segpipe.fields import Strict
 
 if TYPE_CHECKING:
     import torch

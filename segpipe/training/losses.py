@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from segpipe.fields import Strict
 from segpipe.errors import RequestError
+from segpipe.fields import Strict
 
 if TYPE_CHECKING:
     import torch

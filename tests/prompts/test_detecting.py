@@ -10,13 +10,17 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.detector_files import owl, save
+from benchmarks.detector_files import clip, owl, save
 from segpipe.config import Job
 from segpipe.errors import RequestError, SceneError, StoppedError
+from segpipe.prompts.answering import answer_windows, automatic_of, create_answers, grid_masks, next_round
 from segpipe.prompts.asking import settle
+from segpipe.prompts.automatic import merge_masks
 from segpipe.prompts.detecting import Detecting, detect_windows
 from segpipe.prompts.detection import merge_detections, place
 from segpipe.prompts.detectors import load_detector
+from segpipe.prompts.finding import account_of, find_prompted
+from segpipe.prompts.naming import OTHER, name_masks
 from segpipe.prompts.pyramid import Window
 from segpipe.prompts.scene import PromptScene, prepare_prompts
 from segpipe.request import check_request
@@ -161,3 +165,62 @@ def test_what_is_wrong_is_said_before_work(card: Path, detector: Path, tmp_path:
     request = check_request(bands)
     with pytest.raises(SceneError, match=r"bands: the scene has no nir; it has red, green, blue"):
         prepare_prompts(bands, request.scenes[0], request.settings)
+
+
+def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:
+    """What each mask is called is what the library's own CLIP says of its picture."""
+    network, processor = save(tmp_path / "clip", clip)
+    labeller = tmp_path / "clip.yaml"
+    steps = [{"op": "divide", "value": [255.0]}]
+    labeller.write_text(
+        yaml.safe_dump(
+            {
+                "name": "clip",
+                "kind": "raster",
+                "provider": "transformers",
+                "weights": "clip",
+                "output": {"kind": "names"},
+                "input": {"bands": ["red", "green", "blue"], "normalisation": steps},
+                "window": {"size": [32], "fixed": True},
+            }
+        )
+    )
+    asked = {"text": list(PHRASES), "labeller": str(labeller), "everything": True, "threshold": 0.0}
+    grid = {"points": 16, "iou": 0.0, "stability": 0.0, "overlap": 1.0}
+    job = make_job(tmp_path / "job", card, (64, 64), [], path="", crs="", grid=grid, **asked)
+    request = check_request(job)
+    scene = prepare_prompts(job, request.scenes[0], request.settings)
+    settle(scene)
+    create_answers(scene)
+    here = next_round(scene, 0)
+    assert here is not None
+    answer_windows(scene, 0, here.windows, "run")
+    masks, _ = merge_masks(grid_masks(scene), automatic_of(scene))
+    assert len(masks) > 1
+    assert scene.labeller is not None
+    names, sure, accounts = name_masks(scene.labeller, masks.patches)
+    words = [f"{of} {p}." for p in (*PHRASES, OTHER) for of in ("a satellite photo of", "an aerial photo of")]
+    image = np.pad(pixels((64, 64)) / np.float32(255), ((0, 0), (99, 99), (99, 99)), constant_values=0.5)
+    for patch, name, probability in zip(masks.patches, names, sure, strict=True):
+        y, x = np.nonzero(patch.logits > 0)
+        low = [int(v.min()) + o for v, o in zip((y, x), patch.origin, strict=True)]
+        high = [int(v.max()) + 1 + o for v, o in zip((y, x), patch.origin, strict=True)]
+        longest = max(b - a for a, b in zip(low, high, strict=True))
+        edge = longest + 2 * int(np.ceil(0.25 * longest))
+        start = [(a + b - edge) // 2 for a, b in zip(low, high, strict=True)]
+        rows, columns = (slice(s + 99, s + 99 + edge) for s in start)
+        crop = image[:, rows, columns].copy()
+        shown = {"images": [torch.from_numpy(crop)], "do_rescale": False, "return_tensors": "pt"}
+        batch = processor(text=words, padding=True, **shown)
+        with torch.inference_mode():
+            out = network(**batch)
+            text = out.text_embeds.reshape(len(PHRASES) + 1, 2, -1).mean(1)
+            text = text / text.norm(dim=1, keepdim=True)
+            logits = out.image_embeds @ text.T * network.logit_scale.exp()
+        expected = logits[0].softmax(0).numpy()
+        assert probability == pytest.approx(expected.max(), abs=1e-3)
+        assert name == [*PHRASES, ""][int(expected.argmax())]
+    assert sum(a.found for a in accounts) == sum(bool(n) for n in names)
+    find_prompted(scene)
+    rows = {row["phrase"] for row in account_of(scene)["asked"]}
+    assert rows == set(PHRASES)
