@@ -8,11 +8,13 @@ from prefect import State, flow
 from prefect.states import Failed
 
 from flows.segment import carry_out, stop_workers
-from segpipe.config import Job
+from segpipe.prompts.question import Question
 
 
-@flow(name="prompt", flow_run_name="{job.name}", on_cancellation=[stop_workers], on_crashed=[stop_workers])
-def prompt(job: Job) -> State[Any]:
+@flow(
+    name="prompt", flow_run_name="{question.name}", on_cancellation=[stop_workers], on_crashed=[stop_workers]
+)
+def prompt(question: Question) -> State[Any]:
     """Ask a promptable model for objects over scenes of any size, and report them by phrase and region.
 
     Phrases go through a grounder (a semantic model's own classes, or a detector) to boxes; boxes, points and
@@ -20,8 +22,8 @@ def prompt(job: Job) -> State[Any]:
     Every phrase is accounted for, also those of which nothing is found.
 
     Args:
-        job: Which scenes, which promptable model, and under "prompts" what to ask.
+        question: Which scenes, which promptable model, and under "prompts" what to ask.
     """
-    if not job.prompts.asked:
+    if not question.prompts.asked:
         return Failed(message="prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`")
-    return carry_out(job)
+    return carry_out(question.job)

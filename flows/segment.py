@@ -14,7 +14,7 @@ from prefect.states import Cancelled, Completed, Failed
 from flows.dispatch import Dispatch
 from flows.runners import task_runner
 from flows.watch import Watch
-from segpipe.config import Job
+from segpipe.config import Job, Outputs
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.report.record import RunRecord
 from segpipe.request import check_request
@@ -28,8 +28,9 @@ FAILURES_TOLD = 5
 
 def stop_workers(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Cancelled or crashed: ask every worker of this run, wherever it is, to stop before its next block."""
-    job = Job.model_validate(flow_run.parameters["job"])
-    request_stop(job.outputs.dir, attempt_name(flow_run.id, flow_run.run_count))
+    [asked] = flow_run.parameters.values()
+    outputs = Outputs.model_validate(asked.get("outputs", {}))
+    request_stop(outputs.dir, attempt_name(flow_run.id, flow_run.run_count))
 
 
 @flow(name="segment", flow_run_name="{job.name}", on_cancellation=[stop_workers], on_crashed=[stop_workers])

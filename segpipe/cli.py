@@ -86,10 +86,11 @@ def _run_job(job: Job) -> None:
     from flows.prompt import prompt as ask
     from flows.runners import task_runner
     from flows.segment import segment
+    from segpipe.prompts.question import Question
 
     task_runner(job.compute)
     check_server()
-    state = run_here(ask if job.prompts.asked else segment, job)
+    state = run_here(ask, Question.of(job)) if job.prompts.asked else run_here(segment, job)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
         print(state.message, file=sys.stderr)
         raise typer.Exit(130)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from prefect.types.entrypoint import EntrypointType
 
+from flows.prompt import prompt
 from flows.segment import segment
 
 
@@ -68,3 +69,20 @@ def test_a_union_offers_one_form_and_nothing(schema: dict[str, Any]) -> None:
     for path, node in fields(schema).items():
         kinds = [o for o in node.get("anyOf", ()) if o.get("type") != "null"]
         assert len(kinds) <= 1, path
+
+
+def test_the_form_of_a_question_begins_with_the_question() -> None:
+    deployment = prompt.to_deployment(name="prompt", entrypoint_type=EntrypointType.MODULE_PATH)
+    assert deployment.entrypoint == "flows.prompt.prompt"
+    schema: dict[str, Any] = deployment._parameter_openapi_schema.model_dump(mode="json")
+    assert list(schema["properties"]) == ["question"]
+    question = schema["definitions"]["Question"]
+    assert [*question["properties"]][:3] == question["required"] == ["scenes", "model", "prompts"]
+    options = schema["definitions"]["PromptOptions"]["properties"]
+    assert [*options][:3] == ["text", "grounder", "threshold"]
+    assert options["text"]["type"] == "array"
+    assert (options["threshold"]["minimum"], options["threshold"]["maximum"]) == (0, 1)
+    assert all(
+        node.get("description") or schema["definitions"][node["$ref"].rsplit("/", 1)[-1]].get("description")
+        for node in options.values()
+    )
