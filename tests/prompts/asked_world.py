@@ -13,6 +13,10 @@ import yaml
 from rasterio.transform import from_origin
 
 from segpipe.config import Job, load_job
+from segpipe.prompts.answering import create_answers
+from segpipe.prompts.asking import settle
+from segpipe.prompts.scene import PromptScene, prepare_prompts
+from segpipe.request import check_request
 from tests.prompts.tiny_sams import edge_of, tiny
 
 EDGE = 64
@@ -78,3 +82,12 @@ def make_job(
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(data))
     return load_job(path)
+
+
+def planned(job: Job) -> PromptScene:
+    """The job's only scene, settled, with its stages."""
+    request = check_request(job)
+    scene = prepare_prompts(job, request.scenes[0], request.settings)
+    settle(scene)
+    create_answers(scene)
+    return scene

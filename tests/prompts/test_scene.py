@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,22 @@ from segpipe.errors import SceneError, StoppedError
 from segpipe.objects import FACTS, ObjectTable
 from segpipe.prompts.answering import (
     answer_windows,
-    create_answers,
     load_asked,
     next_round,
     segmenter_of,
 )
-from segpipe.prompts.asking import settle
 from segpipe.prompts.embeddings import prune, window_id
 from segpipe.prompts.files import read_prompts
 from segpipe.prompts.finding import account_of, find_prompted
 from segpipe.prompts.linking import link
 from segpipe.prompts.masks import patch_cover
 from segpipe.prompts.pyramid import Window
-from segpipe.prompts.scene import PromptScene, prepare_prompts
+from segpipe.prompts.scene import PromptScene
 from segpipe.prompts.segmenters import Embedding
 from segpipe.prompts.solids import answer_volume, rules_of
 from segpipe.prompts.volumes import SliceAnswer
-from segpipe.request import check_request
 from segpipe.store import request_stop
-from tests.prompts.asked_world import EDGE, make_card, make_job, pixels
+from tests.prompts.asked_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,14 +44,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_card(tmp_path_factory.mktemp("card"))
-
-
-def planned(job: Job) -> PromptScene:
-    request = check_request(job)
-    scene = prepare_prompts(job, request.scenes[0], request.settings)
-    settle(scene)
-    create_answers(scene)
-    return scene
 
 
 def answer(scene: PromptScene, backwards: bool = False, run: str = "run") -> int:
@@ -110,7 +100,8 @@ def test_neither_batches_nor_their_order_change_a_bit(card: Path, tmp_path: Path
         (x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, rng.uniform(3, 45, (30, 2)), strict=True)
     ]
     one = planned(make_job(tmp_path / "one", card, (170, 210), boxes))
-    other = planned(make_job(tmp_path / "other", card, (170, 210), boxes))
+    # as it travels to a worker elsewhere
+    other = pickle.loads(pickle.dumps(planned(make_job(tmp_path / "other", card, (170, 210), boxes))))
     passes = answer(one)
     assert passes == answer(other, backwards=True) > 3
     for mine, theirs in zip(results(one)[:2], results(other)[:2], strict=True):
