@@ -8,6 +8,7 @@ Communications 2024; Ravi et al., SAM 2, ICLR 2025; Zhou et al., EdgeTAM, CVPR 2
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn import functional
 from segpipe.errors import RequestError
 from segpipe.models.card import Card
 from segpipe.models.network import forward_pass
+from segpipe.prompts.prior import prior_logits
 from segpipe.prompts.sam_folder import ENLARGE, embedding_shapes, load_network, read_folder
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
 
@@ -41,6 +43,7 @@ class SamSegmenter:
         self._hq, self._levels = folder.family.network == "SamHQModel", bool(folder.family.backbone)
         self._given, self._channels = card.channels, folder.channels
         self._probabilities = card.arguments.get("enlarge", ENLARGE[0]) == "probabilities"
+        self._prior = bool(card.arguments.get("prior", False))
         self._threads, self._precision, self._batch = threads, precision, batch
 
     @property
@@ -76,6 +79,8 @@ class SamSegmenter:
     ) -> Candidates:
         """As `Segmenter.decode`."""
         check_prompts(prompts, self.window, self.mask_shape)
+        if self._prior:
+            prompts = [self._with_prior(p) for p in prompts]
         maps = self._maps(embedding)
         count = self._network.config.mask_decoder_config.num_multimask_outputs if multimask else 1
         low = np.empty((len(prompts), count, *self.mask_shape), np.float32)
@@ -85,12 +90,19 @@ class SamSegmenter:
             for numbers in alike(prompts, self._batch):
                 chosen = [prompts[i] for i in numbers]
                 # Short batches repeat their last prompt: a batch's shape is part of its bits.
-                size = 1 if chosen[0].mask is not None else self._batch
-                chosen += chosen[-1:] * (size - len(chosen))
-                out = self._network(**maps, **self._tensors(chosen), multimask_output=multimask)
-                masks = out.pred_masks[0, : len(numbers)].float()
+                chosen += chosen[-1:] * (self._batch - len(chosen))
+                # A coarse mask belongs to an image in the library, so each prompt with one has its own.
+                images = 1 if chosen[0].mask is None else len(chosen)
+                out = self._network(
+                    **_repeated(maps, images), **self._tensors(chosen, images), multimask_output=multimask
+                )
+                masks = out.pred_masks.flatten(0, 1).float()
+                if self._prior:
+                    given = np.stack([p.mask for p in chosen if p.mask is not None])
+                    masks = masks + torch.from_numpy(given)[:, None].to(self.device)
+                masks = masks[: len(numbers)]
                 low[numbers] = masks.cpu().numpy()
-                iou[numbers] = out.iou_scores[0, : len(numbers)].float().cpu().numpy()
+                iou[numbers] = out.iou_scores.flatten(0, 1)[: len(numbers)].float().cpu().numpy()
                 logits[numbers] = self._enlarged(masks).cpu().numpy()
         return Candidates(logits, iou, low)
 
@@ -108,8 +120,16 @@ class SamSegmenter:
         layers = [t.permute(0, 2, 3, 1) for t in tensors[:-1]]
         return {"image_embeddings": tensors[-1], **({"intermediate_embeddings": layers} if self._hq else {})}
 
-    def _tensors(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Prompts of one kind as the network's arguments; an axis of one image comes first."""
+    def _with_prior(self, prompt: Prompt) -> Prompt:
+        """The prompt with its prior, where it has no coarse mask."""
+        if prompt.mask is not None:
+            return prompt
+        edge = self.window[0] / self.mask_shape[0]
+        prior = prior_logits(prompt.box_xyxy, prompt.points_xy, prompt.labels, edge, self.mask_shape)
+        return replace(prompt, mask=prior)
+
+    def _tensors(self, prompts: Sequence[Prompt], images: int) -> dict[str, torch.Tensor]:
+        """Prompts of one kind as the network's arguments: all of one image, or one an image."""
         first, arrays = prompts[0], {}
         if len(first.points_xy):
             arrays["input_points"] = np.stack([p.points_xy for p in prompts]).astype(np.float32)
@@ -119,8 +139,9 @@ class SamSegmenter:
                 np.float32
             )
         if first.mask is not None:
-            arrays["input_masks"] = first.mask[None].astype(np.float32)
-        return {name: torch.from_numpy(a)[None].to(self.device) for name, a in arrays.items()}
+            arrays["input_masks"] = np.stack([p.mask for p in prompts if p.mask is not None])
+        shaped = {name: a.reshape(images, -1, *a.shape[1:]) for name, a in arrays.items()}
+        return {name: torch.from_numpy(a).to(self.device) for name, a in shaped.items()}
 
     def _enlarged(self, masks: torch.Tensor) -> torch.Tensor:
         """(n, k, y, x) at the window's size: bilinear, half-pixel centres."""
@@ -133,18 +154,29 @@ def alike(prompts: Sequence[Prompt], batch: int) -> Iterator[list[int]]:
     """Numbers of prompts that can be decoded together, at most ``batch`` at a time.
 
     They have as many points and the same other parts: the library fills up missing points with tokens that
-    others attend to, which would make a mask depend on its neighbours. A coarse mask belongs to an image in
-    the library, so prompts with one go alone.
+    others attend to, which would make a mask depend on its neighbours.
     """
-    kinds: dict[tuple[int, bool], list[int]] = {}
+    kinds: dict[tuple[int, bool, bool], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        if prompt.mask is not None:
-            yield [number]
-        else:
-            kinds.setdefault((len(prompt.points_xy), prompt.box_xyxy is not None), []).append(number)
+        kind = (len(prompt.points_xy), prompt.box_xyxy is not None, prompt.mask is not None)
+        kinds.setdefault(kind, []).append(number)
     for numbers in kinds.values():
         for start in range(0, len(numbers), batch):
             yield numbers[start : start + batch]
+
+
+def _repeated(maps: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """The same embedding for several images."""
+    if images == 1:
+        return dict(maps)
+
+    def expand(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(images, *tensor.shape[1:])
+
+    return {
+        name: [expand(t) for t in value] if isinstance(value, list) else expand(value)
+        for name, value in maps.items()
+    }
 
 
 def mask_logits(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -21,6 +21,9 @@ from segpipe.models.weights import card_error, resolve_weights
 ENLARGE = ("logits", "probabilities")
 """`arguments.enlarge`: what is resized to the window. SAM's own way is logits, MedSAM's probabilities."""
 
+# `arguments.prior`: true for networks that learned with an ellipse or a disc as coarse mask
+# (`segpipe.prompts.prior`).
+
 TIMM_ARGUMENTS = ("in_chans", "features_only", "out_indices")
 """What EdgeTAM's config.json may say to timm: others can name files and hosts."""
 
@@ -85,7 +88,10 @@ def read_folder(card: Card) -> SamFolder:
         raise card_error(
             card, "weights", f"found the file {path}; valid: a folder as save_pretrained writes it"
         )
-    only_arguments(card, ("enlarge",))
+    only_arguments(card, ("enlarge", "prior"))
+    if not isinstance(card.arguments.get("prior", False), bool):
+        found = card.arguments["prior"]
+        raise card_error(card, "arguments.prior", f"found {found!r}; valid: true or false")
     if (found := card.arguments.get("enlarge", ENLARGE[0])) not in ENLARGE:
         raise card_error(card, "arguments.enlarge", f"found {found!r}; valid: {', '.join(ENLARGE)}")
     kind, data = _read_json(card, path / "config.json")

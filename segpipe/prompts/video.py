@@ -50,6 +50,7 @@ FAMILIES = {"sam2_video": "Sam2Video", "edgetam_video": "EdgeTamVideo"}
 MEMORY = ("maskmem_features", "maskmem_pos_enc")
 """What a session remembers of a slice in space; beside these, a pointer."""
 
+
 def has_memory(card: Card) -> bool:
     """Whether a promptable model's folder is that of a video model, which remembers slices."""
     data = json.loads((read_folder(card).path / "config.json").read_text(encoding="utf-8"))

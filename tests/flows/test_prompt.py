@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import pytest
 import rasterio
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.states import Cancelling
 from scipy import ndimage
 
 from flows.prompt import prompt
 from segpipe.config import Job
 from segpipe.prompts.question import Question
-from segpipe.store import join
 from tests.flows.conftest import record_of, run_folder, wait_until
 from tests.prompts.asked_world import make_card, make_job
 
@@ -129,39 +130,56 @@ def test_nothing_asked_is_told(card: Path, tmp_path: Path, on_server: SyncPrefec
     assert state.message == "prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`"
 
 
+def killed(process: subprocess.Popen[bytes], client: SyncPrefectClient) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def cancelled(process: subprocess.Popen[bytes], client: SyncPrefectClient) -> None:
+    """As in the UI: the run itself finds out, and ends its workers."""
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["ask"])))
+    [run] = [r for r in found if r.state is not None and r.state.is_running()]
+    client.set_flow_run_state(run.id, Cancelling())
+    assert process.wait(timeout=120) == 130
+
+
+def shards(job: Job, name: str) -> list[Path]:
+    """The files of a window's maps, by the name of its receipt."""
+    level, row, column, _ = (int(part) for part in name.split("."))
+    folder = Path(job.outputs.dir, ".store")
+    return [*folder.glob(f"embed-*/*/level{level}/*/c/{row}/{column}/0/0/0")]
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_without_encoding_again(
-    card: Path, tmp_path: Path, server_environment: dict[str, str], on_server: SyncPrefectClient
+@pytest.mark.parametrize("end", [killed, cancelled])
+def test_a_run_that_was_ended_goes_on_without_encoding_again(
+    end: Callable[[subprocess.Popen[bytes], SyncPrefectClient], None],
+    card: Path,
+    tmp_path: Path,
+    server_environment: dict[str, str],
+    on_server: SyncPrefectClient,
 ) -> None:
-    boxes = [(x, y, x + 9, y + 9) for x in range(4, 700, 24) for y in range(4, 700, 24)]
-    job = make_job(tmp_path, card, (720, 720), boxes)
+    boxes = [(x, y, x + 9, y + 9) for x in range(4, 1900, 64) for y in range(4, 1900, 64)]
+    job = make_job(tmp_path, card, (1920, 1920), boxes)
     command = [sys.executable, "-m", "segpipe.cli", "prompt", str(tmp_path / "job.yaml")]
     process = subprocess.Popen(
         command,
         env=server_environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    before = wait_until(lambda: windows_kept(job) >= 5 and windows_kept(job), 120, "five windows")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = windows_kept(job)
-    stamps = {
-        p: p.stat().st_mtime_ns
-        for p in Path(job.outputs.dir, ".store").glob("embed-*/*/level*/*/c/**/*")
-        if p.is_file()
-    }
+    wait_until(lambda: windows_kept(job) >= 5, 180, "five windows")
+    end(process, on_server)
+    names = [path.stem for path in Path(job.outputs.dir, ".store").glob("embed-*/receipts-*/*.json")]
+    stamps = {path: path.stat().st_mtime_ns for name in names for path in shards(job, name)}
+    assert len(stamps) >= 2 * len(names) >= 10  # the encoder's map, and what has data
     assert prompt(Question.of(job), return_state=True).is_completed()
     undisturbed = Job.model_validate({**job.model_dump(), "outputs": {"dir": str(tmp_path / "undisturbed")}})
     assert prompt(Question.of(undisturbed), return_state=True).is_completed()
-    total = encoder_passes(undisturbed)
-    assert 0 < before < total
-    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert len(names) < encoder_passes(undisturbed)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     np.testing.assert_array_equal(ids_of(job), ids_of(undisturbed))
-    assert re.fullmatch(
-        r"embed-[0-9a-f]{20}", next(Path(join(job.outputs.dir, ".store")).glob("embed-*")).name
-    )
 
 
 def test_the_command_asks_a_run_again(
