@@ -125,7 +125,10 @@ def _one_each(grounding: Grounding) -> tuple[Grounding, list[tuple[str, ...]], l
             also[winner].append(phrases[d.phrase[place]])
             merged[d.phrase[place]] += 1
     labels = tuple(d.label[i] for i in kept.tolist())
-    alone = Detections(d.start[kept], d.stop[kept], d.point[kept], d.phrase[kept], d.score[kept], labels)
+    outlines = tuple(d.outline[i] for i in kept.tolist()) if d.outline else ()
+    alone = Detections(
+        d.start[kept], d.stop[kept], d.point[kept], d.phrase[kept], d.score[kept], labels, outlines
+    )
     return Grounding(alone, grounding.accounts), [tuple(also[i]) for i in kept.tolist()], merged
 
 
@@ -137,7 +140,10 @@ def _as_prompts(
     rows: tuple[dict[str, Any], ...],
     notes: tuple[str, ...],
 ) -> Asked:
-    """Boxes, with a point inside where the grounder knows one; of a volume on the slice of that point."""
+    """Boxes, with a point inside and an outline where the grounder knows them; of a volume on one slice.
+
+    It is that of the point. An outline tells a winding river from all that lies in its box.
+    """
     axis, axes = scene.planes.axis, scene.geometry.ndim
     start, stop = d.start.copy(), d.stop.copy()
     if axis is not None:
@@ -147,7 +153,7 @@ def _as_prompts(
     prompts, _ = make_prompts(
         make_points(known, axes),
         make_boxes(zip(numbers, start.tolist(), stop.tolist(), strict=True), axes),
-        make_outlines([]),
+        make_outlines(zip(numbers, d.outline, strict=False)),
         {n: phrases[k] for n, k in zip(numbers, d.phrase.tolist(), strict=True)},
     )
     return Asked(prompts, np.full(len(d), int(Source.TEXT)), d.score, tuple(also), rows, notes)

@@ -214,14 +214,14 @@ def _account(
     small = int((painted.whole.elements[painted.small] > 0).sum())
     empty = len(painted.small) - small
     for count, what in (
-        (empty, "prompts got an empty mask"),
-        (len(joined.merged), "objects were merged into another that has the same mask"),
-        (len(painted.hidden), "objects lie wholly behind others and have no id"),
-        (small, "objects are smaller than measure.smallest"),
-        (int(objects.answers.cut.sum()), "objects reach the border of the largest window"),
+        (empty, "prompts with an empty mask"),
+        (len(joined.merged), "objects merged into another that has the same mask"),
+        (len(painted.hidden), "objects wholly behind others, without an id"),
+        (small, "objects smaller than measure.smallest"),
+        (int(objects.answers.cut.sum()), "objects that reach the border of the largest window"),
     ):
         if count > 0:
-            said.append(f"{count} {what}")
+            said.append(f"{what}: {count}")
     merged = objects.values[np.searchsorted(objects.answers.number, joined.merged)]
     lost: dict[str, int] = {}
     names = {c.value: c.name for c in scene.classes}

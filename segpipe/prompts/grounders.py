@@ -6,16 +6,19 @@ numbers at centres; a box's corners are the outer edges of its elements, so they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
 import numpy as np
+import shapely
+from affine import Affine
 
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.prompts.components import component_strips, deepest, find_components
+from segpipe.instances.polygons import Pieces, block_pieces, dissolve
+from segpipe.prompts.components import Components, component_strips, deepest, find_components
 from segpipe.prompts.vocabulary import Match, Meaning, Vocabulary
 
 
@@ -35,6 +38,8 @@ class Detections:
     """(n,) float64, 0…1: how sure the grounder is."""
     label: tuple[str, ...]
     """What was seen, in the grounder's own words: a class, or the words of the phrases that a box answers."""
+    outline: tuple[shapely.Geometry, ...] = ()
+    """Coarse masks on a raster, as `segpipe.prompts.request.Outlines`; empty: boxes are all that is known."""
 
     def __len__(self) -> int:
         return len(self.score)
@@ -123,6 +128,7 @@ def joined(parts: Sequence[Detections], axes: int) -> Detections:
         np.concatenate([np.zeros(0, np.int64), *(p.phrase for p in parts)]),
         np.concatenate([np.zeros(0), *(p.score for p in parts)]),
         tuple(label for p in parts for label in p.label),
+        tuple(outline for p in parts for outline in p.outline),
     )
 
 
@@ -201,11 +207,13 @@ class VocabularyGrounder:
             chosen = np.take_along_axis(scores, np.maximum(self._best(scores), 0)[None], axis=0)[0]
             total += np.bincount(number.ravel(), np.nan_to_num(chosen).ravel(), len(all_of) + 1)[1:]
         mean = total / all_of.elements
+        large = (mean >= self.threshold) & (all_of.elements >= self.smallest)
+        outlines = _outlines(labels, shape, all_of, large) if len(shape) == 2 else {}
         result = {}
         for k in wanted:
             mine = np.flatnonzero(all_of.value == k + 1)
             sure = mine[mean[mine] >= self.threshold]
-            kept = sure[all_of.elements[sure] >= self.smallest]
+            kept = mine[large[mine]]
             places = [deepest(labels, all_of, i, False, spacing, shape) for i in kept.tolist()]
             part = Detections(
                 all_of.start[kept] - 0.5,
@@ -214,6 +222,7 @@ class VocabularyGrounder:
                 np.zeros(len(kept), np.int64),
                 mean[kept],
                 (self.vocabulary.words[k].name,) * len(kept),
+                tuple(outlines[i] for i in kept.tolist()) if outlines else (),
             )
             best = float(mean[mine].max()) if len(mine) else float("nan")
             result[k] = part, len(mine) - len(sure), len(sure) - len(kept), best
@@ -226,3 +235,17 @@ class VocabularyGrounder:
             names = ", ".join(word.name for word in words)
             raise RequestError(f"score map: found {len(scores)} classes; valid: {len(words)}, {names}")
         return np.where(np.isnan(scores).any(axis=0), -1, scores.argmax(axis=0))
+
+
+def _outlines(
+    read: Callable[[Box], np.ndarray], shape: Sequence[int], found: Components, large: np.ndarray
+) -> dict[int, shapely.Geometry]:
+    """Outlines, in positions, of the components that are large enough, by place; memory follows them."""
+    chosen = np.concatenate(([False], large))
+
+    def pieces() -> Iterator[Pieces]:
+        for box, numbers in component_strips(read, shape, False, found):
+            yield block_pieces(np.where(chosen[numbers], numbers, 0), box)
+
+    known, polygons = dissolve(pieces(), Affine.translation(-0.5, -0.5))
+    return dict(zip((known - 1).tolist(), polygons, strict=True))

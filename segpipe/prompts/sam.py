@@ -18,7 +18,7 @@ from torch.nn import functional
 from segpipe.errors import RequestError
 from segpipe.models.card import Card
 from segpipe.models.network import forward_pass
-from segpipe.prompts.prior import prior_logits
+from segpipe.prompts.prior import BOX_MOST, prior_logits
 from segpipe.prompts.sam_folder import ENLARGE, embedding_shapes, load_network, read_folder
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
 
@@ -122,8 +122,8 @@ class SamSegmenter:
 
     def _with_prior(self, prompt: Prompt) -> Prompt:
         """The prompt with its prior, where it has no coarse mask."""
-        if prompt.mask is not None:
-            return prompt
+        if prompt.mask is not None:  # as soft as what the network learned with, so that it can be corrected
+            return replace(prompt, mask=np.clip(prompt.mask, -BOX_MOST, BOX_MOST))
         edge = self.window[0] / self.mask_shape[0]
         prior = prior_logits(prompt.box_xyxy, prompt.points_xy, prompt.labels, edge, self.mask_shape)
         return replace(prompt, mask=prior)

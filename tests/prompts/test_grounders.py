@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import shapely
+import shapely.affinity
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.features import rasterize
 from scipy.spatial.distance import cdist
 from skimage.measure import label, regionprops
 
@@ -184,3 +187,21 @@ def test_no_data_is_no_object() -> None:
 def test_a_map_of_other_classes_is_refused() -> None:
     with pytest.raises(RequestError, match="found 2 classes; valid: 3, land, water, wood"):
         grounder().ground(np.zeros((2, 4, 4)), ["lake"])
+
+
+def test_a_component_has_its_outline() -> None:
+    """scikit-image's components, rasterised again by GDAL."""
+    rng = np.random.default_rng(4)
+    scores = np.kron(rng.random((9, 11)), np.ones((5, 4)))
+    maps = np.stack([1 - scores, scores])
+    grounder = VocabularyGrounder(
+        Vocabulary([Concept("land", ("land",), True), Concept("lake", ("lake",))], spelled)
+    )
+    found = grounder.ground(maps, ["lake"]).detections
+    parts = label(scores > 0.5, connectivity=2)
+    assert len(found) == len(found.outline) == parts.max() > 3
+    for place, outline in enumerate(found.outline):
+        moved = shapely.affinity.translate(outline, 0.5, 0.5)  # edges of elements on whole numbers
+        mask = rasterize([moved], scores.shape).astype(bool)
+        y, x = (int(v) for v in found.point[place])
+        np.testing.assert_array_equal(mask, parts == parts[y, x])
