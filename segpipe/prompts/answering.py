@@ -33,7 +33,10 @@ from segpipe.store import stop_requested
 AHEAD = 2
 """Windows read before the one that is encoded."""
 DECODED = 16
-"""Prompts of a kind in one pass of the decoder: a batch's shape is part of its bits."""
+"""Prompts of a kind in one pass of a GPU's decoder; fewer are padded, for a batch's shape is part of its bits.
+
+On a CPU they go one by one: a pass takes as long as its prompts, and most windows are asked for few.
+"""
 
 _segmenters: dict[tuple[str, str, str, str, int, int], Segmenter] = {}
 _lock = threading.Lock()
@@ -54,14 +57,15 @@ class Round:
 def segmenter_of(scene: PromptScene) -> Segmenter:
     """The scene's promptable model; the same object for the same request in one process."""
     card, settings = scene.card, scene.settings
+    at_once = DECODED if settings.device.startswith("cuda") else 1
     key = (
         card.prediction_fingerprint(), weights_fingerprint(card), settings.device, settings.precision,
-        settings.threads, DECODED,
+        settings.threads, at_once,
     )  # fmt: skip
     with _lock:
         if key not in _segmenters:
             _segmenters[key] = load_segmenter(
-                card, device_of(settings.device), settings.threads, settings.precision, DECODED
+                card, device_of(settings.device), settings.threads, settings.precision, at_once
             )
         return _segmenters[key]
 
