@@ -56,8 +56,7 @@ def _windows(scene: PromptScene) -> tuple[set[str], bool]:
     if scene.planes.axis is not None:
         return {str(i) for i in range(scene.planes.count)}, True
     if options.text:
-        rows, columns = pyramid.counts(0)
-        return {str(i) for i in range(rows * columns)}, True
+        return {window_id(w) for w in detection_windows(pyramid, range(pyramid.levels))}, True
     found = [extent for part in parts if len(part) for extent in [part.extents()]]
     names = {window_id(w) for e in found for w in pyramid.needed(e.start, e.stop)[0]}
     if options.everything:
