@@ -33,7 +33,7 @@ from segpipe.store import stop_requested
 AHEAD = 2
 """Windows read before the one that is encoded."""
 DECODED = 16
-"""Prompts of a kind in one pass of a GPU's decoder; fewer are padded, for a batch's shape is part of its bits.
+"""Prompts of a kind in one pass of a GPU's decoder; fewer are padded: a batch's shape is part of its bits.
 
 On a CPU they go one by one: a pass takes as long as its prompts, and most windows are asked for few.
 """
