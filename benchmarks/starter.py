@@ -30,7 +30,7 @@ from segpipe.training.prompted.run import CENTRE, SPREAD
 from segpipe.training.prompted.samples import box_of
 from segpipe.training.prompted.synthetic import draw_scene
 
-CARD, RECIPE = "configs/models/starter-sam.yaml", "configs/train/starter-sam.yaml"
+CARD, RECIPE = "configs/models/starter-sam.yaml", "configs/train/prompted/starter-sam.yaml"
 MARGIN = 0.1
 """Around an object, as a share of its longer edge."""
 SEED = 1_000_000

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,6 @@ from segpipe.labelled import LabelledScene, MeasurableScene
 from segpipe.measure import Measured, shown_classes
 from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Class, Interpolation
-from segpipe.prompts.finding import account_of, summary_of
-from segpipe.prompts.scene import PromptScene
 from segpipe.reference import find_reference, open_reference
 from segpipe.regions import region_layer
 from segpipe.report.found import SceneFound, found_table
@@ -42,6 +40,9 @@ from segpipe.sources import package_file
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.steps import Done
 from segpipe.store import Stage
+
+if TYPE_CHECKING:
+    from segpipe.prompts.scene import PromptScene
 
 LARGEST_EXPORTED = 65534
 """Greatest label that the files of people's tools are written with."""
@@ -228,7 +229,9 @@ def _write_shares(scene: MeasurableScene, shares: _Shares, path: Path) -> None:
 
 
 def _tags(scene: MeasurableScene) -> dict[str, str]:
-    model = {"MODEL": scene.card.name} if isinstance(scene, Scene | PromptScene) else {}
+    asked = _asked(scene)
+    card = scene.card if isinstance(scene, Scene) else asked.card if asked else None
+    model = {"MODEL": card.name} if card else {}
     return {"SEGPIPE_VERSION": __version__, "SEGPIPE_LABELS": scene.labels_key, **model}
 
 
@@ -254,7 +257,7 @@ def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None
     shown = [FORMAT, scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
     if scene.finds_objects:
         shown.append("outlined by ids")
-    if isinstance(scene, PromptScene):
+    if scene.prompted:
         shown.append("a picture a phrase")
     return f"previews-{hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]}.zip"
 
@@ -282,7 +285,7 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
 
         doubt = _entropy(scene)
         ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
-        asked = measured.found.objects if isinstance(scene, PromptScene) and measured.found else None
+        asked = measured.found.objects if scene.prompted and measured.found else None
         if isinstance(geometry, RasterGeometry):
             previews = raster_preview(
                 image, labels, truth, geometry, scene.bands, classes, nodata,
@@ -341,10 +344,12 @@ def done_record(
             notes.append("resampled by nearest neighbour, as the card's own pipeline does")
     asked: tuple[AskedPhrase, ...] = ()
     said: tuple[str, ...] = ()
-    if isinstance(scene, PromptScene):
-        keys = {"embed": scene.embeddings.stage.key, "answers": scene.answers.key, **keys}
-        plan = summary_of(scene)
-        account = account_of(scene)
+    if (asking := _asked(scene)) is not None:
+        from segpipe.prompts.finding import account_of, summary_of
+
+        keys = {"embed": asking.embeddings.stage.key, "answers": asking.answers.key, **keys}
+        plan = summary_of(asking)
+        account = account_of(asking)
         asked = tuple(AskedPhrase(**row) for row in account["asked"])
         said = tuple(account["prompts"])
     if scene.job.outputs.formats and _why_no_file(classes):
@@ -387,12 +392,22 @@ def geometry_summary(geometry: Geometry) -> GeometrySummary:
     return GeometrySummary("raster", geometry.shape, crs.name if crs else None, geometry.spacing, unit)
 
 
+def _asked(scene: MeasurableScene) -> PromptScene | None:
+    """The scene, if its objects were asked for; only then is its module loaded, and torch with it."""
+    if not scene.prompted:
+        return None
+    from segpipe.prompts.scene import PromptScene
+
+    assert isinstance(scene, PromptScene)
+    return scene
+
+
 def attempts_of(scene: MeasurableScene) -> int:
     """How often the scene's hardest block was tried; 1 where none was predicted."""
     if isinstance(scene, Scene):
         stage = scene.predict
-    elif isinstance(scene, PromptScene):
-        stage = scene.answers
+    elif (asking := _asked(scene)) is not None:
+        stage = asking.answers
     else:
         return 1
     receipts: Sequence[dict[str, Any]] = list(stage.receipts().values())

@@ -97,6 +97,11 @@ class MeasurableScene(ABC):
         return self.objects_stage is not None
 
     @property
+    def prompted(self) -> bool:
+        """Whether the objects were asked for (`segpipe.prompts.scene.PromptScene`)."""
+        return False
+
+    @property
     def uncertainty(self) -> tuple[str, ...]:
         """Channels of the uncertainty map; none where there is no such map."""
         return ()

@@ -13,7 +13,6 @@ from segpipe.groups import load_groups
 from segpipe.labelled import NO_MODEL
 from segpipe.models.card import Card, WindowZscore
 from segpipe.models.registry import check_card
-from segpipe.prompts.check import check_prompts
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.regions import is_grid, parse_grid
 from segpipe.run import fingerprint
@@ -45,6 +44,8 @@ def check_request(job: Job) -> Request:
     card, settings = None, NO_MODEL
     classes = load_classes(job.classes) if job.classes else ()
     if job.model and job.prompts.asked:
+        from segpipe.prompts.check import check_prompts  # loads torch
+
         card = check_prompts(job)
         settings = resolve_settings(job.compute, card)
         classes = phrase_classes(job.prompts)

@@ -112,6 +112,10 @@ class PromptScene(MeasurableScene):
         return self.labels
 
     @property
+    def prompted(self) -> bool:
+        return True
+
+    @property
     def id_rule(self) -> IdRule | None:
         reference = self.job.reference
         if reference is not None and reference.divisor:

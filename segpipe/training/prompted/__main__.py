@@ -13,7 +13,7 @@ from segpipe.training.prompted.run import Line, PromptedTraining
 def main() -> int:
     """Train, or export what the last checkpoint holds."""
     parser = argparse.ArgumentParser(description="Train a small promptable model.")
-    parser.add_argument("recipe", help="YAML file, e.g. configs/train/starter-sam.yaml")
+    parser.add_argument("recipe", help="YAML file, e.g. configs/train/prompted/starter-sam.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a key")
     parser.add_argument(
         "--export", action="store_true", help="write the weights of the last checkpoint, and end"
