@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, PositiveFloat, model_validator
@@ -226,29 +226,40 @@ class Outputs(Strict):
     )
 
 
+# Fields that a job shares with other forms of it (`segpipe.prompts.question.Question`).
+NameField = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Names the folder of the results.")
+]
+ScenesField = Annotated[list[str], Field(min_length=1, description="Files, globs, folders or URLs.")]
+BandsField = Annotated[
+    list[str], Field(description="Names of the scene's bands in file order, where the file has none.")
+]
+RegionsField = Annotated[
+    Regions | None, Field(description="Where numbers are reported; empty: the whole scene.")
+]
+ReferenceField = Annotated[Reference | None, Field(description="The truth to compare with.")]
+OutputsField = Annotated[Outputs, Field(description="What is written, and where.")]
+DescriptionField = Annotated[str, Field(description="What the reader of the report should know.")]
+ComputeField = Annotated[Compute, Field(description="Where and how the model runs.")]
+MeasureField = Annotated[Measure, Field(description="Further measurements.")]
+
+
 class Job(Strict):
     """A segmentation job: which scenes, which model, what to report.
 
     Required: `scenes`, and one of `model` or `labels`.
     """
 
-    name: str = Field(
-        "segment",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="Names the folder of the results.",
-    )
-    scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
+    name: NameField = "segment"
+    scenes: ScenesField
     model: Text = Field("", description="Model card (YAML).")
-    bands: list[str] = Field(
-        default_factory=list,
-        description="Names of the scene's bands in file order, where the file has none.",
-    )
-    regions: Regions | None = Field(None, description="Where numbers are reported; empty: the whole scene.")
-    reference: Reference | None = Field(None, description="The truth to compare with.")
-    outputs: Outputs = Field(default_factory=Outputs, description="What is written, and where.")
-    description: str = Field("", description="What the reader of the report should know.")
+    bands: BandsField = Field(default_factory=list)
+    regions: RegionsField = None
+    reference: ReferenceField = None
+    outputs: OutputsField = Field(default_factory=Outputs)
+    description: DescriptionField = ""
     tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
-    compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
+    compute: ComputeField = Field(default_factory=Compute)
     labels: Text = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
@@ -258,7 +269,7 @@ class Job(Strict):
         description="Classes of `labels`: a CSV or YAML file with value, name (, color, background); "
         "empty: the values that are found, there or in the reference.",
     )
-    measure: Measure = Field(default_factory=Measure, description="Further measurements.")
+    measure: MeasureField = Field(default_factory=Measure)
     prompts: PromptOptions = Field(
         default_factory=PromptOptions, description="What a promptable model is asked."
     )

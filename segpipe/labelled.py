@@ -1,7 +1,8 @@
 """A scene that has its label map: what measuring and export need to know of it, whoever drew the labels.
 
 `MeasurableScene` is that; `LabelledScene` is one whose labels are a file that is measured as given.
-The other one, whose labels a model makes, is `segpipe.scene.Scene`.
+`PredictedScene` is what the others share, whose labels a model makes: `segpipe.scene.Scene` and
+`segpipe.prompts.scene.PromptScene`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from segpipe.classes import load_classes
 from segpipe.config import Job, Reference
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry import Geometry
-from segpipe.models.card import Class
+from segpipe.models.card import Card, Class
 from segpipe.reference import IdRule, LabelFile, find_reference, one_class, same_grid
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
@@ -110,9 +111,53 @@ class MeasurableScene(ABC):
         """A reader of the map, (channel, …) uint16 in 1/65535; None where there is none."""
         return None
 
-    @abstractmethod
     def open_image(self) -> SceneBlocks:
-        """A reader of the scene's own pixels, as stored."""
+        """A reader of the scene's own pixels, as stored: straight from the source."""
+        return SceneBlocks(
+            self.ref.uri, self.job.bands, self.channels, self.dtype, self.geometry, None, self.identity
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedScene(MeasurableScene):
+    """A scene whose label map a model makes: classes, and ids where objects are found, in the store."""
+
+    settings: Settings
+    statistics: tuple[tuple[tuple[float, float], ...], ...]
+    """Of the model's channels, for the steps of its card that need them; else empty."""
+    labels: Stage
+    """Where the finished label map is."""
+
+    @property
+    @abstractmethod
+    def card(self) -> Card:
+        """The model's card."""
+
+    @property
+    def labels_key(self) -> str:
+        return self.labels.key
+
+    @contextmanager
+    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
+        """The finished label map in the store."""
+        array = self.labels.array("instances" if ids else "labels")
+        yield lambda box: np.asarray(array[box.slices])
+
+    def check_labels(self) -> None:
+        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
+        self.labels.check()
+
+    @property
+    def id_rule(self) -> IdRule | None:
+        if not self.finds_objects:
+            return None
+        ground = next(c.value for c in self.classes if c.background)
+        reference = self.job.reference
+        if reference is not None and reference.divisor:
+            return IdRule(reference.divisor, ground=ground)
+        if not self.job.measure.objects:
+            return None
+        return IdRule(value=next(c.value for c in self.classes if not c.background), ground=ground)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +207,6 @@ class LabelledScene(MeasurableScene):
 
     def check_labels(self) -> None:
         """The file was held against the plan when it was opened."""
-
-    def open_image(self) -> SceneBlocks:
-        """Straight from the source: nothing is ingested."""
-        return SceneBlocks(
-            self.ref.uri, self.job.bands, self.channels, self.dtype, self.geometry, None, self.identity
-        )
 
 
 def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:

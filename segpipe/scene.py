@@ -5,8 +5,7 @@ A `Scene` is a small value that travels to workers; pixels never do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +22,8 @@ from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap
 from segpipe.inference.labels import label_dtype, nodata_value
-from segpipe.inference.objects import ground_value, stuff_values
-from segpipe.labelled import MeasurableScene
+from segpipe.inference.objects import stuff_values
+from segpipe.labelled import PredictedScene
 from segpipe.lattice import Index, Lattice
 from segpipe.models.card import Card, Class, load_card
 from segpipe.models.weights import weights_fingerprint
@@ -36,7 +35,6 @@ from segpipe.plan import (
     check_memory,
 )
 from segpipe.planning import doubts, plan_scene, scene_grid
-from segpipe.reference import IdRule
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import open_source
 from segpipe.sources.base import Scaling, SceneRef
@@ -44,16 +42,15 @@ from segpipe.store import ArraySpec, Stage, stage_key
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene(MeasurableScene):
-    """A scene ready for a model; its channels are the model's."""
+class Scene(PredictedScene):
+    """A scene ready for a model; its channels are the model's.
 
-    settings: Settings
-    statistics: tuple[tuple[tuple[float, float], ...], ...]
+    Its stage `labels` is the clean-up's or the merged objects', or the prediction's.
+    """
+
     plan: Plan
     ingest: Stage
     predict: Stage
-    labels: Stage
-    """Where the finished label map is: the clean-up's or the merged objects' stage, or the prediction's."""
 
     @property
     def card(self) -> Card:
@@ -68,36 +65,15 @@ class Scene(MeasurableScene):
     def nodata(self) -> int:
         return nodata_value(self.card)
 
-    @property
-    def labels_key(self) -> str:
-        return self.labels.key
-
-    @contextmanager
-    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
-        """The finished label map in the store."""
-        array = self.labels.array("instances" if ids else "labels")
-        yield lambda box: np.asarray(array[box.slices])
-
     def check_labels(self) -> None:
         """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        self.labels.check()
+        super().check_labels()
         if self.uncertainty:
             self.predict.check()
 
     @property
     def objects_stage(self) -> Stage | None:
         return self.labels if self.card.output.kind != "semantic" else None
-
-    @property
-    def id_rule(self) -> IdRule | None:
-        if not self.finds_objects:
-            return None
-        ground, reference = ground_value(self.card), self.job.reference
-        if reference is not None and reference.divisor:
-            return IdRule(reference.divisor, ground=ground)
-        if not self.job.measure.objects:
-            return None
-        return IdRule(value=next(c.value for c in self.card.classes if not c.background), ground=ground)
 
     @property
     def uncertainty(self) -> tuple[str, ...]:

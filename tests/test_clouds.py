@@ -93,4 +93,8 @@ def test_the_same_window_gives_the_same_pixels(card: str, tmp_path: Path) -> Non
     normal = csmask.CSmask.normalize(pixels.copy(), package.band_mean, package.band_std)
     logits = package.session.run(None, {package.input_names: normal.transpose(2, 0, 1)[None]})[0]
     ours = segment(path, card, tmp_path / "out", tiling={}, compute={"tta": "none"})
-    np.testing.assert_array_equal(ours, logits[0].argmax(0))
+    # On as many threads as there are here, which the package leaves open: ties but for rounding are left out.
+    ordered = np.sort(logits[0], axis=0)
+    clear = ordered[-1] - ordered[-2] > 1e-5 * np.abs(logits).max()
+    assert clear.mean() > 0.999
+    np.testing.assert_array_equal(ours[clear], logits[0].argmax(0)[clear])

@@ -27,16 +27,14 @@ from segpipe.prompts.pyramid import Window
 from segpipe.prompts.request import Prompts
 from segpipe.prompts.scene import ASKED, PromptScene
 from segpipe.prompts.segmenters import Embedding, Segmenter, load_segmenter
+from segpipe.settings import Settings
 from segpipe.steps import Done
 from segpipe.store import stop_requested
 
 AHEAD = 2
 """Windows read before the one that is encoded."""
 DECODED = 16
-"""Prompts of a kind in one pass of a GPU's decoder; fewer are padded: a batch's shape is part of its bits.
-
-On a CPU they go one by one: a pass takes as long as its prompts, and most windows are asked for few.
-"""
+"""Prompts of a kind in one pass of a GPU's decoder; fewer are padded: a batch's shape is part of its bits."""
 
 _segmenters: dict[tuple[str, str, str, str, int, int], Segmenter] = {}
 _lock = threading.Lock()
@@ -57,7 +55,7 @@ class Round:
 def segmenter_of(scene: PromptScene) -> Segmenter:
     """The scene's promptable model; the same object for the same request in one process."""
     card, settings = scene.card, scene.settings
-    at_once = DECODED if settings.device.startswith("cuda") else 1
+    at_once = _at_once(settings)
     key = (
         card.prediction_fingerprint(), weights_fingerprint(card), settings.device, settings.precision,
         settings.threads, at_once,
@@ -68,6 +66,15 @@ def segmenter_of(scene: PromptScene) -> Segmenter:
                 card, device_of(settings.device), settings.threads, settings.precision, at_once
             )
         return _segmenters[key]
+
+
+def _at_once(settings: Settings) -> int:
+    """Prompts in one pass of the decoder.
+
+    On a CPU one: a pass takes as long as its prompts, most windows are asked for few, and the memory of one
+    answer is used again for the next.
+    """
+    return DECODED if settings.device.startswith("cuda") else 1
 
 
 def load_asked(scene: PromptScene) -> Asked:
@@ -165,20 +172,20 @@ def answer_windows(
     todo = [w for w in windows if _name(number, w) not in done]
     asked = load_asked(scene)
     objects = _by_window(scene, asked, number)
-    segmenter, settings = segmenter_of(scene), automatic_of(scene)
+    segmenter, settings, at_once = segmenter_of(scene), automatic_of(scene), _at_once(scene.settings)
     grids = _grids(scene) if number == 0 and scene.options.everything else []
     encoded = 0
     for window, embedding, valid, new in embedded(scene, segmenter, [(w, 0) for w in todo], run):
         encoded += new
         mine = take(asked.prompts, objects.get(window, np.zeros(0, np.int64)))
         answers = answer_window(
-            segmenter, embedding, window, scene.pyramid, mine, scene.options.choice, DECODED, valid=valid
+            segmenter, embedding, window, scene.pyramid, mine, scene.options.choice, at_once, valid=valid
         )
         scene.answers.write_part(_name(number, window), answered(answers, window.level).dump())
         for grid in grids:
             if window in grid.windows:
                 found = automatic_window(
-                    segmenter, embedding, window, scene.pyramid, grid, settings, DECODED, valid=valid
+                    segmenter, embedding, window, scene.pyramid, grid, settings, at_once, valid=valid
                 )
                 scene.answers.write_part(f"grid.{window_id(window)}", dump_masks(*found))
         receipt = {"objects": len(answers), "encoded": int(new), "attempts": attempt}

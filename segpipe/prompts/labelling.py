@@ -87,7 +87,7 @@ def load_labeller(
         device: where it runs.
         threshold: least probability of a label, 0…1.
         templates: sentences around a phrase, with {} in its place; `PHOTO` or `FROM_ABOVE`.
-        batch: crops in one pass.
+        batch: crops in one pass; fewer are padded. On a CPU a crop's place in it may change the last bits.
 
     Raises:
         RequestError: the folder is none of CLIP, or damaged; or a template has no place for a phrase.
@@ -164,7 +164,8 @@ class ClipLabeller:
         found = [torch.zeros((0, len(words)), device=self.network.device)]
         for begin in range(0, len(crops), self.batch):
             few = [image_tensor(crop) for crop in crops[begin : begin + self.batch]]
-            # Short batches repeat their last crop: a batch's shape is part of its bits.
+            # Short batches repeat their last crop: other crops then change no answer beyond rounding, for a
+            # batch's shape, and on a CPU a crop's place in it, are part of its bits.
             full = few + few[-1:] * (self.batch - len(few))
             batch = self.processor(images=full, do_rescale=False, return_tensors="pt")
             vectors = self.network.get_image_features(

@@ -8,7 +8,6 @@ Communications 2024; Ravi et al., SAM 2, ICLR 2025; Zhou et al., EdgeTAM, CVPR 2
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch.nn import functional
 from segpipe.errors import RequestError
 from segpipe.models.card import Card
 from segpipe.models.network import forward_pass
-from segpipe.prompts.prior import BOX_MOST, prior_logits
 from segpipe.prompts.sam_folder import ENLARGE, embedding_shapes, load_network, read_folder
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
 
@@ -43,7 +41,6 @@ class SamSegmenter:
         self._hq, self._levels = folder.family.network == "SamHQModel", bool(folder.family.backbone)
         self._given, self._channels = card.channels, folder.channels
         self._probabilities = card.arguments.get("enlarge", ENLARGE[0]) == "probabilities"
-        self._prior = bool(card.arguments.get("prior", False))
         self._threads, self._precision, self._batch = threads, precision, batch
 
     @property
@@ -79,8 +76,6 @@ class SamSegmenter:
     ) -> Candidates:
         """As `Segmenter.decode`."""
         check_prompts(prompts, self.window, self.mask_shape)
-        if self._prior:
-            prompts = [self._with_prior(p) for p in prompts]
         maps = self._maps(embedding)
         count = self._network.config.mask_decoder_config.num_multimask_outputs if multimask else 1
         low = np.empty((len(prompts), count, *self.mask_shape), np.float32)
@@ -96,11 +91,7 @@ class SamSegmenter:
                 out = self._network(
                     **_repeated(maps, images), **self._tensors(chosen, images), multimask_output=multimask
                 )
-                masks = out.pred_masks.flatten(0, 1).float()
-                if self._prior:
-                    given = np.stack([p.mask for p in chosen if p.mask is not None])
-                    masks = masks + torch.from_numpy(given)[:, None].to(self.device)
-                masks = masks[: len(numbers)]
+                masks = out.pred_masks.flatten(0, 1)[: len(numbers)].float()
                 low[numbers] = masks.cpu().numpy()
                 iou[numbers] = out.iou_scores.flatten(0, 1)[: len(numbers)].float().cpu().numpy()
                 logits[numbers] = self._enlarged(masks).cpu().numpy()
@@ -119,14 +110,6 @@ class SamSegmenter:
             return {"image_embeddings": tensors}
         layers = [t.permute(0, 2, 3, 1) for t in tensors[:-1]]
         return {"image_embeddings": tensors[-1], **({"intermediate_embeddings": layers} if self._hq else {})}
-
-    def _with_prior(self, prompt: Prompt) -> Prompt:
-        """The prompt with its prior, where it has no coarse mask."""
-        if prompt.mask is not None:  # as soft as what the network learned with, so that it can be corrected
-            return replace(prompt, mask=np.clip(prompt.mask, -BOX_MOST, BOX_MOST))
-        edge = self.window[0] / self.mask_shape[0]
-        prior = prior_logits(prompt.box_xyxy, prompt.points_xy, prompt.labels, edge, self.mask_shape)
-        return replace(prompt, mask=prior)
 
     def _tensors(self, prompts: Sequence[Prompt], images: int) -> dict[str, torch.Tensor]:
         """Prompts of one kind as the network's arguments: all of one image, or one an image."""

@@ -21,9 +21,6 @@ from segpipe.models.weights import card_error, resolve_weights
 ENLARGE = ("logits", "probabilities")
 """`arguments.enlarge`: what is resized to the window. SAM's own way is logits, MedSAM's probabilities."""
 
-# `arguments.prior`: true for networks that learned with an ellipse or a disc as coarse mask
-# (`segpipe.prompts.prior`).
-
 TIMM_ARGUMENTS = ("in_chans", "features_only", "out_indices")
 """What EdgeTAM's config.json may say to timm: others can name files and hosts."""
 
@@ -80,7 +77,9 @@ def read_folder(card: Card) -> SamFolder:
         RequestError: it is none of a promptable network, or does not fit the card.
     """
     if card.provider is not Provider.transformers:
-        raise card_error(card, "provider", f"found {card.provider.value}; valid for prompts: transformers")
+        raise card_error(
+            card, "provider", f"found {card.provider.value}; valid for prompts: transformers, literature"
+        )
     if card.output.kind != "prompted":
         raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
     path = resolve_weights(card)
@@ -88,10 +87,7 @@ def read_folder(card: Card) -> SamFolder:
         raise card_error(
             card, "weights", f"found the file {path}; valid: a folder as save_pretrained writes it"
         )
-    only_arguments(card, ("enlarge", "prior"))
-    if not isinstance(card.arguments.get("prior", False), bool):
-        found = card.arguments["prior"]
-        raise card_error(card, "arguments.prior", f"found {found!r}; valid: true or false")
+    only_arguments(card, ("enlarge",))
     if (found := card.arguments.get("enlarge", ENLARGE[0])) not in ENLARGE:
         raise card_error(card, "arguments.enlarge", f"found {found!r}; valid: {', '.join(ENLARGE)}")
     kind, data = _read_json(card, path / "config.json")

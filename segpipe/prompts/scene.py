@@ -7,23 +7,18 @@ any scene.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from segpipe import ENGINE_VERSION
 from segpipe.bands import match_bands
 from segpipe.blocks import SceneBlocks
-from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
-from segpipe.labelled import MeasurableScene, find_labels, labels_identity
+from segpipe.labelled import PredictedScene, find_labels, labels_identity
 from segpipe.models.card import Card, Class
 from segpipe.prompts.detecting import Detecting, detecting_of
 from segpipe.prompts.embeddings import PREFIX, Embeddings
@@ -32,7 +27,6 @@ from segpipe.prompts.phrases import file_mark, phrase_classes
 from segpipe.prompts.planes import Planes
 from segpipe.prompts.pyramid import Pyramid
 from segpipe.prompts.segmenters import check_segmenter
-from segpipe.reference import IdRule
 from segpipe.scene import Scene, device_parts, model_parts, prepare_scene, read_card
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import SceneRef, open_source
@@ -46,17 +40,13 @@ ANSWER_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptScene(MeasurableScene):
+class PromptScene(PredictedScene):
     """A scene that is asked for objects; its channels are the promptable model's."""
 
-    settings: Settings
-    statistics: tuple[tuple[tuple[float, float], ...], ...]
     planes: Planes
     embeddings: Embeddings
     ask: Stage
     answers: Stage
-    labels: Stage
-    """Where classes and ids are."""
     grounder: Scene | Detecting | None
     """What finds the phrases: a semantic model over the scene, or a detector."""
     labeller: Detecting | None
@@ -94,41 +84,12 @@ class PromptScene(MeasurableScene):
         return 65535
 
     @property
-    def labels_key(self) -> str:
-        return self.labels.key
-
-    @contextmanager
-    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
-        """Classes or ids in the store."""
-        array = self.labels.array("instances" if ids else "labels")
-        yield lambda box: np.asarray(array[box.slices])
-
-    def check_labels(self) -> None:
-        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        self.labels.check()
-
-    @property
     def objects_stage(self) -> Stage:
         return self.labels
 
     @property
     def prompted(self) -> bool:
         return True
-
-    @property
-    def id_rule(self) -> IdRule | None:
-        reference = self.job.reference
-        if reference is not None and reference.divisor:
-            return IdRule(reference.divisor, ground=0)
-        if not self.job.measure.objects:
-            return None
-        return IdRule(value=self.classes[1].value, ground=0)
-
-    def open_image(self) -> SceneBlocks:
-        """Straight from the source."""
-        return SceneBlocks(
-            self.ref.uri, self.job.bands, self.channels, self.dtype, self.geometry, None, self.identity
-        )
 
     @property
     def settled(self) -> bool:

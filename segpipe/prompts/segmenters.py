@@ -117,18 +117,23 @@ def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
     Raises:
         RequestError: names the field, what was found and what would be valid.
     """
-    from segpipe.prompts.sam_folder import embedding_shapes, read_folder
+    if card.provider.value == "literature":
+        from segpipe.prompts import look_segmenter
 
-    return embedding_shapes(read_folder(card))
+        return look_segmenter.embedding_shapes(look_segmenter.read_card(card))
+    from segpipe.prompts import sam_folder
+
+    return sam_folder.embedding_shapes(sam_folder.read_folder(card))
 
 
 def load_segmenter(
     card: Card, device: torch.device, threads: int = 1, precision: str = "fp32", batch: int = 1
 ) -> Segmenter:
-    """The segmenter of a card: the family is what its folder's config.json says.
+    """The segmenter of a card: SAM's families are told apart by their folder's config.json.
 
     Args:
-        card: provider transformers; its weights are a folder or a pinned snapshot of the hub.
+        card: of provider transformers, whose weights are a folder or a pinned snapshot of the hub, or of
+            provider literature: a LookNet.
         device: where it runs.
         threads: on a CPU.
         precision: of the encoder: fp32, bf16 or fp16. Masks are decoded in fp32.
@@ -138,6 +143,10 @@ def load_segmenter(
     Raises:
         RequestError: as `check_segmenter`; or the weights do not fit.
     """
+    if card.provider.value == "literature":
+        from segpipe.prompts.look_segmenter import LookSegmenter
+
+        return LookSegmenter(card, device, threads, precision, batch)
     from segpipe.prompts.sam import SamSegmenter
 
     return SamSegmenter(card, device, threads, precision, batch)

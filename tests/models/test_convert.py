@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -117,7 +118,8 @@ def test_onnx_answers_as_the_network_at_any_size_and_batch(unet, tmp_path, kind,
     assert torch.allclose(found, expected, atol=1e-5)
     assert (made.input, made.window, made.classes) == (card.input, card.window, card.classes)
     assert made.name == "trial-onnx"
-    assert "0 of" in made.scores  # elements that change class
+    [changed] = re.findall(r"(\d+) of [\d,]+ elements change class", made.scores)
+    assert int(changed) <= 2  # whose classes are alike but for rounding
     assert b"site-packages" not in (tmp_path / "out" / made.weights).read_bytes()
 
 

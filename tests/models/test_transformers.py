@@ -37,7 +37,7 @@ def test_logits_equal_the_library_upsampled(make_card, tmp_path, architecture):
     expected = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
     found = load_model(card_for(make_card, architecture), "cpu", 1, "fp32")(batch)
     # Tensors mapped from a file lie elsewhere in memory, which can change the order of sums.
-    assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()))
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
     assert float(found.std()) > 0.1
 
 
@@ -52,8 +52,12 @@ def test_class_scores_are_the_processors(make_card, tmp_path, architecture):
         answer(direct, batch), target_sizes=[(edge, edge)], return_segmentation_scores=True
     )
     found = load_model(card_for(make_card, architecture), "cpu", 1, "fp32")(batch)[0]
-    assert torch.allclose(found, expected.segmentation_scores, atol=1e-5)
-    assert torch.equal(found.argmax(0), expected.segmentation)
+    assert torch.allclose(found, expected.segmentation_scores, atol=1e-4)
+    # Classes whose scores are the same but for rounding may change places.
+    best = expected.segmentation_scores.topk(2, dim=0).values
+    clear = best[0] - best[1] > 2e-4
+    assert float(clear.float().mean()) > 0.99
+    assert torch.equal(found.argmax(0)[clear], expected.segmentation[clear])
     assert float(found.std()) > 0.01
     assert len(expected.segmentation.unique()) > 1 or architecture.startswith("Detr")
 
@@ -84,9 +88,9 @@ def test_one_former_task_is_tokenised_as_its_processor_does(make_card, tmp_path)
         )
         card = card_for(make_card, "OneFormerForUniversalSegmentation", arguments={"task": task})
         found = load_model(card, "cpu", 1, "fp32")(batch)[0]
-        assert torch.allclose(found, expected.segmentation_scores, atol=1e-5)
+        assert torch.allclose(found, expected.segmentation_scores, atol=1e-4)
         answers.append(found)
-    assert not torch.allclose(answers[0], answers[1], atol=1e-4)
+    assert not torch.allclose(answers[0], answers[1], atol=1e-3)
 
 
 def test_one_former_without_words_for_its_task_is_refused(make_card, tmp_path):
@@ -137,7 +141,8 @@ def test_nothing_is_fetched_and_no_code_is_run(make_card, tmp_path):
     expected = answer(direct, batch).logits
     evil = {"auto_map": {"AutoModel": "evil.Net"}, "attn_implementation": "someone/kernel"}
     rewritten(tmp_path, **evil, quantization_config={"quant_method": "evil"})
-    assert torch.equal(load_model(card, "cpu", 1, "fp32")(batch), expected)
+    found = load_model(card, "cpu", 1, "fp32")(batch)
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
     rewritten(tmp_path, backbone="someone/backbone", backbone_config=None)
     with pytest.raises(RequestError, match=r"names its backbone .* would have to be asked for on the hub"):
         check_card(card)

@@ -64,7 +64,9 @@ def test_probabilities_with_several_templates(model: tuple[Path, Any, Any]) -> N
 def test_below_the_threshold_and_other_things_have_no_phrase(model: tuple[Path, Any, Any]) -> None:
     folder = model[0]
     sure = load_labeller(folder, CPU, 0.0).label(CROPS, PHRASES)
-    threshold = float(np.median(sure.probability.max(axis=1)))
+    highest = np.sort(sure.probability.max(axis=1))
+    threshold = float(highest[1:3].mean())  # between two, so that no rounding crosses it
+    assert np.diff(highest)[1] > 1e-4
     found = load_labeller(folder, CPU, threshold).label(CROPS, PHRASES)
     likely = sure.probability.max(axis=1) >= threshold
     assert 0 < likely.sum() < len(CROPS)
@@ -80,10 +82,11 @@ def test_below_the_threshold_and_other_things_have_no_phrase(model: tuple[Path, 
 
 
 def test_crops_do_not_change_each_other(model: tuple[Path, Any, Any]) -> None:
+    """Beyond float32's rounding: on a CPU the last bits depend on a crop's place in its batch."""
     labeller = load_labeller(model[0], CPU, batch=4)
     together = labeller.label(CROPS, PHRASES).probability
     alone = [labeller.label([crop], PHRASES).probability[0] for crop in CROPS]
-    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     nothing = labeller.label([], PHRASES)
     assert nothing.probability.shape == (0, 3) and nothing.accounts[0].outcome is Outcome.absent
 

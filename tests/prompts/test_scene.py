@@ -80,16 +80,22 @@ def test_masks_of_one_window_are_the_librarys_own(card: Path, tmp_path: Path) ->
         boxes = torch.tensor([[[x0, y0, x1 - 1, y1 - 1] for x0, y0, x1, y1 in BOXES]], dtype=torch.float32)
         out = network(image_embeddings=embedding, input_boxes=boxes, multimask_output=True)
     large = torch.nn.functional.interpolate(out.pred_masks[0], (EDGE, EDGE), mode="bilinear")
-    masks = [large[i, int(out.iou_scores[0, i].argmax())].numpy() > 0 for i in range(len(BOXES))]
+    best = out.iou_scores[0].sort(dim=1).values
+    assert float((best[:, -1] - best[:, -2]).min()) > 1e-4
+    logits = [large[i, int(out.iou_scores[0, i].argmax())].numpy() for i in range(len(BOXES))]
+    masks = [of_one > 0 for of_one in logits]
+    # Where a logit is 0 but for rounding (boxes go one by one here, and embeddings in float16).
+    clear = np.all([np.abs(of_one) > 1e-3 * np.abs(of_one).max() for of_one in logits], axis=0)
+    assert clear.mean() > 0.98
     expected = np.zeros((EDGE, EDGE), int)
     for i in sorted(range(len(BOXES)), key=lambda i: -masks[i].sum()):  # smaller ones in front
         expected[masks[i]] = i + 1
     seen = [i for i in range(1, len(BOXES) + 1) if (expected == i).any()]
     assert len(np.unique(ids[ids > 0])) == len(seen)
     for number in np.unique(ids[ids > 0]):
-        [theirs] = np.unique(expected[ids == number])
-        np.testing.assert_array_equal(ids == number, expected == theirs)
-    np.testing.assert_array_equal(labels > 0, expected > 0)
+        [theirs] = np.unique(expected[(ids == number) & clear])
+        np.testing.assert_array_equal((ids == number)[clear], (expected == theirs)[clear])
+    np.testing.assert_array_equal((labels > 0)[clear], (expected > 0)[clear])
     assert scene.classes[1].name == "field"
 
 

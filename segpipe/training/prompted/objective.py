@@ -1,7 +1,7 @@
-"""The objective of promptable segmentation: the best of several masks is learned, and how good each is.
+"""The objective of promptable segmentation: masks are learned, and how good each of them is.
 
-Kirillov et al., Segment Anything, ICCV 2023: 20 · focal loss + dice loss of the candidate of the lowest sum,
-and the squared error of predicted against true IoU; here of every candidate, as in SAM 2 (Ravi et al. 2025).
+Cross-entropy and the soft Jaccard loss of a mask, and the squared error of its predicted against its true IoU
+(the last as Kirillov et al., Segment Anything, ICCV 2023).
 """
 
 from __future__ import annotations
@@ -11,63 +11,42 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
-GAMMA, ALPHA = 2.0, 0.6
-"""Of the focal loss (Lin et al., ICCV 2017). With SAM's α of 0.25 masks of small objects shrink at first."""
-
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What a set of candidates is worth."""
+    """What masks are worth."""
 
     loss: torch.Tensor
     """Scalar."""
-    best: torch.Tensor
-    """(n,) the candidate that was learned."""
     iou: torch.Tensor
-    """(n, k) true IoU of each candidate at the window's size."""
+    """(n,) true IoU of each mask with its whole object."""
 
 
-def judge(low: torch.Tensor, predicted: torch.Tensor, masks: torch.Tensor, every: float = 0.0) -> Judged:
-    """Loss of candidates.
+def judge(logits: torch.Tensor, predicted: torch.Tensor, cover: torch.Tensor, total: torch.Tensor) -> Judged:
+    """Loss of masks, one a look.
 
     Args:
-        low: (n, k, y, x) logits as the network gives them.
-        predicted: (n, k) IoU as the network predicts it.
-        masks: (n, Y, X) bool at the window's size, a multiple of the logits'.
-        every: weight of the mean over all candidates, beside the best: where a prompt is hardly ambiguous
-            none may drift, for the network has yet to learn which it should hold for the best.
+        logits: (n, y, x) of the cells of each look.
+        predicted: (n,) IoU as the network predicts it.
+        cover: (n, y, x) which share of each cell the object covers.
+        total: (n,) cells that the whole object would take, in the look and beyond it.
     """
-    cover = functional.adaptive_avg_pool2d(masks[:, None].float(), (low.shape[-2], low.shape[-1]))
-    sums = FOCAL_WEIGHT * focal_loss(low, cover) + DICE_WEIGHT * dice_loss(low, cover)
-    best = sums.detach().argmin(1)
-    true = iou(low.detach(), masks)
-    learned = (sums.gather(1, best[:, None]).mean() + every * sums.mean()) / (1 + every)
-    return Judged(learned + IOU_WEIGHT * functional.mse_loss(predicted, true), best, true)
+    entropy = functional.binary_cross_entropy_with_logits(logits, cover, reduction="none").mean((1, 2))
+    true = iou(logits.detach(), cover, total)
+    loss = (entropy + jaccard_loss(logits, cover)).mean() + functional.mse_loss(predicted, true)
+    return Judged(loss, true)
 
 
-def focal_loss(logits: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:
-    """(n, k): mean over elements of the focal loss of logits (n, k, y, x) against cover (n, 1, y, x), 0 to 1.
-
-    A covered share counts as as many elements inside, the rest as elements outside.
-    """
+def jaccard_loss(logits: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:
+    """(n,): 1 − (Σ p·t + 1) / (Σ p + Σ t − Σ p·t + 1) of logits (n, y, x) and cover (n, y, x)."""
     p = logits.sigmoid()
-    inside = ALPHA * (1 - p) ** GAMMA * functional.softplus(-logits)
-    outside = (1 - ALPHA) * p**GAMMA * functional.softplus(logits)
-    return (cover * inside + (1 - cover) * outside).mean((-2, -1))
-
-
-def dice_loss(logits: torch.Tensor, cover: torch.Tensor) -> torch.Tensor:
-    """(n, k): 1 − (2 Σ p·t + 1) / (Σ p + Σ t + 1), as SAM's."""
-    p = logits.sigmoid()
-    shared = (p * cover).sum((-2, -1))
-    return 1 - (2 * shared + 1) / (p.sum((-2, -1)) + cover.sum((-2, -1)) + 1)
+    shared = (p * cover).sum((1, 2))
+    return 1 - (shared + 1) / (p.sum((1, 2)) + cover.sum((1, 2)) - shared + 1)
 
 
 @torch.no_grad()
-def iou(low: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """(n, k): IoU of masks from logits (n, k, y, x), enlarged as they are in use, with masks (n, Y, X)."""
-    found = functional.interpolate(low, masks.shape[-2:], mode="bilinear", align_corners=False) > 0
-    both = (found & masks[:, None]).sum((-2, -1))
-    either = (found | masks[:, None]).sum((-2, -1))
-    return both / either.clamp(min=1)
+def iou(logits: torch.Tensor, cover: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """(n,): IoU of masks with whole objects; a cell is the object's where it covers more than half of it."""
+    found, truth = logits > 0, cover > 0.5
+    both = (found & truth).sum((1, 2))
+    return both / (found.sum((1, 2)) + torch.maximum(total, truth.sum((1, 2))) - both).clamp(min=1)

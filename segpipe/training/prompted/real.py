@@ -19,6 +19,8 @@ from segpipe.training.prompted.synthetic import Drawn, Groups
 
 EMPTY = 0.5
 """Stands where a scene has no values: what normalisation maps to 0, as the padding of windows."""
+UNKNOWN = -1
+"""Label of elements that have none."""
 QUANTILES = (0.005, 0.995)
 """Of the scene's values, mapped to 0 and 1: the card's step `scene_quantiles`."""
 ZOOMS = (0.5, 1.6)
@@ -77,7 +79,7 @@ def read_raster(root: Path, raster: Raster, rows: Sequence[int], values: Sequenc
                 f"{root / raster.labels}: found {source.geometry.shape}; the image has {shape}"
             )
         given = source.read(box)
-    labels = np.where(given.valid, given.values[0], -1).astype(np.int64)
+    labels = moved(np.where(given.valid, given.values[0], UNKNOWN).astype(np.int64), raster.labels_shift)
     parts, classes = np.zeros(box.shape, np.int64), [-1]
     for value in values:
         found, count = ndimage.label(labels == value, np.ones((3, 3)))
@@ -86,11 +88,27 @@ def read_raster(root: Path, raster: Raster, rows: Sequence[int], values: Sequenc
     places = ndimage.find_objects(parts)
     boxes = np.array([[[0, 0], [0, 0]], *([[s.start for s in p], [s.stop for s in p]] for p in places)])
     whole = np.ones(len(classes), bool)
-    for edge in (parts[0], parts[-1], parts[:, 0], parts[:, -1], parts[~pixels.valid]):
+    beside = ndimage.binary_dilation(labels == UNKNOWN, np.ones((3, 3)), border_value=True)
+    for edge in (parts[beside], parts[~pixels.valid]):
         whole[edge] = False
     whole[0] = False
     image = stretched(pixels.values, pixels.valid)
     return RasterPart(raster.name, image, parts, np.array(classes), boxes, whole)
+
+
+def moved(labels: np.ndarray, shift: Sequence[int]) -> np.ndarray:
+    """Labels (y, x) so many rows further down and columns further right; unknown where none came."""
+    out = np.full_like(labels, UNKNOWN)
+    to, of = zip(*(_overlap(n, k) for n, k in zip(labels.shape, shift, strict=True)), strict=True)
+    out[to] = labels[of]
+    return out
+
+
+def _overlap(count: int, shift: int) -> tuple[slice, slice]:
+    """Where an axis of a shifted array gets values, and from where."""
+    kept = max(0, count - abs(shift))
+    to, of = max(0, shift), max(0, -shift)
+    return slice(to, to + kept), slice(of, of + kept)
 
 
 def stretched(values: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -20,6 +20,13 @@ class Raster(Strict):
     image: str = Field(description="File, relative to `data.root`.")
     labels: str = Field(description="File of class values on the same grid, relative to `data.root`.")
     bands: list[str] = Field(min_length=1, description="Names of the bands, in file order.")
+    labels_shift: list[int] = Field(
+        default_factory=lambda: [0, 0],
+        min_length=2,
+        max_length=2,
+        description="Rows and columns that the labels are moved by, down and right: where a map does not lie "
+        "on its image. `python -m benchmarks.registration` tells.",
+    )
     values: list[int] = Field(min_length=1, description="Classes whose parts are objects to learn.")
     learned: list[int] | None = Field(
         None, min_length=2, max_length=2, description="First row to learn from, and one past the last."
@@ -84,6 +91,7 @@ class Crops(Strict):
 class Sampling(Strict):
     """Which windows and prompts are shown."""
 
+    window: int = Field(256, ge=64, multiple_of=16, description="Elements of a window along each axis.")
     drawn: int = Field(2, ge=0, description="Windows of drawn shapes in a step.")
     raster: int = Field(1, ge=0, description="Windows of labelled rasters in a step.")
     volume: int = Field(1, ge=0, description="Windows of slices in a step.")
@@ -110,7 +118,7 @@ class Optimise(Strict):
     clip: float = Field(1.0, gt=0, description="Largest norm of a step's gradient.")
     ema: float = Field(0.998, ge=0, lt=1, description="The result is a moving average of the weights.")
     seed: int = Field(0, ge=0, description="Of weights, windows and prompts.")
-    bf16: bool = Field(False, description="The encoder computes in bf16 while it learns.")
+    bf16: bool = Field(False, description="The network computes in bf16 while it learns.")
     threads: int = Field(2, ge=1, description="CPU threads.")
     every: int = Field(50, ge=1, description="Steps between two lines of progress.")
     minutes: float = Field(3.0, gt=0, description="Between two checkpoints.")
@@ -120,17 +128,21 @@ class PromptedRecipe(Strict):
     """How a promptable model is trained."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Of the model that is made.")
-    network: dict[str, Any] = Field(description="Configuration of the library's EdgeTamModel.")
+    network: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of `segpipe.prompts.looknet.LookNet`."
+    )
     data: Data = Field(description="What the model learns from.")
     sampling: Sampling = Field(default_factory=Sampling, description="Which windows and prompts are shown.")
     optimise: Optimise = Field(default_factory=Optimise, description="How the weights are found.")
     out: str = Field("runs/train", description="Folder of checkpoint and history.")
-    export: str = Field(description="Folder that the trained network is written to.")
+    export: str = Field(description="File that the trained weights are written to: ….safetensors.")
 
     @model_validator(mode="after")
     def _something_to_see(self) -> PromptedRecipe:
         if not self.sampling.drawn + self.sampling.raster + self.sampling.volume:
             raise ValueError("sampling: found no windows; valid: drawn, raster or volume above 0")
+        if not self.export.endswith(".safetensors"):
+            raise ValueError(f"export: found {self.export}; valid: a file named ….safetensors")
         if self.sampling.volume and not self.data.volumes:
             raise ValueError("sampling.volume: found no data.volumes; valid: 0")
         return self

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segpipe.errors import RequestError
 from segpipe.inference.overlap import Prefetch
-from segpipe.prompts.prior import prior_logits
-from segpipe.training.prompted import network as nets
+from segpipe.training.prompted.looking import Looks, corrected, look
+from segpipe.training.prompted.network import build, save
 from segpipe.training.prompted.objective import judge
 from segpipe.training.prompted.real import read_scenes
 from segpipe.training.prompted.recipe import PromptedRecipe
-from segpipe.training.prompted.samples import Batch, Samples, corrections
+from segpipe.training.prompted.samples import Batch, Samples
 
-EVERY = {"box": 1.0, "point": 0.2}
-"""Weight of all candidates beside the best one, by how a prompt points at its object."""
 AHEAD = 3
 """Batches prepared ahead of the network."""
 CENTRE, SPREAD = 0.5, 0.25
@@ -40,11 +36,11 @@ class Line:
     step: int
     loss: float
     box: float
-    """IoU of the candidate that the network itself holds for the best, with a box."""
+    """IoU with a box, of looks drawn at random."""
     point: float
     """The same with one point."""
     again: float
-    """The same with a correction: the one candidate that it gives then."""
+    """The same of both after a correction."""
     seconds: float
     """Since the beginning, stops left out."""
 
@@ -71,7 +67,7 @@ class PromptedTraining:
         """
         self.recipe, plan = recipe, recipe.optimise
         self.folder = Path(recipe.out) / recipe.name / mark(recipe)
-        self.network = nets.build(recipe.network, plan.seed)
+        self.network = build(recipe.network, plan.seed)
         self.average = AveragedModel(
             self.network, multi_avg_fn=get_ema_multi_avg_fn(plan.ema), use_buffers=True
         )
@@ -101,8 +97,7 @@ class PromptedTraining:
         plan, progress = self.recipe.optimise, self.progress
         torch.set_num_threads(plan.threads)
         self.folder.mkdir(parents=True, exist_ok=True)
-        shape = self.network.config.prompt_encoder_config
-        samples = Samples(self.recipe, read_scenes(self.recipe), shape.image_size, shape.patch_size)
+        samples = Samples(self.recipe, read_scenes(self.recipe))
         begun, before = time.monotonic(), progress.seconds
         saved = begun
         with Prefetch(samples.batches(progress.step, plan.steps), AHEAD) as ahead:
@@ -153,46 +148,35 @@ class PromptedTraining:
         self.average.update_parameters(self.network)
 
     def loss(self, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
-        """Two objects of three are asked for by a box, the others by a point; some steps ask again.
-
-        The second time a point where the answer was wrong is added, and in half of these steps the logits
-        of the answer too; one candidate is asked for, as by SAM where prompts are no longer ambiguous.
-        """
+        """Of one look at each object; in some steps also of a second answer, after a correction."""
         images = torch.from_numpy((batch.images - CENTRE) / SPREAD).contiguous(
             memory_format=torch.channels_last
         )
-        levels = nets.encode(self.network, images, self.recipe.optimise.bf16)
-        by_point = np.arange(len(batch.of)) % 3 == 2
-        again = self.progress.step % self.recipe.sampling.again == 0
-        total = torch.zeros(())
-        for name, chosen in (("box", ~by_point), ("point", by_point)):
-            numbers = np.flatnonzero(chosen)
-            if not len(numbers):
-                continue
-            of, masks = torch.from_numpy(batch.of[numbers]), torch.from_numpy(batch.masks[numbers])
-            if name == "box":
-                asked = nets.Asked(
-                    of, boxes=torch.from_numpy(batch.boxes[numbers]), masks=priors(batch, numbers, True)
-                )
-            else:
-                points = torch.from_numpy(batch.points[numbers])[:, None]
-                labels = torch.ones(points.shape[:2], dtype=torch.long)
-                asked = nets.Asked(of, points=points, labels=labels, masks=priors(batch, numbers, False))
-            low, predicted = nets.decode(self.network, levels, asked, batch.offset)
-            judged = judge(low, predicted, masks, EVERY[name])
-            held = predicted.argmax(1, keepdim=True)
-            self._note(name, float(judged.iou.gather(1, held).mean()))
-            loss = judged.loss
-            if again:
-                answer = low.detach().gather(1, held[..., None, None].expand(-1, 1, *low.shape[2:]))[:, 0]
-                asked = corrected(asked, answer, masks, rng)
-                judged = judge(
-                    *nets.decode(self.network, levels, asked, batch.offset, multimask=False), masks
-                )
-                self._note("again", float(judged.iou.mean()))
-                loss = loss + judged.loss
-            total = total + loss * (len(numbers) / len(batch.of))
-        return total
+        with self._precision():
+            context = self.network.encode(images)
+        looks = look(batch, rng)
+        logits, loss = self._judged(images, context, looks)
+        if self.progress.step % self.recipe.sampling.again == 0:
+            loss = loss + self._judged(images, context, corrected(looks, logits, rng), again=True)[1]
+        return loss
+
+    def _judged(
+        self, images: torch.Tensor, context: torch.Tensor, looks: Looks, again: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers (n, LOOK, LOOK), without gradients, and their loss."""
+        with self._precision():
+            logits, predicted = self.network.decode(images, context, looks.of, looks.edges, looks.maps)
+        judged = judge(logits, predicted, looks.cover, looks.total)
+        by_point = looks.asked.boxes.isnan().any(1)
+        for name, chosen in (
+            [("again", by_point | ~by_point)] if again else [("box", ~by_point), ("point", by_point)]
+        ):
+            if chosen.any():
+                self._note(name, float(judged.iou[chosen].mean()))
+        return logits.detach(), judged.loss
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.optimise.bf16)
 
     def _note(self, name: str, value: float) -> None:
         self.progress.recent.setdefault(name, []).append(value)
@@ -209,10 +193,10 @@ class PromptedTraining:
         return line
 
     def export(self) -> Path:
-        """Write the averaged weights to the recipe's folder; where."""
-        folder = Path(self.recipe.export)
-        nets.save(copy.deepcopy(self.average.module), folder)
-        return folder
+        """Write the averaged weights to the recipe's file; where."""
+        path = Path(self.recipe.export)
+        save(self.average.module, path)
+        return path
 
     def _save(self) -> None:
         state = {
@@ -233,39 +217,6 @@ class PromptedTraining:
         progress = dict(state["progress"])
         lines = [Line(**line) for line in progress.pop("lines")]
         self.progress = Progress(**progress, lines=lines)
-
-
-def corrected(
-    asked: nets.Asked, answer: torch.Tensor, masks: torch.Tensor, rng: np.random.Generator
-) -> nets.Asked:
-    """The same prompts with a point where the answer was wrong and, half of the time, the answer itself.
-
-    Args:
-        asked: the prompts of before.
-        answer: (n, y, x) logits as the network gave them.
-        masks: (n, Y, X) bool, the truth.
-        rng: chooses the points.
-    """
-    large = functional.interpolate(answer[:, None], masks.shape[-2:], mode="bilinear")[:, 0] > 0
-    xy, label = corrections(rng, list(large.numpy()), list(masks.numpy()))
-    points, labels = torch.from_numpy(xy)[:, None], torch.from_numpy(label)[:, None]
-    if asked.points is not None and asked.labels is not None:
-        points, labels = torch.cat([asked.points, points], 1), torch.cat([asked.labels, labels], 1)
-    given = answer if rng.random() < 0.5 else asked.masks
-    return replace(asked, points=points, labels=labels, masks=given)
-
-
-def priors(batch: Batch, numbers: np.ndarray, by_box: bool) -> torch.Tensor:
-    """(n, y, x): what prompts say before the image is looked at, at the resolution of masks."""
-    edge = batch.masks.shape[-1]
-    none, one = np.empty((0, 2)), np.ones(1)
-    found = [
-        prior_logits(batch.boxes[i], none, none[:, 0], 2.0, (edge // 2, edge // 2))
-        if by_box
-        else prior_logits(None, batch.points[i][None], one, 2.0, (edge // 2, edge // 2))
-        for i in numbers
-    ]
-    return torch.from_numpy(np.stack(found))
 
 
 def mark(recipe: PromptedRecipe) -> str:

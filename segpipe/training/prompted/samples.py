@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,6 @@ class Batch:
 
     images: np.ndarray
     """(b, 3, y, x) float32, 0 to 1: whole windows, or crops."""
-    offset: tuple[int, int]
-    """(y, x) element of the window at which crops begin."""
     of: np.ndarray
     """(n,) int64: the window of each object."""
     masks: np.ndarray
@@ -38,17 +36,18 @@ class Batch:
 class Samples:
     """Draws batches: everything in a batch comes from (seed, its number), whatever came before."""
 
-    def __init__(self, recipe: PromptedRecipe, scenes: Scenes, edge: int, patch: int) -> None:
-        """Args: recipe, what `read_scenes` gave, edge of a window, and what a crop's place is a multiple of.
+    def __init__(self, recipe: PromptedRecipe, scenes: Scenes) -> None:
+        """Args: recipe, what `read_scenes` gave.
 
         Raises:
             RequestError: crops are smaller than the place of a slice.
         """
+        edge = recipe.sampling.window
         least = min(edge // crops.part for crops in recipe.sampling.cycle)
         if recipe.sampling.volume and least < CELL:
             raise RequestError(f"sampling.cycle: found crops of {least} elements; slices take {CELL} or more")
         self.sampling, self.seed = recipe.sampling, recipe.optimise.seed
-        self.scenes, self.edge, self.patch = scenes, edge, patch
+        self.scenes, self.edge = scenes, edge
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches by number."""
@@ -56,12 +55,10 @@ class Samples:
             yield self.batch(number)
 
     def batch(self, number: int) -> Batch:
-        """One batch: whole windows, or crops of them anywhere in a window."""
+        """One batch: whole windows, or crops of them."""
         rng, sampling = np.random.default_rng((self.seed, number)), self.sampling
         crops = sampling.cycle[number % len(sampling.cycle)]
         edge, times = self.edge // crops.part, crops.times
-        steps = (self.edge - edge) // self.patch + 1
-        offset = (self.patch * int(rng.integers(steps)), self.patch * int(rng.integers(steps)))
         windows: list[Drawn] = []
         for kind in KINDS:
             windows += [self._window(rng, kind, edge) for _ in range(times * getattr(sampling, kind))]
@@ -77,7 +74,6 @@ class Samples:
         boxes[loose] = jittered(rng, boxes[loose], sampling.jitter, edge)
         return Batch(
             np.stack([w.image for w in windows]),
-            offset,
             np.array(of),
             np.stack(masks),
             boxes,
@@ -125,16 +121,3 @@ def point_in(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     inside = np.flatnonzero(mask)
     y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
     return np.array([x, y], np.float32)
-
-
-def corrections(
-    rng: np.random.Generator, found: Sequence[np.ndarray], masks: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """A point (n, 2) where each answer is wrong, float32 x, y, and whether it is of the object, int64."""
-    points, labels = [], []
-    for answer, mask in zip(found, masks, strict=True):
-        wrong = answer != mask
-        point = point_in(rng, wrong if wrong.any() else mask)
-        points.append(point)
-        labels.append(int(mask[int(point[1]), int(point[0])]))
-    return np.stack(points), np.array(labels, np.int64)

@@ -14,34 +14,7 @@ from rasterio.transform import from_origin
 
 from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
 
-PYRAMID = {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]], "fpn_hidden_size": 96}
-NETWORK = {
-    "model_type": "edgetam",
-    "vision_config": {
-        "model_type": "edgetam_vision_model",
-        "backbone_config": {
-            "model_type": "timm_wrapper",
-            "architecture": "repghostnet_050",
-            "num_classes": 1000,
-            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2]},
-        },
-        "backbone_channel_list": [20, 12, 8],
-        "fpn_top_down_levels": [0, 1],
-        **PYRAMID,
-    },
-    "prompt_encoder_config": {
-        "hidden_size": 96,
-        "image_size": 128,
-        "patch_size": 8,
-        "mask_input_channels": 8,
-    },
-    "mask_decoder_config": {
-        "hidden_size": 96,
-        "mlp_dim": 16,
-        "num_attention_heads": 4,
-        "iou_head_hidden_dim": 16,
-    },
-}
+NETWORK = {"width": 4, "context": 8}
 
 
 def write_raster(path: Path, values: np.ndarray, nodata: float | None = None) -> None:
@@ -116,10 +89,16 @@ def fields(data: Path, tmp_path: Path) -> dict[str, Any]:
         "name": "tiny",
         "network": NETWORK,
         "data": {"root": str(data), "rasters": [raster], "volumes": [volumes]},
-        "sampling": {"drawn": 1, "objects": 3, "again": 2, "cycle": [{"part": 1}, {"part": 2, "times": 2}]},
+        "sampling": {
+            "window": 128,
+            "drawn": 1,
+            "objects": 3,
+            "again": 2,
+            "cycle": [{"part": 1}, {"part": 2, "times": 2}],
+        },
         "optimise": {"steps": 4, "warmup": 1, "cooldown": 2, "threads": 1, "every": 2, "ema": 0.5},
         "out": str(tmp_path / "runs"),
-        "export": str(tmp_path / "net"),
+        "export": str(tmp_path / "net.safetensors"),
     }
 
 

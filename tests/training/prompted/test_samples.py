@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from scipy import ndimage
 from skimage.measure import euler_number, label, regionprops
 from torchvision.ops import masks_to_boxes
 
 from segpipe.errors import RequestError
 from segpipe.training.prompted import synthetic
-from segpipe.training.prompted.real import RasterPart, raster_window, read_scenes, stretched, volume_window
-from segpipe.training.prompted.recipe import PromptedRecipe
-from segpipe.training.prompted.samples import Samples, box_of, corrections, jittered, point_in
+from segpipe.training.prompted.real import (
+    UNKNOWN,
+    RasterPart,
+    moved,
+    raster_window,
+    read_scenes,
+    stretched,
+    volume_window,
+)
+from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
+from segpipe.training.prompted.samples import Samples, box_of, jittered, point_in
 
 
 @pytest.fixture
@@ -114,33 +125,43 @@ def test_boxes_are_torchvisions_and_jitter_is_bounded() -> None:
     assert (jittered(rng, boxes, 0.0, 60) == boxes).all()
 
 
-def test_points_lie_in_the_object_and_corrections_in_the_error() -> None:
+def test_points_lie_in_the_object() -> None:
     rng = np.random.default_rng(3)
-    mask, answer = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    mask = np.zeros((20, 30), bool)
     mask[5:10, 5:15] = True
-    answer[5:10, 10:20] = True
     for _ in range(50):
         x, y = point_in(rng, mask).astype(int)
         assert mask[y, x]
-        points, labels = corrections(rng, [answer], [mask])
-        x, y = points[0].astype(int)
-        assert answer[y, x] != mask[y, x] and labels[0] == int(mask[y, x])
-    # Nothing is wrong: a point of the object.
-    points, labels = corrections(rng, [mask], [mask])
-    assert mask[int(points[0, 1]), int(points[0, 0])] and labels.tolist() == [1]
 
 
 def test_a_batch_depends_on_its_number_alone(recipe: PromptedRecipe) -> None:
     scenes = read_scenes(recipe)
-    samples = Samples(recipe, scenes, 128, 8)
+    samples = Samples(recipe, scenes)
     later = list(samples.batches(0, 4))[3]
-    again = Samples(recipe, scenes, 128, 8).batch(3)
+    again = Samples(recipe, scenes).batch(3)
     for name in ("images", "of", "masks", "boxes", "points"):
         assert (getattr(later, name) == getattr(again, name)).all()
     assert later.images.shape == (6, 3, 64, 64) and samples.batch(0).images.shape == (3, 3, 128, 128)
-    assert all(n % 8 == 0 and n <= 64 for n in later.offset)
 
 
 def test_crops_smaller_than_a_slice_are_refused(recipe: PromptedRecipe) -> None:
+    small = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"window": 64})})
     with pytest.raises(RequestError, match="found crops of 32 elements; slices take 64 or more"):
-        Samples(recipe, read_scenes(recipe), 64, 8)
+        Samples(small, read_scenes(recipe))
+
+
+def test_labels_are_moved_as_the_recipe_says(fields: dict[str, Any], tmp_path: Path) -> None:
+    fields["data"]["rasters"][0]["labels_shift"] = [2, -3]
+    path = tmp_path / "moved.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    found = read_scenes(load_prompted_recipe(path)).rasters[0]
+    y, x = np.mgrid[:76, :100]
+    first = np.hypot(y - 22, x - 17) < 9
+    assert ((found.parts == found.parts[22, 17]) == first).all() and found.whole[found.parts[22, 17]]
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (2, -3), (-1, 4), (9, 0)])
+def test_moved_labels_are_scipys(shift: tuple[int, int]) -> None:
+    labels = np.random.default_rng(0).integers(0, 5, (8, 11))
+    wanted = ndimage.shift(labels, shift, order=0, cval=UNKNOWN)
+    assert (moved(labels, shift) == wanted).all()

@@ -1,0 +1,174 @@
+"""A LookNet as a segmenter: an embedding is the window and its map, and three looks are three candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from segpipe.errors import RequestError
+from segpipe.models.card import Card
+from segpipe.models.naming import construct, known, only_arguments
+from segpipe.models.network import fill, forward_pass
+from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.prompts.looknet import COARSEST, STRIDE, LookNet
+from segpipe.prompts.looks import LOOKS, Asked, drawn, laid, looks_at, resampled
+from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
+
+ARGUMENTS = ("in_channels", "width", "context")
+OUTSIDE = -10.0
+"""Logits beyond a look."""
+
+
+@dataclass(frozen=True)
+class LookCard:
+    """What a card says of its LookNet."""
+
+    edge: int
+    """Elements of its square window along an axis."""
+    network: LookNet
+    """With random weights."""
+
+
+def read_card(card: Card) -> LookCard:
+    """The network of a card, without its weights.
+
+    Raises:
+        RequestError: names the field, what was found and what would be valid.
+    """
+    known(card, {LookNet.__name__: LookNet})
+    if card.output.kind != "prompted":
+        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
+    only_arguments(card, ARGUMENTS)
+    edges = [n for n in card.window_shape or () if n != 1 or card.kind == "raster"]
+    if len(set(edges)) != 1 or len(edges) != 2 or edges[0] % COARSEST or not card.window.fixed:
+        size = "[256]" if card.kind == "raster" else "[1, 256, 256]"
+        raise card_error(
+            card,
+            "window.size",
+            f"found {card.window.size}, fixed {str(card.window.fixed).lower()}; valid: a square whose edge "
+            f"is a multiple of {COARSEST}, e.g. {size}, with fixed: true",
+        )
+    network = construct(card, LookNet, dict(card.arguments))
+    assert isinstance(network, LookNet)
+    if card.channels not in (1, network.in_channels):
+        raise card_error(
+            card,
+            "input.bands",
+            f"found {card.channels}; the network has in_channels {network.in_channels}: valid: as many, or "
+            "one, which is repeated",
+        )
+    return LookCard(edges[0], network)
+
+
+def embedding_shapes(card: LookCard) -> dict[str, tuple[int, int, int]]:
+    """Name and shape (c, y, x) of each array of an embedding."""
+    edge, network = card.edge, card.network
+    coarse = edge // STRIDE
+    return {"window": (network.in_channels, edge, edge), "context": (network.context, coarse, coarse)}
+
+
+class LookSegmenter:
+    """A `Segmenter` that is a LookNet."""
+
+    def __init__(self, card: Card, device: torch.device, threads: int, precision: str, batch: int) -> None:
+        """As `load_segmenter`."""
+        read = read_card(card)
+        self.device = device
+        self.window = self.mask_shape = (read.edge, read.edge)
+        self.shapes: Mapping[str, tuple[int, int, int]] = embedding_shapes(read)
+        fill(card, read.network, load_state(resolve_weights(card)))
+        self._network = read.network.eval().requires_grad_(False).to(device)
+        self._given = card.channels
+        self._threads, self._precision, self._batch = threads, precision, batch
+
+    @property
+    def parameters(self) -> int:
+        """Numbers learned in training."""
+        return sum(p.numel() for p in self._network.parameters())
+
+    def encode(self, window: np.ndarray) -> Embedding:
+        """As `Segmenter.encode`."""
+        return self.encode_batch(window[None])[0]
+
+    def encode_batch(self, windows: np.ndarray) -> list[Embedding]:
+        """As `Segmenter.encode_batch`. One channel is repeated where the network has several."""
+        wanted = (self._given, *self.window)
+        if windows.shape[1:] != wanted:
+            raise RequestError(f"window: found shape {windows.shape[1:]}; valid: {wanted}")
+        batch = torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
+        batch = batch.expand(-1, self._network.in_channels, -1, -1)
+        with forward_pass(self.device, self._precision, self._threads):
+            context = self._network.encode(batch).float()
+        arrays = [x.cpu().numpy() for x in (batch, context)]
+        return [
+            Embedding({name: a[i] for name, a in zip(self.shapes, arrays, strict=True)})
+            for i in range(len(windows))
+        ]
+
+    def decode(
+        self, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool = True
+    ) -> Candidates:
+        """As `Segmenter.decode`. One mask: the look's that is told to be best."""
+        check_prompts(prompts, self.window, self.mask_shape)
+        found = {name: a.shape for name, a in embedding.arrays.items()}
+        if found != dict(self.shapes):
+            raise RequestError(f"embedding: found {found}; valid: {dict(self.shapes)}")
+        maps = [torch.from_numpy(np.ascontiguousarray(embedding.arrays[n], np.float32)) for n in self.shapes]
+        window, context = (x[None].to(self.device) for x in maps)
+        logits = np.empty((len(prompts), LOOKS if multimask else 1, *self.window), np.float32)
+        iou = np.empty(logits.shape[:2], np.float32)
+        with forward_pass(self.device, "fp32", self._threads):
+            for start in range(0, len(prompts), self._batch):
+                some = list(prompts[start : start + self._batch])
+                # Short batches repeat their last prompt: a batch's shape is part of its bits.
+                masks, told = self._answer(window, context, some + some[-1:] * (self._batch - len(some)))
+                if not multimask:
+                    best = told.argmax(1, keepdim=True)
+                    told, masks = told.gather(1, best), torch.take_along_dim(masks, best[..., None, None], 1)
+                stop = start + len(some)
+                logits[start:stop] = masks[: len(some)].cpu().numpy()
+                iou[start:stop] = told[: len(some)].cpu().numpy()
+        return Candidates(logits, iou, logits)
+
+    def _answer(
+        self, window: torch.Tensor, context: torch.Tensor, prompts: Sequence[Prompt]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, LOOKS, y, x) and predicted IoU (n, LOOKS)."""
+        asked = self._asked(prompts)
+        given = [p.mask if p.mask is not None else np.zeros(self.window, np.float32) for p in prompts]
+        masks = torch.from_numpy(np.stack(given))[:, None].to(self.device)
+        numbers, none = torch.arange(len(prompts)).to(self.device), torch.zeros(len(prompts)).to(self.device)
+        logits, told = [], []
+        for look in range(LOOKS):
+            edges = looks_at(asked, torch.full_like(numbers, look))
+            maps = drawn(asked, edges, resampled(masks, numbers, edges)[:, 0])
+            found, iou = self._network.decode(window, context, none, edges, maps)
+            logits.append(laid(found, edges, self.window, OUTSIDE))
+            told.append(iou)
+        return torch.stack(logits, 1), torch.stack(told, 1)
+
+    def _asked(self, prompts: Sequence[Prompt]) -> Asked:
+        """Prompts as tensors; those without a box and a point of the object get the box of their mask."""
+        most = max(1, *(len(p.points_xy) for p in prompts))
+        boxes = np.full((len(prompts), 4), np.nan, np.float32)
+        points = np.zeros((len(prompts), most, 2), np.float32)
+        labels = np.full((len(prompts), most), -1, np.int64)
+        for i, prompt in enumerate(prompts):
+            count = len(prompt.points_xy)
+            points[i, :count], labels[i, :count] = prompt.points_xy, prompt.labels
+            if prompt.box_xyxy is not None:
+                boxes[i] = prompt.box_xyxy
+            elif not (prompt.labels == 1).any():
+                boxes[i] = self._extent(prompt.mask)
+        return Asked(*(torch.from_numpy(a).to(self.device) for a in (boxes, points, labels)))
+
+    def _extent(self, mask: np.ndarray | None) -> np.ndarray:
+        """Box of a given mask; the window's where nothing is in it."""
+        inside = np.zeros(self.window, bool) if mask is None else mask > 0
+        if not inside.any():
+            return np.array([0, 0, self.window[1] - 1, self.window[0] - 1], np.float32)
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
