@@ -14,7 +14,7 @@ from segpipe.models.naming import construct, known, only_arguments
 from segpipe.models.network import fill, forward_pass
 from segpipe.models.weights import card_error, load_state, resolve_weights
 from segpipe.prompts.looknet import COARSEST, STRIDE, LookNet
-from segpipe.prompts.looks import LOOKS, Asked, drawn, laid, looks_at, resampled
+from segpipe.prompts.looks import CERTAIN, LOOKS, Asked, drawn, laid, looks_at, resampled
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
 
 ARGUMENTS = ("in_channels", "width", "context")
@@ -136,17 +136,23 @@ class LookSegmenter:
     def _answer(
         self, window: torch.Tensor, context: torch.Tensor, prompts: Sequence[Prompt]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (n, LOOKS, y, x) and predicted IoU (n, LOOKS)."""
+        """Logits (n, LOOKS, y, x) and predicted IoU (n, LOOKS).
+
+        What a given mask has between the cells of a look, which of a large object are many elements wide, is
+        added to the answer: a net of roads stays a net.
+        """
         asked = self._asked(prompts)
         given = [p.mask if p.mask is not None else np.zeros(self.window, np.float32) for p in prompts]
-        masks = torch.from_numpy(np.stack(given))[:, None].to(self.device)
+        masks = torch.from_numpy(np.stack(given))[:, None].to(self.device).clamp(-CERTAIN, CERTAIN)
         numbers, none = torch.arange(len(prompts)).to(self.device), torch.zeros(len(prompts)).to(self.device)
         logits, told = [], []
         for look in range(LOOKS):
             edges = looks_at(asked, torch.full_like(numbers, look))
-            maps = drawn(asked, edges, resampled(masks, numbers, edges)[:, 0])
-            found, iou = self._network.decode(window, context, none, edges, maps)
-            logits.append(laid(found, edges, self.window, OUTSIDE))
+            coarse = resampled(masks, numbers, edges)[:, 0]
+            found, iou = self._network.decode(window, context, none, edges, drawn(asked, edges, coarse))
+            seen = laid(coarse, edges, self.window, torch.nan)
+            between = torch.nan_to_num(masks[:, 0] - seen)
+            logits.append(laid(found, edges, self.window, OUTSIDE) + between)
             told.append(iou)
         return torch.stack(logits, 1), torch.stack(told, 1)
 

@@ -247,3 +247,19 @@ def test_the_starter_model_finds_a_disc(radius: int) -> None:
         assert (mask & disc).sum() / (mask | disc).sum() > 0.85
         masks.append(mask)
     assert (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum() > 0.98
+
+
+def test_a_net_that_is_given_stays_a_net() -> None:
+    """Cells of a look at a large object are wider than a road: what lies between them is kept."""
+    segmenter = load_segmenter(load_card(ROOT / "configs" / "models" / "starter-sam.yaml"), CPU)
+    y, x = np.mgrid[:256, :256]
+    inside = (abs(y - 128) < 100) & (abs(x - 128) < 100)
+    net = inside & ((y % 12 < 2) | (x % 12 < 2))
+    image = (0.3 + 0.4 * net + np.zeros((3, 1, 1))).astype(np.float32)
+    embedding = segmenter.encode((image - np.float32(0.5)) / np.float32(0.25))
+    box = np.array([29, 29, 227, 227], np.float32)
+    prompt = Prompt(box_xyxy=box, mask=np.where(net, 10, -10).astype(np.float32))
+    found = segmenter.decode(embedding, [prompt])
+    mask = found.logits[0, int(found.iou[0].argmax())] > 0
+    assert net.sum() / inside.sum() < 0.32  # the IoU of a mask that fills what lies between
+    assert (mask & net).sum() / (mask | net).sum() > 0.55
