@@ -35,7 +35,7 @@ from segpipe.store import Stage, stage_key
 
 ASKED = "asked"
 """Name of the part of the stage `ask` that holds what is asked."""
-ANSWER_VERSION = 1
+ANSWER_VERSION = 2
 """Raised when the bits of answers or objects change: part of their keys."""
 
 

@@ -218,7 +218,7 @@ def test_segformer_equals_the_library_upsampled(make_card, segformer, shape):
     found = load_model(segformer_card(make_card), "cpu", 1, "fp32")(batch)
     assert logits.shape[2] < shape[0]
     # Tensors mapped from a file lie elsewhere in memory, which can change the order of sums.
-    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_segformer_without_a_tensor_is_refused_not_filled_with_noise(make_card, tmp_path, segformer):

@@ -37,7 +37,7 @@ def test_logits_equal_the_library_upsampled(make_card, tmp_path, architecture):
     expected = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
     found = load_model(card_for(make_card, architecture), "cpu", 1, "fp32")(batch)
     # Tensors mapped from a file lie elsewhere in memory, which can change the order of sums.
-    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
     assert float(found.std()) > 0.1
 
 
@@ -142,7 +142,7 @@ def test_nothing_is_fetched_and_no_code_is_run(make_card, tmp_path):
     evil = {"auto_map": {"AutoModel": "evil.Net"}, "attn_implementation": "someone/kernel"}
     rewritten(tmp_path, **evil, quantization_config={"quant_method": "evil"})
     found = load_model(card, "cpu", 1, "fp32")(batch)
-    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
     rewritten(tmp_path, backbone="someone/backbone", backbone_config=None)
     with pytest.raises(RequestError, match=r"names its backbone .* would have to be asked for on the hub"):
         check_card(card)
