@@ -6,5 +6,7 @@ __version__ = "0.1.0"
 
 ENGINE_VERSION = 2
 """Raised only when the same inputs give other bits; part of every predict key."""
+ANSWER_VERSION = 2
+"""The same of answers to prompts and the objects they become."""
 
 use_huge_pages()

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import obstore
 import pandas as pd
 
-from segpipe import ENGINE_VERSION
+from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.classes import load_classes, with_found
 from segpipe.config import Job
 from segpipe.errors import RequestError
@@ -117,6 +117,7 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         files += [job.reference.path]
     files += [path for path in (job.labels, job.classes, job.measure.groups, prompts.path) if path]
     files += [prompts.earlier] if prompts.earlier else []
+    prompted = card is not None and card.answers_prompts
     parts = {
         "asked": asked,
         "model": model_parts(card) if card else None,
@@ -124,7 +125,7 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         "grounder": [grounder.model_dump(mode="json"), model_parts(grounder)] if grounder else None,
         "settings": [settings.device_class, settings.precision, settings.batch],
         "inputs": [_state(uri) for uri in files],
-        "versions": [ENGINE_VERSION, TALLY_VERSION],
+        "versions": [ENGINE_VERSION, TALLY_VERSION, *([ANSWER_VERSION] if prompted else [])],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 

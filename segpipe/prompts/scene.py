@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from segpipe import ENGINE_VERSION
+from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.bands import match_bands
 from segpipe.blocks import SceneBlocks
 from segpipe.config import Job
@@ -35,8 +35,6 @@ from segpipe.store import Stage, stage_key
 
 ASKED = "asked"
 """Name of the part of the stage `ask` that holds what is asked."""
-ANSWER_VERSION = 2
-"""Raised when the bits of answers or objects change: part of their keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

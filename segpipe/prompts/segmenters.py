@@ -138,7 +138,7 @@ def load_segmenter(
         threads: on a CPU.
         precision: of the encoder: fp32, bf16 or fp16. Masks are decoded in fp32.
         batch: prompts of a kind in one pass of the decoder; short batches are padded, so that other prompts
-            change no bit of a mask.
+            change no bit of a mask where prompts go one by one, and nothing beyond rounding otherwise.
 
     Raises:
         RequestError: as `check_segmenter`; or the weights do not fit.
