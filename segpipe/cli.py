@@ -92,6 +92,9 @@ def _run_job(job: Job) -> None:
         raise typer.Exit(130)
     found, after = open_run(job, request.mark)
     if after is None or after == before:
+        if state.is_completed():  # another run of the same job is at the record
+            print(state.message)
+            return
         raise SegpipeError(state.message or "the run ended without a report")
     _headline(found, after)
     if not state.is_completed():
