@@ -9,13 +9,16 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Files side by side; at most four, for each starts servers and networks of its own.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-data test test-all bench lint serve lock clean help
+.PHONY: demo demo-data test test-all bench soak lint serve services services-stop lock clean help
 
 help:
 	@echo "make demo      install, then segment a Landsat scene and a brain MRI, with reports"
 	@echo "make test      install, then run the tests;  make test-all: the slow ones too"
 	@echo "make bench     measure the pipeline against the bare forward pass"
-	@echo "make serve     a local Prefect server with the flow ready to be triggered"
+	@echo "make serve     a local Prefect server with every flow ready to be triggered"
+	@echo "make services  a Prefect server, object store, Dask and workers on loopback (DATABASE=postgres);"
+	@echo "               make services-stop ends them"
+	@echo "make soak      45 minutes of scans, questions and cancels at random"
 	@echo "make lint      ruff and mypy;  make lock: resolve requirements.lock anew"
 
 $(INSTALLED): requirements.lock pyproject.toml
@@ -43,6 +46,9 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.zonal
 	$(BIN)/python -m benchmarks.allocator
 
+soak: demo-data
+	$(BIN)/python -m benchmarks.soak
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,10 +57,19 @@ lint: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/segpipe serve
 
+services: $(INSTALLED)
+	$(BIN)/python -m infra.services start --database $(or $(DATABASE),sqlite)
+
+services-stop:
+	@test ! -x $(BIN)/python || $(BIN)/python -m infra.services stop
+
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra demo --extra dev pyproject.toml \
 	    --no-annotate --no-header --no-emit-index-url -o requirements.lock
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra cluster --extra export --extra h3 --extra nnunet \
+	    --extra text -c requirements.lock pyproject.toml --no-annotate --no-header --no-emit-index-url \
+	    -o infra/docker/requirements.txt
 
-clean:
-	rm -rf .venv .prefect .demo runs
+clean: services-stop
+	rm -rf .venv .prefect .demo .services runs

@@ -1,4 +1,4 @@
-"""A request's scenes through a task runner: planned ahead, predicted side by side, finished behind."""
+"""Scenes through a task runner: planned ahead, predicted side by side, finished behind."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from prefect import Task, get_run_logger
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
+from flows.runners import placed
 from flows.watch import Watch
-from segpipe.config import Runner
+from segpipe.config import Job
 from segpipe.deliver import failed_record
 from segpipe.labelled import MeasurableScene
 from segpipe.prompts.answering import Round
 from segpipe.prompts.scene import PromptScene
 from segpipe.report.record import SceneRecord
-from segpipe.request import Request
 from segpipe.run import Run
 from segpipe.scene import Scene, pending_blocks
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import batches_of
+from segpipe.steps import Done, Pace, batches_of
 from tasks.prompts import (
     answer_batch,
     answer_solid,
@@ -36,7 +36,7 @@ from tasks.prompts import (
     settle_prompts,
 )
 from tasks.scenes import finish_scene, plan_scene, predict_batch, retried
-from tasks.told import NOT_READY, OUT_OF_MEMORY
+from tasks.told import NOT_READY, OUT_OF_MEMORY, passes
 
 T = TypeVar("T")
 MOST_WINDOWS = 64
@@ -77,32 +77,37 @@ class _Started:
 class Dispatch:
     """Sends the tasks of a run's scenes to the workers, a bounded number of batches in flight."""
 
-    def __init__(self, request: Request, run: Run, stop: str, runner: TaskRunner[Any], watch: Watch) -> None:
-        self.request = request
+    def __init__(
+        self, job: Job, settings: Settings, run: Run, stop: str, runner: TaskRunner[Any], watch: Watch
+    ) -> None:
+        self.job = job
+        self.settings = settings
         self.run = run
         self.stop = stop
         """Name under which the workers are asked to stop."""
         self.runner = runner
         self.watch = watch
-        compute = request.job.compute
-        self.predict_batch = retried(predict_batch, compute.retries)
-        self.answer_batch = retried(answer_batch, compute.retries)
+        self.pace = Pace()
+        """Seconds that blocks of this run take: batches are sized by it."""
+        self.predict_batch = retried(predict_batch, job.compute.retries)
+        self.answer_batch = retried(answer_batch, job.compute.retries)
         # a cluster keeps one batch waiting for each worker, so that none idles between two
-        self.places = BoundedSemaphore(compute.workers * (2 if compute.runner is Runner.dask else 1))
+        self.places = BoundedSemaphore(job.compute.workers * (2 if job.compute.clustered else 1))
 
-    def scenes(self) -> list[SceneRecord]:
-        """Work through the scenes; what became of each, in the order given.
+    def scenes(self, refs: Iterable[SceneRef]) -> Iterator[SceneRecord]:
+        """Work through scenes, each with task runs of its own; what became of each, in the order given.
 
         Raises:
             StoppedError: the flow run was cancelled.
         """
-        plans = (self._plan(ref, self.request.settings) for ref in self.request.scenes)
+        plans = (self._plan(ref, self.settings) for ref in refs)
         started = (self._predict(plan) for plan in ahead(plans, PLANNED_AHEAD))
-        return [self._record(scene) for scene in ahead(started, self.request.job.compute.workers)]
+        for scene in ahead(started, self.job.compute.workers):
+            yield self._record(scene)
 
     def _plan(self, ref: SceneRef, settings: Settings) -> _Started:
-        parameters = {"job": self.request.job, "ref": ref, "settings": settings}
-        step = plan_prompts if self.request.job.prompts.asked else plan_scene
+        parameters = {"job": self.job, "ref": ref, "settings": settings}
+        step = plan_prompts if self.job.prompts.asked else plan_scene
         return _Started(ref, settings, (self.runner.submit(step, parameters),))
 
     def _predict(self, planned: _Started) -> _Started:
@@ -126,8 +131,8 @@ class Dispatch:
         """Send the batches of a scene's blocks; also how many blocks are there already."""
         todo, total = pending_blocks(scene), scene.plan.blocks.count
         self.watch.begin(scene.ref.name, scene.predict, total, len(todo))
-        compute = self.request.job.compute
-        batches = batches_of(scene, todo, compute.batch_minutes, compute.workers)
+        compute = self.job.compute
+        batches = batches_of(scene, todo, compute.batch_minutes, compute.workers, self.pace)
         parameters = [{"scene": scene, "blocks": blocks} for blocks in batches]
         return self._batches(self.predict_batch, parameters), total - len(todo)
 
@@ -171,11 +176,11 @@ class Dispatch:
             return self._blocks(grounder)[0]
         todo, total = grounder.pending(), len(grounder.windows())
         self.watch.begin(scene.ref.name, grounder.stage, total, len(todo), "windows")
-        parts = split(todo, self.request.job.compute.workers)
+        parts = split(todo, self.job.compute.workers)
         return self._batches(detect_batch, [{"scene": grounder, "windows": part} for part in parts])
 
     def _windows(self, scene: PromptScene, here: Round) -> list[dict[str, Any]]:
-        parts = split(here.windows, self.request.job.compute.workers)
+        parts = split(here.windows, self.job.compute.workers)
         return [{"scene": scene, "number": here.number, "windows": part} for part in parts]
 
     def _batches(
@@ -189,17 +194,29 @@ class Dispatch:
             future.wait()  # it has ended: this only takes its state
             if not future.state.is_completed():
                 failed.set()
+            elif isinstance(done := future.result(), Done):
+                self.pace.note(done)
             self.places.release()
 
         for number, batch in enumerate(parameters, start=1):
-            self.watch.until(lambda seconds: self.places.acquire(timeout=seconds))
+            self.take_place()
             if failed.is_set():
                 self.places.release()
                 break  # one block short, a scene has no answer: spare the rest
             part = f"{number} of {len(parameters)}"
-            futures.append(self.runner.submit(step, {**batch, "part": part, "stop": self.stop}))
+            futures.append(self.submit_batch(step, {**batch, "part": part, "stop": self.stop}))
             futures[-1].add_done_callback(ended)
         return futures
+
+    def take_place(self) -> None:
+        """Wait until a worker has room for a batch."""
+        self.watch.until(lambda seconds: self.places.acquire(timeout=seconds))
+
+    def submit_batch(self, step: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[Any]:
+        """Send a task that needs the device."""
+        with placed(self.job.compute, self.settings):
+            future: PrefectFuture[Any] = self.runner.submit(step, parameters)
+        return future
 
     def _record(self, started: _Started) -> SceneRecord:
         """What became of a scene; one that did not fit the device begins again in smaller batches."""
@@ -210,8 +227,8 @@ class Dispatch:
         if batch > 1 and any(state.name == OUT_OF_MEMORY for state in bad):
             get_run_logger().warning("%s: out of memory, again with batches of %d", ref.name, batch // 2)
             return self._record(self._predict(self._plan(ref, replace(started.settings, batch=batch // 2))))
-        record: SceneRecord = (
-            failed_record(ref, bad[0].message or "failed") if bad else started.futures[-1].result()
-        )
-        self.watch.end(record)
+        if bad:
+            failed = failed_record(ref, bad[0].message or "failed")
+            return replace(failed, may_pass=any(passes(state) for state in bad))
+        record: SceneRecord = started.futures[-1].result()
         return record

@@ -7,13 +7,12 @@ from typing import Any
 from prefect import State, flow
 from prefect.states import Failed
 
+from flows.names import run_name
 from flows.segment import carry_out, stop_workers
 from segpipe.prompts.question import Question
 
 
-@flow(
-    name="prompt", flow_run_name="{question.name}", on_cancellation=[stop_workers], on_crashed=[stop_workers]
-)
+@flow(name="prompt", flow_run_name=run_name, on_cancellation=[stop_workers], on_crashed=[stop_workers])
 def prompt(question: Question) -> State[Any]:
     """Ask a promptable model for objects over scenes of any size, and report them by phrase and region.
 

@@ -12,14 +12,17 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.dispatch import Dispatch
-from flows.runners import task_runner
+from flows.names import run_name
+from flows.packs import Packs
+from flows.runners import check_cluster, task_runner
 from flows.watch import Watch
 from segpipe.config import Job, Outputs
 from segpipe.errors import SegpipeError, StoppedError
-from segpipe.report.record import RunRecord
+from segpipe.report.record import RunRecord, SceneRecord
 from segpipe.request import check_request
 from segpipe.run import Run, open_run
 from segpipe.store import request_stop
+from tasks.events import tell_scene
 from tasks.report import write_report
 
 FAILURES_TOLD = 5
@@ -33,7 +36,7 @@ def stop_workers(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
     request_stop(outputs.dir, attempt_name(flow_run.id, flow_run.run_count))
 
 
-@flow(name="segment", flow_run_name="{job.name}", on_cancellation=[stop_workers], on_crashed=[stop_workers])
+@flow(name="segment", flow_run_name=run_name, on_cancellation=[stop_workers], on_crashed=[stop_workers])
 def segment(job: Job) -> State[Any]:
     """Segment scenes and report areas, volumes and overlap per region.
 
@@ -52,6 +55,7 @@ def carry_out(job: Job) -> State[Any]:
     try:
         request = check_request(job)
         runner = task_runner(job.compute)
+        check_cluster(job.compute, request.settings)
     except SegpipeError as error:
         return Failed(message=str(error))
     run, before = open_run(job, request.mark)
@@ -61,8 +65,14 @@ def carry_out(job: Job) -> State[Any]:
     run_id, attempt = UUID(runtime.flow_run.get_id()), runtime.flow_run.get_run_count()
     try:
         with runner, stop_on_error(job.outputs.dir, attempt_name(run_id, attempt)) as stop:
-            dispatch = Dispatch(request, run, stop, runner, Watch(run_id, len(request.scenes)))
-            records = dispatch.scenes()
+            watch = Watch(run_id, len(request.scenes))
+            dispatch = Dispatch(job, request.settings, run, stop, runner, watch)
+            found: dict[str, SceneRecord] = {}
+            for record in Packs(dispatch).scenes(request.scenes):
+                watch.end(record)
+                tell_scene(run, record)
+                found[record.name] = record
+            records = [found[ref.name] for ref in request.scenes]
             parameters = {"run": run, "job": job, "settings": request.settings, "scenes": records}
             record = runner.submit(write_report, parameters).result()
     except (StoppedError, KeyboardInterrupt):

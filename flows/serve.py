@@ -1,22 +1,36 @@
-"""A laptop's deployment: a local Prefect server, and this process as its worker."""
+"""A laptop's deployments: a local Prefect server, and this process as its worker."""
 
 from __future__ import annotations
 
 import os
 from importlib import import_module
 
+from flows.deployments import DEPLOYMENTS
 from flows.server import local_server
 
 
-def serve_locally(host: str, port: int) -> None:
-    """Serve the flows of this package on a server at ``host:port``, which is started if none answers."""
+def serve_locally(host: str, port: int, limit: int = 1) -> None:
+    """Serve every deployment on a server at ``host:port``, which is started if none answers.
+
+    Args:
+        host: of the Prefect server.
+        port: of the Prefect server.
+        limit: runs at once; the others wait. One, because two on one GPU have half its memory each.
+    """
     with local_server(host, port) as api:
         os.environ["PREFECT_API_URL"] = api  # before prefect is imported and reads its settings
         prefect = import_module("prefect")
+        load = import_module("prefect.flows").load_flow_from_entrypoint
         module_path = import_module("prefect.types.entrypoint").EntrypointType.MODULE_PATH
-        flows = (
-            import_module("flows.segment").segment,
-            import_module("flows.prompt").prompt,
-            import_module("flows.train").train_model,
+        served = (
+            load(each.entrypoint, use_placeholder_flow=False).to_deployment(
+                name=each.name,
+                description=each.description,
+                tags=[*each.tags],
+                parameters=dict(each.parameters),
+                entrypoint_type=module_path,
+            )
+            for each in DEPLOYMENTS
         )
-        prefect.serve(*(flow.to_deployment(name=flow.name, entrypoint_type=module_path) for flow in flows))
+        # schedules that somebody set in the UI stay as they are when the laptop is closed
+        prefect.serve(*served, limit=limit, pause_on_shutdown=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,9 @@ from segpipe.plan import Blocks, block_id
 from segpipe.sources import Source, open_source
 from segpipe.sources.base import Pixels
 from segpipe.store import Stage
+
+WORKER = socket.gethostname()
+"""Of this process, in receipts, with its number."""
 
 if TYPE_CHECKING:
     from segpipe.inference.engine import BlockResult
@@ -154,6 +160,9 @@ class SceneBlocks:
     def finish(self, result: BlockResult) -> None:
         """Write a block's labels (and scores), then its receipt.
 
+        The receipt says, beside counts, for how many seconds the device was busy with the block, which
+        process (``host:pid``) computed it, and when it was read and done (``begun``, ``time``: since 1970).
+
         Raises:
             SceneError: another run dropped the predictions meanwhile.
         """
@@ -166,6 +175,10 @@ class SceneBlocks:
             "attempts": self.attempt,
             "scores": result.scores is not None,
             "uncertainty": result.uncertainty is not None,
+            "seconds": round(result.seconds, 6),
+            "worker": f"{WORKER}:{os.getpid()}",
+            "begun": round(result.begun, 3),
+            "time": round(time.time(), 3),
         }
         try:
             stage.write("labels", result.box.slices, result.labels)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from segpipe import __version__
+from segpipe.cli_doctor import doctor_command
+from segpipe.cli_lake import quarantine_command, scan_command
 from segpipe.cli_models import models_app
 from segpipe.errors import RequestError, SegpipeError
 
@@ -30,6 +32,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(models_app, name="models")
+app.command("doctor")(doctor_command)
+app.command("scan")(scan_command)
+app.command("quarantine")(quarantine_command)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file; see configs/jobs/.")]
 RecipeFile = Annotated[

@@ -55,13 +55,19 @@ class Runner(str, Enum):
 
     threads = "threads"
     dask = "dask"
+    dask_cuda = "dask-cuda"
+    kubernetes = "kubernetes"
+    slurm = "slurm"
 
 
 class Format(str, Enum):
-    """Files for people: ``cog`` for rasters, ``nifti`` for volumes; the other kind is skipped."""
+    """Files for people; a format that does not suit a scene is skipped there."""
 
     cog = "cog"
     nifti = "nifti"
+    ome_zarr = "ome-zarr"
+    bids = "bids"
+    dicomseg = "dicomseg"
 
 
 class Keep(str, Enum):
@@ -116,7 +122,8 @@ class Compute(Strict):
     )
     runner: Runner = Field(
         Runner.threads,
-        description="threads: this machine. dask: a local cluster, or the one at `address`.",
+        description="threads: this machine. dask: worker processes here, or the cluster at `address`. "
+        "dask-cuda: one for each GPU here. kubernetes, slurm: a cluster for this run, by `cluster`.",
     )
     workers: int = Field(
         1, ge=1, le=1024, description="Batches of blocks in progress at once; one per device."
@@ -124,7 +131,21 @@ class Compute(Strict):
     threads: str = Field(
         "auto", pattern=r"^(auto|[1-9]\d*)$", description="CPU threads per worker; auto: all cores."
     )
-    address: Text = Field("", description="Dask scheduler, e.g. tcp://host:8786. Empty: a local cluster.")
+    least: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Above 0: the cluster grows and shrinks with the work, from this many workers to "
+        "`workers`. 0: always `workers`.",
+    )
+    address: Text = Field(
+        "", description="Of a Dask scheduler that runs already, e.g. tcp://host:8786; with runner dask."
+    )
+    cluster: Text = Field(
+        "",
+        description="YAML file of the cluster's own settings (image, queue, memory, …): keyword arguments of "
+        "LocalCluster, LocalCUDACluster, KubeCluster or SLURMCluster.",
+    )
     retries: int = Field(
         2,
         ge=0,
@@ -141,6 +162,26 @@ class Compute(Strict):
         if isinstance(data, Mapping):
             return {k: as_text(v) if k in ("batch", "threads") else v for k, v in data.items()}
         return data
+
+    @model_validator(mode="after")
+    def _what_goes_with_the_runner(self) -> Compute:
+        if self.address and self.runner is not Runner.dask:
+            raise ValueError("compute.address needs compute.runner: dask")
+        if self.cluster and (self.address or not self.clustered):
+            beside = "compute.address" if self.address else "compute.runner: threads"
+            raise ValueError(f"compute.cluster is of no use with {beside}: no cluster is made")
+        if self.least and not self.clustered:
+            raise ValueError(f"compute.least: found {self.least} with runner: threads; valid: 0")
+        if self.least > self.workers:
+            raise ValueError(
+                f"compute.least: found {self.least}; valid: up to compute.workers, {self.workers}"
+            )
+        return self
+
+    @property
+    def clustered(self) -> bool:
+        """Whether tasks go to processes of a Dask cluster."""
+        return self.runner is not Runner.threads
 
 
 class Regions(Strict):
@@ -212,7 +253,9 @@ class Outputs(Strict):
     )
     formats: list[Format] = Field(
         [Format.cog, Format.nifti],  # no factory: the form shows what it is told
-        description="cog for rasters, nifti for volumes.",
+        description="cog for rasters, nifti for volumes, ome-zarr for both; bids: derivatives of volumes "
+        "whose files bear BIDS names (sub-01_T1w.nii.gz); dicomseg: DICOM SEG beside a DICOM series, "
+        "which bears the patient's tags as the series does.",
     )
     scores: bool = Field(False, description="Also write the probability of each class.")
     uncertainty: bool = Field(
@@ -284,8 +327,6 @@ class Job(Strict):
         for field in ("scores", "uncertainty"):
             if self.labels and getattr(self.outputs, field):
                 raise ValueError(f"`outputs.{field}` needs a model; labels that are given have no scores")
-        if self.compute.address and self.compute.runner is not Runner.dask:
-            raise ValueError("compute.address needs compute.runner: dask")
         return self
 
     @model_validator(mode="after")

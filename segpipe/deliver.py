@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segpipe.boxes import Box
-from segpipe.config import Keep
+from segpipe.config import Format, Keep
 from segpipe.export.regions import MOST_CLASSES, write_regions
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.inference.uncertainty import LEVELS
 from segpipe.labelled import MeasurableScene
-from segpipe.map_files import why_no_file, write_maps
+from segpipe.map_files import export_notes, seal_scene, why_no_file, write_maps
 from segpipe.measure import Measured, shown_classes
 from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Class, Interpolation
@@ -49,13 +49,14 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[s
         target = folder / base
         target.mkdir(parents=True, exist_ok=True)
         for name, path in write_maps(scene, measured, target).items():
-            files[name] = f"{base}/{path.name}"
+            files[name] = path.relative_to(folder).as_posix()
         if _write_regions(scene, measured, target / "regions.gpkg"):
             files["regions"] = f"{base}/regions.gpkg"
         picture = target / "preview.png"
         if not picture.exists():
             write_atomic(picture, previews.composite)
         files["preview"] = f"{base}/preview.png"
+        files |= seal_scene(scene, measured, run, folder, files)
     return files
 
 
@@ -161,7 +162,7 @@ def done_record(
         steps: by stage; a stage of which nothing was computed is listed as reused.
     """
     classes = shown_classes(scene, measured.values)
-    notes = [*scene.notes, *measured.notes]
+    notes = [*scene.notes, *measured.notes, *export_notes(scene)]
     keys = {"labels": scene.labels_key, "measure": measured.stage.key}
     keys["previews"] = previews_name(scene, classes)
     plan: dict[str, Any] = {}
@@ -182,6 +183,8 @@ def done_record(
         said = tuple(account["prompts"])
     if scene.job.outputs.formats and why_no_file(classes):
         notes.append(f"no file of labels was written: {why_no_file(classes)}")
+    if Format.dicomseg in scene.job.outputs.formats and classes and all(c.background for c in classes):
+        notes.append("no DICOM SEG was written: no class but background")
     if scene.job.regions and len(classes) > MOST_CLASSES:
         notes.append(f"no regions.gpkg was written: {len(classes)} classes, over {MOST_CLASSES}")
     return SceneRecord(

@@ -20,14 +20,14 @@ import numpy as np
 from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.classes import load_classes
-from segpipe.config import Job, Reference
+from segpipe.config import Format, Job, Reference
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import Geometry
+from segpipe.geometry import Geometry, VolumeGeometry
 from segpipe.models.card import Card, Class
 from segpipe.reference import IdRule, LabelFile, find_reference, one_class, same_grid
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
-from segpipe.sources.base import Scaling
+from segpipe.sources.base import Scaling, Source
 from segpipe.store import Stage, stage_key
 
 NO_LABEL = -1
@@ -209,6 +209,24 @@ class LabelledScene(MeasurableScene):
         """The file was held against the plan when it was opened."""
 
 
+def open_scene(job: Job, ref: SceneRef) -> Source:
+    """Open a scene's source, held against the files that the job wants beside it.
+
+    Raises:
+        SceneError: as `open_source`; or DICOM SEG is wanted and the series has not the UIDs for it.
+        RequestError: as `open_source`.
+    """
+    source = open_source(ref.uri, band_names=job.bands)
+    if Format.dicomseg in job.outputs.formats and isinstance(source.geometry, VolumeGeometry):
+        # Imported here: pydicom loads its dictionaries, which rasters never need.
+        from segpipe.sources.dicom import DicomSource
+        from segpipe.sources.dicom_series import require_uids
+
+        if isinstance(source, DicomSource):
+            require_uids(source.uri, source.slices)
+    return source
+
+
 def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
     """Open a scene and its labels, and hold one against the other.
 
@@ -217,7 +235,7 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
         RequestError: `labels` or `classes` is wrong for every scene.
     """
     listed = load_classes(job.classes) if job.classes else ()
-    with open_source(ref.uri, band_names=job.bands) as source:
+    with open_scene(job, ref) as source:
         labels = find_labels(job.labels, ref.name)
         with _opened(labels) as file:
             try:

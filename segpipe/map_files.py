@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,19 +14,30 @@ import pandas as pd
 from segpipe import __version__
 from segpipe.boxes import Box
 from segpipe.config import Format
+from segpipe.errors import SceneError
+from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.common import LabelReader, ScoreReader
+from segpipe.export.footprint import why_no_place
+from segpipe.export.manifest import ITEM, MANIFEST, hash_files, write_seal
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
+from segpipe.export.ome_zarr import write_ome_zarr
 from segpipe.geometry import RasterGeometry, VolumeGeometry
 from segpipe.inference.uncertainty import LEVELS
 from segpipe.labelled import MeasurableScene, PredictedScene
 from segpipe.measure import Measured, shown_classes
-from segpipe.models.card import Class
+from segpipe.models.card import Class, Provider
+from segpipe.models.weights import weights_fingerprint
 from segpipe.report.found import SceneFound, found_table
+from segpipe.report.tables import write_atomic
 from segpipe.scene import Scene
-from segpipe.sources import package_file
+from segpipe.sources import open_source, package_file
 from segpipe.store import Stage
+
+if TYPE_CHECKING:
+    from segpipe.export.dicom_seg import Algorithm
+    from segpipe.run import Run
 
 LARGEST_EXPORTED = 65534
 """Greatest label that the files of people's tools are written with."""
@@ -34,17 +46,21 @@ LARGEST_EXPORTED = 65534
 def write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict[str, Path]:
     """The label map, what a model found, and the scores that the job wants: COG, or NIfTI for volumes.
 
+    The label map as OME-Zarr too, and of a DICOM series as DICOM SEG, where the job wants that.
+
     Files that are there already stay. Returns what each is (`labels`, `instances`, `scores`, …), to its path.
     """
     geometry, formats = scene.geometry, scene.job.outputs.formats
     classes = shown_classes(scene, measured.values)
     if isinstance(geometry, RasterGeometry) and Format.cog in formats:
         suffix = ".tif"
-    elif isinstance(geometry, VolumeGeometry) and Format.nifti in formats:
+    elif isinstance(geometry, VolumeGeometry) and {Format.nifti, Format.bids} & set(formats):
         suffix = ".nii.gz"
     else:
-        return {}
-    written: dict[str, Path] = {}
+        suffix = ""
+    written = _write_segments(scene, classes, target) | _write_levels(scene, measured, classes, target)
+    if not suffix:
+        return written
     if not why_no_file(classes):
         written["labels"] = target / f"labels{suffix}"
         if not written["labels"].exists():
@@ -110,11 +126,7 @@ def why_no_file(classes: Sequence[Class]) -> str:
 
 
 def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[Class], path: Path) -> None:
-    geometry = scene.geometry
-    predicted_raster = isinstance(scene, PredictedScene) and isinstance(geometry, RasterGeometry)
-    nodata = None
-    if predicted_raster or _has_nodata(measured):
-        nodata = 255 if max(c.value for c in classes) < 255 else 65535
+    geometry, nodata = scene.geometry, _nodata(scene, measured, classes)
     with scene.open_labels() as read:
         labels = read if nodata is None else _with_nodata(read, scene.nodata, nodata)
         if isinstance(geometry, RasterGeometry):
@@ -122,6 +134,67 @@ def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[
         else:
             assert isinstance(geometry, VolumeGeometry)
             write_nifti(labels, geometry, _nifti_header(scene.ref.uri), classes, nodata, path)
+
+
+def _nodata(scene: MeasurableScene, measured: Measured, classes: Sequence[Class]) -> int | None:
+    """The value of elements without data in the files of labels; None: there are none."""
+    predicted_raster = isinstance(scene, PredictedScene) and isinstance(scene.geometry, RasterGeometry)
+    return no_data_value(c.value for c in classes) if predicted_raster or has_nodata(measured) else None
+
+
+def no_data_value(values: Iterable[int]) -> int:
+    """What stands for no data in a file of labels with these classes."""
+    return 255 if max(values) < 255 else 65535
+
+
+def _write_levels(
+    scene: MeasurableScene, measured: Measured, classes: Sequence[Class], target: Path
+) -> dict[str, Path]:
+    """The label map as OME-Zarr, where the job wants it."""
+    if Format.ome_zarr not in scene.job.outputs.formats or why_no_file(classes):
+        return {}
+    folder, nodata = target / "labels.ome.zarr", _nodata(scene, measured, classes)
+    if not folder.exists():
+        with scene.open_labels() as read:
+            labels = read if nodata is None else _with_nodata(read, scene.nodata, nodata)
+            write_ome_zarr(labels, scene.geometry, classes, nodata, folder)
+    return {"ome-zarr": folder / "zarr.json"}
+
+
+def _write_segments(scene: MeasurableScene, classes: Sequence[Class], target: Path) -> dict[str, Path]:
+    """DICOM SEG, where the job wants it, the source is a DICOM series and a class is no background.
+
+    Raises:
+        SceneError: the series changed since it was planned, or cannot be read.
+    """
+    wanted = Format.dicomseg in scene.job.outputs.formats and isinstance(scene.geometry, VolumeGeometry)
+    if not wanted or why_no_file(classes) or all(c.background for c in classes):
+        return {}
+    # Imported here: they load pydicom's dictionaries and highdicom, which few runs need.
+    from segpipe.export.dicom_seg import write_dicom_seg
+    from segpipe.sources.dicom import DicomSource
+
+    written = {"dicomseg": target / "labels.dcm"}
+    if written["dicomseg"].exists():
+        return written
+    with open_source(scene.ref.uri) as source, scene.open_labels() as read:
+        if not isinstance(source, DicomSource):
+            return {}
+        if source.identity != scene.identity:
+            raise SceneError(f"{scene.ref.uri}: changed since it was planned; run the job again")
+        write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), written["dicomseg"])
+    return written
+
+
+def _drawn_by(scene: MeasurableScene) -> Algorithm:
+    """What DICOM SEG says of the labels' origin."""
+    from segpipe.export.dicom_seg import Algorithm
+
+    if not isinstance(scene, PredictedScene):
+        return Algorithm("labels as given", scene.labels_key, automatic=False, learned=False)
+    card = scene.card
+    version = f"card {card.prediction_fingerprint()[:12]}, weights {weights_fingerprint(card)[:12] or 'none'}"
+    return Algorithm(card.name, version, not scene.prompted, card.provider is not Provider.classical)
 
 
 def _with_nodata(read: LabelReader, before: int, after: int) -> LabelReader:
@@ -180,7 +253,8 @@ def _tags(scene: MeasurableScene) -> dict[str, str]:
     return {"SEGPIPE_VERSION": __version__, "SEGPIPE_LABELS": scene.labels_key, **model}
 
 
-def _has_nodata(measured: Measured) -> bool:
+def has_nodata(measured: Measured) -> bool:
+    """Whether some element has no label."""
     return bool((measured.tally.label < 0).any())
 
 
@@ -190,3 +264,59 @@ def _nifti_header(uri: str) -> str | None:
     if not location.endswith((".nii", ".nii.gz")):
         return None
     return str(package_file(location)) if location.startswith("pkg://") else location
+
+
+def seal_scene(
+    scene: MeasurableScene, measured: Measured, run: Run, folder: Path, files: Mapping[str, str]
+) -> dict[str, str]:
+    """Write what a scene's finished files are: a STAC item of a raster, and their checksums, last.
+
+    Args:
+        folder: local, of the run.
+        files: what each is, to its path relative to that.
+
+    Returns:
+        The new files, as ``files``.
+    """
+    base = f"scenes/{scene.ref.name}"
+    found = sorted(p for p in (folder / base).rglob("*") if p.is_file())
+    paths = [p.relative_to(folder).as_posix() for p in found]
+    own = [p for p in paths if not p.endswith((f"/{MANIFEST}", ".html"))]  # pages are the run's
+    marks = hash_files(folder, [p for p in own if p != f"{base}/{ITEM}"])
+    sealed = {}
+    if isinstance(scene.geometry, RasterGeometry) and not why_no_place(scene.geometry):
+        from segpipe.export.stac import scene_item  # here: volumes never need pystac
+
+        classes = shown_classes(scene, measured.values)
+        card = scene.card if isinstance(scene, PredictedScene) else None
+        item = scene_item(
+            identifier=f"{run.job}-{run.name}-{scene.ref.name}",
+            uri=scene.ref.uri,
+            identity=scene.identity,
+            geometry=scene.geometry,
+            classes=classes,
+            nodata=_nodata(scene, measured, classes) if classes else None,
+            card=card,
+            weights=weights_fingerprint(card) if card else "",
+            labels_key=scene.labels_key,
+            files=files,
+            marks=marks,
+            folder=folder,
+            created=run.started,
+        )
+        write_atomic(folder / base / ITEM, item.encode())
+        sealed["item"] = f"{base}/{ITEM}"
+        marks |= hash_files(folder, [sealed["item"]])
+    write_seal(folder, scene.ref.name, scene.ref.uri, scene.identity, marks)
+    return sealed
+
+
+def export_notes(scene: MeasurableScene) -> list[str]:
+    """What was not written of what one could expect, and why."""
+    geometry, notes = scene.geometry, []
+    if isinstance(geometry, RasterGeometry) and (why := why_no_place(geometry)):
+        notes.append(f"no STAC item was written: {why}")
+    wanted = Format.bids in scene.job.outputs.formats and isinstance(geometry, VolumeGeometry)
+    if wanted and parse_bids(scene.ref.uri) is None:
+        notes.append(f"no BIDS derivative was written: the scene's file is not named {NAMED}")
+    return notes

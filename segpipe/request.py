@@ -40,6 +40,20 @@ def check_request(job: Job) -> Request:
     Raises:
         RequestError: naming the field, what was found and what would be valid.
     """
+    settings, card = check_job(job)
+    scenes = tuple(discover(job.scenes))
+    if job.measure.groups:
+        load_groups(job.measure.groups, [scene.name for scene in scenes])
+    check_writable(job.outputs.dir)
+    return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+
+
+def check_job(job: Job) -> tuple[Settings, Card | None]:
+    """Refuse what is wrong with a job whatever its scenes; what `auto` is here, and the model's card.
+
+    Raises:
+        RequestError: naming the field, what was found and what would be valid.
+    """
     _check_paths(job)
     card, settings = None, NO_MODEL
     classes = load_classes(job.classes) if job.classes else ()
@@ -58,11 +72,7 @@ def check_request(job: Job) -> Request:
         settings = resolve_settings(job.compute, card)
         classes = tuple(card.classes)
     tolerances(job.measure, classes)
-    scenes = tuple(discover(job.scenes))
-    if job.measure.groups:
-        load_groups(job.measure.groups, [scene.name for scene in scenes])
-    check_writable(job.outputs.dir)
-    return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+    return settings, card
 
 
 def _check_kind(card: Card) -> None:

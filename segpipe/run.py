@@ -24,9 +24,12 @@ import pandas as pd
 
 from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.classes import load_classes, with_found
-from segpipe.config import Job
+from segpipe.config import Format, Job
 from segpipe.errors import RequestError
+from segpipe.export.bids import write_bids
+from segpipe.export.manifest import MANIFEST, hash_files, write_manifest
 from segpipe.groups import load_groups
+from segpipe.map_files import has_nodata, no_data_value
 from segpipe.measure import TALLY_VERSION, Measured
 from segpipe.models.card import Card, Class
 from segpipe.models.weights import weights_fingerprint
@@ -53,6 +56,8 @@ from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
 from segpipe.sources.mosaic import SCHEME as MOSAIC
 from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.sources.stack import SCHEME as STACK
+from segpipe.sources.stack import stack_files
 from segpipe.store import is_url, join, open_store
 
 T = TypeVar("T")
@@ -92,7 +97,8 @@ def local_folder(run: Run) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="segpipe-") as name:
         yield Path(name)
         store = open_store(run.location)
-        for path in sorted(Path(name).rglob("*")):
+        last = [Path(name) / MANIFEST, Path(name) / "run.json"]  # who sees the record finds the rest
+        for path in [p for p in sorted(Path(name).rglob("*")) if p not in last] + last:
             if path.is_file():
                 obstore.put(store, path.relative_to(name).as_posix(), path)
 
@@ -103,7 +109,7 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
     Runner, workers, memory and block size are left out: they change no result.
     """
     asked = job.model_dump(mode="json")
-    for key in ("runner", "workers", "address", "retries", "batch_minutes"):
+    for key in ("runner", "workers", "least", "address", "cluster", "retries", "batch_minutes"):
         asked["compute"].pop(key)
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
@@ -132,6 +138,8 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
 
 def _state(uri: str) -> list[Any]:
     """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
+    if uri.startswith(STACK):
+        return [uri, *(_state(part) for part in stack_files(uri))]
     location = uri.removeprefix(MOSAIC).split("#")[0]
     if is_remote(location):
         return [uri, remote_identity(location)[0]]
@@ -157,11 +165,11 @@ def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
         name = folder.rstrip("/")
         if name.endswith(f"-{mark}"):
             record = _read_record(store, name)
-            started = record.started if record else _now()
+            started = record.started if record else now()
             if record is not None and not _files_are_there(store, name, record):
                 record = None
             return Run(job.outputs.dir, job.name, name, started), record
-    started = _now()
+    started = now()
     stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
     return Run(job.outputs.dir, job.name, f"{stamp}-{mark}", started), None
 
@@ -181,7 +189,8 @@ def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRec
     return {f"{name}/{file}" for file in files} <= there
 
 
-def _now() -> str:
+def now() -> str:
+    """Local time, ISO 8601 with its offset."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
@@ -198,7 +207,7 @@ def finish_run(
         job_name=job.name,
         run_id=run.name,
         started=run.started,
-        finished=_now(),
+        finished=now(),
         job=job.model_dump(mode="json"),
         model=model,
         classes=listed if model else _given_classes(job, measured),
@@ -232,13 +241,39 @@ def _write(run: Run, record: RunRecord, measured: Mapping[str, Measured]) -> Non
         return None if pictures is None else load_previews(pictures)
 
     with local_folder(run) as folder:
+        written = ["results.json"]
         for name, table in tables.items():
-            write_table(table, folder / name)
+            written += [path.name for path in write_table(table, folder / name)]
         write_atomic(folder / "results.json", results_json(record.job_name, record.run_id, tables).encode())
         for path, text in render_pages(record, previews, tables):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, text.encode())
+            written.append(path)
+        _write_account(run, folder, record, measured, written)
         write_atomic(folder / "run.json", dump_record(record).encode())
+
+
+def _write_account(
+    run: Run, folder: Path, record: RunRecord, measured: Mapping[str, Measured], written: Sequence[str]
+) -> None:
+    """Catalogue and derivatives, where the run has any, and the manifest of all its files.
+
+    Args:
+        folder: where to write (the run's own, or one that is uploaded).
+        written: paths of the run's files that are there already.
+    """
+    paths, copies = list(written), {}
+    if any("item" in scene.files for scene in record.done):
+        from segpipe.export.stac import CATALOG, run_catalog  # here: runs of volumes never need pystac
+
+        write_atomic(folder / CATALOG, run_catalog(record).encode())
+        paths.append(CATALOG)
+    if Format.bids.value in record.job.get("outputs", {}).get("formats", ()):
+        gaps = record.legend and any(has_nodata(m) for m in measured.values())
+        nodata = no_data_value(c.value for c in record.legend) if gaps else None
+        derived = write_bids(run.location, folder, record, nodata)
+        paths, copies = [*paths, *derived.written], derived.copies
+    write_manifest(run.location, folder, record, hash_files(folder, paths), copies)
 
 
 def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:

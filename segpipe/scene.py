@@ -23,7 +23,7 @@ from segpipe.geometry import Geometry
 from segpipe.grid import GridMap
 from segpipe.inference.labels import label_dtype, nodata_value
 from segpipe.inference.objects import stuff_values
-from segpipe.labelled import PredictedScene
+from segpipe.labelled import PredictedScene, open_scene
 from segpipe.lattice import Index, Lattice
 from segpipe.models.card import Card, Class, load_card
 from segpipe.models.weights import weights_fingerprint
@@ -36,7 +36,6 @@ from segpipe.plan import (
 )
 from segpipe.planning import doubts, plan_scene, scene_grid
 from segpipe.settings import Settings, resolve_settings
-from segpipe.sources import open_source
 from segpipe.sources.base import Scaling, SceneRef
 from segpipe.store import ArraySpec, Stage, stage_key
 
@@ -121,7 +120,7 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
         RequestError: the plan cannot be met (memory, window, halo).
     """
     card = read_card(job.model)
-    with open_source(ref.uri, band_names=job.bands) as source:
+    with open_scene(job, ref) as source:
         channels, bands = match_bands(card, source)
         geometry = source.geometry
         notes = list(source.notes)
@@ -205,11 +204,23 @@ def pending_blocks(scene: Scene) -> list[Index]:
         SceneError: as `check_blocks`.
     """
     check_blocks(scene)
-    receipts = scene.predict.receipts()
-    outputs = scene.job.outputs
-    wanted = [name for name in ("scores", "uncertainty") if getattr(outputs, name)]
-    done = {name for name, r in receipts.items() if all(r.get(w) for w in wanted)}
+    if not (wanted := _wanted(scene.job)):
+        done = scene.predict.done()
+    else:
+        receipts = scene.predict.receipts()
+        done = {name for name, r in receipts.items() if all(r.get(w) for w in wanted)}
     return [i for i in scene.plan.blocks.indices() if block_id(i) not in done]
+
+
+def is_predicted(scene: Scene, index: Index) -> bool:
+    """Whether a block has its receipt now: one or two small reads, whatever the number of blocks."""
+    receipt = scene.predict.receipt(block_id(index))
+    return receipt is not None and all(receipt.get(w) for w in _wanted(scene.job))
+
+
+def _wanted(job: Job) -> list[str]:
+    """What a receipt must say of a block beside its labels."""
+    return [name for name in ("scores", "uncertainty") if getattr(job.outputs, name)]
 
 
 def dry_plan(job: Job, ref: SceneRef, settings: Settings) -> Plan:
@@ -218,7 +229,7 @@ def dry_plan(job: Job, ref: SceneRef, settings: Settings) -> Plan:
     A card with a region of interest is planned over the whole scene: the region is not known yet.
     """
     card = read_card(job.model)
-    with open_source(ref.uri, band_names=job.bands) as source:
+    with open_scene(job, ref) as source:
         match_bands(card, source)
         grid = scene_grid(card, source.geometry, None)
         return plan_scene(job, card, settings, grid, source.dtype, source.cache_bytes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+
+from dask.system import CPU_COUNT
 
 from segpipe.config import Compute
 from segpipe.errors import RequestError
@@ -35,8 +36,8 @@ def resolve_settings(compute: Compute, card: Card) -> Settings:
     """
     device = resolve_device(compute.device, card)
     on_gpu = device.startswith("cuda")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int(compute.threads) if compute.threads != "auto" else int(cores or 1)
+    # those that this process may use: a container's limit counts
+    threads = int(compute.threads) if compute.threads != "auto" else CPU_COUNT
     precision = resolve_precision(card, compute.precision, device)
     batch = int(compute.batch) if compute.batch != "auto" else (8 if on_gpu else 1)
     import torch

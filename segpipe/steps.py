@@ -14,7 +14,7 @@ from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.lattice import Index
-from segpipe.scene import Scene, check_blocks, check_worker, labels_stage, pending_blocks
+from segpipe.scene import Scene, check_blocks, check_worker, is_predicted, labels_stage, pending_blocks
 from segpipe.store import ArraySpec, stop_requested
 
 if TYPE_CHECKING:
@@ -34,15 +34,39 @@ class Done:
     """Blocks that were there already."""
     seconds: float
     timings: dict[str, float]
+    elements: int = 0
+    """Of the blocks computed, of the native grid."""
 
 
-def batches_of(scene: Scene, blocks: Sequence[Index], minutes: float, workers: int) -> list[list[Index]]:
+@dataclass
+class Pace:
+    """How long blocks take: a first guess, then what was measured."""
+
+    seconds: float = 0.0
+    elements: int = 0
+
+    def note(self, done: Done) -> None:
+        """A batch of blocks is done."""
+        if done.elements:
+            self.seconds += done.seconds
+            self.elements += done.elements
+
+    def of(self, scene: Scene, blocks: int) -> float:
+        """Seconds that some blocks of a scene may take."""
+        elements = math.prod(scene.plan.blocks.block)
+        if self.elements:
+            return blocks * elements * self.seconds / self.elements
+        return blocks * max(0.5, elements / 1e6 * SECONDS_PER_MPX)
+
+
+def batches_of(
+    scene: Scene, blocks: Sequence[Index], minutes: float, workers: int, pace: Pace
+) -> list[list[Index]]:
     """Blocks grouped into batches of about this many minutes, each a run of neighbours.
 
     At least one for each worker, so that a scene of few minutes is not one worker's alone.
     """
-    elements = math.prod(scene.plan.blocks.block)
-    seconds = max(0.5, elements / 1e6 * SECONDS_PER_MPX)
+    seconds = pace.of(scene, 1)
     size = max(1, min(int(minutes * 60 / seconds), -(-len(blocks) // workers)))
     return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
@@ -65,7 +89,10 @@ def predict_blocks(
     attempt: int = 1,
     progress: Callable[[int], None] = lambda blocks: None,
 ) -> Done:
-    """Compute and commit the labels of some blocks.
+    """Compute and commit the labels of some blocks: of those without a receipt.
+
+    Receipts are looked at when it begins and again before each block: Dask sends a lost worker's batch to
+    another one as if it were new, and a flow that was killed may have left tasks at work.
 
     Args:
         run: name under which a stop may be requested; asked before every block.
@@ -83,8 +110,18 @@ def predict_blocks(
     begun = time.perf_counter()
     check_worker(scene)
     check_blocks(scene)
-    pending = set(pending_blocks(scene)) if attempt > 1 else set(blocks)
+    pending = set(pending_blocks(scene))
     todo = [i for i in blocks if i in pending]
+    if not todo:
+        return Done(0, len(blocks), time.perf_counter() - begun, {})
+    computed = len(todo)
+
+    def is_done(index: Index) -> bool:
+        nonlocal computed
+        found = is_predicted(scene, index)
+        computed -= found
+        return found
+
     card, settings = scene.card, scene.settings
     model: SegmentationModel | ObjectModel
     if card.output.kind == "semantic":
@@ -96,8 +133,9 @@ def predict_blocks(
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
     with SceneBlocks.of(scene, attempt, progress) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
-        timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run))
-    return Done(len(todo), len(blocks) - len(todo), time.perf_counter() - begun, vars(timings).copy())
+        timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run), is_done)
+    seconds, elements = time.perf_counter() - begun, computed * math.prod(scene.plan.blocks.block)
+    return Done(computed, len(blocks) - computed, seconds, vars(timings).copy(), elements)
 
 
 def finish_labels(scene: Scene) -> Done:

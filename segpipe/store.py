@@ -239,6 +239,13 @@ class Stage:
         compact = self.read_json(f"{self._receipts}.json") or {}
         return dict(sorted({**compact, **loose}.items()))
 
+    def receipt(self, name: str) -> dict[str, Any] | None:
+        """One receipt, loose or compacted, or None where it is absent."""
+        found: dict[str, Any] | None = self.read_json(f"{self._receipts}/{name}.json")
+        if found is None:
+            found = (self.read_json(f"{self._receipts}.json") or {}).get(name)
+        return found
+
     def done(self) -> set[str]:
         """Names of committed receipts, without reading the loose ones."""
         loose = {Path(name).stem for name in self._loose()}

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
+from urllib.parse import quote
 
 import pandas as pd
 from PIL import Image
 from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from segpipe.config import Job
-from segpipe.report.markdown import run_markdown
+from segpipe.report.markdown import plain_text, run_markdown
 from segpipe.report.pictures import load_previews
 from segpipe.report.record import RunRecord, SceneRecord
 from segpipe.run import Run, finish_run, read_tables
 from segpipe.settings import Settings
-from segpipe.store import Stage
+from segpipe.store import Stage, is_url, join
 from tasks.told import told
 
 PICTURES = 12
 """Scenes shown in the UI by their thumbnail, 10 to 20 KB each; the report has all."""
+ABREAST = 3
+"""Pictures in a row."""
 TABLE_ROWS = 200
 """Rows of the region table shown in the UI; the CSV has all."""
 TABLE_COLUMNS = {
@@ -44,27 +48,64 @@ def write_report(run: Run, job: Job, settings: Settings, scenes: Sequence[SceneR
     """Write tables, ``run.json`` and ``report.html``; publish summary and regions as artifacts."""
     record = finish_run(run, job, settings, scenes)
     regions, metrics, summary = read_tables(run)
-    text = run_markdown(record, regions, metrics, summary, run.report) + _pictures(run, record.done)
-    name = run.job.lower().replace("_", "-").replace(".", "-")
-    create_markdown_artifact(text, key=f"{name}-report", description=f"Results of {run.job}, run {run.name}")
+    text = (
+        run_markdown(record, regions, metrics, summary, run.report)
+        + _pictures(run, record.done)
+        + _files(run, record)
+    )
+    told = f"of {run.job}, run {run.name}"
+    create_markdown_artifact(text, key=artifact_key(run.job, "report"), description=f"Results {told}")
+    if is_url(run.report):
+        create_link_artifact(
+            run.report, "report.html", key=artifact_key(run.job, "link"), description=f"Page {told}"
+        )
     more = f", the first {TABLE_ROWS} of {len(regions)} rows" if len(regions) > TABLE_ROWS else ""
     create_table_artifact(
-        _shown(regions), key=f"{name}-regions", description=f"Regions of {run.job}, run {run.name}{more}"
+        _shown(regions), key=artifact_key(run.job, "regions"), description=f"Regions {told}{more}"
     )
     return record
 
 
+def artifact_key(job: str, what: str) -> str:
+    """``landcover-report``: the key under which the UI keeps the versions of a job's artifacts."""
+    name = re.sub(r"[^a-z0-9]+", "-", job.lower()).strip("-")
+    return f"{name}-{what}"
+
+
 def _pictures(run: Run, scenes: Sequence[SceneRecord]) -> str:
-    """Thumbnails as a Markdown table, embedded: the UI's reader has no access to the run's folder."""
-    rows = []
+    """Thumbnails side by side, embedded: the UI's reader has no access to the run's folder."""
+    found = []
     for scene in scenes[:PICTURES]:
         previews = Stage(run.out, scene.keys["measure"]).read_bytes(scene.keys["previews"])
         if previews is not None:
-            rows.append(f"| {scene.name} | ![{scene.name}]({_data_uri(load_previews(previews).thumbnail)}) |")
-    if not rows:
-        return ""
-    more = f"\nand {len(scenes) - PICTURES} more scenes in the report\n" if len(scenes) > PICTURES else ""
-    return "\n".join(["", "| Scene | Labels over image |", "| --- | --- |", *rows, more])
+            picture = f"![{plain_text(scene.name)}]({_data_uri(load_previews(previews).thumbnail)})"
+            found.append((plain_text(scene.name), picture))
+    lines = ["", "## Labels over image", ""] if found else []
+    for first in range(0, len(found), ABREAST):
+        names, pictures = zip(*found[first : first + ABREAST], strict=True)
+        lines += [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), pictures)] + [""]
+    if len(scenes) > PICTURES:
+        lines += [f"and {len(scenes) - PICTURES} more scenes in the report", ""]
+    return "\n".join(lines)
+
+
+def _files(run: Run, record: RunRecord) -> str:
+    """Where the files are: links where they have a URL, else paths."""
+    rows = [("report", run.report)]
+    rows += [(name, join(run.location, name)) for name in ("regions.csv", "results.json", "run.json")]
+    for scene in record.done[:PICTURES]:
+        for kind, path in scene.files.items():
+            rows.append((f"{plain_text(scene.name)}: {plain_text(kind)}", join(run.location, path)))
+    lines = ["", "## Files", "", "| File | Where |", "| --- | --- |"]
+    lines += [f"| {name} | {_place(location)} |" for name, location in rows]
+    return "\n".join([*lines, ""])
+
+
+def _place(location: str) -> str:
+    """A link, or a path as it is."""
+    if is_url(location):
+        return f"[{plain_text(location)}]({quote(location, safe=':/?=&%')})"
+    return f"`{location.replace('`', '')}`"
 
 
 def _data_uri(picture: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,22 +11,26 @@ from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
 from segpipe.config import Job
-from segpipe.deliver import attempts_of, done_record, drop_unkept, export_scene
-from segpipe.labelled import MeasurableScene, prepare_labelled
+from segpipe.deliver import failed_record
+from segpipe.errors import SegpipeError, StoppedError
+from segpipe.inference.engine import DeviceMemoryError
+from segpipe.labelled import MeasurableScene
 from segpipe.lattice import Index
-from segpipe.measure import check_measure, measure_scene
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run
-from segpipe.scene import Scene, create_stages, prepare_scene
+from segpipe.scene import Scene
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import Done, finish_labels, predict_blocks, together
-from tasks.told import passing_fault, told
+from segpipe.steps import Done, Pace, predict_blocks, together
+from segpipe.whole import begin_scene, complete_scene, whole_scene
+from tasks.told import PASSING, passing_fault, told
 
 RETRIES = 2
 """Of planning and finishing; a batch has the job's, see `predict_batch_retried`."""
 BACKOFF = exponential_backoff(backoff_factor=2)
 """2, 4, 8 … seconds."""
+LARGE = 0.25
+"""A scene that may take more than this share of a batch has task runs of its own."""
 
 
 @task(
@@ -41,13 +44,7 @@ BACKOFF = exponential_backoff(backoff_factor=2)
 @told
 def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> MeasurableScene:
     """Open, check and plan a scene, regions and reference too; make the stages of a model."""
-    if job.labels:
-        given = prepare_labelled(job, ref)
-        check_measure(given)
-        return given
-    scene = prepare_scene(job, ref, settings)
-    check_measure(scene)
-    return create_stages(scene)
+    return begin_scene(job, ref, settings)
 
 
 @task(
@@ -80,14 +77,29 @@ def finish_scene(
     scene: MeasurableScene, run: Run, predicted: Sequence[Done], reused: int, stop: str
 ) -> SceneRecord:
     """Clean up, measure and export a scene whose blocks are all predicted, or whose labels are given."""
-    steps: dict[str, Done] = {}
-    if isinstance(scene, Scene):
-        steps = {"predict": together(predicted, reused), "clean-up": finish_labels(scene)}
-    measured, steps["measure"] = measure_scene(scene, stop)
-    begun = time.perf_counter()
-    files = export_scene(scene, measured, run)
-    steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
-    record = done_record(scene, measured, files, steps, attempts_of(scene))
-    if isinstance(scene, Scene):
-        drop_unkept(scene)
-    return record
+    return complete_scene(scene, run, together(predicted, reused), stop)
+
+
+@task(name="do scenes", task_run_name="{first} and {more} more", cache_policy=NO_CACHE)
+@told
+def do_scenes(
+    job: Job, refs: Sequence[SceneRef], settings: Settings, run: Run, stop: str, first: str, more: int
+) -> list[SceneRecord | None]:
+    """Do small scenes from the plan to the files, one after the other; None: one to be done by itself.
+
+    That is a large one, one that met a fault which may pass, or one that did not fit the device.
+
+    Args:
+        first: name of the first, and `more`: how many others, both for the task run's name.
+    """
+    pace, most, records = Pace(), LARGE * 60 * job.compute.batch_minutes, []
+    for ref in refs:
+        try:
+            records.append(whole_scene(job, ref, settings, run, stop, pace, most))
+        except StoppedError:
+            raise
+        except (*PASSING, DeviceMemoryError):
+            records.append(None)
+        except SegpipeError as error:
+            records.append(failed_record(ref, str(error)))
+    return records

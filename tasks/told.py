@@ -41,5 +41,14 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
 
 
 def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether trying again may help: storage and memory come back, mistakes do not."""
-    return isinstance(state.data, OSError | MemoryError | StorageError)
+    """Whether trying again may help: see `passes`."""
+    return passes(state)
+
+
+PASSING = (OSError, MemoryError, StorageError)
+"""Storage and memory come back, mistakes do not."""
+
+
+def passes(state: State[Any]) -> bool:
+    """Whether a task run failed by a fault that may pass."""
+    return isinstance(state.data, PASSING)

@@ -15,6 +15,9 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.models.card import Class
 
+SLAB_BYTES = 16 * 2**20
+"""Bytes read at once; at least one slice."""
+
 
 class LabelReader(Protocol):
     """Reads a window of a label map on the native grid: ``read(box)`` has the box's shape."""
@@ -49,6 +52,14 @@ def fit_labels(values: np.ndarray, dtype: np.dtype[Any], box: Box, path: Path) -
             "the model's card must list every class value"
         )
     return np.ascontiguousarray(values, dtype=dtype)
+
+
+def slab_boxes(shape: Sequence[int], itemsize: int) -> Iterator[Box]:
+    """Boxes of whole slices (y, x) of a volume (z, y, x), in order, each of about `SLAB_BYTES`."""
+    depth, rows, columns = shape
+    step = max(1, SLAB_BYTES // max(1, rows * columns * itemsize))
+    for start in range(0, depth, step):
+        yield Box((start, 0, 0), (min(start + step, depth), rows, columns))
 
 
 @contextmanager

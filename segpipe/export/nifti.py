@@ -20,7 +20,6 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.export.common import (
     LabelReader,
@@ -28,14 +27,13 @@ from segpipe.export.common import (
     commit,
     fit_labels,
     label_dtype,
+    slab_boxes,
     staging,
 )
 from segpipe.export.sidecars import slicer_colors
 from segpipe.geometry import VolumeGeometry
 from segpipe.models.card import Class
 
-SLAB_BYTES = 16 * 2**20
-"""Bytes read at once; at least one slice."""
 DATA_OFFSET = {348: 352, 540: 544}
 """Header size to start of the data: the header and four bytes that say "no extensions"."""
 _PLACE = ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
@@ -77,7 +75,7 @@ def write_nifti(
     header["cal_max"] = max(c.value for c in classes)
 
     def slabs() -> Iterator[np.ndarray]:
-        for box in _slab_boxes(geometry.shape, dtype.itemsize):
+        for box in slab_boxes(geometry.shape, dtype.itemsize):
             yield fit_labels(labels(box), dtype, box, path)
 
     colors = path.with_name(path.name.split(".nii")[0] + ".ctbl")
@@ -111,7 +109,7 @@ def write_nifti_ids(
     """
     header = _header(geometry, source_header, dtype, path)
     header.set_intent("label")
-    boxes = _slab_boxes(geometry.shape, dtype.itemsize)
+    boxes = slab_boxes(geometry.shape, dtype.itemsize)
     with staging(path) as folder:
         draft = folder / "draft"
         slabs = (fit_labels(ids(box), dtype, box, path) for box in boxes)
@@ -144,7 +142,7 @@ def write_nifti_scores(
 
     def slabs() -> Iterator[np.ndarray]:
         for index in range(len(classes)):
-            for box in _slab_boxes(geometry.shape, dtype.itemsize * len(classes)):
+            for box in slab_boxes(geometry.shape, dtype.itemsize * len(classes)):
                 yield np.ascontiguousarray(scores(box)[index], dtype=dtype)
 
     with staging(path) as folder:
@@ -154,13 +152,6 @@ def write_nifti_scores(
         names.write_text(text + "\n", encoding="utf-8", newline="\n")
         commit(names, path.with_name(path.name.split(".nii")[0] + ".json"))
         commit(draft, path)
-
-
-def _slab_boxes(shape: Sequence[int], itemsize: int) -> Iterator[Box]:
-    depth, rows, columns = shape
-    step = max(1, SLAB_BYTES // max(1, rows * columns * itemsize))
-    for start in range(0, depth, step):
-        yield Box((start, 0, 0), (min(start + step, depth), rows, columns))
 
 
 def _write(draft: Path, header: Any, slabs: Iterator[np.ndarray], compress: bool) -> None:

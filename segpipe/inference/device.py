@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -31,6 +32,35 @@ class Answer:
         """Labels and scores as arrays on the host, and whether all scores are numbers."""
         finite = _arrived(self.finite)
         return _arrived(self.labels), _arrived(self.scores), finite is None or bool(finite)
+
+
+class Stopwatch:
+    """Seconds that a device is busy with what is begun between two calls.
+
+    A GPU's are taken by its own events: launching a kernel returns at once. Read them after the answer has
+    arrived.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._stream else []
+        self._begun = time.perf_counter()
+        self._ended = self._begun
+        if self._events:
+            self._events[0].record(self._stream)
+
+    def stop(self) -> None:
+        """All has been begun."""
+        self._ended = time.perf_counter()
+        if self._events:
+            self._events[1].record(self._stream)
+
+    @property
+    def seconds(self) -> float:
+        """Between making and `stop`."""
+        if self._events:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._ended - self._begun
 
 
 def to_host(tensor: torch.Tensor | None) -> Pending | None:

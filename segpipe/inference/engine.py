@@ -20,7 +20,16 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError, StoppedError
 from segpipe.grid import onto_model
 from segpipe.inference.dense_crf import dense_crf
-from segpipe.inference.device import Answer, activate, all_finite, best_class, entropy, flip_views, to_host
+from segpipe.inference.device import (
+    Answer,
+    Stopwatch,
+    activate,
+    all_finite,
+    best_class,
+    entropy,
+    flip_views,
+    to_host,
+)
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.native import NativeAnswer, native_answer
@@ -67,6 +76,10 @@ class BlockResult:
     """Windows computed for this block."""
     skipped: int
     """Windows without a valid element, not computed."""
+    seconds: float
+    """That the device was busy with this block's windows."""
+    begun: float
+    """When it was read, in seconds since 1970."""
 
 
 class BlockStore(Protocol):
@@ -105,9 +118,11 @@ class _Block:
     index: Index
     box: Box
     valid: np.ndarray
+    begun: float
     merger: Merger | ObjectMerger | None = None
     windows: int = 0
     skipped: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -124,6 +139,8 @@ class _Batch:
     tensor: torch.Tensor
     items: list[_Item] = field(default_factory=list)
     used: int = 0
+    watch: Stopwatch | None = None
+    """Of its forward pass."""
 
 
 class Engine:
@@ -153,12 +170,18 @@ class Engine:
         """Whether an element has several answers, whose disagreement is wanted."""
         self.timings = Timings()
 
-    def run(self, blocks: Sequence[Index], should_stop: Callable[[], bool]) -> Timings:
+    def run(
+        self,
+        blocks: Sequence[Index],
+        should_stop: Callable[[], bool],
+        is_done: Callable[[Index], bool] = lambda index: False,
+    ) -> Timings:
         """Compute blocks and hand each to the store.
 
         Args:
             blocks: in the plan's order, for reads that follow one another.
             should_stop: asked before every block.
+            is_done: asked just before a block is read: whether somebody else computed it meanwhile.
 
         Raises:
             StoppedError: `should_stop` said so; the blocks finished so far are committed.
@@ -166,7 +189,7 @@ class Engine:
         """
         began = time.perf_counter()
         with Writer(WRITE_BEHIND) as writer:
-            source = self._batches(blocks, writer, should_stop)
+            source = self._batches(blocks, writer, should_stop, is_done)
             with Prefetch(source, READ_AHEAD) as batches:
                 self._consume(iter(batches), writer)
         self.timings.wall = time.perf_counter() - began
@@ -195,13 +218,19 @@ class Engine:
     # -- read ---------------------------------------------------------------------------------
 
     def _batches(
-        self, blocks: Sequence[Index], writer: Writer, should_stop: Callable[[], bool]
+        self,
+        blocks: Sequence[Index],
+        writer: Writer,
+        should_stop: Callable[[], bool],
+        is_done: Callable[[Index], bool],
     ) -> Iterator[_Batch]:
         torch.set_num_threads(1)  # this thread's own: its sums must not depend on the machine
         batch = self._empty()
         for index in blocks:
             if should_stop():
                 raise StoppedError("the run was asked to stop; run it again to resume")
+            if is_done(index):
+                continue
             for item, window in self._open(index, writer):
                 if window is None:  # a block without a valid element has nothing to wait for
                     yield _Batch(torch.empty(0), [item])
@@ -222,7 +251,7 @@ class Engine:
 
     def _open(self, index: Index, writer: Writer) -> Iterator[tuple[_Item, np.ndarray | None]]:
         """Read a block once and cut its windows."""
-        begun = time.perf_counter()
+        begun, now = time.perf_counter(), time.time()
         plan = self.plan
         box, read_box = plan.blocks.box(index), plan.read_box(index)
         pixels = self.store.read(read_box)
@@ -230,7 +259,7 @@ class Engine:
         own = Pixels(pixels.values[(slice(None), *inner)], pixels.valid[inner])
         writer.submit(lambda: self.store.ingest(index, box, own))
         normal = self.normaliser.elementwise(pixels)
-        block = _Block(index, box, own.valid.copy())  # a view would keep the whole read alive
+        block = _Block(index, box, own.valid.copy(), now)  # a view would keep the whole read alive
         wanted = []
         for window in plan.windows(index):
             real = plan.lattice.window(window).intersect(Box.whole(plan.lattice.shape))
@@ -275,6 +304,13 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, batch: _Batch) -> Answer:
+        batch.watch = Stopwatch(self.model.device)
+        try:
+            return self._answer(batch)
+        finally:
+            batch.watch.stop()
+
+    def _answer(self, batch: _Batch) -> Answer:
         on_cpu = self.model.device.type == "cpu"  # there a batch is computed one by one
         x = batch.tensor[: batch.used] if on_cpu else batch.tensor.to(self.model.device, non_blocking=True)
         if self.finds_objects:
@@ -329,6 +365,7 @@ class Engine:
             )
         self.timings.forward += time.perf_counter() - begun
         begun = time.perf_counter()
+        each = batch.watch.seconds / batch.used if batch.watch else 0.0
         position = 0
         for item in batch.items:
             block = item.block
@@ -341,6 +378,7 @@ class Engine:
                     values = labels if self.labels_only else scores
                     assert values is not None
                     merger.aggregate(item.window, values[position])
+                block.seconds += each
                 position += 1
             if item.last:
                 self._finish(block, writer)
@@ -385,6 +423,8 @@ class Engine:
             int(block.valid.sum()),
             block.windows,
             block.skipped,
+            block.seconds,
+            block.begun,
         )
 
         def write() -> None:

@@ -223,7 +223,11 @@ class Class(Strict):
     )
     synonyms: list[str] = Field(default_factory=list, description="Other words for it, for prompts.")
     description: str = Field("", description="What it is in a sentence, for prompts.")
-    code: str | None = Field(None, description="Coded concept, e.g. SCT:12738006.")
+    code: str | None = Field(
+        None,
+        pattern=r"^[^:\s]{1,16}:\S{1,64}$",
+        description="Coded concept: scheme and value, e.g. SCT:12738006.",
+    )
 
 
 class RegionOfInterest(Strict):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from segpipe.errors import RequestError
 from segpipe.models.card import Card
 from segpipe.models.naming import construct, known, only_arguments
 from segpipe.models.network import fill, forward_pass
@@ -16,6 +15,12 @@ from segpipe.models.weights import card_error, load_state, resolve_weights
 from segpipe.prompts.looknet import COARSEST, STRIDE, LookNet
 from segpipe.prompts.looks import CERTAIN, LOOKS, Asked, drawn, laid, looks_at, resampled
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
+from segpipe.prompts.torch_segmenter import (
+    TorchSegmenter,
+    check_channels,
+    square_window,
+    wrong_window,
+)
 
 ARGUMENTS = ("in_channels", "width", "context")
 OUTSIDE = -10.0
@@ -42,25 +47,13 @@ def read_card(card: Card) -> LookCard:
     if card.output.kind != "prompted":
         raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
     only_arguments(card, ARGUMENTS)
-    edges = [n for n in card.window_shape or () if n != 1 or card.kind == "raster"]
-    if len(set(edges)) != 1 or len(edges) != 2 or edges[0] % COARSEST or not card.window.fixed:
-        size = "[256]" if card.kind == "raster" else "[1, 256, 256]"
-        raise card_error(
-            card,
-            "window.size",
-            f"found {card.window.size}, fixed {str(card.window.fixed).lower()}; valid: a square whose edge "
-            f"is a multiple of {COARSEST}, e.g. {size}, with fixed: true",
-        )
+    edge = square_window(card)
+    if edge is None or edge % COARSEST:
+        raise wrong_window(card, 256, f"valid: a square whose edge is a multiple of {COARSEST}, e.g.")
     network = construct(card, LookNet, dict(card.arguments))
     assert isinstance(network, LookNet)
-    if card.channels not in (1, network.in_channels):
-        raise card_error(
-            card,
-            "input.bands",
-            f"found {card.channels}; the network has in_channels {network.in_channels}: valid: as many, or "
-            "one, which is repeated",
-        )
-    return LookCard(edges[0], network)
+    check_channels(card, network.in_channels, "the network has in_channels")
+    return LookCard(edge, network)
 
 
 def embedding_shapes(card: LookCard) -> dict[str, tuple[int, int, int]]:
@@ -70,54 +63,28 @@ def embedding_shapes(card: LookCard) -> dict[str, tuple[int, int, int]]:
     return {"window": (network.in_channels, edge, edge), "context": (network.context, coarse, coarse)}
 
 
-class LookSegmenter:
+class LookSegmenter(TorchSegmenter):
     """A `Segmenter` that is a LookNet."""
 
     def __init__(self, card: Card, device: torch.device, threads: int, precision: str, batch: int) -> None:
         """As `load_segmenter`."""
         read = read_card(card)
-        self.device = device
-        self.window = self.mask_shape = (read.edge, read.edge)
-        self.shapes: Mapping[str, tuple[int, int, int]] = embedding_shapes(read)
         fill(card, read.network, load_state(resolve_weights(card)))
-        self._network = read.network.eval().requires_grad_(False).to(device)
-        self._given = card.channels
-        self._threads, self._precision, self._batch = threads, precision, batch
+        network, edge = read.network.eval().requires_grad_(False), read.edge
+        shapes = embedding_shapes(read)
+        super().__init__(
+            network, card, read.network.in_channels, edge, edge, shapes, device, threads, precision, batch
+        )
 
-    @property
-    def parameters(self) -> int:
-        """Numbers learned in training."""
-        return sum(p.numel() for p in self._network.parameters())
-
-    def encode(self, window: np.ndarray) -> Embedding:
-        """As `Segmenter.encode`."""
-        return self.encode_batch(window[None])[0]
-
-    def encode_batch(self, windows: np.ndarray) -> list[Embedding]:
-        """As `Segmenter.encode_batch`. One channel is repeated where the network has several."""
-        wanted = (self._given, *self.window)
-        if windows.shape[1:] != wanted:
-            raise RequestError(f"window: found shape {windows.shape[1:]}; valid: {wanted}")
-        batch = torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
-        batch = batch.expand(-1, self._network.in_channels, -1, -1)
-        with forward_pass(self.device, self._precision, self._threads):
-            context = self._network.encode(batch).float()
-        arrays = [x.cpu().numpy() for x in (batch, context)]
-        return [
-            Embedding({name: a[i] for name, a in zip(self.shapes, arrays, strict=True)})
-            for i in range(len(windows))
-        ]
+    def _encoded(self, batch: torch.Tensor) -> Sequence[torch.Tensor]:
+        return batch, self._network.encode(batch)
 
     def decode(
         self, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool = True
     ) -> Candidates:
         """As `Segmenter.decode`. One mask: the look's that is told to be best."""
         check_prompts(prompts, self.window, self.mask_shape)
-        found = {name: a.shape for name, a in embedding.arrays.items()}
-        if found != dict(self.shapes):
-            raise RequestError(f"embedding: found {found}; valid: {dict(self.shapes)}")
-        maps = [torch.from_numpy(np.ascontiguousarray(embedding.arrays[n], np.float32)) for n in self.shapes]
-        window, context = (x[None].to(self.device) for x in maps)
+        window, context = self._tensors_of(embedding)
         logits = np.empty((len(prompts), LOOKS if multimask else 1, *self.window), np.float32)
         iou = np.empty(logits.shape[:2], np.float32)
         with forward_pass(self.device, "fp32", self._threads):

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from segpipe.errors import RequestError
 from segpipe.models.card import Card
 from segpipe.models.network import forward_pass
 from segpipe.prompts.sam_folder import ENLARGE, embedding_shapes, load_network, read_folder
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
+from segpipe.prompts.torch_segmenter import TorchSegmenter
 
 MASK_SCALE, MASK_OFFSET = 20.0, -10.0
 """Logits of a given mask, 10 inside and −10 outside: SAM 2's own code, `_use_mask_as_output`."""
@@ -27,49 +27,27 @@ SATURATED = 1e-6
 """Probabilities are kept this far from 0 and 1, so that their logits are finite."""
 
 
-class SamSegmenter:
+class SamSegmenter(TorchSegmenter):
     """A `Segmenter` of the SAM families."""
 
     def __init__(self, card: Card, device: torch.device, threads: int, precision: str, batch: int) -> None:
         """As `load_segmenter`."""
         folder = read_folder(card)
-        self.device = device
-        self.window = (folder.edge, folder.edge)
-        self.mask_shape = (4 * folder.grid, 4 * folder.grid)
-        self.shapes: Mapping[str, tuple[int, int, int]] = embedding_shapes(folder)
-        self._network: Any = load_network(card, folder).to(device)
+        network, shapes = load_network(card, folder), embedding_shapes(folder)
+        super().__init__(
+            network, card, folder.channels, folder.edge, 4 * folder.grid, shapes, device, threads, precision,
+            batch,
+        )  # fmt: skip
         self._hq, self._levels = folder.family.network == "SamHQModel", bool(folder.family.backbone)
-        self._given, self._channels = card.channels, folder.channels
         self._probabilities = card.arguments.get("enlarge", ENLARGE[0]) == "probabilities"
-        self._threads, self._precision, self._batch = threads, precision, batch
 
-    @property
-    def parameters(self) -> int:
-        """Numbers learned in training."""
-        return sum(p.numel() for p in self._network.parameters())
-
-    def encode(self, window: np.ndarray) -> Embedding:
-        """As `Segmenter.encode`."""
-        return self.encode_batch(window[None])[0]
-
-    def encode_batch(self, windows: np.ndarray) -> list[Embedding]:
-        """As `Segmenter.encode_batch`. One channel is repeated where the network has several."""
-        wanted = (self._given, *self.window)
-        if windows.shape[1:] != wanted:
-            raise RequestError(f"window: found shape {windows.shape[1:]}; valid: {wanted}")
-        batch = torch.from_numpy(np.ascontiguousarray(windows, np.float32)).to(self.device)
-        with forward_pass(self.device, self._precision, self._threads):
-            found = self._network.get_image_embeddings(batch.expand(-1, self._channels, -1, -1))
-            if self._hq:
-                image, layers = found
-                # The decoder looks at the first layer with global attention alone; it is (n, y, x, c).
-                found = [layer.permute(0, 3, 1, 2) for layer in layers[:1]] + [image]
-            maps = found if isinstance(found, list) else [found]
-            arrays = [m.float().cpu().numpy() for m in maps]
-        return [
-            Embedding({name: a[i] for name, a in zip(self.shapes, arrays, strict=True)})
-            for i in range(len(windows))
-        ]
+    def _encoded(self, batch: torch.Tensor) -> Sequence[torch.Tensor]:
+        found = self._network.get_image_embeddings(batch)
+        if self._hq:
+            image, layers = found
+            # The decoder looks at the first layer with global attention alone; it is (n, y, x, c).
+            return [layer.permute(0, 3, 1, 2) for layer in layers[:1]] + [image]
+        return found if isinstance(found, list) else [found]
 
     def decode(
         self, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool = True
@@ -99,13 +77,7 @@ class SamSegmenter:
 
     def _maps(self, embedding: Embedding) -> dict[str, Any]:
         """The embedding as the network's arguments."""
-        found = {name: a.shape for name, a in embedding.arrays.items()}
-        if found != dict(self.shapes):
-            raise RequestError(f"embedding: found {found}; valid: {dict(self.shapes)}")
-        tensors = [
-            torch.from_numpy(np.ascontiguousarray(embedding.arrays[name], np.float32))[None].to(self.device)
-            for name in self.shapes
-        ]
+        tensors = self._tensors_of(embedding)
         if self._levels:
             return {"image_embeddings": tensors}
         layers = [t.permute(0, 2, 3, 1) for t in tensors[:-1]]

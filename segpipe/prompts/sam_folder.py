@@ -17,6 +17,7 @@ from segpipe.models.card import Card, Provider
 from segpipe.models.naming import only_arguments
 from segpipe.models.transformers.folder import REFUSED, data_alone, load_pretrained
 from segpipe.models.weights import card_error, resolve_weights
+from segpipe.prompts.torch_segmenter import check_channels, square_window, wrong_window
 
 ENLARGE = ("logits", "probabilities")
 """`arguments.enlarge`: what is resized to the window. SAM's own way is logits, MedSAM's probabilities."""
@@ -184,22 +185,9 @@ def _timm_channels(card: Card, path: Path, backbone: Any) -> int:
 
 def _check_card(card: Card, folder: SamFolder) -> None:
     where = folder.path / "config.json"
-    edges = [n for n in card.window_shape or () if n != 1 or card.kind == "raster"]
-    if edges != [folder.edge] * 2 or not card.window.fixed:
-        size = [folder.edge] if card.kind == "raster" else [1, folder.edge, folder.edge]
-        raise card_error(
-            card,
-            "window.size",
-            f"found {card.window.size}, fixed {str(card.window.fixed).lower()}; {where} says image_size "
-            f"{folder.edge}: valid: size: {size} with fixed: true",
-        )
-    if card.channels not in (1, folder.channels):
-        raise card_error(
-            card,
-            "input.bands",
-            f"found {card.channels}; {where} has num_channels {folder.channels}: valid: as many, or one, "
-            "which is repeated",
-        )
+    if square_window(card) != folder.edge:
+        raise wrong_window(card, folder.edge, f"{where} says image_size {folder.edge}: valid: size:")
+    check_channels(card, folder.channels, f"{where} has num_channels")
 
 
 def embedding_shapes(folder: SamFolder) -> dict[str, tuple[int, int, int]]:

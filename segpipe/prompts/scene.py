@@ -18,7 +18,7 @@ from segpipe.config import Job
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
-from segpipe.labelled import PredictedScene, find_labels, labels_identity
+from segpipe.labelled import PredictedScene, find_labels, labels_identity, open_scene
 from segpipe.models.card import Card, Class
 from segpipe.prompts.detecting import Detecting, detecting_of
 from segpipe.prompts.embeddings import PREFIX, Embeddings
@@ -29,7 +29,7 @@ from segpipe.prompts.pyramid import Pyramid
 from segpipe.prompts.segmenters import check_segmenter
 from segpipe.scene import Scene, device_parts, model_parts, prepare_scene, read_card
 from segpipe.settings import Settings, resolve_settings
-from segpipe.sources import SceneRef, open_source
+from segpipe.sources import SceneRef
 from segpipe.sources.base import Scaling
 from segpipe.store import Stage, stage_key
 
@@ -136,7 +136,7 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
     """
     options, card = job.prompts, prompted_card(job)
     shapes = check_segmenter(card)
-    with open_source(ref.uri, band_names=job.bands) as source:
+    with open_scene(job, ref) as source:
         channels, bands = match_bands(card, source)
         geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
         scaling, notes = tuple(source.scaling[c] for c in channels), tuple(source.notes)

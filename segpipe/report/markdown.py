@@ -43,9 +43,14 @@ def run_markdown(
         if failed
         else f"**{done} scene{'' if done == 1 else 's'} done**"
     )
-    lines = [f"# {_text(record.job_name)}", "", f"{state} · run {_text(record.run_id)} · {took}", ""]
+    lines = [
+        f"# {plain_text(record.job_name)}",
+        "",
+        f"{state} · run {plain_text(record.run_id)} · {took}",
+        "",
+    ]
     for scene in record.failed[:FAILURES]:
-        lines.append(f"- **{_text(scene.name)}**: {_text(scene.error or 'no reason recorded')}")
+        lines.append(f"- **{plain_text(scene.name)}**: {plain_text(scene.error or 'no reason recorded')}")
     if failed > FAILURES:
         lines.append(f"- and {failed - FAILURES} more, listed in the report")
     if failed:
@@ -55,13 +60,13 @@ def run_markdown(
         heads = ["Class", f"{group.quantity.capitalize()} ({group.unit})", "Share"]
         heads += ["IoU (pooled)", "Dice (pooled)"] if group.compared else []
         rows = [
-            [_text(b.name), b.size, b.share, *([b.iou, b.dice] if group.compared else [])]
+            [plain_text(b.name), b.size, b.share, *([b.iou, b.dice] if group.compared else [])]
             for b in group.bars[:CLASSES]
         ]
         lines += _table(heads, rows)
         if len(group.bars) > CLASSES:
             lines += [f"and {len(group.bars) - CLASSES} more classes", ""]
-    lines += [f"- {_text(note)}" for note in record.notes]
+    lines += [f"- {plain_text(note)}" for note in record.notes]
     lines += ["", f"Report: `{report.replace('`', '')}`", ""]
     return "\n".join(lines)
 
@@ -69,11 +74,11 @@ def run_markdown(
 def _asked(record: RunRecord, regions: pd.DataFrame) -> list[str]:
     """Every phrase of a prompted run, those that were not found too."""
     table = asked_table(record, regions)
-    rows = [[_text(cell) for cell in row] for row in phrase_rows(table)]
+    rows = [[plain_text(cell) for cell in row] for row in phrase_rows(table)]
     if not rows:
         return []
     said, heads = finding(table), ["Phrase", "Outcome", "Objects", "Size", "In words"]
-    return [*([_text(said), ""] if said else []), *_table(heads, rows, (0, 1, 4))]
+    return [*([plain_text(said), ""] if said else []), *_table(heads, rows, (0, 1, 4))]
 
 
 def _over_scenes(summary: pd.DataFrame) -> pd.DataFrame:
@@ -90,11 +95,11 @@ def _means(summary: pd.DataFrame | None) -> list[str]:
         defined = row.get("n_defined")
         rows.append(
             [
-                _text(str(row.get("metric", ""))),
+                plain_text(str(row.get("metric", ""))),
                 units.number(float(row.get("value", math.nan)), 3),
                 units.interval(row),
                 "" if defined is None or pd.isna(defined) else f"{int(defined):,}",
-                _text(str(row.get("over", ""))),
+                plain_text(str(row.get("over", ""))),
             ]
         )
     return _table(["Metric", "Value", "95 % interval", "Defined", "Over"], rows)
@@ -106,7 +111,7 @@ def _table(heads: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,
     return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)] + [""]
 
 
-def _text(text: str) -> str:
+def plain_text(text: str) -> str:
     """One line of plain text: nothing in it is read as Markdown or HTML, and no pipe ends a cell."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 

@@ -96,6 +96,8 @@ class SceneRecord:
     uri: str
     state: Literal["done", "failed"]
     error: str = ""
+    may_pass: bool = False
+    """Of a scene that failed: by a fault of storage or memory, not of the scene."""
     notes: tuple[str, ...] = ()
     geometry: GeometrySummary | None = None
     """None where the scene could not be opened."""

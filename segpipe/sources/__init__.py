@@ -8,13 +8,15 @@ from pathlib import Path
 from segpipe.errors import SceneError
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
 from segpipe.sources.discover import discover
-from segpipe.sources.kinds import Kind, kind_of, parse_frame
+from segpipe.sources.kinds import Kind, kind_of, parse_frame, parse_series
 from segpipe.sources.mosaic import SCHEME as _MOSAIC
 from segpipe.sources.mosaic import open_mosaic
 from segpipe.sources.package import SCHEME as _PACKAGE
 from segpipe.sources.package import package_file
 from segpipe.sources.raster import RasterSource
 from segpipe.sources.remote import is_remote
+from segpipe.sources.stack import SCHEME as _STACK
+from segpipe.sources.stack import StackSource
 
 __all__ = [
     "Pixels",
@@ -32,7 +34,8 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
 
     Args:
         uri: a raster, NIfTI file or DICOM series folder; a URL of a raster; ``mosaic:GLOB``;
-            ``pkg://distribution/path``; with ``#frame=N`` (from 0) for one frame of a 4D file.
+            ``stack:FILE|FILE``; ``pkg://distribution/path``; with ``#frame=N`` (from 0) for one frame of a
+            4D file, ``#series=UID`` for one DICOM series of a folder that holds several.
         band_names: names of the channels in file order, over those of the file.
 
     Raises:
@@ -41,7 +44,10 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     """
     if uri.startswith(_MOSAIC):
         return open_mosaic(uri, band_names=band_names)
+    if uri.startswith(_STACK):
+        return StackSource(uri, band_names=band_names)
     location, frame = parse_frame(uri)
+    location, series = parse_series(location)
     if is_remote(location):
         return _open_remote(location, frame, band_names)
     if location.startswith(_PACKAGE):
@@ -51,6 +57,8 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     if not path.exists():
         raise SceneError(f"{path}: no such file")
     kind = kind_of(path)
+    if series is not None and not path.is_dir():
+        raise SceneError(f"{uri}: only a folder of DICOM files has series; leave out #series=")
     if kind is Kind.nifti:
         from segpipe.sources.nifti import NiftiSource
 
@@ -61,7 +69,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         # Imported here: pydicom loads its dictionaries, which rasters never need.
         from segpipe.sources.dicom import DicomSource
 
-        return DicomSource(str(path), band_names=band_names)
+        return DicomSource(str(path), series=series, band_names=band_names)
     return RasterSource(str(path), band_names=band_names)
 
 

@@ -35,6 +35,7 @@ from segpipe.sources.dicom_series import (
     series_affine,
     tilted,
 )
+from segpipe.sources.kinds import SERIES
 
 CACHE_BYTES = 128 * 2**20
 """Decoded slices kept: 256 of 512x512 in 16 bits, so that blocks side by side decode once."""
@@ -51,21 +52,27 @@ class DicomSource(Source):
 
     geometry: VolumeGeometry
 
-    def __init__(self, folder: str, *, band_names: Sequence[str] = ()) -> None:
+    def __init__(self, folder: str, *, series: str | None = None, band_names: Sequence[str] = ()) -> None:
         """Open the series in a folder.
+
+        Args:
+            folder: holds the series' files.
+            series: which one, where the folder holds several: its SeriesInstanceUID, empty for files without,
+                with ``@`` and a FrameOfReferenceUID where it has several.
+            band_names: a name for the one channel.
 
         Raises:
             SceneError: no series or several, files damaged, missing or double, slices that do
                 not stack evenly, or a compression without decoder.
             RequestError: ``band_names`` has not one name.
         """
-        self.uri = folder
+        self.uri = folder if series is None else f"{folder}{SERIES}{series}"
         path = Path(folder)
         if not path.exists():
             raise SceneError(f"{folder}: no such folder")
         if not path.is_dir():
             raise SceneError(f"{folder}: a single DICOM file; give the folder of its series")
-        slices, notes = read_series(path)
+        slices, notes = read_series(path, series)
         self._slices = in_order(slices)
         affine = series_affine(path, self._slices)
         self.geometry = volume_geometry((len(slices), *slices[0].shape), affine)
@@ -76,7 +83,7 @@ class DicomSource(Source):
         self.bands = ()
         self.scaling = (Scaling() if self._rescaled else scaling_of(*slices[0].rescale),)
         self.notes = (*notes, *_notes(self._slices, self._rescaled))
-        self._identity = {"uri": folder, "files": file_identity(s.path for s in slices)}
+        self._identity = {"uri": self.uri, "files": file_identity(s.path for s in slices)}
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         rename_bands(self, band_names)
@@ -85,6 +92,11 @@ class DicomSource(Source):
     def identity(self) -> dict[str, Any]:
         """URI, and path, size and time of each slice, as they were when it was opened."""
         return self._identity
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """The files' headers, in the order of the volume's first axis."""
+        return tuple(self._slices)
 
     @property
     def chunk(self) -> tuple[int, ...] | None:

@@ -16,13 +16,15 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID
 
 from segpipe.errors import SceneError
 from segpipe.sources.common import reason
 from segpipe.sources.kinds import DICOM_SUFFIXES
 
 HEADER_TAGS = [
-    "ImageType", "Modality", "SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns",
+    "ImageType", "Modality", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID",
+    "FrameOfReferenceUID", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated",
     "PixelRepresentation", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
     "RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "ModalityLUTSequence",
@@ -38,6 +40,12 @@ DICOM_ERRORS = (
 )  # fmt: skip
 """What pydicom and its decoders raise at damaged or unusual files."""
 
+_UIDS = {
+    "SOPClassUID": "sop_class", "SOPInstanceUID": "sop_instance", "StudyInstanceUID": "study",
+    "SeriesInstanceUID": "series", "FrameOfReferenceUID": "frame_of_reference",
+}  # fmt: skip
+"""What a reference to a series is made of, and the fields of `Slice` that hold it."""
+
 SAME_DIRECTION = 1e-3
 """Greatest difference of direction cosines within one series."""
 
@@ -47,8 +55,14 @@ class Slice:
     """The header of one image file."""
 
     path: str
+    sop_class: str
+    """SOPClassUID; this and the other UIDs may be empty, as some anonymisers leave them."""
+    sop_instance: str
+    """SOPInstanceUID"""
+    study: str
+    """StudyInstanceUID"""
     series: str
-    """SeriesInstanceUID, or empty as some anonymisers leave it."""
+    """SeriesInstanceUID"""
     frame_of_reference: str
     modality: str
     shape: tuple[int, int]
@@ -69,8 +83,12 @@ class Slice:
     transfer_syntax: str
 
 
-def read_series(folder: Path) -> tuple[list[Slice], list[str]]:
+def read_series(folder: Path, series: str | None = None) -> tuple[list[Slice], list[str]]:
     """The image slices of a folder, which must be of one series; and notes.
+
+    Args:
+        folder: whose files are read.
+        series: leave out all but this one: ``UID``, or ``UID@FRAME`` with its frame of reference.
 
     Raises:
         SceneError: none or several series, a damaged or multi-frame file, or slices that differ
@@ -79,8 +97,10 @@ def read_series(folder: Path) -> tuple[list[Slice], list[str]]:
     slices: list[Slice] = []
     left_out: Counter[str] = Counter()
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "."):
-        header = _header(path)
-        why = _not_a_slice(path, header)
+        header = read_header(path)
+        if header is not None and series is not None and not _belongs(header, series):
+            continue
+        why = not_a_slice(path, header)
         if header is None or why:
             left_out[why] += 1
         else:
@@ -135,7 +155,35 @@ def tilted(slices: Sequence[Slice]) -> bool:
     return bool(np.linalg.norm(np.cross(step / np.linalg.norm(step), _normal(slices[0]))) > 1e-3)
 
 
-def _header(path: Path) -> Dataset | None:
+def require_uids(folder: str, slices: Sequence[Slice]) -> None:
+    """Refuse a series that nothing can refer to: what is written beside it names its UIDs.
+
+    Raises:
+        SceneError: UIDs are missing, an SOP instance stands twice, or slices are of several studies or
+            frames of reference; says which.
+    """
+    help_ = "leave dicomseg out of outputs.formats, or give the series its UIDs"
+    missing = [
+        f"{keyword} in {count} of {len(slices)} slices"
+        for keyword, field in _UIDS.items()
+        if (count := sum(not getattr(s, field) for s in slices))
+    ]
+    if missing:
+        raise SceneError(f"{folder}: a DICOM SEG needs UIDs; missing: {', '.join(missing)}; {help_}")
+    for s in slices:
+        if UID(s.sop_class).type != "SOP Class":
+            raise SceneError(f"{s.path}: SOPClassUID {s.sop_class} is none of the standard's; {help_}")
+    for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        if (count := len({getattr(s, _UIDS[keyword]) for s in slices})) > 1:
+            raise SceneError(f"{folder}: found {count} values of {keyword}; valid: one; {help_}")
+    instance, count = Counter(s.sop_instance for s in slices).most_common(1)[0]
+    if count > 1:
+        raise SceneError(
+            f"{folder}: found SOPInstanceUID {instance} in {count} slices; valid: one each; {help_}"
+        )
+
+
+def read_header(path: Path) -> Dataset | None:
     """The tags we read of a file; None where it is not DICOM.
 
     Raises:
@@ -150,7 +198,19 @@ def _header(path: Path) -> Dataset | None:
         return None
 
 
-def _not_a_slice(path: Path, header: Dataset | None) -> str:
+def series_of(header: Dataset) -> tuple[str, str]:
+    """(SeriesInstanceUID, FrameOfReferenceUID) of a file, empty where it has none."""
+    return str(header.get("SeriesInstanceUID") or ""), str(header.get("FrameOfReferenceUID") or "")
+
+
+def _belongs(header: Dataset, series: str) -> bool:
+    """Whether a file is of a series ``UID`` or ``UID@FRAME``."""
+    uid, mark, frame = series.partition("@")
+    found = series_of(header)
+    return found == (uid, frame) if mark else found[0] == uid
+
+
+def not_a_slice(path: Path, header: Dataset | None) -> str:
     """Why a file is no slice of a scene; empty if it is one.
 
     Raises:
@@ -197,6 +257,9 @@ def _slice(path: Path, header: Dataset) -> Slice:
     slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
     return Slice(
         path=str(path),
+        sop_class=str(header.get("SOPClassUID") or ""),
+        sop_instance=str(header.get("SOPInstanceUID") or ""),
+        study=str(header.get("StudyInstanceUID") or ""),
         series=str(header.get("SeriesInstanceUID") or ""),
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
         modality=str(header.get("Modality") or "image"),
@@ -231,7 +294,7 @@ def _require_one_series(folder: Path, slices: Sequence[Slice]) -> None:
     groups: dict[tuple[object, ...], list[Slice]] = {}
     for s in slices:
         direction = tuple(round(v, 2) + 0.0 for v in s.orientation)
-        key = (s.series,) if s.series else ("", s.frame_of_reference, direction, s.shape)
+        key = (s.series, s.frame_of_reference) if s.series else ("", s.frame_of_reference, direction, s.shape)
         groups.setdefault(key, []).append(s)
     if len(groups) == 1:
         return
@@ -242,7 +305,7 @@ def _require_one_series(folder: Path, slices: Sequence[Slice]) -> None:
     more = f" and {len(parts) - 6} more" if len(parts) > 6 else ""
     raise SceneError(
         f"{folder}: holds {len(groups)} series ({'; '.join(parts[:6])}{more}); "
-        "put each into a folder of its own"
+        "put each into a folder of its own, or name one: folder#series=SeriesInstanceUID"
     )
 
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from os import walk
 from pathlib import Path
 
@@ -17,17 +18,22 @@ from segpipe.sources.kinds import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     RASTER_SUFFIXES,
+    SERIES,
     Kind,
     holds_dicom,
     is_dicom_file,
     kind_of,
     parse_frame,
+    parse_series,
+    series_label,
 )
 from segpipe.sources.mosaic import SCHEME as MOSAIC
 from segpipe.sources.mosaic import mosaic_files
 from segpipe.sources.package import SCHEME as PACKAGE
 from segpipe.sources.package import package_file
 from segpipe.sources.remote import is_remote
+from segpipe.sources.stack import SCHEME as STACK
+from segpipe.sources.stack import SEPARATOR, stack_files
 
 FOLDER_SUFFIXES = (*RASTER_SUFFIXES, *NIFTI_SUFFIXES)
 """Files that are taken from a folder."""
@@ -60,9 +66,11 @@ def discover(patterns: Sequence[str]) -> list[SceneRef]:
       directly in it, and at any depth the folders that hold DICOM files, one scene each;
     - a URL (s3, gs, az, http, https), passed on as it is;
     - ``mosaic:GLOB``: all matching rasters as one scene;
+    - ``stack:FILE|FILE``: rasters of one grid, files or URLs, as the bands of one scene;
     - ``pkg://distribution/path``: a file of an installed distribution.
 
-    A file, glob, folder or package file may end in ``#frame=N`` (from 0) for 4D volumes.
+    A file, glob, folder or package file may end in ``#frame=N`` (from 0) for 4D volumes, a folder of several
+    DICOM series in ``#series=UID``.
 
     Names are stems made safe for folders. Where two are alike, the name of the folder that holds
     each is put in front; where that does not help, -2, -3, … behind. They come from paths only,
@@ -108,9 +116,14 @@ def _entry(pattern: str) -> list[_Found]:
     """
     if pattern.startswith(MOSAIC):
         return [_mosaic(pattern)]
+    if pattern.startswith(STACK):
+        return [_stack(pattern)]
     if is_remote(pattern):
         return [_remote(pattern)]
-    path, frame = parse_frame(pattern.removeprefix("file://"))
+    path, series = parse_series(pattern.removeprefix("file://"))
+    if series is not None:
+        return [_series(Path(path).expanduser().absolute(), series)]
+    path, frame = parse_frame(path)
     if path.startswith(PACKAGE):
         package_file(path)
         return [_named(pattern, Path(path), frame)]
@@ -175,6 +188,26 @@ def _mosaic(uri: str) -> _Found:
     folders = [p.name for p in whole.parents if p.name and not WILDCARDS & set(p.name)]
     parent = folders[0] if folders else ""
     return _Found(f"{MOSAIC}{whole}", safe_name(fixed or parent), safe_name(parent))
+
+
+def _stack(uri: str) -> _Found:
+    files = stack_files(uri)
+    stems = [scene_stem(f.partition("?")[0].rpartition("/")[2]) for f in files]
+    *_, above, folder, _ = ["", "", *files[0].partition("?")[0].split("/")]
+    # LC08_B4 and LC08_B5 are called LC08; B4 and B5 as their folder.
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*stems, strict=False))
+    common = re.sub(r"[^._-]*$", "", "".join(letters[0] for letters in same))
+    missing = any(not is_remote(f) and not Path(f).exists() for f in files)
+    stem, parent = (common.strip("._-"), folder) if common.strip("._-") else (folder, above)
+    return _Found(STACK + SEPARATOR.join(files), safe_name(stem), safe_name(parent), missing)
+
+
+def _series(folder: Path, series: str) -> _Found:
+    short = series_label(series)
+    uri = f"{folder}{SERIES}{series}"
+    return _Found(
+        uri, safe_name(f"{folder.name}_{short}"), safe_name(folder.parent.name), not folder.is_dir()
+    )
 
 
 def _remote(uri: str) -> _Found:

@@ -41,6 +41,28 @@ REMOTE_OPTIONS = {
 }
 """GDAL options for files behind a URL."""
 
+_TRUE = ("1", "true", "yes", "on")
+
+
+def store_options() -> dict[str, str]:
+    """GDAL options that say of an S3 store what the environment says in the words of AWS's own tools.
+
+    So ``AWS_ENDPOINT_URL`` (or ``AWS_ENDPOINT_URL_S3``) and ``AWS_SKIP_SIGNATURE``, which the listing and the
+    results' store read, are enough. What is set for GDAL itself (``AWS_S3_ENDPOINT``, …) stands.
+    """
+    found = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        scheme, _, host = endpoint.rstrip("/").rpartition("://")
+        hosted = os.environ.get("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "").lower() in _TRUE
+        found["AWS_S3_ENDPOINT"] = host
+        found["AWS_HTTPS"] = "NO" if scheme == "http" else "YES"
+        # Other stores than Amazon's rarely have a name for each bucket.
+        found["AWS_VIRTUAL_HOSTING"] = "TRUE" if hosted else "FALSE"
+    if os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in _TRUE:
+        found["AWS_NO_SIGN_REQUEST"] = "YES"
+    return {key: value for key, value in found.items() if key not in os.environ}
+
 
 CACHE_BYTES = 64 * 2**20
 """GDAL's cache of decoded blocks, enough for tiles; its default, 5 % of the machine, lets memory
@@ -116,7 +138,7 @@ class Handles:
             dataset.close()
 
     def _options(self) -> AbstractContextManager[Any]:
-        options: dict[str, Any] = dict(REMOTE_OPTIONS) if self._remote else {}
+        options: dict[str, Any] = {**REMOTE_OPTIONS, **store_options()} if self._remote else {}
         if "GDAL_CACHEMAX" not in os.environ:
             options["GDAL_CACHEMAX"] = self.cache_bytes
         return Env(**options) if options else nullcontext()

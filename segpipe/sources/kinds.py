@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import struct
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,8 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".nii.bz2", ".nii.zst", ".img.gz")
 DICOM_SUFFIXES = (".dcm", ".ima")
 
+SERIES = "#series="
+"""Before the SeriesInstanceUID of one series of a folder."""
 PROBES = 16
 """Files of a folder that are looked into for DICOM."""
 
@@ -73,6 +77,27 @@ def parse_frame(uri: str) -> tuple[str, int | None]:
     if not number.isdecimal():
         raise RequestError(f"{uri}: expected #frame=N with N = 0, 1, 2, …; found {number!r}")
     return path, int(number)
+
+
+def parse_series(uri: str) -> tuple[str, str | None]:
+    """Split ``folder#series=UID`` into folder and series.
+
+    It may be ``UID@FRAME``, where a series has several frames of reference, and empty for files without UID.
+
+    Raises:
+        RequestError: these are no UIDs.
+    """
+    path, mark, series = uri.partition(SERIES)
+    if not mark:
+        return uri, None
+    if not re.fullmatch(r"[0-9.]{0,64}(@[0-9.]{0,64})?", series):
+        raise RequestError(f"{uri}: expected {SERIES}UID with digits and dots; found {series!r}")
+    return path, series
+
+
+def series_label(series: str) -> str:
+    """A short name for one series of a folder: UIDs are long, and their beginnings alike."""
+    return hashlib.sha256(series.encode()).hexdigest()[:8]
 
 
 def _is_analyze_header(path: Path) -> bool:

@@ -114,6 +114,10 @@ class RasterSource(Source):
         """Of GDAL's block cache: some tiles, or a row of blocks where the file has strips."""
         return self._handles.cache_bytes
 
+    def set_cache_bytes(self, count: int) -> None:
+        """Let GDAL's block cache hold so much: it is one for all files that are read together."""
+        self._handles.cache_bytes = count
+
     def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
         """Read a box (y, x): values (c, y, x) as stored, valid (y, x).
 

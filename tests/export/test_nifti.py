@@ -13,7 +13,8 @@ import pytest
 
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
-from segpipe.export.nifti import SLAB_BYTES, write_nifti, write_nifti_scores
+from segpipe.export.common import SLAB_BYTES
+from segpipe.export.nifti import write_nifti, write_nifti_scores
 from segpipe.geometry import VolumeGeometry, volume_geometry
 from segpipe.models.card import Class
 

@@ -236,3 +236,23 @@ def test_importing_sources_loads_neither_torch_nor_prefect_nor_pydicom() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_stacks_and_series_are_entries(tmp_path: Path) -> None:
+    _touch(tmp_path, "x/LC08_B4.tif", "x/LC08_B5.tif", "x/B4.tif", "x/B5.tif", "ct/1.dcm")
+    stacks = [f"stack:{tmp_path}/x/{a}|{tmp_path}/x/{b}" for a, b in
+              [("LC08_B4.tif", "LC08_B5.tif"), ("B4.tif", "B5.tif"), ("B4.tif", "B9.tif")]]  # fmt: skip
+    series = [f"{tmp_path}/ct#series=1.2", f"{tmp_path}/ct#series=1.2@3.4"]
+    scenes = discover([*stacks, *series, "stack:s3://b/day/r.tif|https://h/n.tif?sig=1"])
+    assert [s.uri for s in scenes] == [*stacks, *series, "stack:s3://b/day/r.tif|https://h/n.tif?sig=1"]
+    assert [s.name for s in scenes][:3] == ["LC08", f"{tmp_path.name}_x", f"{tmp_path.name}_x-2"]
+    assert re.fullmatch(r"ct_[0-9a-f]{8}", scenes[3].name)
+    assert scenes[3].name != scenes[4].name
+    assert scenes[5].name == "day"
+    for wrong in ("stack:a.tif", "stack:", "stack:a.tif|"):
+        with pytest.raises(RequestError, match=r"expected stack:FILE\|FILE, two files or more"):
+            discover([wrong])
+    with pytest.raises(RequestError, match=r"#series=UID with digits and dots; found 'x/../y'"):
+        discover([f"{tmp_path}/ct#series=x/../y"])
+    with pytest.raises(SceneError, match="only a folder of DICOM files has series"):
+        open_source(f"{tmp_path}/x/B4.tif#series=1.2")

@@ -1,0 +1,77 @@
+"""What a flow run is called in the UI: the job, its scenes, and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from prefect import runtime
+from pydantic import BaseModel
+
+from segpipe.errors import SegpipeError
+from segpipe.scene import read_card
+from segpipe.sources import discover
+
+LONGEST = 120
+"""Characters of a run's name."""
+
+
+def run_name() -> str:
+    """``landcover: landsat7_2000 by landcover-unet``: for ``flow_run_name`` of a flow with one request.
+
+    Never fails: what is wrong with a request is said by the run, which needs a name to say it.
+    """
+    return name_of(*runtime.flow_run.parameters.values())
+
+
+def name_of(asked: object) -> str:
+    """The name of a run of a request, as a model (`Job`, `Question`, `Scan`) or as the form's plain values.
+
+    Args:
+        asked: with ``name``, ``scenes`` or ``lake``, and ``model`` or ``labels``.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(asked, BaseModel):
+        given = {field: getattr(asked, field) for field in type(asked).model_fields}
+    elif isinstance(asked, dict):
+        given = asked
+    name = str(given.get("name") or "run")
+    try:
+        text = f"{name}: {_scenes(given)}{_model(given)}"
+    except Exception:  # noqa: BLE001 - a name is no reason for a run to fail
+        return name
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _scenes(given: dict[str, Any]) -> str:
+    """The one scene's name, or how many; a lake's location."""
+    lake = given.get("lake")
+    if lake is not None:
+        location = lake["location"] if isinstance(lake, dict) else lake.location
+        return _without_secrets(str(location))
+    return scenes_told([scene.name for scene in discover(given["scenes"])])
+
+
+def scenes_told(names: Sequence[str]) -> str:
+    """``landsat7_2000`` for one, ``12 scenes`` for several."""
+    return names[0] if len(names) == 1 else f"{len(names)} scenes"
+
+
+def _model(given: dict[str, Any]) -> str:
+    model = given.get("model")
+    if not model:
+        return ", labels as given" if given.get("labels") else ""
+    try:
+        return f" by {read_card(str(model)).name}"
+    except (SegpipeError, OSError):
+        return f" by {Path(str(model)).stem}"
+
+
+def _without_secrets(location: str) -> str:
+    """A location without user, password and query of its URL."""
+    parts = urlsplit(location)
+    if not parts.netloc:
+        return location
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

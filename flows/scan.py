@@ -1,0 +1,183 @@
+"""The scan flow: what is new in a lake is done, each scene once, in one run with one report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from prefect import State, flow, get_run_logger, runtime
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import TaskRunner
+
+from flows.dispatch import Dispatch
+from flows.names import run_name
+from flows.packs import Packs
+from flows.runners import check_cluster, task_runner
+from flows.segment import attempt_name, stop_on_error, stop_workers
+from flows.watch import Watch
+from segpipe.errors import SegpipeError, StoppedError
+from segpipe.lake.config import Identity, Scan
+from segpipe.lake.content import content_hash
+from segpipe.lake.found import Found
+from segpipe.lake.lease import Holder
+from segpipe.lake.scan import (
+    Looked,
+    Names,
+    ScanRequest,
+    check_scan,
+    dry_run_markdown,
+    may_pass,
+    new_scenes,
+    take_scenes,
+)
+from segpipe.report.record import SceneRecord
+from segpipe.run import Run, now
+from segpipe.sources import SceneRef
+from tasks.events import tell_scene
+from tasks.report import write_report
+
+SHOWN = 50
+"""New scenes listed by a dry run."""
+FAILURES_TOLD = 5
+
+
+@flow(
+    name="scan",
+    flow_run_name=run_name,
+    on_cancellation=[stop_workers],
+    on_crashed=[stop_workers],
+)
+def scan(scan: Scan) -> State[Any]:
+    """Do what is new in a lake: every scene once, whenever and however often this runs.
+
+    Lists the lake, leaves out what is done, in quarantine, still settling or at work in another scan, and
+    segments, measures and reports the rest. A scene that cannot be done goes into quarantine with the
+    reason. A scan that was stopped or killed is taken on by the next one, in the same run.
+
+    Args:
+        scan: Which lake, which model, how much at once. Required: lake and model.
+    """
+    try:
+        request = check_scan(scan)
+        if scan.dry_run:
+            return _dry_run(request)
+        runner = task_runner(scan.compute)
+        check_cluster(scan.compute, request.settings)
+        return _Scanning(request, UUID(runtime.flow_run.get_id())).go(runner)
+    except (StoppedError, KeyboardInterrupt):
+        return Cancelled(message="stopped; what is done stays, the next scan goes on from there")
+    except SegpipeError as error:
+        return Failed(message=str(error))
+
+
+def _dry_run(request: ScanRequest) -> State[Any]:
+    """Say what would be done."""
+    looked = Looked()
+    shown: list[Found] = []
+    with request.ledger.known() as known:
+        for found in new_scenes(request.scan, known, looked):
+            shown += [found] if len(shown) < SHOWN else []
+    create_markdown_artifact(
+        dry_run_markdown(request.scan, looked, shown),
+        key=f"{request.scan.name.lower().replace('_', '-').replace('.', '-')}-dry-run",
+        description=f"What a scan of {request.scan.lake.location} would do",
+    )
+    return Completed(message=f"dry run: {looked}; nothing was done")
+
+
+@dataclass
+class _Scanning:
+    """One scan at work."""
+
+    request: ScanRequest
+    run_id: UUID
+    """Of the flow run: a retry has it too, and so its leases and its run."""
+    looked: Looked = field(default_factory=Looked)
+    founds: dict[str, Found] = field(default_factory=dict)
+    """Scenes at work, by name."""
+    records: dict[str, SceneRecord] = field(default_factory=dict)
+    quarantined: int = 0
+    seconds: float = 0.0
+    """Of devices' work."""
+
+    def go(self, runner: TaskRunner[Any]) -> State[Any]:
+        """From the listing to the report."""
+        scan, ledger = self.request.scan, self.request.ledger
+        with Holder(ledger.objects, str(self.run_id), scan.lease_seconds).alive() as holder:
+            run = self._run(holder)
+            self.records = {record.name: record for record in ledger.records(run.name)}
+            name = attempt_name(self.run_id, runtime.flow_run.get_run_count())
+            with runner, stop_on_error(scan.outputs.dir, name) as stop, ledger.known() as known:
+                watch = Watch(self.run_id, None)
+                dispatch = Dispatch(self.request.job, self.request.settings, run, stop, runner, watch)
+                new = new_scenes(scan, known, self.looked, lambda: self.seconds)
+                taken = take_scenes(scan, ledger, holder, new, known, self.looked)
+                for record in Packs(dispatch).scenes(self._refs(taken, run)):
+                    watch.end(record)
+                    tell_scene(run, record)
+                    self._settle(record, run, holder)
+                watch.close()
+                get_run_logger().info("%s: %s", scan.lake.location, self.looked)
+                if not self.records:
+                    return Completed(message=f"nothing to do: {self.looked}")
+                parameters = {"run": run, "job": self.request.job, "settings": self.request.settings}
+                records = sorted(self.records.values(), key=lambda r: r.name)
+                runner.submit(write_report, {**parameters, "scenes": records}).result()
+            ledger.end_run(run.name)
+            return self._end(run)
+
+    def _run(self, holder: Holder) -> Run:
+        """The run of this scan: one that was left, by another scan or by this one before; else a new one."""
+        out, job, ledger = self.request.job.outputs.dir, self.request.job.name, self.request.ledger
+        for name in ledger.open_runs():
+            if holder.take(f"run-{name}"):
+                get_run_logger().info("going on with run %s, which was left", name)
+                return Run(out, job, name, ledger.started(name))
+        started = now()
+        stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
+        run = Run(out, job, f"{stamp}-{str(self.run_id)[:8]}", started)
+        holder.take(f"run-{run.name}")
+        return run
+
+    def _refs(self, founds: Iterator[Found], run: Run) -> Iterator[SceneRef]:
+        """The scenes under names of their own; the run is begun with the first one."""
+        names = Names({record.name for record in self.records.values() if record.state == "done"})
+        for found in founds:
+            if not self.founds and not self.records:
+                self.request.ledger.begin_run(run.name, run.started)
+            ref = names.ref(found)
+            self.founds[ref.name] = found
+            yield ref
+
+    def _settle(self, record: SceneRecord, run: Run, holder: Holder) -> None:
+        """What became of a scene, for the next scans."""
+        scan, ledger = self.request.scan, self.request.ledger
+        found = self.founds.pop(record.name)
+        self.seconds += record.timings.get("predict", 0.0)
+        if record.state == "done":
+            if scan.lake.identity is Identity.content:
+                ledger.alias(replace(found, identity={"sha256": content_hash(found.uri)}), found)
+            ledger.finish(found, record, run.name)
+        else:
+            record = replace(record, may_pass=record.may_pass or may_pass(found))
+            self.quarantined += ledger.fail(found, record, run.name, scan.attempts)
+        self.records[record.name] = record
+        holder.give_back(found.digest)
+
+    def _end(self, run: Run) -> State[Any]:
+        records = self.records.values()
+        failed = [r for r in records if r.state == "failed"]
+        told = f"{len(records) - len(failed):,} done, {self.looked}; report: {run.report}"
+        if not failed:
+            return Completed(message=told)
+        named = [f"{r.name}: {r.error}" for r in failed[:FAILURES_TOLD]]
+        if len(failed) > FAILURES_TOLD:
+            named.append(f"and {len(failed) - FAILURES_TOLD} more")
+        where = (
+            f"{self.quarantined} of them in quarantine" if self.quarantined else "the next scan tries again"
+        )
+        return Failed(message=f"{len(failed)} failed, {where} ({'; '.join(named)}); {told}")

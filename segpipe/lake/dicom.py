@@ -1,0 +1,103 @@
+"""DICOM series in a folder tree; of the files only headers are read, and of these nothing on a patient."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from segpipe.errors import SceneError
+from segpipe.lake.config import Lake
+from segpipe.lake.files import UNFINISHED, local_folder, sorted_names
+from segpipe.lake.found import Found
+from segpipe.lake.naming import place_name
+from segpipe.sources.dicom_series import not_a_slice, read_header, series_of
+from segpipe.sources.kinds import (
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    RASTER_SUFFIXES,
+    SERIES,
+    series_label,
+)
+
+OTHER_SUFFIXES = (*RASTER_SUFFIXES, *PICTURE_SUFFIXES, *NIFTI_SUFFIXES, *UNFINISHED)
+"""Files that are not looked into."""
+
+Key = tuple[str, str]
+"""SeriesInstanceUID and FrameOfReferenceUID."""
+
+
+def list_dicom(lake: Lake) -> Iterator[Found]:
+    """The series of a tree, grouped by folder, SeriesInstanceUID and FrameOfReferenceUID.
+
+    A folder with one series is that folder as a scene; of several, each is the folder with ``#series=UID``.
+    Files that cannot be read belong to every series of their folder: opening it says which and why.
+
+    Raises:
+        RequestError: there is no such folder, or one below it cannot be listed.
+    """
+    root = local_folder(lake.location, "dicom")
+    yield from _below(root, "")
+
+
+def _below(root: Path, below: str) -> Iterator[Found]:
+    """Series of a folder (``""`` or ending in ``/``) and of those below it."""
+    names = list(sorted_names(root / below))
+    yield from _series(root, below, [n for n in names if not n.endswith("/")])
+    for name in names:
+        if name.endswith("/"):
+            yield from _below(root, below + name)
+
+
+def _series(root: Path, below: str, names: list[str]) -> Iterator[Found]:
+    """Series of the files directly in a folder."""
+    folder = root / below.rstrip("/")
+    groups, broken = _grouped(folder, names)
+    place = below.rstrip("/") or root.name
+    if len(groups) > 1:
+        several = [uid for uid, _ in groups]
+        for (uid, frame), files in sorted(groups.items()):
+            series = f"{uid}@{frame}" if several.count(uid) > 1 else uid
+            name = place_name(f"{place}/{series_label(series)}", ())
+            yield from _found(folder, name, f"{folder}{SERIES}{series}", files + broken)
+    elif groups or broken:
+        files = [name for group in groups.values() for name in group]
+        yield from _found(folder, place_name(place, ()), str(folder), files + broken)
+
+
+def _grouped(folder: Path, names: list[str]) -> tuple[dict[Key, list[str]], list[str]]:
+    """Files of images by series, and those that ought to be some and cannot be read."""
+    groups: dict[Key, list[str]] = {}
+    broken: list[str] = []
+    for name in names:
+        path = folder / name
+        if name.lower().endswith(OTHER_SUFFIXES) or not path.is_file():
+            continue
+        try:
+            header = read_header(path)
+            if header is not None and not not_a_slice(path, header):
+                groups.setdefault(series_of(header), []).append(name)
+        except SceneError:
+            broken.append(name)
+    return groups, broken
+
+
+def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[Found]:
+    """A series as a scene; none where its files have gone meanwhile."""
+    total, size, newest = hashlib.sha256(), 0, 0
+    for file in sorted(files):
+        try:
+            status = (folder / file).stat()
+        except FileNotFoundError:
+            return
+        total.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        size += status.st_size
+        newest = max(newest, status.st_mtime_ns)
+    yield Found(
+        name=name,
+        uri=uri,
+        identity={"count": len(files), "sha256": total.hexdigest()},
+        size=size,
+        modified=datetime.fromtimestamp(newest / 1e9, UTC),
+    )

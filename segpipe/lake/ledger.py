@@ -1,0 +1,181 @@
+"""What became of a lake's scenes: done, in quarantine, or tried; kept beside the results.
+
+``<out>/.lake/<scan>-<mark>/`` holds a small object for each scene, named by the scene with its content
+(`Found.digest`): ``done/``, ``quarantine/``, ``tries/``. The mark is a fingerprint of what is done with a
+scene: with another model or other regions every scene is new.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import obstore
+from obstore.store import ObjectStore
+from pydantic import TypeAdapter
+
+from segpipe.lake.found import Found
+from segpipe.report.record import SceneRecord
+from segpipe.store import join, open_store
+
+LAKE_FOLDER = ".lake"
+PAGE = 1000
+"""Objects asked for at once in a listing."""
+
+_SCENES = TypeAdapter(SceneRecord)
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A scene that is left alone until somebody releases it, or its content changes."""
+
+    digest: str
+    name: str
+    uri: str
+    reason: str
+    since: str
+    """ISO 8601."""
+    tries: int
+
+
+class Known:
+    """Digests that need no work, in a temporary file: memory does not follow the lake."""
+
+    def __init__(self, table: sqlite3.Connection) -> None:
+        self._table = table
+
+    def state(self, digest: str) -> str | None:
+        """``done``, ``quarantine``, or None for what is new."""
+        row = self._table.execute("SELECT state FROM known WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else str(row[0])
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The record of one scan's lake."""
+
+    out: str
+    name: str
+    """Of the scan, with the mark of what it does."""
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        """The ledger's folder."""
+        return open_store(join(self.out, LAKE_FOLDER, self.name))
+
+    @contextmanager
+    def known(self) -> Iterator[Known]:
+        """What needs no work, as the ledger is now."""
+        with closing(sqlite3.connect("")) as table:  # a temporary file that goes with the connection
+            table.execute("CREATE TABLE known (digest TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID")
+            for state in ("quarantine", "done"):
+                for page in obstore.list(self.objects, state, chunk_size=PAGE):
+                    rows = [(_stem(meta["path"]), state) for meta in page]
+                    table.executemany("INSERT OR REPLACE INTO known VALUES (?, ?)", rows)
+            yield Known(table)
+
+    def is_done(self, found: Found) -> bool:
+        """Whether a scene is done: asked again once its lease is held."""
+        return self._read(f"done/{found.digest}.json") is not None
+
+    def finish(self, found: Found, record: SceneRecord, run: str) -> None:
+        """A scene is done; what it failed of before is forgotten. Its record first, the receipt last."""
+        self._write(f"records/{run}/{found.digest}.json", _dump(record))
+        self._write(f"done/{found.digest}.json", {**_told(found), "run": run})
+        self._delete(f"tries/{found.digest}.json")
+
+    def alias(self, found: Found, same: Found) -> None:
+        """A scene that is done under another identity: the next scan need not look into it."""
+        self._write(f"done/{found.digest}.json", {**_told(found), "same": same.digest})
+
+    def fail(self, found: Found, record: SceneRecord, run: str, most: int) -> bool:
+        """A scene failed; it goes into quarantine if its cause does not pass or after ``most`` tries.
+
+        Returns:
+            Whether it is in quarantine now.
+        """
+        self._write(f"records/{run}/{found.digest}.json", _dump(record))
+        before = self._read(f"tries/{found.digest}.json") or {"tries": 0}
+        told = {**_told(found), "reason": record.error, "tries": before["tries"] + 1}
+        if record.may_pass and told["tries"] < most:
+            self._write(f"tries/{found.digest}.json", told)
+            return False
+        self._write(f"quarantine/{found.digest}.json", told)
+        self._delete(f"tries/{found.digest}.json")
+        return True
+
+    def quarantined(self) -> list[Quarantined]:
+        """The scenes in quarantine, by name."""
+        found = []
+        for page in obstore.list(self.objects, "quarantine", chunk_size=PAGE):
+            for meta in page:
+                told = self._read(meta["path"])
+                if told is not None:
+                    parts = (told["name"], told["uri"], told["reason"], told["at"], told["tries"])
+                    found.append(Quarantined(_stem(meta["path"]), *parts))
+        return sorted(found, key=lambda q: (q.name, q.digest))
+
+    def release(self, scene: Quarantined) -> None:
+        """Take a scene out of quarantine: the next scan tries it as if it were new."""
+        self._delete(f"quarantine/{scene.digest}.json")
+
+    def records(self, run: str) -> list[SceneRecord]:
+        """What became of an open run's scenes so far, by name."""
+        found = []
+        for page in obstore.list(self.objects, f"records/{run}", chunk_size=PAGE):
+            told = [self._read(meta["path"]) for meta in page]
+            found += [_SCENES.validate_python(record) for record in told if record is not None]
+        return sorted(found, key=lambda record: record.name)
+
+    def open_runs(self) -> list[str]:
+        """Runs that were begun and not ended, the oldest first."""
+        pages = obstore.list(self.objects, "open", chunk_size=PAGE)
+        return sorted(_stem(meta["path"]) for page in pages for meta in page)
+
+    def begin_run(self, run: str, started: str) -> None:
+        """A run is begun: until it has ended, the scan that finds it abandoned takes it on."""
+        self._write(f"open/{run}.json", {"started": started})
+
+    def started(self, run: str) -> str:
+        """When an open run was begun, ISO 8601."""
+        told = self._read(f"open/{run}.json")
+        return str(told["started"]) if told else ""
+
+    def end_run(self, run: str) -> None:
+        """A run has its report, which holds its records now."""
+        for page in obstore.list(self.objects, f"records/{run}", chunk_size=PAGE):
+            obstore.delete(self.objects, [meta["path"] for meta in page])
+        self._delete(f"open/{run}.json")
+
+    def _read(self, path: str) -> dict[str, Any] | None:
+        try:
+            told: dict[str, Any] = json.loads(bytes(obstore.get(self.objects, path).bytes()))
+        except FileNotFoundError:
+            return None
+        return told
+
+    def _write(self, path: str, told: dict[str, Any]) -> None:
+        obstore.put(self.objects, path, json.dumps(told, sort_keys=True).encode())
+
+    def _delete(self, path: str) -> None:
+        if self._read(path) is not None:
+            obstore.delete(self.objects, path)
+
+
+def _told(found: Found) -> dict[str, Any]:
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"name": found.name, "uri": found.uri, "identity": found.identity, "at": at}
+
+
+def _dump(record: SceneRecord) -> Any:
+    return _SCENES.dump_python(record, mode="json")
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[-1].removesuffix(".json")

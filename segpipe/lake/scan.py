@@ -1,0 +1,185 @@
+"""Which scenes of a lake one scan does: new, settled, nobody else's, within the limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from segpipe.config import Job, parse_memory
+from segpipe.errors import RequestError
+from segpipe.lake.config import Identity, Scan
+from segpipe.lake.content import content_hash
+from segpipe.lake.found import Found
+from segpipe.lake.lease import Holder
+from segpipe.lake.ledger import Known, Ledger
+from segpipe.lake.listing import list_lake
+from segpipe.models.card import Card
+from segpipe.report.markdown import plain_text
+from segpipe.report.units import byte_size
+from segpipe.request import check_job
+from segpipe.run import fingerprint
+from segpipe.settings import Settings
+from segpipe.sources.base import SceneRef
+from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.store import check_writable
+
+SHORT = 6
+"""Digits of the digest behind a name that another scene of the scan has."""
+WORDS = {
+    "new": "new",
+    "done": "done before",
+    "quarantine": "in quarantine",
+    "settling": "still settling",
+    "taken": "in another scan",
+}
+"""What a scan says of the scenes it saw, in this order."""
+
+
+@dataclass(frozen=True)
+class ScanRequest:
+    """A scan that can run."""
+
+    scan: Scan
+    job: Job
+    """Of its scenes, listed by where they are: the lake's location."""
+    settings: Settings
+    ledger: Ledger
+
+
+def check_scan(scan: Scan) -> ScanRequest:
+    """Refuse, now, whatever can be known to be wrong with a scan.
+
+    Raises:
+        RequestError: naming the field, what was found and what would be valid.
+    """
+    if scan.measure.groups:
+        raise RequestError("measure.groups: a scan's scenes are not known before; valid: leave it out")
+    job = scan.job([scan.lake.location])
+    settings, card = check_job(job)
+    check_writable(job.outputs.dir)
+    return ScanRequest(scan, job, settings, Ledger(job.outputs.dir, f"{scan.name}-{_mark(scan, card)}"))
+
+
+def _mark(scan: Scan, card: Card | None) -> str:
+    """Fingerprint of what is done with a scene: wherever it is done, and whatever lake it comes from."""
+    asked = scan.job(["any"]).model_dump()
+    asked["compute"] |= {"device": "auto", "threads": "auto", "batch": "auto"}
+    job = Job.model_validate({**asked, "description": ""})
+    return fingerprint(job, card, Settings("", "", "", 0, 0, False), [])
+
+
+@dataclass
+class Looked:
+    """What a scan saw so far."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """By the keys of `WORDS`."""
+    size: int = 0
+    """Bytes of the new ones."""
+    limit: str = ""
+    """The limit that ended the scan, and more may wait; empty: everything was seen."""
+
+    def __str__(self) -> str:
+        told = [f"{self.counts[key]:,} {words}" for key, words in WORDS.items() if self.counts[key]]
+        return ", ".join(told or ["no scenes"]) + (f"; {self.limit}, more may wait" if self.limit else "")
+
+
+def new_scenes(
+    scan: Scan, known: Known, looked: Looked, spent: Callable[[], float] = lambda: 0.0
+) -> Iterator[Found]:
+    """The scenes that no receipt stands for, as the lake lists them; leases are the caller's.
+
+    Args:
+        looked: counts what is seen.
+        spent: seconds of devices' work so far.
+    """
+    most, size, minutes = scan.limits.scenes, parse_memory(scan.limits.size), scan.limits.device_minutes
+    settled = datetime.now(UTC).timestamp() - scan.lake.settle_seconds
+    for found in list_lake(scan.lake):
+        state = known.state(found.digest)
+        if state is None and found.modified is not None and found.modified.timestamp() > settled:
+            state = "settling"
+        if state is not None:
+            looked.counts[state] += 1
+            continue
+        for reached, what in (
+            (looked.counts["new"] >= most, f"limits.scenes of {most} reached"),
+            (looked.size + found.size > size, f"limits.size of {scan.limits.size} reached"),
+            (minutes and spent() >= 60 * minutes, f"limits.device_minutes of {minutes:g} reached"),
+        ):
+            if reached:
+                looked.limit = what
+                return
+        looked.counts["new"] += 1
+        looked.size += found.size
+        yield found
+
+
+def take_scenes(
+    scan: Scan, ledger: Ledger, holder: Holder, founds: Iterator[Found], known: Known, looked: Looked
+) -> Iterator[Found]:
+    """Of new scenes those that this scan has leased; each is done once though two scans overlap."""
+    for found in founds:
+        if not holder.take(found.digest):
+            _not_ours(looked, found, "taken")
+            continue
+        if ledger.is_done(found):  # by another scan, since the ledger was read
+            holder.give_back(found.digest)
+            _not_ours(looked, found, "done")
+            continue
+        if scan.lake.identity is Identity.content:
+            same = replace(found, identity={"sha256": content_hash(found.uri)})
+            if known.state(same.digest) == "done" or ledger.is_done(same):
+                ledger.alias(found, same)
+                holder.give_back(found.digest)
+                _not_ours(looked, found, "done")
+                continue
+        yield found
+
+
+def _not_ours(looked: Looked, found: Found, state: str) -> None:
+    looked.counts["new"] -= 1
+    looked.counts[state] += 1
+    looked.size -= found.size
+
+
+class Names:
+    """Names of a run's scenes: a second scene of a name gets a part of its digest."""
+
+    def __init__(self, taken: set[str]) -> None:
+        self._taken = {name.casefold() for name in taken}
+
+    def ref(self, found: Found) -> SceneRef:
+        """The scene under a name of its own."""
+        name = found.name
+        if name.casefold() in self._taken:
+            name = f"{name}-{found.digest[:SHORT]}"
+        self._taken.add(name.casefold())
+        return SceneRef(name, found.uri)
+
+
+def may_pass(found: Found) -> bool:
+    """Whether a scene that failed may do better another time: it has gone, or its store does not answer.
+
+    What cannot be read though it is there is damaged.
+    """
+    parts = [part.partition("#")[0] for part in found.uri.removeprefix("stack:").split("|")]
+    return any(
+        remote_identity(part)[1] is not None if is_remote(part) else not Path(part).exists() for part in parts
+    )
+
+
+def dry_run_markdown(scan: Scan, looked: Looked, shown: Sequence[Found]) -> str:
+    """What a dry run says in the UI: the counts, and the first new scenes."""
+    lines = [f"# {plain_text(scan.name)}: what a scan would do", "", f"{plain_text(str(looked))}.", ""]
+    if shown:
+        lines += [f"{byte_size(looked.size)} to read.", "", "| Scene | Size | Where |", "| --- | --- | --- |"]
+        for found in shown:
+            size = byte_size(found.size) if found.size else ""
+            lines.append(f"| {plain_text(found.name)} | {size} | {plain_text(found.uri)} |")
+    if looked.counts["new"] > len(shown):
+        lines += ["", f"and {looked.counts['new'] - len(shown):,} more"]
+    return "\n".join(lines)

@@ -1,0 +1,249 @@
+"""Scenes of a STAC catalogue or API: items that pass a filter, by their assets."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pystac import Item, STACError, STACTypeError
+from pystac_client import Client
+from pystac_client.exceptions import APIError
+from pystac_client.stac_api_io import StacApiIO
+
+from segpipe.errors import RequestError
+from segpipe.lake.config import Lake, StacFilter
+from segpipe.lake.files import STORES
+from segpipe.lake.found import Found
+from segpipe.lake.stac_scene import NoSceneError, absolute, item_scene
+from segpipe.sources.common import reason
+from segpipe.sources.remote import is_remote
+
+TIMEOUT = 60.0
+"""Seconds after which a server that says nothing ends the scan."""
+PAGE = 250
+"""Items asked for at once."""
+
+STAC_ERRORS = (
+    STACError, STACTypeError, APIError, OSError, ValueError, KeyError, TypeError, AttributeError,
+)  # fmt: skip
+"""What pystac and pystac-client raise at servers and files that are not as the standard says."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Seen:
+    """What has gone by, for what can be said at the end only."""
+
+    collections: set[str] = field(default_factory=set)
+    """Those of the filter that are there."""
+    items: int = 0
+    """That pass the filter."""
+    without: list[str] = field(default_factory=list)
+    """Why the first of the items without the assets is no scene."""
+    left_out: int = 0
+
+
+def list_stac(lake: Lake) -> Iterator[Found]:
+    """The items of a catalogue, collection, item collection or API that pass the lake's filter.
+
+    A static catalogue is walked link by link, an API is searched page by page; nothing is kept. Items without
+    the assets that are asked for are no scenes, and are counted in the log.
+
+    Raises:
+        RequestError: the location is no STAC or does not answer; there is no such collection; of all items
+            that pass none has the assets.
+    """
+    want, seen = lake.stac, _Seen()
+    place = lake.location.removeprefix("file://")
+    place = place if is_remote(place) else str(Path(place).expanduser().absolute())
+    for item in _items(place, want, seen):
+        if item.collection_id in want.collections:
+            seen.collections.add(item.collection_id)
+        if not _passes(item, want):
+            continue
+        seen.items += 1
+        try:
+            yield item_scene(item, want.assets, with_collection=len(want.collections) != 1)
+        except NoSceneError as error:
+            seen.left_out += 1
+            seen.without = seen.without or [str(error)]
+    missing = [c for c in want.collections if c not in seen.collections]
+    if missing:
+        raise RequestError(f"lake.stac.collections: {', '.join(missing)}: {place} has no such collection")
+    if seen.left_out and seen.left_out == seen.items:
+        raise RequestError(f"lake.stac.assets: none of {seen.items} items is a scene; {seen.without[0]}")
+    if seen.left_out:
+        logger.warning(
+            "%s: %d of %d items are no scenes; %s", place, seen.left_out, seen.items, *seen.without
+        )
+
+
+def _items(place: str, want: StacFilter, seen: _Seen) -> Iterator[Item]:
+    """Items of whatever the location is.
+
+    Raises:
+        RequestError: it is nothing of STAC.
+    """
+    io = StacApiIO(timeout=TIMEOUT)
+    top = _read(io, place)
+    links = top.get("links") or []
+    if "conformsTo" in top and any(link.get("rel") == "search" for link in links):
+        yield from _searched(place, top, want, seen)
+    elif top.get("type") == "FeatureCollection":
+        for feature in top.get("features") or []:
+            yield _item(feature, place)
+    elif top.get("type") == "Feature":
+        yield _item(top, place)
+    elif top.get("type") in ("Catalog", "Collection") or "stac_version" in top:
+        if any(link.get("rel") == "items" for link in links):
+            raise RequestError(
+                f"lake.location: {place}: a collection of an API; give the API's own address, and the "
+                "collection's id as lake.stac.collections"
+            )
+        yield from _walked(io, place, top, want, seen, {place})
+    else:
+        raise RequestError(
+            f"lake.location: {place}: is no STAC; valid: a catalogue, collection, item or item collection as "
+            "a JSON file or URL, or the address of a STAC API"
+        )
+
+
+def _walked(
+    io: StacApiIO, place: str, top: dict[str, Any], want: StacFilter, seen: _Seen, visited: set[str]
+) -> Iterator[Item]:
+    """Items below a static catalogue, each read when it is its turn."""
+    collection = top.get("id") if top.get("type") == "Collection" else None
+    if collection in want.collections:
+        seen.collections.add(str(collection))
+    # The standard: an item's collection is the one whose link it is.
+    skipped = bool(collection and want.collections and collection not in want.collections)
+    for link in top.get("links") or []:
+        rel, href = link.get("rel"), absolute(str(link.get("href")), place)
+        if rel == "item" and not skipped:
+            yield _item(_read(io, href), href)
+        elif rel == "child" and href not in visited:
+            visited.add(href)
+            yield from _walked(io, href, _read(io, href), want, seen, visited)
+
+
+def _searched(place: str, top: dict[str, Any], want: StacFilter, seen: _Seen) -> Iterator[Item]:
+    """Items that an API finds, page by page.
+
+    Clouds are no part of the search: servers would leave out the items that do not say.
+    """
+    methods = {link.get("method", "GET") for link in top["links"] if link.get("rel") == "search"}
+    begin, end = _aware(want.begin), _aware(want.end)
+    try:
+        client = Client.open(place, timeout=TIMEOUT)
+        _require_collections(client, place, want, seen)
+        search = client.search(
+            method="POST" if "POST" in methods else "GET",
+            collections=want.collections or None,
+            bbox=want.bbox or None,
+            datetime=(begin, end) if begin or end else None,
+            limit=PAGE,
+        )
+        for feature in search.items_as_dicts():
+            own = (str(link.get("href")) for link in feature.get("links", []) if link.get("rel") == "self")
+            yield _item(feature, next(own, place))
+    except STAC_ERRORS as error:
+        raise RequestError(f"lake.location: {place}: the search fails: {reason(error)[:200]}") from error
+
+
+def _require_collections(client: Client, place: str, want: StacFilter, seen: _Seen) -> None:
+    """Refuse ids of collections that an API does not have, before it searches."""
+    if not want.collections:
+        return
+    known = {collection.id for collection in client.get_collections()}
+    seen.collections |= known & set(want.collections)
+    missing = [c for c in want.collections if c not in known]
+    if missing:
+        some = ", ".join(sorted(known)[:10]) or "none"
+        raise RequestError(
+            f"lake.stac.collections: {', '.join(missing)}: {place} has no such collection; it has {some}"
+        )
+
+
+def _passes(item: Item, want: StacFilter) -> bool:
+    """Whether an item is wanted, whoever has filtered before."""
+    if want.collections and item.collection_id not in want.collections:
+        return False
+    if want.bbox and not (item.bbox and _overlap(item.bbox, want.bbox)):
+        return False
+    cloud = item.properties.get("eo:cloud_cover")
+    if cloud is not None and float(cloud) > want.cloud_cover:
+        return False
+    begin, end = _aware(want.begin), _aware(want.end)
+    if begin is None and end is None:
+        return True
+    common = item.common_metadata
+    first = _aware(common.start_datetime or item.datetime)
+    last = _aware(common.end_datetime or item.datetime)
+    if first is None or last is None:
+        return False
+    return (end is None or first <= end) and (begin is None or last >= begin)
+
+
+def _overlap(box: list[float], other: list[float]) -> bool:
+    """Whether two boxes in degrees meet; west > east goes across the antimeridian."""
+    south, north = (box[1], box[4]) if len(box) == 6 else (box[1], box[3])
+    if south > other[3] or north < other[1]:
+        return False
+    east = box[3] if len(box) == 6 else box[2]
+    return any(w <= b and e >= a for w, e in _spans(box[0], east) for a, b in _spans(other[0], other[2]))
+
+
+def _spans(west: float, east: float) -> list[tuple[float, float]]:
+    return [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
+
+
+def _aware(time: datetime | None) -> datetime | None:
+    """A time with a zone; without one it is UTC."""
+    return time if time is None or time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _item(data: dict[str, Any], place: str) -> Item:
+    """An item, with its address, so that the hrefs of its assets can be resolved.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        return Item.from_dict(data, href=place, preserve_dict=False)
+    except STAC_ERRORS as error:
+        raise RequestError(
+            f"lake.location: {place}: item {data.get('id')!r} is damaged: {reason(error)[:200]}"
+        ) from error
+
+
+def _read(io: StacApiIO, href: str) -> dict[str, Any]:
+    """A JSON object from a file, URL or object store.
+
+    Raises:
+        RequestError: it cannot be read, or is none.
+    """
+    try:
+        data = json.loads(_stored(href) if href.startswith(STORES) else io.read_text(href))
+    except STAC_ERRORS as error:
+        raise RequestError(f"lake.location: {href}: cannot be read as STAC: {reason(error)[:200]}") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"lake.location: {href}: is no STAC; expected a JSON object")
+    return data
+
+
+def _stored(href: str) -> bytes:
+    from obstore import get
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    folder, _, name = href.rpartition("/")
+    try:
+        return bytes(get(from_url(folder), name).bytes())
+    except BaseError as error:
+        raise OSError(str(error).splitlines()[0]) from error

@@ -1,0 +1,30 @@
+"""Whole runs of models, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segpipe.config import load_job
+from segpipe.deliver import attempts_of, done_record, export_scene
+from segpipe.measure import measure_scene
+from segpipe.report.record import RunRecord
+from segpipe.request import check_request
+from segpipe.run import Run, finish_run, open_run
+from segpipe.scene import create_stages, prepare_scene
+from segpipe.steps import finish_labels, predict_blocks
+
+
+def finish(job_file: Path) -> tuple[Run, RunRecord]:
+    """Every step of a job as the tasks take it."""
+    job = load_job(job_file)
+    request = check_request(job)
+    run, _ = open_run(job, request.mark)
+    records = []
+    for ref in request.scenes:
+        scene = create_stages(prepare_scene(job, ref, request.settings))
+        predict_blocks(scene, list(scene.plan.blocks.indices()), run.name)
+        finish_labels(scene)
+        measured, done = measure_scene(scene, run.name)
+        files = export_scene(scene, measured, run)
+        records.append(done_record(scene, measured, files, {"measure": done}, attempts_of(scene)))
+    return run, finish_run(run, job, request.settings, records)

@@ -1,0 +1,378 @@
+"""What an operator does in the browser: fill in the form, watch, pause, cancel, retry, read the report.
+
+Pictures of each step go to the folder SEGPIPE_SHOTS, where it is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import pytest
+import yaml
+from playwright.sync_api import Locator, Page, sync_playwright
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import Artifact, FlowRun
+from prefect.exceptions import ObjectNotFound
+
+from tests.flows.conftest import wait_until
+
+pytestmark = pytest.mark.slow
+BLOCKS = 32
+WORK = 300
+"""Slowness of the model: a block takes about half a second."""
+SECONDS = 300.0
+"""Until a test gives up: for machines that do other things too."""
+
+
+@pytest.fixture(scope="module")
+def served(flow_server: str, flow_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`segpipe serve` on the server of these tests; where the UI is."""
+    address = urlsplit(flow_server)
+    environment = {**os.environ, "PREFECT_API_URL": flow_server, "PREFECT_HOME": str(flow_home)}
+    command = [sys.executable, "-m", "segpipe.cli", "serve", "--host", str(address.hostname)]
+    with (tmp_path_factory.mktemp("serve") / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(address.port)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        try:
+            yield f"http://{address.netloc}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def page(served: str) -> Iterator[Page]:
+    """A page of a real browser."""
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        pytest.skip("no chromium here: install the Debian package chromium")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        page = browser.new_page(viewport={"width": 1300, "height": 1100})
+        page.set_default_timeout(SECONDS * 1000)
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def shot(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """``shot("1-form")``: a picture of the page as it is."""
+    folder = Path(os.environ.get("SEGPIPE_SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def take(name: str) -> None:
+        page.wait_for_timeout(1000)  # transitions of the UI
+        page.screenshot(path=folder / f"{name}.png")
+
+    return take
+
+
+class Form:
+    """The parameters of a deployment, filled in by clicks and typing."""
+
+    def __init__(self, page: Page, base: str, deployment: UUID) -> None:
+        self.page = page
+        page.goto(f"{base}/v2/deployments/deployment/{deployment}/run")
+        self.field("Name").wait_for()
+
+    def field(self, label: str) -> Locator:
+        """The first box of this label."""
+        return self.page.get_by_label(f"{label} (Optional)", exact=True).first
+
+    def fill(self, label: str, value: str) -> None:
+        self.field(label).fill(value)
+
+    def items(self, which: int, values: list[str]) -> None:
+        """Fill in the list of this number, of those on the page; lists before it are filled."""
+        handles = self.page.get_by_role("button", name="Drag to reorder")
+        for value in values:
+            before = handles.count()
+            self.page.get_by_role("button", name="Add item").nth(which).click()
+            handles.nth(before).wait_for()
+            handles.nth(before).locator("xpath=following::*[self::input or self::textarea][1]").fill(value)
+
+    def clear(self) -> None:
+        """Empty all lists: the form comes filled in with an example."""
+        handles = self.page.get_by_role("button", name="Drag to reorder")
+        while (number := handles.count()) > 0:
+            handles.first.locator("xpath=following::button[contains(., 'Open menu')][1]").click()
+            self.page.get_by_role("menuitem", name=re.compile("^(Delete|Remove)")).click()
+            self.page.wait_for_function(
+                "n => document.querySelectorAll('button[aria-label=\"Drag to reorder\"]').length < n",
+                arg=number,
+            )
+
+    def submit(self) -> None:
+        self.page.get_by_role("button", name="Submit").click()
+
+    def refused(self) -> str:
+        """What the page says against it, in the notification."""
+        note = self.page.get_by_role("region", name=re.compile("Notifications")).get_by_role("listitem")
+        note.first.wait_for()
+        return str(note.first.inner_text())
+
+    def menu(self, item: str) -> None:
+        """Of all parameters."""
+        self.page.get_by_role("button", name="Open menu").first.click()
+        self.page.get_by_role("menuitem", name=item).click()
+
+
+def receipts(out: Path) -> dict[str, dict[str, Any]]:
+    """Receipts of predicted blocks, by stage and block; a finished scene's are one object."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in out.glob(".store/predict-*/receipts-*/*.json"):
+        try:
+            found[f"{path.parts[-3]}/{path.stem}"] = json.loads(path.read_bytes())
+        except FileNotFoundError:  # compacted meanwhile
+            continue
+    for path in out.glob(".store/predict-*/receipts-*.json"):
+        found |= {f"{path.parts[-2]}/{block}": r for block, r in json.loads(path.read_bytes()).items()}
+    return found
+
+
+def artifacts(client: SyncPrefectClient, run: UUID, kind: str) -> list[Artifact]:
+    mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+    return [a for a in client.read_artifacts(artifact_filter=mine) if a.type == kind]
+
+
+def run_when(client: SyncPrefectClient, run: UUID, *names: str) -> FlowRun:
+    """The flow run as soon as its state has one of these names."""
+
+    def look() -> FlowRun | None:
+        found = client.read_flow_run(run)
+        return found if found.state is not None and found.state.name in names else None
+
+    found: FlowRun = wait_until(look, SECONDS, f"{' or '.join(names)} of {run}")
+    return found
+
+
+def act(page: Page, base: str, run: UUID, item: str) -> None:
+    """Open a run's page, choose from its menu, and confirm what is asked."""
+    page.goto(f"{base}/v2/runs/flow-run/{run}")
+    page.get_by_role("button", name="Open menu").first.click()
+    page.get_by_role("menuitem", name=item, exact=True).click()
+    page.get_by_role("dialog").or_(page.get_by_role("alertdialog")).wait_for()
+
+
+@pytest.fixture
+def deployment(served: str, on_server: SyncPrefectClient) -> UUID:
+    """Of the segment flow."""
+
+    def look() -> UUID | None:
+        try:
+            return on_server.read_deployment_by_name("segment/segment").id
+        except ObjectNotFound:
+            return None
+
+    found: UUID = wait_until(look, SECONDS, "the deployment")
+    return found
+
+
+def filled(form: Form, name: str, out: Path, scenes: Path, model: Path) -> None:
+    """A job of two scenes of sixteen blocks."""
+    form.clear()
+    form.fill("Name", name)
+    form.items(0, [str(scenes / "scene_0.tif"), str(scenes / "scene_1.tif")])
+    form.fill("Model", str(model))
+    form.items(1, ["near", "far"])
+    form.fill("Dir", str(out))
+    form.fill("Block", "64")
+    form.fill("Device", "cpu")
+    form.fill("Batch", "2")
+    form.fill("Threads", "1")
+    form.fill("Batch Minutes", "0.04")
+
+
+def test_wrong_values_are_refused(
+    page: Page,
+    served: str,
+    deployment: UUID,
+    on_server: SyncPrefectClient,
+    shot: Callable[[str], None],
+    flow_scenes: Path,
+    flow_models: Callable[[int], Path],
+    tmp_path: Path,
+) -> None:
+    before = {run.id for run in on_server.read_flow_runs()}
+    form = Form(page, served, deployment)
+    shot("1-form")
+    form.clear()
+    form.submit()
+    refused = form.refused()
+    assert "scenes" in refused
+    print(refused)
+    shot("2-form-without-scenes")
+    form = Form(page, served, deployment)
+    form.menu("Use JSON Input")
+    editor = page.locator(".cm-content").first
+    editor.wait_for()
+    asked = {"job": {"scenes": ["a.tif"], "model": "m.yaml", "windows": "512"}}
+    editor.fill(json.dumps(asked))
+    form.submit()
+    refused = form.refused()
+    assert "windows" in refused
+    shot("3-form-unknown-key")
+    print(refused)
+    assert {run.id for run in on_server.read_flow_runs()} == before
+
+    # a pattern is nothing that the server checks: the run says it, in its state
+    form = Form(page, served, deployment)
+    filled(form, "wrong", tmp_path, flow_scenes, flow_models(0))
+    form.fill("Window", "512y")
+    form.submit()
+    [run] = wait_until(
+        lambda: {run.id for run in on_server.read_flow_runs()} - before, SECONDS, "the flow run"
+    )
+    state = run_when(on_server, run, "Failed").state
+    assert state is not None
+    print(state.message)
+    assert "tiling.window" in str(state.message)
+    page.goto(f"{served}/v2/runs/flow-run/{run}")
+    shot("4-run-wrong-window")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_the_form_to_the_report(
+    page: Page,
+    served: str,
+    deployment: UUID,
+    on_server: SyncPrefectClient,
+    shot: Callable[[str], None],
+    flow_scenes: Path,
+    flow_models: Callable[[int], Path],
+    tmp_path: Path,
+) -> None:
+    """Submitted by the form, paused, resumed, cancelled and retried; nothing is computed twice."""
+    out = tmp_path / "out"
+    before = {run.id for run in on_server.read_flow_runs()}
+    form = Form(page, served, deployment)
+    filled(form, "operator", out, flow_scenes, flow_models(WORK))
+    shot("5-form-filled")
+    form.submit()
+    [run] = wait_until(
+        lambda: {run.id for run in on_server.read_flow_runs()} - before, SECONDS, "the flow run"
+    )
+    run_when(on_server, run, "Running")
+    wait_until(lambda: len(receipts(out)) >= 2, SECONDS, "two blocks")
+
+    # progress moves, in the browser
+    progress = wait_until(lambda: artifacts(on_server, run, "progress"), SECONDS, "the progress")[0]
+    page.goto(f"{served}/v2/artifacts/artifact/{progress.id}")
+    seen = shown(page, served, progress.id)
+    shot("6-progress")
+    moved = wait_until(lambda: (now := shown(page, served, progress.id)) > seen and now, SECONDS, "progress")
+    print(f"progress in the browser: {seen} %, then {moved} %")
+    page.goto(f"{served}/v2/runs/flow-run/{run}")
+    shot("7-run")
+
+    # cancel
+    act(page, served, run, "Cancel")
+    shot("8-cancel")
+    page.get_by_role("button", name="Cancel Flow Run").click()
+    clicked = time.time()
+    run_when(on_server, run, "Cancelled")
+    ended = time.time() - clicked
+    time.sleep(3)
+    kept = receipts(out)
+    last = max(r["time"] for r in kept.values()) - clicked
+    print(f"cancelled: last receipt {last:.1f} s after the click, state Cancelled after {ended:.1f} s")
+    assert 2 <= len(kept) < BLOCKS
+    assert last < 60
+    page.reload()
+    shot("9-cancelled")
+
+    # retry
+    act(page, served, run, "Retry")
+    shot("10-retry")
+    page.get_by_role("button", name=re.compile("Retry")).last.click()
+    run_when(on_server, run, "Completed")
+    after = receipts(out)
+    assert len(after) == BLOCKS
+    assert {block: after[block] for block in kept} == kept  # with their times: not computed again
+    print(f"retry: {len(kept)} blocks kept, {BLOCKS - len(kept)} computed")
+    page.goto(f"{served}/v2/runs/flow-run/{run}")
+    shot("11-completed")
+
+    # the report and its pictures
+    [report] = [a for a in artifacts(on_server, run, "markdown") if a.key == "operator-report"]
+    page.goto(f"{served}/v2/artifacts/artifact/{report.id}")
+    pictures = page.locator("main img[src^='data:image/jpeg']")
+    pictures.first.wait_for()
+    shot("12-report")
+    sizes = [pictures.nth(i).evaluate("e => [e.naturalWidth, e.naturalHeight]") for i in range(2)]
+    assert all(min(size) > 50 for size in sizes), sizes
+    page.get_by_role("tab", name="Raw").wait_for()
+    [scenes] = [a for a in artifacts(on_server, run, "markdown") if a.key is None][-1:]
+    page.goto(f"{served}/v2/artifacts/artifact/{scenes.id}")
+    page.get_by_role("row", name=re.compile("scene_1.*done")).wait_for()
+    shot("13-scenes")
+
+
+def shown(page: Page, base: str, artifact: UUID) -> float:
+    """Per cent on the page of a progress artifact."""
+    page.goto(f"{base}/v2/artifacts/artifact/{artifact}")
+    bar = page.get_by_test_id("progress-display")
+    bar.wait_for()
+    return float(str(bar.inner_text()).removeprefix("Progress: ").rstrip("%"))
+
+
+def test_a_run_paused_in_the_browser_goes_on(
+    page: Page,
+    served: str,
+    deployment: UUID,
+    on_server: SyncPrefectClient,
+    shot: Callable[[str], None],
+    flow_job: Callable[..., Path],
+    flow_scenes: Path,
+) -> None:
+    """The UI's Pause suspends: the process ends, and when it is resumed another goes on."""
+    job = yaml.safe_load(flow_job("halted", work=WORK).read_text())
+    out = Path(job["outputs"]["dir"])
+    job["tiling"]["block"] = str(job["tiling"]["block"])
+    job["compute"] |= {"threads": "1", "batch": "2"}
+    run = on_server.create_flow_run_from_deployment(deployment, parameters={"job": job}).id
+    run_when(on_server, run, "Running")
+    wait_until(lambda: len(receipts(out)) >= 2, SECONDS, "two blocks")
+    act(page, served, run, "Pause")
+    shot("14-pause")
+    page.get_by_role("button", name="Pause Flow Run").click()
+    clicked = time.time()
+    run_when(on_server, run, "Suspended")
+
+    def still() -> dict[str, Any] | None:
+        found = receipts(out)
+        time.sleep(6)
+        return found if receipts(out) == found else None
+
+    kept = wait_until(still, 60, "no new receipts")
+    last = max(r["time"] for r in kept.values()) - clicked
+    print(f"paused: last receipt {last:.1f} s after the click; {len(kept)} of {BLOCKS} blocks")
+    assert len(kept) < BLOCKS
+    page.reload()
+    shot("15-paused")
+    act(page, served, run, "Resume")
+    page.get_by_role("button", name="Resume", exact=True).click()
+    run_when(on_server, run, "Completed")
+    after = receipts(out)
+    assert len(after) == BLOCKS
+    assert {block: after[block] for block in kept} == kept
