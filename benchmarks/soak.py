@@ -209,9 +209,7 @@ class Soak:
             print(f"  {name:<12} {third(samples, 0):7.0f} {third(samples, 2):7.0f}")
         flows = sorted(peak for peak in self.peaks.values() if peak[1] > 400)
         if flows:
-            print(
-                f"  flow runs    {third(flows, 0):7.0f} {third(flows, 2):7.0f}   (peaks of {len(flows)})"
-            )
+            print(f"  flow runs    {third(flows, 0):7.0f} {third(flows, 2):7.0f}   (peaks of {len(flows)})")
 
 
 def third(samples: list[tuple[float, float]], which: int) -> float:

@@ -10,6 +10,7 @@ from threading import BoundedSemaphore, Event
 from typing import Any, TypeVar
 
 from prefect import Task, get_run_logger
+from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
@@ -191,12 +192,16 @@ class Dispatch:
         failed = Event()
 
         def ended(future: PrefectFuture[Any]) -> None:
-            future.wait()  # it has ended: this only takes its state
-            if not future.state.is_completed():
+            try:
+                future.wait()  # it has ended: this only takes its state
+                if not future.state.is_completed():
+                    failed.set()
+                elif isinstance(done := future.result(), Done):
+                    self.pace.note(done)
+            except Pause:  # the flow run was suspended
                 failed.set()
-            elif isinstance(done := future.result(), Done):
-                self.pace.note(done)
-            self.places.release()
+            finally:
+                self.places.release()
 
         for number, batch in enumerate(parameters, start=1):
             self.take_place()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 
 from flows.dispatch import Dispatch, ahead
@@ -85,12 +86,16 @@ class Packs:
         begun = time.monotonic()
 
         def ended(future: PrefectFuture[Any]) -> None:
-            future.wait()  # it has ended: this only takes its state
-            if future.state.is_completed():
-                self._seconds += time.monotonic() - begun
-                self._scenes += len(refs)
-                self._largest = max(self._largest, len(refs))
-            dispatch.places.release()
+            try:
+                future.wait()  # it has ended: this only takes its state
+                if future.state.is_completed():
+                    self._seconds += time.monotonic() - begun
+                    self._scenes += len(refs)
+                    self._largest = max(self._largest, len(refs))
+            except Pause:  # the flow run was suspended
+                pass
+            finally:
+                dispatch.places.release()
 
         future.add_done_callback(ended)
         return _Pack(refs, future)

@@ -9,10 +9,18 @@ from prefect.states import Failed
 
 from flows.names import run_name
 from flows.segment import carry_out, stop_workers
+from segpipe.errors import RequestError
 from segpipe.prompts.question import Question
+from segpipe.validate import as_request
 
 
-@flow(name="prompt", flow_run_name=run_name, on_cancellation=[stop_workers], on_crashed=[stop_workers])
+@flow(
+    name="prompt",
+    flow_run_name=run_name,
+    validate_parameters=False,
+    on_cancellation=[stop_workers],
+    on_crashed=[stop_workers],
+)
 def prompt(question: Question) -> State[Any]:
     """Ask a promptable model for objects over scenes of any size, and report them by phrase and region.
 
@@ -23,6 +31,10 @@ def prompt(question: Question) -> State[Any]:
     Args:
         question: Which scenes, which promptable model, and under "prompts" what to ask.
     """
+    try:
+        question = as_request(Question, question, "question")
+    except RequestError as error:
+        return Failed(message=str(error))
     if not question.prompts.asked:
         return Failed(message="prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`")
     return carry_out(question.job)

@@ -37,6 +37,7 @@ from segpipe.lake.scan import (
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run, now
 from segpipe.sources import SceneRef
+from segpipe.validate import as_request
 from tasks.events import tell_scene
 from tasks.report import write_report
 
@@ -48,6 +49,7 @@ FAILURES_TOLD = 5
 @flow(
     name="scan",
     flow_run_name=run_name,
+    validate_parameters=False,
     on_cancellation=[stop_workers],
     on_crashed=[stop_workers],
 )
@@ -62,6 +64,7 @@ def scan(scan: Scan) -> State[Any]:
         scan: Which lake, which model, how much at once. Required: lake and model.
     """
     try:
+        scan = as_request(Scan, scan, "scan")
         request = check_scan(scan)
         if scan.dry_run:
             return _dry_run(request)

@@ -17,11 +17,12 @@ from flows.packs import Packs
 from flows.runners import check_cluster, task_runner
 from flows.watch import Watch
 from segpipe.config import Job, Outputs
-from segpipe.errors import SegpipeError, StoppedError
+from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.report.record import RunRecord, SceneRecord
 from segpipe.request import check_request
 from segpipe.run import Run, open_run
-from segpipe.store import request_stop
+from segpipe.store import forget_stop, request_stop
+from segpipe.validate import as_request
 from tasks.events import tell_scene
 from tasks.report import write_report
 
@@ -36,7 +37,13 @@ def stop_workers(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
     request_stop(outputs.dir, attempt_name(flow_run.id, flow_run.run_count))
 
 
-@flow(name="segment", flow_run_name=run_name, on_cancellation=[stop_workers], on_crashed=[stop_workers])
+@flow(
+    name="segment",
+    flow_run_name=run_name,
+    validate_parameters=False,  # `as_request` tells a mistake in one line
+    on_cancellation=[stop_workers],
+    on_crashed=[stop_workers],
+)
 def segment(job: Job) -> State[Any]:
     """Segment scenes and report areas, volumes and overlap per region.
 
@@ -47,7 +54,10 @@ def segment(job: Job) -> State[Any]:
     Args:
         job: Which scenes, which model, what to report. Required: scenes, and a model or labels.
     """
-    return carry_out(job)
+    try:
+        return carry_out(as_request(Job, job, "job"))
+    except RequestError as error:
+        return Failed(message=str(error))
 
 
 def carry_out(job: Job) -> State[Any]:
@@ -91,6 +101,7 @@ def stop_on_error(out: str, name: str) -> Iterator[str]:
 
     Inside the runner's own block: it waits for what is in flight when it is left.
     """
+    forget_stop(out, name)
     with ExitStack() as unless_done:
         unless_done.callback(request_stop, out, name)
         yield name

@@ -264,6 +264,19 @@ def compare(
 
 
 @app.command()
+def check(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
+    """Hold every file of a run against the manifest: size and SHA-256. Exit code 1: some differ."""
+    from segpipe.export.manifest import check_manifest
+
+    wrong = check_manifest(run_folder)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+    print("every file is as it was written")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a job file, for editors."""
     from segpipe.config import Job

@@ -296,13 +296,6 @@ class Job(Strict):
     name: NameField = "segment"
     scenes: ScenesField
     model: Text = Field("", description="Model card (YAML).")
-    bands: BandsField = Field(default_factory=list)
-    regions: RegionsField = None
-    reference: ReferenceField = None
-    outputs: OutputsField = Field(default_factory=Outputs)
-    description: DescriptionField = ""
-    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
-    compute: ComputeField = Field(default_factory=Compute)
     labels: Text = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
@@ -312,6 +305,13 @@ class Job(Strict):
         description="Classes of `labels`: a CSV or YAML file with value, name (, color, background); "
         "empty: the values that are found, there or in the reference.",
     )
+    bands: BandsField = Field(default_factory=list)
+    regions: RegionsField = None
+    reference: ReferenceField = None
+    outputs: OutputsField = Field(default_factory=Outputs)
+    description: DescriptionField = ""
+    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
+    compute: ComputeField = Field(default_factory=Compute)
     measure: MeasureField = Field(default_factory=Measure)
     prompts: PromptOptions = Field(
         default_factory=PromptOptions, description="What a promptable model is asked."

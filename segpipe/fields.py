@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -21,7 +21,17 @@ Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
 
 
+_WORDS = {"crs": "CRS", "iou": "IoU", "tta": "Test-time augmentation", "dir": "Folder"}
+
+
+def _titled(schema: dict[str, Any]) -> None:
+    """A form shows the name of a field, where it would show its type's."""
+    for name, node in schema.get("properties", {}).items():
+        text = " ".join(_WORDS.get(word, word) for word in name.split("_"))
+        node["title"] = text[:1].upper() + text[1:]
+
+
 class Strict(BaseModel):
     """Unknown keys are mistakes; values don't change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False, json_schema_extra=_titled)

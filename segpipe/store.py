@@ -356,6 +356,12 @@ def request_stop(out: str, run: str) -> None:
     obstore.put(_stops(out), run, b"")
 
 
+def forget_stop(out: str, run: str) -> None:
+    """Take back a request to stop: a flow run that was suspended goes on under the same name."""
+    with suppress(FileNotFoundError):
+        obstore.delete(_stops(out), run)
+
+
 def stop_requested(out: str, run: str) -> bool:
     """Whether somebody asked this run to stop."""
     try:

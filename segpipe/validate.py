@@ -52,6 +52,15 @@ def validate(model: type[ModelT], data: Mapping[str, Any], origin: str) -> Model
         raise RequestError("\n".join(lines)) from error
 
 
+def as_request(model: type[ModelT], given: ModelT | Mapping[str, Any], origin: str) -> ModelT:
+    """A request as a model: as it is, or the plain values that a form or schedule sends.
+
+    Raises:
+        RequestError: as `validate`.
+    """
+    return given if isinstance(given, model) else validate(model, dict(given), origin)
+
+
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     """One pydantic error as ``path: what was found; what is valid there``."""
     loc: tuple[str | int, ...] = error["loc"]

@@ -39,7 +39,7 @@ from segpipe.inference.overlap import Prefetch, Writer
 from segpipe.lattice import Index
 from segpipe.models.base import ObjectModel, SegmentationModel
 from segpipe.models.card import Card, Interpolation
-from segpipe.plan import Plan
+from segpipe.plan import Plan, block_id
 from segpipe.sources.base import Pixels
 
 READ_AHEAD = 2
@@ -254,7 +254,10 @@ class Engine:
         begun, now = time.perf_counter(), time.time()
         plan = self.plan
         box, read_box = plan.blocks.box(index), plan.read_box(index)
-        pixels = self.store.read(read_box)
+        try:
+            pixels = self.store.read(read_box)
+        except SceneError as error:
+            raise SceneError(f"block {block_id(index)}: {error}") from error
         inner = box.within(read_box)
         own = Pixels(pixels.values[(slice(None), *inner)], pixels.valid[inner])
         writer.submit(lambda: self.store.ingest(index, box, own))
@@ -360,8 +363,9 @@ class Engine:
         labels, scores, finite = answer.wait()
         if not finite:
             raise SceneError(
-                f"the model {self.card.name!r} gave scores that are no numbers (NaN or infinite): a scene of "
-                "one value, a precision that overflows, or broken weights"
+                f"block {block_id(batch.items[0].block.index)}: the model {self.card.name!r} gave scores "
+                "that are no numbers (NaN or infinite): a scene of one value, a precision that overflows, or "
+                "broken weights"
             )
         self.timings.forward += time.perf_counter() - begun
         begun = time.perf_counter()

@@ -183,8 +183,9 @@ def test_a_run_of_the_command_line_is_cancelled_by_the_api(
     mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
 
     def blocks_told() -> re.Match[str] | None:
-        (progress,) = on_server.read_artifacts(artifact_filter=mine)
-        pattern = r"scene scene_0: (\d+) of 16 blocks; 0 of 2 scenes done"
+        told = [a for a in on_server.read_artifacts(artifact_filter=mine) if a.type == "progress"]
+        pattern = r"0 of 2 scenes done; .*scene_0: (\d+) of 16 blocks.*"
+        (progress,) = told
         return re.fullmatch(pattern, progress.description or "")
 
     told = wait_until(blocks_told, 60, "a progress that counts blocks")

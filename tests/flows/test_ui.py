@@ -195,12 +195,12 @@ def filled(form: Form, name: str, out: Path, scenes: Path, model: Path) -> None:
     form.items(0, [str(scenes / "scene_0.tif"), str(scenes / "scene_1.tif")])
     form.fill("Model", str(model))
     form.items(1, ["near", "far"])
-    form.fill("Dir", str(out))
+    form.fill("Folder", str(out))
     form.fill("Block", "64")
     form.fill("Device", "cpu")
     form.fill("Batch", "2")
     form.fill("Threads", "1")
-    form.fill("Batch Minutes", "0.04")
+    form.fill("Batch minutes", "0.04")
 
 
 def test_wrong_values_are_refused(
