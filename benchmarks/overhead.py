@@ -99,7 +99,7 @@ def stage_alone(asked: dict[str, object], out: str) -> None:
 def profile(asked: dict[str, object], out: str) -> None:
     """Where the writer's and the reader's time goes, one after the other in one thread."""
     from segpipe.blocks import SceneBlocks
-    from segpipe.inference.engine import BlockResult
+    from segpipe.inference.results import BlockResult
 
     scene = prepared(Job.model_validate({**asked, "outputs": {"dir": out, "formats": []}}))
     watch = cProfile.Profile()

@@ -103,7 +103,6 @@ class _Scanning:
     founds: dict[str, Found] = field(default_factory=dict)
     """Scenes at work, by name."""
     records: dict[str, SceneRecord] = field(default_factory=dict)
-    quarantined: int = 0
     seconds: float = 0.0
     """Of devices' work."""
 
@@ -167,7 +166,7 @@ class _Scanning:
             ledger.finish(found, record, run.name)
         else:
             record = replace(record, may_pass=record.may_pass or may_pass(found))
-            self.quarantined += ledger.fail(found, record, run.name, scan.attempts)
+            ledger.fail(found, record, run.name, scan.attempts)
         self.records[record.name] = record
         holder.give_back(found.digest)
 
@@ -180,7 +179,6 @@ class _Scanning:
         named = [f"{r.name}: {r.error}" for r in failed[:FAILURES_TOLD]]
         if len(failed) > FAILURES_TOLD:
             named.append(f"and {len(failed) - FAILURES_TOLD} more")
-        where = (
-            f"{self.quarantined} of them in quarantine" if self.quarantined else "the next scan tries again"
-        )
+        held = {scene.uri for scene in self.request.ledger.quarantined()} & {r.uri for r in failed}
+        where = f"{len(held)} of them in quarantine" if held else "the next scan tries again"
         return Failed(message=f"{len(failed)} failed, {where} ({'; '.join(named)}); {told}")

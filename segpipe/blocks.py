@@ -24,7 +24,7 @@ WORKER = socket.gethostname()
 """Of this process, in receipts, with its number."""
 
 if TYPE_CHECKING:
-    from segpipe.inference.engine import BlockResult
+    from segpipe.inference.results import BlockResult
     from segpipe.scene import Scene
 
 

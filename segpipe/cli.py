@@ -85,12 +85,13 @@ def _run_job(job: Job) -> None:
         return
     from flows.here import check_server, run_here
     from flows.prompt import prompt as ask
-    from flows.runners import task_runner
+    from flows.runners import check_cluster, task_runner
     from flows.segment import segment
     from segpipe.prompts.question import Question
 
     task_runner(job.compute)
     check_server()
+    check_cluster(job.compute, request.settings)
     state = run_here(ask, Question.of(job)) if job.prompts.asked else run_here(segment, job)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
         print(state.message, file=sys.stderr)
@@ -288,11 +289,12 @@ def schema() -> None:
 def serve(
     host: Annotated[str, typer.Option(help="Address of the Prefect server to use or start.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.")] = 4200,
+    limit: Annotated[int, typer.Option(min=1, help="Runs at once; the others wait.")] = 1,
 ) -> None:
-    """Start a local Prefect server (unless one answers) and serve the flow, ready for the UI's form."""
+    """Start a local Prefect server (unless one answers) and serve every flow, ready for the UI's forms."""
     from flows.serve import serve_locally
 
-    serve_locally(host, port)
+    serve_locally(host, port, limit)
 
 
 def execute(arguments: list[str] | None = None) -> int:

@@ -39,11 +39,12 @@ def scan_command(
         print(f"dry run: {looked}; nothing was done")
         return
     from flows.here import check_server, run_here
-    from flows.runners import task_runner
+    from flows.runners import check_cluster, task_runner
     from flows.scan import scan as scan_flow
 
     task_runner(scan.compute)
     check_server()
+    check_cluster(scan.compute, request.settings)
     state = run_here(scan_flow, scan)
     if state.is_cancelled():
         typer.echo(state.message, err=True)

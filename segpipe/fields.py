@@ -13,9 +13,9 @@ def as_text(value: object) -> object:
 
 
 SIZE = r"(\d+|\d+x\d+|\d+x\d+x\d+)"
-AutoSize = Annotated[str, BeforeValidator(as_text), Field(pattern=rf"^(auto|{SIZE})$")]
+AutoSize = Annotated[str, Field(pattern=rf"^(auto|{SIZE})$"), BeforeValidator(as_text)]
 """``auto``, one number for all axes, or one per axis in array order: ``512``, ``96x128x128``."""
-WindowSize = Annotated[str, BeforeValidator(as_text), Field(pattern=rf"^(auto|whole|{SIZE})$")]
+WindowSize = Annotated[str, Field(pattern=rf"^(auto|whole|{SIZE})$"), BeforeValidator(as_text)]
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 """Text that may be left out, empty or null. A form shows a plain box, where a union would be two tabs."""
 Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]

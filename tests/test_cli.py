@@ -78,11 +78,14 @@ def test_the_folder_of_a_run_holds_what_the_design_says(raster: Made) -> None:
         "report.html",
         "run.json",
         "results.json",
+        "catalog.json",
+        "manifest.json",
         *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")),
         *(
             f"scenes/scene1/{name}"
             for name in ("labels.tif", "labels.tif.aux.xml", "labels.qml", "preview.png", "regions.gpkg")
         ),
+        *(f"scenes/scene1/{name}.json" for name in ("item", "manifest")),
     }
     assert raster.run.parent.name == "trial"
     assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{8}", raster.run.name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from segpipe.report import units
-from segpipe.report.comparison import Comparison, _percent, _signed, _unit, headline
-from segpipe.report.markdown import _table, plain_text
+from segpipe.report.comparison import Comparison, headline, percent, signed, unit_of
+from segpipe.report.markdown import markdown_table, plain_text
 
 CHANGES = 30
 """Rows of each table, the biggest changes first; ``compare.csv`` has all."""
@@ -33,7 +33,7 @@ def compare_markdown(found: Comparison) -> str:
         for d in found.differences[:DIFFERENCES]
     ]
     if rows:
-        lines += ["## Set otherwise", "", *_table(["Key", "Before", "After"], rows, (0, 1, 2))]
+        lines += ["## Set otherwise", "", *markdown_table(["Key", "Before", "After"], rows, (0, 1, 2))]
     lines += [f"- {plain_text(note)}" for note in found.notes]
     return "\n".join([*lines, "", f"Page: {_link(found.page)}", ""])
 
@@ -41,13 +41,13 @@ def compare_markdown(found: Comparison) -> str:
 def _totals(found: Comparison, size: str) -> list[str]:
     """The classes over the whole scenes of both runs."""
     totals = found.totals[found.totals["size"] == size]
-    unit = _unit(size, totals)
+    unit = unit_of(size, totals)
     rows = [
         [
             plain_text(row["class"]),
             *(units.size(row[side], unit) for side in ("before", "after")),
-            _signed(row["change"] * unit.factor, unit.decimals),
-            _percent(row["relative"]),
+            signed(row["change"] * unit.factor, unit.decimals),
+            percent(row["relative"]),
             *(units.number(row[f"iou_{side}"], 3) for side in ("before", "after")),
         ]
         for row in totals.head(CHANGES).to_dict("records")
@@ -56,7 +56,7 @@ def _totals(found: Comparison, size: str) -> list[str]:
     heads += ["IoU before", "IoU after"]
     if totals[["iou_before", "iou_after"]].isna().all(axis=None):
         heads, rows = heads[:-2], [row[:-2] for row in rows]
-    return [f"## {units.SIZES[size].capitalize()} by class", "", *_table(heads, rows)] if rows else []
+    return [f"## {units.SIZES[size].capitalize()} by class", "", *markdown_table(heads, rows)] if rows else []
 
 
 def _changes(found: Comparison, size: str) -> list[str]:
@@ -67,20 +67,24 @@ def _changes(found: Comparison, size: str) -> list[str]:
     if rows.empty:
         return []
     order = rows[f"{size}_change"].abs().sort_values(ascending=False, kind="stable").index
-    unit = _unit(size, rows, f"{size}_before", f"{size}_after")
+    unit = unit_of(size, rows, f"{size}_before", f"{size}_after")
     cells = [
         [
             *(plain_text(row[name]) for name in ("scene", "region", "class")),
             *(units.size(row[f"{size}_{side}"], unit) for side in ("before", "after")),
-            _signed(row[f"{size}_change"] * unit.factor, unit.decimals),
-            _percent(row["relative_change"]),
-            _signed(row["iou_change"], 3) if math.isfinite(row["iou_change"]) else "—",
+            signed(row[f"{size}_change"] * unit.factor, unit.decimals),
+            percent(row["relative_change"]),
+            signed(row["iou_change"], 3) if math.isfinite(row["iou_change"]) else "—",
         ]
         for row in rows.loc[order].head(CHANGES).to_dict("records")
     ]
     heads = ["Scene", "Region", "Class", f"Before ({unit.symbol})", f"After ({unit.symbol})"]
     heads += [f"Change ({unit.symbol})", "Relative", "IoU change"]
-    lines = [f"## {units.SIZES[size].capitalize()} that changed most", "", *_table(heads, cells, (0, 1, 2))]
+    lines = [
+        f"## {units.SIZES[size].capitalize()} that changed most",
+        "",
+        *markdown_table(heads, cells, (0, 1, 2)),
+    ]
     more = len(rows) - len(cells)
     return [*lines, f"and {more:,} more rows in compare.csv", ""] if more else lines
 

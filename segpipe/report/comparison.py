@@ -85,17 +85,17 @@ def headline(found: Comparison) -> list[str]:
     lines = [f"{found.before.run_id} → {found.after.run_id}: {_counts(found)}"]
     for size in found.sizes:
         totals = found.totals[found.totals["size"] == size]
-        unit = _unit(size, totals)
+        unit = unit_of(size, totals)
         for row in totals.head(CLASSES).to_dict("records"):
             before, after = (units.size(row[side], unit) for side in ("before", "after"))
             line = f"  {row['class']:<16} {before:>10} → {after:>10} {unit.symbol}"
             line += (
-                f"  {_signed(row['change'] * unit.factor, unit.decimals):>9}  {_percent(row['relative']):>8}"
+                f"  {signed(row['change'] * unit.factor, unit.decimals):>9}  {percent(row['relative']):>8}"
             )
             for ratio, label in _RATIOS.items():
                 if math.isfinite(row[f"{ratio}_change"]):
                     sides = " → ".join(units.number(row[f"{ratio}_{s}"], 3) for s in ("before", "after"))
-                    line += f"  {label} {sides} ({_signed(row[f'{ratio}_change'], 3)})"
+                    line += f"  {label} {sides} ({signed(row[f'{ratio}_change'], 3)})"
             lines.append(line)
         if len(totals) > CLASSES:
             lines.append(f"  and {len(totals) - CLASSES} more classes")
@@ -113,12 +113,12 @@ def _counts(found: Comparison) -> str:
     return text + (f", {left:,} not comparable" if left else "")
 
 
-def _unit(size: str, table: pd.DataFrame, before: str = "before", after: str = "after") -> units.Unit:
+def unit_of(size: str, table: pd.DataFrame, before: str = "before", after: str = "after") -> units.Unit:
     """One unit for both sides, so that they can be compared at a glance."""
     return units.size_unit(size, [*table[before].dropna(), *table[after].dropna()])
 
 
-def _signed(value: float, places: int) -> str:
+def signed(value: float, places: int) -> str:
     """A change with its sign; one that would be rounded to nothing keeps two digits."""
     if not math.isfinite(value):
         return "—"
@@ -128,8 +128,9 @@ def _signed(value: float, places: int) -> str:
     return text if text.strip("+-0.,") else f"{value:+.2g}"
 
 
-def _percent(value: float) -> str:
-    return f"{_signed(100 * value, 1)} %" if math.isfinite(value) else "—"
+def percent(value: float) -> str:
+    """A relative change with its sign."""
+    return f"{signed(100 * value, 1)} %" if math.isfinite(value) else "—"
 
 
 # ------------------------------------------------------------------ page
@@ -166,15 +167,15 @@ def render_comparison(found: Comparison) -> str:
 
 def _totals(found: Comparison, size: str, colors: Mapping[str, str]) -> _Totals:
     table = found.totals[found.totals["size"] == size]
-    unit = _unit(size, table)
+    unit = unit_of(size, table)
     overlap = [r for r in _RATIOS if table[f"{r}_change"].notna().any()]
     rows = []
     for row in table.to_dict("records"):
         cells = [units.size(row["before"], unit), units.size(row["after"], unit)]
-        cells += [_signed(row["change"] * unit.factor, unit.decimals), _percent(row["relative"])]
+        cells += [signed(row["change"] * unit.factor, unit.decimals), percent(row["relative"])]
         for ratio in overlap:
             cells += [units.number(row[f"{ratio}_{side}"], 3) for side in ("before", "after")]
-            cells.append(_signed(row[f"{ratio}_change"], 3))
+            cells.append(signed(row[f"{ratio}_change"], 3))
         rows.append((row["class"], colors.get(row["class"], ""), tuple(cells)))
     return _Totals(units.SIZES[size], unit.symbol, bool(overlap), tuple(rows), int(table["scenes"].max()))
 
@@ -183,16 +184,16 @@ def _changes(found: Comparison, size: str, compared: pd.DataFrame, colors: Mappi
     """The rows of one kind of size, biggest change first."""
     rows = compared[compared[f"{size}_change"].notna()]
     order = rows[f"{size}_change"].abs().sort_values(ascending=False, kind="stable").index
-    unit = _unit(size, rows, f"{size}_before", f"{size}_after")
+    unit = unit_of(size, rows, f"{size}_before", f"{size}_after")
     quantity = units.SIZES[size].capitalize()
     columns = _names()
     for side, meaning in (("before", "In the first run."), ("after", "In the second run.")):
         head = Head(f"{quantity} {side}", unit.symbol, True, meaning)
         columns.append((f"{size}_{side}", head, lambda v: units.size(v, unit)))
     head = Head("Change", unit.symbol, True, "After − before. The rows are in the order of its magnitude.")
-    columns.append((f"{size}_change", head, lambda v: _signed(v * unit.factor, unit.decimals)))
+    columns.append((f"{size}_change", head, lambda v: signed(v * unit.factor, unit.decimals)))
     head = Head("Relative", "%", True, "Change / before; not defined (—) where before is 0.")
-    columns.append(("relative_change", head, lambda v: _signed(100 * v, 1)))
+    columns.append(("relative_change", head, lambda v: signed(100 * v, 1)))
     columns += _overlap_columns(rows)
     return _table(f"changes-{size}", f"{quantity} by region", rows.loc[order], columns, colors)
 
@@ -218,7 +219,7 @@ def _overlap_columns(rows: pd.DataFrame) -> list[Spec]:
             head = Head(f"{label} {side}", "", True, f"{label} with the reference of that run.")
             columns.append((f"{ratio}_{side}", head, lambda v: units.number(v, 3)))
         head = Head(f"{label} change", "", True, "After − before; not defined (—) where one of them is not.")
-        columns.append((f"{ratio}_change", head, lambda v: _signed(v, 3)))
+        columns.append((f"{ratio}_change", head, lambda v: signed(v, 3)))
     return columns
 
 

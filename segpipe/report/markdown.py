@@ -63,7 +63,7 @@ def run_markdown(
             [plain_text(b.name), b.size, b.share, *([b.iou, b.dice] if group.compared else [])]
             for b in group.bars[:CLASSES]
         ]
-        lines += _table(heads, rows)
+        lines += markdown_table(heads, rows)
         if len(group.bars) > CLASSES:
             lines += [f"and {len(group.bars) - CLASSES} more classes", ""]
     lines += [f"- {plain_text(note)}" for note in record.notes]
@@ -78,7 +78,7 @@ def _asked(record: RunRecord, regions: pd.DataFrame) -> list[str]:
     if not rows:
         return []
     said, heads = finding(table), ["Phrase", "Outcome", "Objects", "Size", "In words"]
-    return [*([plain_text(said), ""] if said else []), *_table(heads, rows, (0, 1, 4))]
+    return [*([plain_text(said), ""] if said else []), *markdown_table(heads, rows, (0, 1, 4))]
 
 
 def _over_scenes(summary: pd.DataFrame) -> pd.DataFrame:
@@ -102,10 +102,10 @@ def _means(summary: pd.DataFrame | None) -> list[str]:
                 plain_text(str(row.get("over", ""))),
             ]
         )
-    return _table(["Metric", "Value", "95 % interval", "Defined", "Over"], rows)
+    return markdown_table(["Metric", "Value", "95 % interval", "Defined", "Over"], rows)
 
 
-def _table(heads: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,)) -> list[str]:
+def markdown_table(heads: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,)) -> list[str]:
     """``words``: columns that begin at the left."""
     rule = ["---" if i in words else "---:" for i in range(len(heads))]
     return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)] + [""]

@@ -175,7 +175,7 @@ def test_a_run_of_the_command_line_is_cancelled_by_the_api(
     tmp_path: Path,
 ) -> None:
     job = load(slow_job)
-    named = FlowRunFilter(name=FlowRunFilterName(any_=[job.name]))
+    named = FlowRunFilter(name=FlowRunFilterName(like_=f"{job.name}: "))
     known = {run.id for run in on_server.read_flow_runs(flow_run_filter=named)}
     process = start(slow_job, server_environment, tmp_path / "log")
     some_receipts(job)

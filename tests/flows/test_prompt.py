@@ -137,7 +137,7 @@ def killed(process: subprocess.Popen[bytes], client: SyncPrefectClient) -> None:
 
 def cancelled(process: subprocess.Popen[bytes], client: SyncPrefectClient) -> None:
     """As in the UI: the run itself finds out, and ends its workers."""
-    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["ask"])))
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(like_="ask: ")))
     running = [r for r in found if r.state is not None and r.state.is_running()]
     # One that was killed before counts as running still.
     run = max(running, key=lambda r: r.start_time or r.expected_start_time)

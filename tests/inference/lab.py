@@ -19,9 +19,10 @@ from affine import Affine
 from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
-from segpipe.inference.engine import BlockResult, BlockStore, Engine
+from segpipe.inference.engine import Engine
 from segpipe.inference.labels import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
+from segpipe.inference.results import BlockResult, BlockStore
 from segpipe.lattice import Index
 from segpipe.models.base import SegmentationModel
 from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
