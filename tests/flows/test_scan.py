@@ -24,6 +24,7 @@ from segpipe.lake.lease import Holder
 from segpipe.lake.listing import list_lake
 from segpipe.lake.scan import check_scan
 from segpipe.report.record import RunRecord, load_record
+from tests.flows.conftest import wait_until
 
 
 @pytest.fixture
@@ -85,6 +86,13 @@ def predictions(asked: Scan) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in shards}
 
 
+def events(client: SyncPrefectClient, run: Path) -> list[dict[str, Any]]:
+    """Of a run's scenes that are done, as an automation would get them."""
+    asked = {"filter": {"event": {"name": ["segpipe.scene.done"]}}, "limit": 50}
+    found = client.request("POST", "/events/filter", json=asked).json()["events"]
+    return [event for event in found if event["payload"]["run"] == str(run)]
+
+
 def test_each_scene_is_done_once(on_server: SyncPrefectClient, make: ScanMaker, lake: Path) -> None:
     asked = make()
     state = scan(asked, return_state=True)
@@ -93,6 +101,11 @@ def test_each_scene_is_done_once(on_server: SyncPrefectClient, make: ScanMaker, 
     assert names(records(asked)[0]) == ["north__scene_0", "scene_0", "scene_1", "scene_2"]
     before = predictions(asked)
     assert len(before) == 4
+    folder = Path(asked.outputs.dir, asked.name, records(asked)[0].run_id)
+    wait_until(lambda: len(events(on_server, folder)) == 4, 60, "an event for each scene")
+    assert {e["resource"]["prefect.resource.name"] for e in events(on_server, folder)} == {
+        scene.name for scene in records(asked)[0].scenes
+    }
 
     again = scan(asked, return_state=True)
     assert again.is_completed()

@@ -235,10 +235,19 @@ def test_wrong_values_are_refused(
     print(refused)
     assert {run.id for run in on_server.read_flow_runs()} == before
 
-    # a pattern is nothing that the server checks: the run says it, in its state
     form = Form(page, served, deployment)
     filled(form, "wrong", tmp_path, flow_scenes, flow_models(0))
     form.fill("Window", "512y")
+    form.submit()
+    refused = form.refused()
+    assert "window" in refused
+    print(refused)
+    assert {run.id for run in on_server.read_flow_runs()} == before
+
+    # what only the model's card can say, the run says in one line
+    form = Form(page, served, deployment)
+    filled(form, "wrong", tmp_path, flow_scenes, flow_models(0))
+    form.fill("Window", "500")
     form.submit()
     [run] = wait_until(
         lambda: {run.id for run in on_server.read_flow_runs()} - before, SECONDS, "the flow run"
@@ -246,7 +255,7 @@ def test_wrong_values_are_refused(
     state = run_when(on_server, run, "Failed").state
     assert state is not None
     print(state.message)
-    assert "tiling.window" in str(state.message)
+    assert state.message == "tiling.window: found 500; valid: multiples of 8, the model's total stride"
     page.goto(f"{served}/v2/runs/flow-run/{run}")
     shot("4-run-wrong-window")
     assert not list(tmp_path.iterdir())

@@ -94,7 +94,11 @@ def test_the_server_has_what_the_file_says(deployed: Stack) -> None:
 
 def test_wrong_values_are_refused_by_the_server(deployed: Stack, flow_job: JobMaker) -> None:
     job = job_of(flow_job("wrong"))
-    for wrong, said in (({"tiling": {"blend": "wide"}}, "blend"), ({"unheard": 1}, "unheard")):
+    for wrong, said in (
+        ({"tiling": {"window": "wide"}}, "window"),
+        ({"tiling": {"blend": "wide"}}, "blend"),
+        ({"unheard": 1}, "unheard"),
+    ):
         with pytest.raises(PrefectHTTPStatusError) as caught:
             trigger(deployed, "segment", {"job": {**job, **wrong}})
         assert caught.value.response.status_code == 409
