@@ -151,10 +151,16 @@ class Stage:
             return zarr.open_group(store, mode="r+")
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """One of the stage's arrays."""
-        found = self.group[name]
-        assert isinstance(found, zarr.Array)
-        return found
+        """One of the stage's arrays, opened once by this handle: opening takes longer than a small block."""
+        if name not in self._arrays:
+            found = self.group[name]
+            assert isinstance(found, zarr.Array)
+            self._arrays[name] = found
+        return self._arrays[name]
+
+    @cached_property
+    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+        return {}
 
     @property
     def exists(self) -> bool:
@@ -198,7 +204,7 @@ class Stage:
         record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": where}
         with suppress(obstore.exceptions.AlreadyExistsError):
             obstore.put(self.objects, "stage.json", _json({**attributes, **record}), mode="create")
-        for name in ("generation", "group", "_receipts"):
+        for name in ("generation", "group", "_receipts", "_arrays"):
             self.__dict__.pop(name, None)  # from before the stage was there
         if geometry is not None and not self.group.attrs:
             self.group.attrs.update(_conventions(geometry, arrays))
@@ -208,7 +214,13 @@ class Stage:
         return self.generation.blocks
 
     def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
-        """Write one block of an array; the box must be whole shards (asserted: one shard, one writer)."""
+        """Write one block of an array; the box must be whole shards (asserted: one shard, one writer).
+
+        Raises:
+            KeyError: another run dropped the stage.
+        """
+        if not self.current:
+            raise KeyError(f"{self.key} was dropped")
         array = self.array(name)
         shards = (array.shards or array.chunks)[-len(box) :]
         extent = array.shape[-len(box) :]
