@@ -10,8 +10,9 @@ from pathlib import Path
 
 from segpipe.config import Job, parse_memory
 from segpipe.errors import RequestError
-from segpipe.lake.config import Identity, Scan
+from segpipe.lake.config import Identity, LakeKind, Scan
 from segpipe.lake.content import content_hash
+from segpipe.lake.files import wanted
 from segpipe.lake.found import Found
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Known, Ledger
@@ -24,7 +25,7 @@ from segpipe.run import fingerprint
 from segpipe.settings import Settings
 from segpipe.sources.base import SceneRef
 from segpipe.sources.remote import is_remote, remote_identity
-from segpipe.store import check_writable
+from segpipe.store import check_writable, is_url
 
 SHORT = 6
 """Digits of the digest behind a name that another scene of the scan has."""
@@ -57,10 +58,29 @@ def check_scan(scan: Scan) -> ScanRequest:
     """
     if scan.measure.groups:
         raise RequestError("measure.groups: a scan's scenes are not known before; valid: leave it out")
+    _check_apart(scan)
     job = scan.job([scan.lake.location])
     settings, card = check_job(job)
     check_writable(job.outputs.dir)
     return ScanRequest(scan, job, settings, Ledger(job.outputs.dir, f"{scan.name}-{_mark(scan, card)}"))
+
+
+def _check_apart(scan: Scan) -> None:
+    """Raises RequestError: the lake would take what scans write for new scenes."""
+    if scan.lake.kind is not LakeKind.files:
+        return
+    what = wanted(scan.lake)
+    base, out = (
+        place.rstrip("/") if is_url(place) else str(Path(place or ".").expanduser().absolute())
+        for place in (what.base, scan.outputs.dir)
+    )
+    for name in ("labels.tif", "labels.nii.gz"):
+        written = f"{out}/{scan.name}/run/scenes/scene/{name}"
+        if written.startswith(f"{base}/") and what.takes(written.removeprefix(f"{base}/")):
+            raise RequestError(
+                f"outputs.dir: {scan.outputs.dir} lies in the lake {scan.lake.location}, where results would be "
+                "taken for scenes; valid: a place outside, or a lake.pattern that leaves it out"
+            )
 
 
 def _mark(scan: Scan, card: Card | None) -> str:

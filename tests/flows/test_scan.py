@@ -285,6 +285,13 @@ def test_mistakes_are_told_before_any_work(
     assert state.is_failed()
     assert "lake.location" in str(state.message)
     assert "nowhere" in str(state.message)
+    inside = make(outputs={"dir": str(tmp_path / "lake" / "out")})
+    state = scan(inside, return_state=True)
+    assert str(state.message).startswith(f"outputs.dir: {tmp_path}/lake/out lies in the lake ")
+    beside = inside.model_dump(mode="json") | {
+        "lake": {"location": str(tmp_path / "lake"), "pattern": "*.tif"}
+    }
+    check_scan(Scan.model_validate(beside))  # the pattern takes no folders
     file = tmp_path / "scan.yaml"
     file.write_text("name: x\nlake: {location: there, settle: 3}\n")
     assert execute(["scan", str(file)]) == 2
