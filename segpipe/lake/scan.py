@@ -75,11 +75,11 @@ def _check_apart(scan: Scan) -> None:
         for place in (what.base, scan.outputs.dir)
     )
     for name in ("labels.tif", "labels.nii.gz"):
-        written = f"{out}/{scan.name}/run/scenes/scene/{name}"
-        if written.startswith(f"{base}/") and what.takes(written.removeprefix(f"{base}/")):
+        made = f"{out}/{scan.name}/run/scenes/scene/{name}"
+        if made.startswith(f"{base}/") and what.takes(made.removeprefix(f"{base}/")):
             raise RequestError(
-                f"outputs.dir: {scan.outputs.dir} lies in the lake {scan.lake.location}, where results would be "
-                "taken for scenes; valid: a place outside, or a lake.pattern that leaves it out"
+                f"outputs.dir: {scan.outputs.dir} lies in the lake {scan.lake.location}, where results would "
+                "be taken for scenes; valid: a place outside, or a lake.pattern that leaves it out"
             )
 
 
