@@ -141,7 +141,8 @@ def test_a_truncated_volume_fails_alone(
         messages.append((f"volume: {name}", 1, f"failed: {name}: {line}"))
     assert list(lines) == ["a_truncated", "b_header", "c_empty", "d_raster"]
     assert lines["a_truncated"] == (
-        f"{scenes}/a_truncated.nii.gz: truncated: the file ends before its last voxel"
+        f"block 00000.00000.00000: {scenes}/a_truncated.nii.gz: "
+        "truncated: the file ends before its last voxel"
     )
     assert lines["b_header"].startswith(f"{scenes}/b_header.nii.gz: ")
     assert lines["c_empty"] == f"{scenes}/c_empty.nii.gz: the file is empty (0 bytes)"

@@ -119,8 +119,8 @@ def test_a_run_and_what_the_ui_shows_of_it(on_server: SyncPrefectClient, flow_jo
     assert artifacts["progress"].data == 100.0
     assert artifacts["progress"].description == "2 of 2 scenes done"
     markdown = str(artifacts["shown-report"].data)
-    pictures = re.findall(r"!\[(scene_\d)\]\(data:image/jpeg;base64,([^)]+)\)", markdown)
-    assert [name for name, _ in pictures] == ["scene_0", "scene_1"]
+    pictures = re.findall(r"!\[scene\\_(\d)\]\(data:image/jpeg;base64,([^)]+)\)", markdown)
+    assert [name for name, _ in pictures] == ["0", "1"]
     for _, text in pictures:
         content = base64.b64decode(text)
         assert len(content) < 20_000
