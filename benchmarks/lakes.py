@@ -4,7 +4,7 @@
 
 Each case is a scan in a fresh process, by threads, against a real Prefect server with SQLite: seconds, peak
 and growth of the flow process's memory, requests to the server, task runs, size of the database; and for
-the large scenes the overhead per block: the time of the batches without what the network's passes took.
+the large scenes the time of the batches per block, nearly all of which is overhead.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def scan_once(file: str) -> None:
 
 
 def overhead(out: Path) -> float:
-    """Milliseconds per block beside the network, of a scan's batches."""
+    """Milliseconds of a scan's batches per block."""
     import json
 
     run = json.loads(next(out.glob("*/*/run.json")).read_text())
@@ -162,8 +162,8 @@ def main() -> None:
     if arguments.one:
         scan_once(arguments.one)
         return
-    print("   scenes                        memory:          requests  task runs      database  ms beside")
-    print(" x blocks             time     peak     growth  to server   recorded                the network")
+    print("   scenes                        memory:          requests  task runs      database  ms of the")
+    print(" x blocks             time     peak     growth  to server   recorded              batches/block")
     with tempfile.TemporaryDirectory(prefix="segpipe-lakes-") as name:
         if arguments.small:
             case(Path(name), arguments.small, 1)
