@@ -132,6 +132,7 @@ def test_a_package_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.
     failed(check_packages(), "zarr 2.18.1", "pip install 'zarr<4,>=3.1'")
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_proj_is_noticed(tmp_path: Path) -> None:
     code = "from segpipe.doctor import check_gdal; import json; print(json.dumps(check_gdal()))"
     environment = {**os.environ, "PROJ_DATA": str(tmp_path), "PROJ_LIB": str(tmp_path)}
@@ -153,6 +154,7 @@ def test_nobody_listens() -> None:
     failed(finding, f"{api}: no Prefect server answers", "prefect server start")
 
 
+@pytest.mark.slow
 def test_a_server_that_wants_a_password(services: Services) -> None:
     name = {"PREFECT_API_URL": services.api}
     failed(check_prefect(name), "HTTP 401, no credentials given", "PREFECT_API_AUTH_STRING")

@@ -158,6 +158,7 @@ def test_names(uri: str, known: tuple[str, str, str] | None) -> None:
     assert (found and (found.datatype, found.root, found.path)) == known
 
 
+@pytest.mark.slow
 def test_in_a_bucket_files_are_copied_there(world: World, source: Path, bucket: str, tmp_path: Path) -> None:
     path = job_file(world, source, tmp_path / "out")
     job = yaml.safe_load(path.read_text())

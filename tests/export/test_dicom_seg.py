@@ -262,6 +262,7 @@ def test_no_element_of_any_segment_is_a_file_with_empty_frames(
     assert_same_by_instance(tmp_path / "labels.dcm", instances, labels)
 
 
+@pytest.mark.slow
 def test_more_than_255_segments(tmp_path: Path, written: dict[str, Any]) -> None:
     instances = write_oblique(tmp_path / "ct", np.zeros((2, 16, 20)), written)
     labels = np.arange(640).reshape(2, 16, 20) % 320

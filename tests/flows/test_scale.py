@@ -206,6 +206,7 @@ def restrictions(dask_scheduler: Scheduler) -> list[dict[str, float]]:
     return [dict(state.resource_restrictions or {}) for state in dask_scheduler.tasks.values()]
 
 
+@pytest.mark.slow
 def test_one_task_at_a_time_for_each_gpu(on_server: SyncPrefectClient, gpu_cluster: LocalCluster) -> None:
     """The worker has two threads and one GPU: tasks that are placed take turns, others ask for nothing."""
     compute = at(gpu_cluster.scheduler_address)

@@ -145,6 +145,7 @@ def test_a_worker_without_its_server_gives_up(tmp_path: Path) -> None:
     assert f"{url}/health" in done.stderr and "refused" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_server_lets_in_who_has_the_secret(server: tuple[str, Running]) -> None:
     api, running = server
     assert httpx.get(f"{api}/health").json() is True  # probes need none
@@ -188,6 +189,7 @@ def test_a_worker_deploys_polls_and_ends(server: tuple[str, Running], auth: Path
         assert not running.healthy()
 
 
+@pytest.mark.slow
 def test_dask_forms_a_cluster_and_a_gpu_is_offered(tmp_path: Path) -> None:
     from distributed import Client
 

@@ -97,6 +97,7 @@ def lake(services: Services) -> S3Store:
     )
 
 
+@pytest.mark.slow
 def test_a_flow_run_is_recorded_on_the_server(services: Services) -> None:
     before = counted(services, "flow_runs")
     python(services, FLOW)
