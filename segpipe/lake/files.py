@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from heapq import merge
 from itertools import islice
@@ -23,6 +23,7 @@ from segpipe.lake.naming import PLAIN_SUFFIXES, place_name
 from segpipe.sources.common import reason
 from segpipe.sources.discover import FOLDER_SUFFIXES, WILDCARDS
 from segpipe.sources.kinds import PICTURE_SUFFIXES
+from segpipe.sources.remote import PATIENCE
 
 STORES = ("s3://", "gs://", "az://")
 """Whose prefixes can be listed."""
@@ -34,9 +35,6 @@ PAGE = 1000
 """Keys of an object store that are held at once."""
 RUN = 10_000
 """Names of one folder that are sorted in memory; more are sorted on disk."""
-RETRIES = 3
-ANSWER = timedelta(seconds=60)
-"""A store that does not answer ends the scan, which the next one does again."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +253,7 @@ def _in_store(what: Wanted) -> Iterator[Found]:
 
     base = what.base.rstrip("/")
     try:
-        store = from_url(base, retry_config={"max_retries": RETRIES, "retry_timeout": ANSWER})
+        store = from_url(base, retry_config=PATIENCE)
         for page in list_objects(store, "/".join(what.head) or None, chunk_size=PAGE):
             for item in page:
                 if what.takes(item["path"]):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from segpipe.sources.common import reason
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "https://", "http://")
 """What GDAL opens in place."""
+PATIENCE: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
+"""With a store that does not answer; obstore's own is minutes."""
 
 
 def is_remote(uri: str) -> bool:
@@ -32,9 +35,9 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
         if query:  # a signed URL: its signature is part of no store's path
             raise ValueError("the URL has a query")
         if uri.startswith(("http://", "https://")):
-            store = from_url(folder, client_options={"allow_http": True})
+            store = from_url(folder, client_options={"allow_http": True}, retry_config=PATIENCE)
         else:
-            store = from_url(folder)
+            store = from_url(folder, retry_config=PATIENCE)
         meta = head(store, name)
     except (BaseError, OSError, ValueError) as error:  # obstore's own, and Python's for what is not there
         note = f"identified by its address alone, a change will not be seen ({reason(error)[:120]})"
