@@ -131,11 +131,6 @@ class Form:
         note.first.wait_for()
         return str(note.first.inner_text())
 
-    def menu(self, item: str) -> None:
-        """Of all parameters."""
-        self.page.get_by_role("button", name="Open menu").first.click()
-        self.page.get_by_role("menuitem", name=item).click()
-
 
 def receipts(out: Path) -> dict[str, dict[str, Any]]:
     """Receipts of predicted blocks, by stage and block; a finished scene's are one object."""
@@ -222,19 +217,6 @@ def test_wrong_values_are_refused(
     assert "scenes" in refused
     print(refused)
     shot("2-form-without-scenes")
-    form = Form(page, served, deployment)
-    form.menu("Use JSON Input")
-    editor = page.locator(".cm-content").first
-    editor.wait_for()
-    asked = {"scenes": ["a.tif"], "model": "m.yaml", "windows": "512"}
-    editor.fill(json.dumps(asked))
-    form.submit()
-    refused = form.refused()
-    assert "windows" in refused
-    shot("3-form-unknown-key")
-    print(refused)
-    assert {run.id for run in on_server.read_flow_runs()} == before
-
     form = Form(page, served, deployment)
     filled(form, "wrong", tmp_path, flow_scenes, flow_models(0))
     form.fill("Window", "512y")
