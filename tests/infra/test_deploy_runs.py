@@ -124,7 +124,7 @@ def test_a_schedule_fires_a_scan(
         scan.id, [DeploymentScheduleCreate(schedule=schedule, active=True, parameters={"scan": wanted})]
     )
     with deployed.worker("cpu"):
-        run = wait_until(lambda: runs_of(deployed, "scan"), 60, "the scheduled run")[0]
+        run = wait_until(lambda: runs_of(deployed, "scan"), PATIENCE, "the scheduled run")[0]
         ended = deployed.ended(run)
     deployed.client.delete_deployment_schedule(scan.id, made.id)
     assert ended.state is not None
