@@ -46,7 +46,8 @@ DAMAGED = 0.05
 """Share of the pieces."""
 MOST_AT_ONCE = 3
 """Flow runs that are not over."""
-LAST_SECONDS = 900
+LAST_SECONDS = 1800
+"""For what has piled up, once nobody cancels any more."""
 
 
 class Soak:
