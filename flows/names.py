@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from prefect import runtime
 from pydantic import BaseModel
@@ -13,6 +12,7 @@ from pydantic import BaseModel
 from segpipe.errors import SegpipeError
 from segpipe.scene import read_card
 from segpipe.sources import discover
+from segpipe.sources.remote import public_uri
 
 LONGEST = 120
 """Characters of a run's name."""
@@ -40,7 +40,7 @@ def name_of(asked: object) -> str:
     name = str(given.get("name") or "run")
     try:
         text = f"{name}: {_scenes(given)}{_model(given)}"
-    except Exception:  # noqa: BLE001 - a name is no reason for a run to fail
+    except (SegpipeError, OSError, KeyError, TypeError, ValueError):  # a form's values, not yet checked
         return name
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
@@ -50,7 +50,7 @@ def _scenes(given: dict[str, Any]) -> str:
     lake = given.get("lake")
     if lake is not None:
         location = lake["location"] if isinstance(lake, dict) else lake.location
-        return _without_secrets(str(location))
+        return public_uri(str(location))
     return scenes_told([scene.name for scene in discover(given["scenes"])])
 
 
@@ -67,11 +67,3 @@ def _model(given: dict[str, Any]) -> str:
         return f" by {read_card(str(model)).name}"
     except (SegpipeError, OSError):
         return f" by {Path(str(model)).stem}"
-
-
-def _without_secrets(location: str) -> str:
-    """A location without user, password and query of its URL."""
-    parts = urlsplit(location)
-    if not parts.netloc:
-        return location
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

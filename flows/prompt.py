@@ -7,20 +7,13 @@ from typing import Any
 from prefect import State, flow
 from prefect.states import Failed
 
-from flows.names import run_name
-from flows.segment import carry_out, stop_workers
+from flows.segment import OF_REQUEST, carry_out
 from segpipe.errors import RequestError
 from segpipe.prompts.question import Question
 from segpipe.validate import as_request
 
 
-@flow(
-    name="prompt",
-    flow_run_name=run_name,
-    validate_parameters=False,
-    on_cancellation=[stop_workers],
-    on_crashed=[stop_workers],
-)
+@flow(name="prompt", **OF_REQUEST)
 def prompt(question: Question) -> State[Any]:
     """Ask a promptable model for objects over scenes of any size, and report them by phrase and region.
 

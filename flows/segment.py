@@ -21,7 +21,7 @@ from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.report.record import RunRecord, SceneRecord
 from segpipe.request import check_request
 from segpipe.run import Run, open_run
-from segpipe.store import forget_stop, request_stop
+from segpipe.stops import forget_stop, request_stop
 from segpipe.validate import as_request
 from tasks.events import tell_scene
 from tasks.report import write_report
@@ -37,13 +37,16 @@ def stop_workers(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
     request_stop(outputs.dir, attempt_name(flow_run.id, flow_run.run_count))
 
 
-@flow(
-    name="segment",
-    flow_run_name=run_name,
-    validate_parameters=False,  # `as_request` tells a mistake in one line
-    on_cancellation=[stop_workers],
-    on_crashed=[stop_workers],
-)
+OF_REQUEST: dict[str, Any] = {
+    "flow_run_name": run_name,
+    "validate_parameters": False,  # `as_request` tells a mistake in one line
+    "on_cancellation": [stop_workers],
+    "on_crashed": [stop_workers],
+}
+"""Options of a flow that takes one request and has workers to stop."""
+
+
+@flow(name="segment", **OF_REQUEST)
 def segment(job: Job) -> State[Any]:
     """Segment scenes and report areas, volumes and overlap per region.
 

@@ -28,6 +28,7 @@ def scan_command(
     """
     from segpipe.lake.config import load_scan
     from segpipe.lake.scan import Looked, check_scan, new_scenes
+    from segpipe.sources.remote import public_uri
 
     scan = load_scan(scan_file, overrides or [])
     request = check_scan(scan)
@@ -35,7 +36,7 @@ def scan_command(
         looked = Looked()
         with request.ledger.known() as known:
             for found in new_scenes(scan, known, looked):
-                print(f"{found.name}: {found.uri}")
+                print(f"{found.name}: {public_uri(found.uri)}")
         print(f"dry run: {looked}; nothing was done")
         return
     from flows.here import check_server, run_here

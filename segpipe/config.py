@@ -11,13 +11,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, PositiveFloat, model_validator
 
 from segpipe.errors import RequestError
 from segpipe.fields import AutoSize, Memory, Strict, Text, WindowSize, as_text
 from segpipe.prompts.options import PromptOptions
-from segpipe.validate import read_yaml, validate
+from segpipe.validate import load
 
 
 class Blend(str, Enum):
@@ -342,45 +341,8 @@ class Job(Strict):
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read and validate a job file.
-
-    Args:
-        path: YAML file, safe-loaded.
-        overrides: ``a.b=value`` items; the value is read as YAML.
-
-    Raises:
-        RequestError: every mistake, one a line, with its path and what would be valid.
-    """
-    data = read_yaml(path)
-    apply_overrides(data, overrides)
-    return validate(Job, data, str(path))
-
-
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set ``a.b=value`` items in a nested mapping.
-
-    Raises:
-        RequestError: an item without ``=``, or below a value.
-    """
-    for item in overrides:
-        _apply(data, item)
-
-
-def _apply(data: dict[str, Any], item: str) -> None:
-    """Set one ``a.b=value`` override in a nested mapping."""
-    key, sign, value = item.partition("=")
-    if not sign or not key.strip():
-        raise RequestError(f"--set {item}: found no `key=value`; e.g. --set tiling.window=256")
-    *parents, last = key.strip().split(".")
-    for part in parents:
-        inner = data.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise RequestError(f"--set {item}: `{part}` is a value, it has no keys")
-        data = inner
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RequestError(f"--set {item}: {value!r} is not a YAML value") from error
+    """Read and validate a job file: see `segpipe.validate.load`."""
+    return load(Job, path, overrides)
 
 
 def parse_memory(text: Memory) -> int:

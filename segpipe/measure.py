@@ -37,7 +37,8 @@ from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.steps import Done
-from segpipe.store import Stage, stage_key, stop_requested
+from segpipe.stops import stop_requested
+from segpipe.store import Stage, stage_key
 from segpipe.surfaces import measure_surfaces, tolerances
 
 SURFACES = "surfaces.json"

@@ -15,7 +15,8 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.lattice import Index
 from segpipe.scene import Scene, check_blocks, check_worker, is_predicted, labels_stage, pending_blocks
-from segpipe.store import ArraySpec, stop_requested
+from segpipe.stops import stop_requested
+from segpipe.store import ArraySpec
 
 if TYPE_CHECKING:
     from segpipe.models.base import ObjectModel, SegmentationModel

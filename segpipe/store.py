@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -355,32 +355,6 @@ def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry | None,
     )
     if isinstance(geometry, RasterGeometry):
         array.attrs["grid_mapping"] = "spatial_ref"
-
-
-@lru_cache(maxsize=16)
-def _stops(out: str) -> ObjectStore:
-    """Where requests to stop lie; asked before every block, so the client is kept."""
-    return open_store(join(out, STORE_FOLDER, "stop"))
-
-
-def request_stop(out: str, run: str) -> None:
-    """Ask every worker of a run to stop before its next block."""
-    obstore.put(_stops(out), run, b"")
-
-
-def forget_stop(out: str, run: str) -> None:
-    """Take back a request to stop: a flow run that was suspended goes on under the same name."""
-    with suppress(FileNotFoundError):
-        obstore.delete(_stops(out), run)
-
-
-def stop_requested(out: str, run: str) -> bool:
-    """Whether somebody asked this run to stop."""
-    try:
-        obstore.head(_stops(out), run)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _conventions(geometry: Geometry, arrays: Iterable[ArraySpec]) -> Mapping[str, Any]:

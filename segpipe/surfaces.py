@@ -19,7 +19,7 @@ from segpipe.metrics.surface import SurfaceCollector
 from segpipe.metrics.tally import measure_tiles
 from segpipe.models.card import Class
 from segpipe.reference import ReferenceLabels
-from segpipe.store import stop_requested
+from segpipe.stops import stop_requested
 
 ORTHOGONAL = 1e-4
 """Greatest cosine between two axes that counts as a right angle."""

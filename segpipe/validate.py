@@ -39,6 +39,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+def load(model: type[ModelT], path: str | Path, overrides: Sequence[str] = ()) -> ModelT:
+    """Read and validate a YAML file; ``overrides`` are ``a.b=value`` items, see `apply_overrides`.
+
+    Raises:
+        RequestError: every mistake, one a line, with its path and what would be valid.
+    """
+    data = read_yaml(path)
+    apply_overrides(data, overrides)
+    return validate(model, data, str(path))
+
+
 def validate(model: type[ModelT], data: Mapping[str, Any], origin: str) -> ModelT:
     """Validate a mapping, with mistakes told in the words of the file.
 
@@ -59,6 +70,33 @@ def as_request(model: type[ModelT], given: ModelT | Mapping[str, Any], origin: s
         RequestError: as `validate`.
     """
     return given if isinstance(given, model) else validate(model, dict(given), origin)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set ``a.b=value`` items in a nested mapping.
+
+    Raises:
+        RequestError: an item without ``=``, or below a value.
+    """
+    for item in overrides:
+        _apply(data, item)
+
+
+def _apply(data: dict[str, Any], item: str) -> None:
+    """Set one ``a.b=value`` override in a nested mapping."""
+    key, sign, value = item.partition("=")
+    if not sign or not key.strip():
+        raise RequestError(f"--set {item}: found no `key=value`; e.g. --set tiling.window=256")
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RequestError(f"--set {item}: `{part}` is a value, it has no keys")
+        data = inner
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {item}: {value!r} is not a YAML value") from error
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:

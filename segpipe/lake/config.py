@@ -23,11 +23,10 @@ from segpipe.config import (
     ReferenceField,
     RegionsField,
     Tiling,
-    apply_overrides,
 )
 from segpipe.fields import Memory, Strict, Text
 from segpipe.prompts.options import PromptOptions
-from segpipe.validate import read_yaml, validate
+from segpipe.validate import load
 
 
 class LakeKind(str, Enum):
@@ -178,15 +177,5 @@ class Scan(Strict):
 
 
 def load_scan(path: str | Path, overrides: Sequence[str] = ()) -> Scan:
-    """Read and validate a scan file.
-
-    Args:
-        path: YAML file, safe-loaded.
-        overrides: ``a.b=value`` items; the value is read as YAML.
-
-    Raises:
-        RequestError: every mistake, one a line, with its path and what would be valid.
-    """
-    data = read_yaml(path)
-    apply_overrides(data, overrides)
-    return validate(Scan, data, str(path))
+    """Read and validate a scan file: see `segpipe.validate.load`."""
+    return load(Scan, path, overrides)

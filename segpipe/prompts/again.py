@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from segpipe.config import Job, apply_overrides
+from segpipe.config import Job
 from segpipe.errors import RequestError
-from segpipe.validate import read_yaml, validate
+from segpipe.validate import apply_overrides, read_yaml, validate
 
 QUESTION = ("text", "path", "layer", "crs", "earlier", "earlier_ids", "names", "everything")
 """Fields of `prompts` that say what is asked, not how."""

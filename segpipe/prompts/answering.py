@@ -29,7 +29,7 @@ from segpipe.prompts.scene import ASKED, PromptScene
 from segpipe.prompts.segmenters import Embedding, Segmenter, load_segmenter
 from segpipe.settings import Settings
 from segpipe.steps import Done
-from segpipe.store import stop_requested
+from segpipe.stops import stop_requested
 
 AHEAD = 2
 """Windows read before the one that is encoded."""

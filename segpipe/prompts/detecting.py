@@ -36,7 +36,8 @@ from segpipe.scene import device_parts, model_parts, read_card
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Scaling
-from segpipe.store import Stage, stage_key, stop_requested
+from segpipe.stops import stop_requested
+from segpipe.store import Stage, stage_key
 
 AHEAD = 2
 """Windows read before the one that is looked at."""

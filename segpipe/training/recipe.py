@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from segpipe.config import Precision, Reference, apply_overrides
+from segpipe.config import Precision, Reference
 from segpipe.fields import AutoSize, Memory, Strict, Text
 from segpipe.models.card import Card
 from segpipe.training.augment import Augmentation
 from segpipe.training.losses import LossName, LossTerm
-from segpipe.validate import read_yaml, validate
+from segpipe.validate import load
 
 
 class SplitBy(str, Enum):
@@ -211,15 +211,5 @@ class Recipe(Strict):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe.
-
-    Args:
-        path: YAML file, safe-loaded.
-        overrides: ``a.b=value`` items; the value is read as YAML.
-
-    Raises:
-        RequestError: every mistake, one a line, with its path and what would be valid.
-    """
-    data = read_yaml(path)
-    apply_overrides(data, overrides)
-    return validate(Recipe, data, str(path))
+    """Read and validate a recipe: see `segpipe.validate.load`."""
+    return load(Recipe, path, overrides)

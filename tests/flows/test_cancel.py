@@ -29,6 +29,7 @@ from prefect.states import Cancelling, State
 from flows.segment import segment
 from segpipe.config import Job
 from tests.flows.conftest import JobMaker, load, results_of, wait_until
+from tests.signals import enable_ctrl_c
 
 WORK = 300
 """Slowness of the model: a block takes about half a second."""
@@ -117,6 +118,7 @@ def served(flow_server: str, server_environment: dict[str, str], tmp_path: Path)
             process.wait(60)
 
 
+@pytest.mark.slow
 def test_a_served_run_is_cancelled_by_the_api(
     served: None, on_server: SyncPrefectClient, slow_job: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -146,11 +148,6 @@ def test_a_served_run_is_cancelled_by_the_api(
     assert ended.name == "Cancelled"
     print(f"asked to stop after {asked:.1f} s, Cancelled after {time.monotonic() - begun:.1f} s")
     check_resumes(job, undisturbed)
-
-
-def enable_ctrl_c() -> None:
-    """A shell's background job ignores it, and so would its children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(job_file: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -38,6 +38,7 @@ from segpipe.models.card import load_card
 from segpipe.training.loop import Moment
 from tasks.training import training_markdown
 from tests.flows.conftest import wait_until
+from tests.signals import enable_ctrl_c
 from tests.training.conftest import recipe_data, recipe_of, write_recipe, write_scene
 
 STOPS_WITHIN = 90.0
@@ -81,7 +82,7 @@ def start(recipe: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "segpipe.cli", "train", str(recipe)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        start_new_session=True, preexec_fn=enable_ctrl_c,
     )  # fmt: skip
 
 
@@ -266,9 +267,10 @@ def stop(how: str, process: subprocess.Popen[str], run: FlowRun, client: SyncPre
         process.terminate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stops",
-    [("api", "ctrl-c"), pytest.param(("sigterm", "sigterm"), marks=pytest.mark.slow)],
+    [("api", "ctrl-c"), ("sigterm", "sigterm")],
     ids=["here", "terminated"],
 )
 def test_a_stop_leaves_a_checkpoint_and_the_next_call_goes_on(

@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from segpipe.config import apply_overrides
 from segpipe.fields import Strict, Text
-from segpipe.validate import read_yaml, validate
+from segpipe.validate import load
 
 
 class Raster(Strict):
@@ -149,11 +148,5 @@ class PromptedRecipe(Strict):
 
 
 def load_prompted_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PromptedRecipe:
-    """Read and validate a recipe; ``overrides`` are ``a.b=value`` items.
-
-    Raises:
-        RequestError: every mistake, one a line, with its path and what would be valid.
-    """
-    data = read_yaml(path)
-    apply_overrides(data, overrides)
-    return validate(PromptedRecipe, data, str(path))
+    """Read and validate a recipe: see `segpipe.validate.load`."""
+    return load(PromptedRecipe, path, overrides)
