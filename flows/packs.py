@@ -8,7 +8,7 @@ of that length. So there are about three task runs at most for each such batch o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -18,6 +18,7 @@ from prefect.futures import PrefectFuture
 
 from flows.dispatch import Dispatch, ahead
 from segpipe.errors import StoppedError
+from segpipe.lake.ledger import Receipts
 from segpipe.report.record import SceneRecord
 from segpipe.sources import SceneRef
 from tasks.scenes import do_scenes
@@ -41,8 +42,12 @@ class _Pack:
 class Packs:
     """Works through scenes, packing small ones."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
+    def __init__(
+        self, dispatch: Dispatch, receipts: Callable[[Sequence[SceneRef]], Receipts] | None = None
+    ) -> None:
         self.dispatch = dispatch
+        self.receipts = receipts
+        """Of a scan's scenes, written as they are done."""
         self._seconds = 0.0
         """Of the scenes timed."""
         self._scenes = 0
@@ -80,7 +85,8 @@ class Packs:
     def _submit(self, refs: list[SceneRef]) -> _Pack:
         dispatch = self.dispatch
         parameters = {"job": dispatch.job, "refs": refs, "settings": dispatch.settings, "run": dispatch.run}
-        parameters |= {"stop": dispatch.stop, "first": refs[0].name, "more": len(refs) - 1}
+        parameters |= {"stop": dispatch.stop, "receipts": self.receipts(refs) if self.receipts else None}
+        parameters |= {"first": refs[0].name, "more": len(refs) - 1}
         dispatch.take_place()
         future = dispatch.submit_batch(do_scenes, parameters)
         begun = time.monotonic()
@@ -101,13 +107,16 @@ class Packs:
         return _Pack(refs, future)
 
     def _records(self, pack: _Pack) -> Iterator[SceneRecord]:
-        """A pack's records; what it left is done scene by scene, and so are all where the pack broke."""
+        """A pack's records; what it left, or where it broke has no receipt, is done scene by scene."""
         self.dispatch.watch.wait(pack.future)
         if pack.future.state.is_cancelled():
             raise StoppedError(pack.future.state.message or "stopped")
         done: list[SceneRecord | None] = [None] * len(pack.refs)
         if pack.future.state.is_completed():
             done = pack.future.result()
+        elif self.receipts:
+            receipts = self.receipts(pack.refs)
+            done = [receipts.of(ref.name) for ref in pack.refs]
         yield from (record for record in done if record is not None)
         left = [ref for ref, record in zip(pack.refs, done, strict=True) if record is None]
         yield from self.dispatch.scenes(left)

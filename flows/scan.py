@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -14,16 +15,16 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import TaskRunner
 
 from flows.dispatch import Dispatch
-from flows.names import run_name
 from flows.packs import Packs
 from flows.runners import check_cluster, task_runner
-from flows.segment import attempt_name, stop_on_error, stop_workers
+from flows.segment import OF_REQUEST, attempt_name, stop_on_error
 from flows.watch import Watch
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.lake.config import Identity, Scan
 from segpipe.lake.content import content_hash
 from segpipe.lake.found import Found
 from segpipe.lake.lease import Holder
+from segpipe.lake.ledger import Receipts
 from segpipe.lake.scan import (
     Looked,
     Names,
@@ -37,6 +38,7 @@ from segpipe.lake.scan import (
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run, now
 from segpipe.sources import SceneRef
+from segpipe.sources.remote import public_uri
 from segpipe.validate import as_request
 from tasks.events import tell_scene
 from tasks.report import write_report
@@ -46,13 +48,7 @@ SHOWN = 50
 FAILURES_TOLD = 5
 
 
-@flow(
-    name="scan",
-    flow_run_name=run_name,
-    validate_parameters=False,
-    on_cancellation=[stop_workers],
-    on_crashed=[stop_workers],
-)
+@flow(name="scan", **OF_REQUEST)
 def scan(scan: Scan) -> State[Any]:
     """Do what is new in a lake: every scene once, whenever and however often this runs.
 
@@ -74,7 +70,7 @@ def scan(scan: Scan) -> State[Any]:
     except (StoppedError, KeyboardInterrupt):
         return Cancelled(message="stopped; what is done stays, the next scan goes on from there")
     except SegpipeError as error:
-        return Failed(message=str(error))
+        return Failed(message=public_uri(str(error)))
 
 
 def _dry_run(request: ScanRequest) -> State[Any]:
@@ -118,7 +114,8 @@ class _Scanning:
                 dispatch = Dispatch(self.request.job, self.request.settings, run, stop, runner, watch)
                 new = new_scenes(scan, known, self.looked, lambda: self.seconds)
                 taken = take_scenes(scan, ledger, holder, new, known, self.looked)
-                for record in Packs(dispatch).scenes(self._refs(taken, run)):
+                packs = Packs(dispatch, partial(self._receipts, run))
+                for record in packs.scenes(self._refs(taken, run)):
                     watch.end(record)
                     tell_scene(run, record)
                     self._settle(record, run, holder)
@@ -155,6 +152,10 @@ class _Scanning:
             self.founds[ref.name] = found
             yield ref
 
+    def _receipts(self, run: Run, refs: Sequence[SceneRef]) -> Receipts:
+        """What finishes scenes of a pack where they are done."""
+        return Receipts(self.request.ledger, run.name, {ref.name: self.founds[ref.name] for ref in refs})
+
     def _settle(self, record: SceneRecord, run: Run, holder: Holder) -> None:
         """What became of a scene, for the next scans."""
         scan, ledger = self.request.scan, self.request.ledger
@@ -163,7 +164,8 @@ class _Scanning:
         if record.state == "done":
             if scan.lake.identity is Identity.content:
                 ledger.alias(replace(found, identity={"sha256": content_hash(found.uri)}), found)
-            ledger.finish(found, record, run.name)
+            if not ledger.is_done(found):  # by its pack
+                ledger.finish(found, record, run.name)
         else:
             record = replace(record, may_pass=record.may_pass or may_pass(found))
             ledger.fail(found, record, run.name, scan.attempts)

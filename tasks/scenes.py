@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prefect import Task, task
@@ -15,6 +15,7 @@ from segpipe.deliver import failed_record
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.inference.engine import DeviceMemoryError
 from segpipe.labelled import MeasurableScene
+from segpipe.lake.ledger import Receipts
 from segpipe.lattice import Index
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run
@@ -83,19 +84,33 @@ def finish_scene(
 @task(name="do scenes", task_run_name="{first} and {more} more", cache_policy=NO_CACHE)
 @told
 def do_scenes(
-    job: Job, refs: Sequence[SceneRef], settings: Settings, run: Run, stop: str, first: str, more: int
+    job: Job,
+    refs: Iterable[SceneRef],
+    settings: Settings,
+    run: Run,
+    stop: str,
+    receipts: Receipts | None,
+    first: str,
+    more: int,
 ) -> list[SceneRecord | None]:
     """Do small scenes from the plan to the files, one after the other; None: one to be done by itself.
 
     That is a large one, one that met a fault which may pass, or one that did not fit the device.
 
     Args:
+        receipts: of a scan, written as scenes are done.
         first: name of the first, and `more`: how many others, both for the task run's name.
     """
-    pace, most, records = Pace(), LARGE * 60 * job.compute.batch_minutes, []
+    pace, most = Pace(), LARGE * 60 * job.compute.batch_minutes
+    records: list[SceneRecord | None] = []
     for ref in refs:
         try:
-            records.append(whole_scene(job, ref, settings, run, stop, pace, most))
+            record = receipts.of(ref.name) if receipts else None  # Dask sent a lost worker's pack again
+            if record is None:
+                record = whole_scene(job, ref, settings, run, stop, pace, most)
+                if receipts and record:
+                    receipts.finish(record)
+            records.append(record)
         except StoppedError:
             raise
         except (*PASSING, DeviceMemoryError):

@@ -13,6 +13,7 @@ from prefect.states import Cancelled, Failed
 
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.inference.engine import DeviceMemoryError
+from segpipe.sources.remote import public_uri
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,9 +34,9 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
         except StoppedError as error:
             return Cancelled(message=str(error))
         except DeviceMemoryError as error:
-            return Failed(message=str(error), name=OUT_OF_MEMORY)
+            return Failed(message=public_uri(str(error)), name=OUT_OF_MEMORY)
         except SegpipeError as error:
-            return Failed(message=str(error))
+            return Failed(message=public_uri(str(error)))
 
     return wrapper
 

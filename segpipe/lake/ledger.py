@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from segpipe.lake.found import Found
 from segpipe.report.record import SceneRecord
+from segpipe.sources.remote import public_uri
 from segpipe.store import join, open_store
 
 LAKE_FOLDER = ".lake"
@@ -64,6 +65,9 @@ class Ledger:
     name: str
     """Of the scan, with the mark of what it does."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"out": self.out, "name": self.name}
+
     @cached_property
     def objects(self) -> ObjectStore:
         """The ledger's folder."""
@@ -83,6 +87,11 @@ class Ledger:
     def is_done(self, found: Found) -> bool:
         """Whether a scene is done: asked again once its lease is held."""
         return self._read(f"done/{found.digest}.json") is not None
+
+    def record(self, found: Found, run: str) -> SceneRecord | None:
+        """What a scene is that an open run has done; None: it has not."""
+        told = self._read(f"records/{run}/{found.digest}.json") if self.is_done(found) else None
+        return None if told is None else _SCENES.validate_python(told)
 
     def finish(self, found: Found, record: SceneRecord, run: str) -> None:
         """A scene is done; what it failed of before is forgotten. Its record first, the receipt last."""
@@ -168,9 +177,27 @@ class Ledger:
             obstore.delete(self.objects, path)
 
 
+@dataclass(frozen=True)
+class Receipts:
+    """Finishes scenes of a run where they are done: what a scan that was stopped had done is done."""
+
+    ledger: Ledger
+    run: str
+    founds: dict[str, Found]
+    """By the names their records have."""
+
+    def finish(self, record: SceneRecord) -> None:
+        """A scene is done."""
+        self.ledger.finish(self.founds[record.name], record, self.run)
+
+    def of(self, name: str) -> SceneRecord | None:
+        """What became of a scene that this run has done; None: it has not."""
+        return self.ledger.record(self.founds[name], self.run)
+
+
 def _told(found: Found) -> dict[str, Any]:
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"name": found.name, "uri": found.uri, "identity": found.identity, "at": at}
+    return {"name": found.name, "uri": public_uri(found.uri), "identity": found.identity, "at": at}
 
 
 def _dump(record: SceneRecord) -> Any:

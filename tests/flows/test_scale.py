@@ -33,7 +33,7 @@ from segpipe.request import check_request
 from segpipe.scene import Scene, create_stages, prepare_scene
 from segpipe.settings import Settings
 from segpipe.steps import predict_blocks
-from segpipe.store import request_stop
+from segpipe.stops import request_stop
 from tests.flows.conftest import JobMaker, load
 from tests.flows.nets import object_store, started
 

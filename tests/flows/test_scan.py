@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +14,7 @@ import numpy as np
 import obstore
 import pytest
 import rasterio
+from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows.scan import scan
@@ -21,9 +22,14 @@ from segpipe.cli import execute
 from segpipe.lake.config import Scan
 from segpipe.lake.found import Found
 from segpipe.lake.lease import Holder
+from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
 from segpipe.lake.scan import check_scan
 from segpipe.report.record import RunRecord, load_record
+from segpipe.run import Run, now
+from segpipe.sources import SceneRef
+from segpipe.stops import request_stop
+from tasks.scenes import do_scenes
 from tests.flows.conftest import wait_until
 
 
@@ -209,6 +215,38 @@ def test_a_scan_that_was_killed_goes_on_in_its_run(on_server: SyncPrefectClient,
     assert tables[0].read_bytes() == tables[1].read_bytes()
     assert ledger.open_runs() == []
     assert scan(asked, return_state=True).message == "nothing to do: 4 done before"
+
+
+def test_a_pack_that_is_stopped_keeps_what_it_has_done(on_server: SyncPrefectClient, make: ScanMaker) -> None:
+    asked = make()
+    request = check_scan(asked)
+    founds = {found.name: found for found in list_lake(asked.lake)}
+    run = Run(asked.outputs.dir, asked.name, "20260101-000000-left", now())
+    request.ledger.begin_run(run.name, run.started)
+
+    def stopped_after_one() -> Iterator[SceneRef]:
+        one, two, *_ = founds.values()
+        yield SceneRef(one.name, one.uri)
+        request_stop(asked.outputs.dir, "left")
+        yield SceneRef(two.name, two.uri)
+
+    receipts = Receipts(request.ledger, run.name, founds)
+    scenes = stopped_after_one()
+    ended = do_scenes.fn(request.job, scenes, request.settings, run, "left", receipts, "one", 1)
+    assert isinstance(ended, State)
+    assert ended.is_cancelled()
+    done = [name for name in founds if receipts.of(name)]
+    assert done == [next(iter(founds))]
+    before = predictions(asked)
+    assert len(before) == 1
+    again = [SceneRef(name, founds[name].uri) for name in done]
+    kept = do_scenes.fn(request.job, again, request.settings, run, "again", receipts, "one", 0)
+    assert kept == [receipts.of(name) for name in done]
+    assert predictions(asked) == before
+    state = scan(asked, return_state=True)
+    assert str(state.message).startswith("4 done, 3 new, 1 done before; report: ")
+    assert records(asked)[0].run_id == run.name
+    assert before.items() <= predictions(asked).items()
 
 
 def test_limits_leave_the_rest_for_the_next_scan(on_server: SyncPrefectClient, make: ScanMaker) -> None:
