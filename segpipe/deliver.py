@@ -30,6 +30,7 @@ from segpipe.report.tables import SceneResult, metric_table, region_table, write
 from segpipe.run import Run, local_folder
 from segpipe.scene import Scene
 from segpipe.sources.base import Pixels, SceneRef
+from segpipe.sources.remote import public_uri
 from segpipe.steps import Done
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def done_record(
         notes.append(f"no regions.gpkg was written: {len(classes)} classes, over {MOST_CLASSES}")
     return SceneRecord(
         name=scene.ref.name,
-        uri=scene.ref.uri,
+        uri=public_uri(scene.ref.uri),
         state="done",
         notes=tuple(notes),
         geometry=geometry_summary(scene.geometry),
@@ -206,8 +207,8 @@ def done_record(
 
 def failed_record(ref: SceneRef, error: str, attempts: int = 1) -> SceneRecord:
     """The record of a scene that failed, with its cause in one line."""
-    line = " ".join(error.split())
-    return SceneRecord(name=ref.name, uri=ref.uri, state="failed", error=line, attempts=attempts)
+    line, uri = public_uri(" ".join(error.split())), public_uri(ref.uri)
+    return SceneRecord(name=ref.name, uri=uri, state="failed", error=line, attempts=attempts)
 
 
 def geometry_summary(geometry: Geometry) -> GeometrySummary:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ from segpipe.report.found import SceneFound, found_table
 from segpipe.report.tables import write_atomic
 from segpipe.scene import Scene
 from segpipe.sources import open_source, package_file
+from segpipe.sources.remote import fetch, is_remote
 from segpipe.store import Stage
 
 if TYPE_CHECKING:
@@ -84,8 +86,8 @@ def _write_objects(
     with scene.open_labels(ids=True) as ids:
         if isinstance(geometry, VolumeGeometry):
             if not written["instances"].exists():
-                header = _nifti_header(scene.ref.uri)
-                write_nifti_ids(ids, geometry, header, dtype, written["instances"])
+                with _nifti_header(scene.ref.uri) as header:
+                    write_nifti_ids(ids, geometry, header, dtype, written["instances"])
             return written
         assert isinstance(geometry, RasterGeometry)
         polygons = {"objects": target / "instances.gpkg", "geoparquet": target / "instances.parquet"}
@@ -133,7 +135,8 @@ def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[
             write_cog(labels, geometry, classes, nodata, path, _tags(scene))
         else:
             assert isinstance(geometry, VolumeGeometry)
-            write_nifti(labels, geometry, _nifti_header(scene.ref.uri), classes, nodata, path)
+            with _nifti_header(scene.ref.uri) as header:
+                write_nifti(labels, geometry, header, classes, nodata, path)
 
 
 def _nodata(scene: MeasurableScene, measured: Measured, classes: Sequence[Class]) -> int | None:
@@ -245,7 +248,8 @@ def _write_shares(scene: MeasurableScene, shares: _Shares, path: Path) -> None:
         write_cog_scores(shares.read, geometry, shares.channels, path, _tags(scene))
     else:
         assert isinstance(geometry, VolumeGeometry)
-        write_nifti_scores(shares.read, geometry, _nifti_header(scene.ref.uri), shares.channels, path)
+        with _nifti_header(scene.ref.uri) as header:
+            write_nifti_scores(shares.read, geometry, header, shares.channels, path)
 
 
 def _tags(scene: MeasurableScene) -> dict[str, str]:
@@ -258,12 +262,17 @@ def has_nodata(measured: Measured) -> bool:
     return bool((measured.tally.label < 0).any())
 
 
-def _nifti_header(uri: str) -> str | None:
+@contextmanager
+def _nifti_header(uri: str) -> Iterator[str | None]:
     """The scene's own NIfTI file, whose transforms the labels repeat; None for other formats."""
     location = uri.split("#")[0]
     if not location.endswith((".nii", ".nii.gz")):
-        return None
-    return str(package_file(location)) if location.startswith("pkg://") else location
+        yield None
+    elif is_remote(location):
+        copy = fetch(location)
+        yield str(copy.path)
+    else:
+        yield str(package_file(location)) if location.startswith("pkg://") else location
 
 
 def seal_scene(

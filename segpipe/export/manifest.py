@@ -21,6 +21,7 @@ import obstore
 
 from segpipe.errors import RequestError
 from segpipe.report.tables import write_atomic
+from segpipe.sources.remote import public_uri
 from segpipe.store import open_store
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ RECORD = "run.json"
 PIECE = 8 * 2**20
 """Bytes of an object read at once."""
 READERS = 8
-_SIGNED = re.compile(r"(?<=://)[^/@\s]*@|\?[^#\s|]*")
 _NOT_OURS = re.compile(r"(^|/)\.|^compare-")
 """Hidden files, and comparisons, which are made again whenever somebody likes."""
 
@@ -50,11 +50,6 @@ class Mark:
 
 Marks = dict[str, Mark]
 """By path relative to the run's folder."""
-
-
-def public_uri(uri: str) -> str:
-    """A URI without what may be secret in it: user and password, and the query of a signed URL."""
-    return _SIGNED.sub("", uri) if "://" in uri else uri
 
 
 def hash_file(path: Path) -> Mark:

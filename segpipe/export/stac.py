@@ -23,11 +23,11 @@ from pystac.extensions.raster import DataType, RasterBand, RasterExtension, Samp
 
 from segpipe import __version__
 from segpipe.export.footprint import outline
-from segpipe.export.manifest import ITEM, Mark, public_uri
+from segpipe.export.manifest import ITEM, Mark
 from segpipe.geometry import RasterGeometry
 from segpipe.models.card import Card, Class
 from segpipe.sources.gdal import Handles
-from segpipe.sources.remote import is_remote
+from segpipe.sources.remote import is_remote, public_uri
 
 if TYPE_CHECKING:
     from segpipe.report.record import RunRecord

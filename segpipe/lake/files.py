@@ -132,8 +132,10 @@ def local_folder(location: str, kind: str) -> Path:
         RequestError: a URL, or there is no such folder.
     """
     if "://" in location.removeprefix("file://"):
+        or_ = ", or kind files with a pattern such as sub-*/**/*_T1w.nii.gz" if kind == "bids" else ""
         raise RequestError(
-            f"lake.location: {location}: scenes of kind {kind} are read from a local folder; copy them first"
+            f"lake.location: {location}: scenes of kind {kind} are listed in local folders only; valid: "
+            f"such a folder{or_}"
         )
     folder = Path(location.removeprefix("file://")).expanduser().absolute()
     if not folder.is_dir():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from segpipe.sources.remote import public_uri
+
 
 @dataclass(frozen=True)
 class Found:
@@ -28,5 +30,7 @@ class Found:
     @property
     def digest(self) -> str:
         """Names the scene with its content in the lake's ledger: 32 hexadecimal digits."""
-        text = json.dumps([self.uri, self.identity], sort_keys=True, separators=(",", ":"))
+        place = public_uri(self.uri)  # a signature is another one in each listing
+        parts = [place, self.identity] if place == self.uri else [place, self.name, self.identity]
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -24,7 +24,7 @@ from segpipe.request import check_job
 from segpipe.run import fingerprint
 from segpipe.settings import Settings
 from segpipe.sources.base import SceneRef
-from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.sources.remote import is_remote, public_uri, remote_identity
 from segpipe.store import check_writable, is_url
 
 SHORT = 6
@@ -199,7 +199,7 @@ def dry_run_markdown(scan: Scan, looked: Looked, shown: Sequence[Found]) -> str:
         lines += [f"{byte_size(looked.size)} to read.", "", "| Scene | Size | Where |", "| --- | --- | --- |"]
         for found in shown:
             size = byte_size(found.size) if found.size else ""
-            lines.append(f"| {plain_text(found.name)} | {size} | {plain_text(found.uri)} |")
+            lines.append(f"| {plain_text(found.name)} | {size} | {plain_text(public_uri(found.uri))} |")
     if looked.counts["new"] > len(shown):
         lines += ["", f"and {looked.counts['new'] - len(shown):,} more"]
     return "\n".join(lines)

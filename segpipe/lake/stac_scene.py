@@ -13,7 +13,7 @@ from pystac import Asset, Item
 
 from segpipe.lake.found import Found
 from segpipe.lake.naming import place_name
-from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.sources.remote import is_remote, public_uri, remote_identity
 from segpipe.sources.stack import SCHEME, SEPARATOR
 
 
@@ -93,7 +93,7 @@ def _told(asset: Asset, href: str) -> dict[str, Any]:
     """What an item says of a file; without a signature, which is another one each time."""
     fields = {"checksum": "file:checksum", "size": "file:size"}
     found = {name: asset.extra_fields[key] for name, key in fields.items() if key in asset.extra_fields}
-    return {"href": href.partition("?")[0] if is_remote(href) else href, **found}
+    return {"href": public_uri(href), **found}
 
 
 def _file(href: str) -> dict[str, Any]:

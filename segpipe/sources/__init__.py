@@ -8,7 +8,15 @@ from pathlib import Path
 from segpipe.errors import SceneError
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
 from segpipe.sources.discover import discover
-from segpipe.sources.kinds import Kind, kind_of, parse_frame, parse_series
+from segpipe.sources.kinds import (
+    DICOM_SUFFIXES,
+    NIFTI_SUFFIXES,
+    ONE_FILE_NIFTI,
+    Kind,
+    kind_of,
+    parse_frame,
+    parse_series,
+)
 from segpipe.sources.mosaic import SCHEME as _MOSAIC
 from segpipe.sources.mosaic import open_mosaic
 from segpipe.sources.package import SCHEME as _PACKAGE
@@ -33,7 +41,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     """Open a scene lazily.
 
     Args:
-        uri: a raster, NIfTI file or DICOM series folder; a URL of a raster; ``mosaic:GLOB``;
+        uri: a raster, NIfTI file or DICOM series folder; a URL of a raster or NIfTI file; ``mosaic:GLOB``;
             ``stack:FILE|FILE``; ``pkg://distribution/path``; with ``#frame=N`` (from 0) for one frame of a
             4D file, ``#series=UID`` for one DICOM series of a folder that holds several.
         band_names: names of the channels in file order, over those of the file.
@@ -73,13 +81,19 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     return RasterSource(str(path), band_names=band_names)
 
 
-def _open_remote(uri: str, frame: int | None, band_names: Sequence[str]) -> RasterSource:
-    """Open a raster behind a URL; volumes have to be local.
+def _open_remote(uri: str, frame: int | None, band_names: Sequence[str]) -> Source:
+    """Open a raster behind a URL in place, or a copy of a NIfTI file.
 
     Raises:
-        SceneError: a volume, or what `RasterSource` raises.
+        SceneError: DICOM or half of a pair, or what the sources raise.
     """
     address = uri.partition("?")[0].lower()
-    if frame is not None or address.endswith((".nii", ".nii.gz", ".dcm")):
-        raise SceneError(f"{uri}: volumes are read from local files only; copy it first")
+    if address.endswith(ONE_FILE_NIFTI):
+        from segpipe.sources.nifti import NiftiSource
+
+        return NiftiSource(uri, frame=frame, band_names=band_names)
+    if frame is not None or address.endswith((*DICOM_SUFFIXES, *NIFTI_SUFFIXES)):
+        raise SceneError(
+            f"{uri}: cannot be read from there; valid behind a URL: rasters and {', '.join(ONE_FILE_NIFTI)}"
+        )
     return RasterSource(uri, band_names=band_names)

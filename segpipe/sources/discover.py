@@ -211,11 +211,12 @@ def _series(folder: Path, series: str) -> _Found:
 
 
 def _remote(uri: str) -> _Found:
-    address = uri.partition("?")[0]
+    address, frame = parse_frame(uri.partition("?")[0])
     if WILDCARDS & set(address):
         raise RequestError(f"scenes: {uri}: globs work on local folders only; list the URLs")
     *folders, name = address.partition("://")[2].rstrip("/").split("/")
-    return _Found(uri, safe_name(scene_stem(name)), safe_name(folders[-1] if folders else ""))
+    stem = scene_stem(name) if frame is None else f"{scene_stem(name)}_frame{frame}"
+    return _Found(uri, safe_name(stem), safe_name(folders[-1] if folders else ""))
 
 
 def _named(uri: str, path: Path, frame: int | None) -> _Found:

@@ -16,7 +16,8 @@ RASTER_SUFFIXES = (
 """Rasters that are taken from a folder."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Rasters only where named or matched by a glob: beside scenes they are previews."""
-NIFTI_SUFFIXES = (".nii", ".nii.gz", ".nii.bz2", ".nii.zst", ".img.gz")
+ONE_FILE_NIFTI = (".nii", ".nii.gz", ".nii.bz2", ".nii.zst")
+NIFTI_SUFFIXES = (*ONE_FILE_NIFTI, ".img.gz")
 DICOM_SUFFIXES = (".dcm", ".ima")
 
 SERIES = "#series="

@@ -28,6 +28,7 @@ from segpipe.sources.common import (
     resolve_channels,
     scaling_of,
 )
+from segpipe.sources.remote import fetch, is_remote, public_uri
 
 READ_ERRORS = (OSError, ValueError, EOFError, ImageFileError, HeaderDataError)
 """What nibabel and indexed_gzip raise at a damaged file."""
@@ -55,7 +56,7 @@ class NiftiSource(Source):
         """Open a volume.
 
         Args:
-            path: of the image, or of either file of a pair.
+            path: of the image, or of either file of a pair; or the URL of an image in one file.
             frame: which one of a 4D file, from 0.
             band_names: a name for the one channel.
 
@@ -65,9 +66,11 @@ class NiftiSource(Source):
             RequestError: ``band_names`` has not one name.
         """
         self.uri = path if frame is None else f"{path}#frame={frame}"
-        require_file(Path(path))
+        self._copy = fetch(path) if is_remote(path) else None
+        local = path if self._copy is None else str(self._copy.path)
+        require_file(Path(local))
         self._lock = threading.Lock()
-        image = _load(path)
+        image = _load(local, path)
         stored = image.dataobj
         self._path = str(stored.file_like)
         self._compressed = self._path.lower().endswith(COMPRESSED)
@@ -86,7 +89,8 @@ class NiftiSource(Source):
         # Analyze's third file, .mat, is optional.
         held = [h.filename for h in image.file_map.values() if h.filename]
         there = [f for f in held if Path(f).exists()]
-        self._identity = {"uri": self.uri, "files": file_identity(there)}
+        files = file_identity(there) if self._copy is None else [self._copy.identity]
+        self._identity = {"uri": self.uri if self._copy is None else public_uri(self.uri), "files": files}
         rename_bands(self, band_names)
 
     @property
@@ -159,14 +163,19 @@ class NiftiSource(Source):
         if self._compressed:
             return
         size = Path(self._path).stat().st_size
+        told = self._path if self._copy is None else self.uri
         wanted = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if size < wanted:
             what = f"shape {tuple(shape)} of {dtype}"
-            raise SceneError(f"{self._path}: truncated: {size} bytes, but {what} needs {wanted}")
+            raise SceneError(f"{told}: truncated: {size} bytes, but {what} needs {wanted}")
 
 
-def _load(path: str) -> Any:
+def _load(path: str, told: str) -> Any:
     """nibabel's image of a file, header only.
+
+    Args:
+        path: of the file here.
+        told: what it is called in errors: where it came from.
 
     Raises:
         SceneError: nibabel cannot read it, or it is of a kind without voxels.
@@ -174,12 +183,12 @@ def _load(path: str) -> Any:
     try:
         image: Any = nib.load(path)
     except READ_ERRORS as error:
-        raise SceneError(f"{path}: cannot be opened: {_damage(error)}") from error
+        raise SceneError(f"{told}: cannot be opened: {_damage(error)}") from error
     kinds = (nib.Nifti1Pair, nib.Nifti2Pair, nib.AnalyzeImage)
     if not isinstance(image, kinds) or not isinstance(image.dataobj, ArrayProxy):
-        raise SceneError(f"{path}: {type(image).__name__} is no NIfTI volume")
+        raise SceneError(f"{told}: {type(image).__name__} is no NIfTI volume")
     if not Path(str(image.dataobj.file_like)).exists():
-        raise SceneError(f"{path}: its data file {image.dataobj.file_like} is missing")
+        raise SceneError(f"{told}: its data file {image.dataobj.file_like} is missing")
     return image
 
 

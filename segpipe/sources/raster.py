@@ -25,7 +25,7 @@ from segpipe.sources.common import (
     scaling_of,
 )
 from segpipe.sources.gdal import Handles, cache_for_strips, window_of
-from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.sources.remote import is_remote, public_uri, remote_identity
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""
@@ -201,7 +201,7 @@ class RasterSource(Source):
             content = file_identity(f for f in files if not f.endswith(NOT_CONTENT))
         return {
             # Without the query: a signed URL is another text each time.
-            "uri": self.uri.partition("?")[0] if remote else self.uri,
+            "uri": public_uri(self.uri) if remote else self.uri,
             "files": content,
             "geometry": self.geometry.to_dict(),
             # repr: NaN is not JSON

@@ -1,21 +1,43 @@
-"""Files behind a URL: which URLs we know, and what identifies such a file."""
+"""Files behind a URL: which URLs we know, what identifies such a file, and local copies of volumes."""
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from threading import Lock
 from typing import Any
+from weakref import finalize
 
+from segpipe.errors import SceneError
 from segpipe.sources.common import reason
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "https://", "http://")
 """What GDAL opens in place."""
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_SIGNED = re.compile(r"(://[^?#|\s]*)\?[^#|\s]*?(?=[:,;.)]*(?:[#|\s]|$))")
 PATIENCE: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 """With a store that does not answer; obstore's own is minutes."""
+COPIES_BYTES = 4 * 2**30
+"""Of the copies that a process keeps; those that somebody reads stay beyond."""
+PART_BYTES = 8 * 2**20
+"""Held in memory of a file that is fetched."""
 
 
 def is_remote(uri: str) -> bool:
     """Whether the URI names a file that is not on a local disk."""
     return uri.startswith(REMOTE_SCHEMES)
+
+
+def public_uri(text: str) -> str:
+    """URLs without what may be secret in them: user and password, and the query of a signed one.
+
+    Args:
+        text: a URI, of a stack too, or a message with some in it.
+    """
+    return _SIGNED.sub(r"\1", _USER.sub("", text))
 
 
 def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
@@ -24,23 +46,106 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
     Returns:
         The identity, and a note where the server tells nothing and the address must do.
     """
+    try:
+        return _look(uri), None
+    except SceneError as error:
+        told = public_uri(str(error).removeprefix(f"{uri}: "))[:120]
+        note = f"identified by its address alone, a change will not be seen ({told})"
+        return {"uri": public_uri(uri)}, note
+
+
+class Copy:
+    """A local copy of a file, which goes with the last who holds this."""
+
+    def __init__(self, uri: str) -> None:
+        """Fetch it.
+
+        Raises:
+            SceneError: it is not there, or its store does not answer.
+        """
+        from obstore import get
+        from obstore.exceptions import BaseError
+
+        store, name = _store(uri)
+        folder = mkdtemp(prefix="segpipe-copy-")
+        finalize(self, rmtree, folder, ignore_errors=True)
+        self.path = Path(folder) / name
+        try:
+            found = get(store, name)
+            with self.path.open("wb") as file:
+                for part in found.stream(min_chunk_size=PART_BYTES):
+                    file.write(part)
+        except (BaseError, OSError) as error:
+            raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
+        self.identity = _told(uri, found.meta)
+        """As of `remote_identity`."""
+
+
+_kept: list[Copy] = []
+"""The latest copies, the one used last at the end."""
+_lock = Lock()
+
+
+def fetch(uri: str) -> Copy:
+    """A volume's copy on the local disk.
+
+    NIfTI files are mostly compressed as a whole, so they cannot be read by ranges. A scene is opened to be
+    planned, read and exported: a process keeps the copies that it used last, up to `COPIES_BYTES`.
+
+    Raises:
+        SceneError: it is not there, its store does not answer, or the URL is signed.
+    """
+    with _lock:  # one at a time: whoever waits for this very file must not fetch it too
+        identity = _look(uri)
+        copy = next((c for c in _kept if c.identity == identity), None)
+        if copy is None:
+            copy = Copy(uri)
+        else:
+            _kept.remove(copy)
+        _kept.append(copy)
+        while len(_kept) > 1 and sum(c.identity["size"] for c in _kept) > COPIES_BYTES:
+            del _kept[0]
+    return copy
+
+
+def _look(uri: str) -> dict[str, Any]:
+    """What a HEAD request tells of a file.
+
+    Raises:
+        SceneError: it tells nothing.
+    """
     # Imported here: only a lake needs it.
     from obstore import head
+    from obstore.exceptions import BaseError
+
+    store, name = _store(uri)
+    try:
+        return _told(uri, head(store, name))
+    except (BaseError, OSError) as error:  # obstore's own, and Python's for what is not there
+        raise SceneError(f"{uri}: {reason(error)}") from error
+
+
+def _store(uri: str) -> tuple[Any, str]:
+    """The folder of a file as a store, and the file's name.
+
+    Raises:
+        SceneError: the URL has a query, as signed ones do, which is part of no store's path.
+    """
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
     address, _, query = uri.partition("?")
     folder, _, name = address.rpartition("/")
+    if query:
+        raise SceneError(f"{uri}: the URL has a query")
     try:
-        if query:  # a signed URL: its signature is part of no store's path
-            raise ValueError("the URL has a query")
         if uri.startswith(("http://", "https://")):
-            store = from_url(folder, client_options={"allow_http": True}, retry_config=PATIENCE)
-        else:
-            store = from_url(folder, retry_config=PATIENCE)
-        meta = head(store, name)
-    except (BaseError, OSError, ValueError) as error:  # obstore's own, and Python's for what is not there
-        note = f"identified by its address alone, a change will not be seen ({reason(error)[:120]})"
-        return {"uri": address}, note
+            return from_url(folder, client_options={"allow_http": True}, retry_config=PATIENCE), name
+        return from_url(folder, retry_config=PATIENCE), name
+    except (BaseError, ValueError) as error:
+        raise SceneError(f"{uri}: {reason(error)}") from error
+
+
+def _told(uri: str, meta: Any) -> dict[str, Any]:
     modified = meta["last_modified"].isoformat()
-    return {"uri": address, "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}, None
+    return {"uri": public_uri(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}

@@ -1,12 +1,14 @@
-"""An object store on loopback."""
+"""An object store on loopback, and UIDs of a DICOM series."""
 
 from __future__ import annotations
 
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from moto.server import ThreadedMotoServer
+from pydicom.uid import generate_uid
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,13 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield "s3://results"
     server.stop()
+
+
+@pytest.fixture
+def written() -> dict[str, Any]:
+    """UIDs of one series."""
+    return {
+        "StudyInstanceUID": generate_uid(),
+        "SeriesInstanceUID": generate_uid(),
+        "FrameOfReferenceUID": generate_uid(),
+    }

@@ -14,8 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pydicom import dcmread
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage, generate_uid
 from world import World, nearest_label
 
 from segpipe.boxes import Box
@@ -23,20 +23,16 @@ from segpipe.config import load_job
 from segpipe.deliver import export_scene
 from segpipe.errors import SceneError
 from segpipe.export.dicom_seg import Algorithm, concept_of, write_dicom_seg
-from segpipe.labelled import prepare_labelled
 from segpipe.measure import measure_scene
-from segpipe.models.card import Card, Class, load_card
+from segpipe.models.card import Class
 from segpipe.request import check_request
 from segpipe.run import Run
-from segpipe.scene import create_stages, dry_plan, pending_blocks, prepare_scene
+from segpipe.scene import create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
-from segpipe.sources import SceneRef
 from segpipe.sources.dicom import DicomSource
 from segpipe.steps import predict_blocks
+from tests.export.ct_series import COLUMN, CT, FIRST, ROW, SECRETS, STEP, needs_ct, volume_card, write_oblique
 from tests.given import job_of, run_all
-
-CT = Path(__file__).parents[2].parent / "shared" / "data" / "totalsegmentator_ct" / "dicom"
-needs_ct = pytest.mark.skipif(not CT.exists(), reason=f"TotalSegmentator's example CT is not at {CT}")
 
 CLASSES = (
     Class(value=0, name="background", color="#000000", background=True),
@@ -47,71 +43,6 @@ CLASSES = (
 )
 NODATA = 65535
 MODEL = Algorithm("abdomen", "card 12, weights 34", automatic=True)
-SECRETS = ("Müller", "SECRET-4711", "19991399", "ACC-0815", "geheim")
-
-
-@pytest.fixture
-def written() -> dict[str, Any]:
-    """UIDs of one series."""
-    return {
-        "StudyInstanceUID": generate_uid(),
-        "SeriesInstanceUID": generate_uid(),
-        "FrameOfReferenceUID": generate_uid(),
-    }
-
-
-def write_slice(path: Path, pixels: np.ndarray, uids: dict[str, Any], **tags: Any) -> str:
-    """One CT slice of a patient with a name beyond ASCII, a birth date that is none and an odd sex."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    ds = Dataset()
-    ds.file_meta, ds.SpecificCharacterSet = meta, "ISO_IR 100"
-    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ds.PatientName, ds.PatientID = SECRETS[:2]
-        ds.PatientBirthDate, ds.AccessionNumber, ds.PatientSex = SECRETS[2:]
-    ds.Modality, ds.SeriesNumber, ds.StudyDate = "CT", 4, "20240102"
-    ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-    ds.Rows, ds.Columns = pixels.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-    ds.BitsAllocated = ds.BitsStored = 16
-    ds.HighBit, ds.PixelRepresentation = 15, 0
-    ds.PixelSpacing = [0.8, 0.5]
-    ds.SliceThickness = 9
-    ds.PixelData = pixels.astype("<u2").tobytes()
-    for keyword, value in {**uids, **tags}.items():
-        setattr(ds, keyword, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ds.save_as(path, enforce_file_format=True)
-    return str(ds.SOPInstanceUID)
-
-
-ROW, COLUMN = np.array([0.8, 0.6, 0.0]), np.array([-0.36, 0.48, 0.8])
-"""Direction cosines of an oblique series, LPS."""
-FIRST = np.array([1.0, 2.0, 3.0])
-STEP = 2.5
-
-
-def write_oblique(folder: Path, volume: np.ndarray, uids: dict[str, Any], *, tilt: float = 0.0) -> list[str]:
-    """An oblique volume (z, y, x) in shuffled files; SOP instances in the order of z."""
-    order = np.random.default_rng(3).permutation(len(volume))
-    found = []
-    for k, plane in enumerate(volume):
-        position = FIRST + STEP * k * np.cross(ROW, COLUMN) + tilt * k * COLUMN
-        found.append(
-            write_slice(
-                folder / f"{order[k]:03d}.dcm",
-                plane,
-                uids,
-                ImagePositionPatient=[round(float(v), 9) for v in position],
-                ImageOrientationPatient=[*ROW.tolist(), *COLUMN.tolist()],
-            )
-        )
-    return found
 
 
 def random_labels(shape: Sequence[int]) -> np.ndarray:
@@ -327,7 +258,7 @@ def test_a_run_of_a_model_writes_it_beside_the_other_formats(
     path = world.job(tmp_path / "out", card="nearest-volume", scenes=[str(tmp_path / "ct")], outputs=formats)
     job = load_job(path)
     [ref] = check_request(job).scenes
-    scene = create_stages(prepare_scene(job, ref, resolve_settings(job.compute, _card(world))))
+    scene = create_stages(prepare_scene(job, ref, resolve_settings(job.compute, volume_card(world))))
     predict_blocks(scene, pending_blocks(scene), "test")
     measured, _ = measure_scene(scene, "test")
     run = Run(job.outputs.dir, job.name, "run-1", "2024-05-06T07:08:09+00:00")
@@ -344,10 +275,6 @@ def test_a_run_of_a_model_writes_it_beside_the_other_formats(
     before = (Path(run.location) / files["dicomseg"]).stat().st_mtime_ns
     assert export_scene(scene, measured, run) == files
     assert (Path(run.location) / files["dicomseg"]).stat().st_mtime_ns == before
-
-
-def _card(world: World) -> Card:
-    return load_card(world.models / "nearest-volume.yaml")
 
 
 def test_labels_that_are_given_and_scenes_that_are_not_dicom(tmp_path: Path, written: dict[str, Any]) -> None:
@@ -371,56 +298,3 @@ def test_labels_that_are_given_and_scenes_that_are_not_dicom(tmp_path: Path, wri
     folder, _ = run_all(job_of(tmp_path / "o", tmp_path / "scene.nii.gz", tmp_path / "labels.nii.gz",
                                outputs={**outputs, "dir": str(tmp_path / "o")}))  # fmt: skip
     assert [p.name for p in (folder / "scenes").rglob("labels*")] == []
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"StudyInstanceUID": ""}, r"missing: StudyInstanceUID in 3 of 3 slices"),
-        (
-            {"SeriesInstanceUID": "", "SOPInstanceUID": "", "FrameOfReferenceUID": ""},
-            r"missing: SOPInstanceUID in 3 of 3 slices, SeriesInstanceUID .*, FrameOfReferenceUID in 3",
-        ),
-        ({"SOPInstanceUID": "1.2.3.4"}, r"SOPInstanceUID 1\.2\.3\.4 in 3 slices; valid: one each"),
-        ({"SOPClassUID": "1.2.3.4"}, r"SOPClassUID 1\.2\.3\.4 is none of the standard's"),
-    ],
-)
-def test_a_series_that_cannot_be_referred_to_is_refused_at_planning(
-    world: World, tmp_path: Path, written: dict[str, Any], change: dict[str, str], message: str
-) -> None:
-    write_oblique(tmp_path / "ct", np.full((3, 6, 5), 100), {**written, **change})
-    nib.save(nib.Nifti1Image(np.zeros((5, 6, 3), np.uint8), np.eye(4)), tmp_path / "labels.nii.gz")
-    outputs = {"dir": str(tmp_path / "out"), "formats": ["dicomseg", "nifti"]}
-    given = job_of(tmp_path / "out", tmp_path / "ct", tmp_path / "labels.nii.gz", outputs=outputs)
-    job = load_job(
-        world.job(tmp_path / "out", card="nearest-volume", scenes=[str(tmp_path / "ct")], outputs=outputs)
-    )
-    [ref] = check_request(job).scenes
-    settings = resolve_settings(job.compute, _card(world))
-    help_ = r".*leave dicomseg out of outputs\.formats, or give the series its UIDs"
-    for prepare in (prepare_scene, dry_plan):
-        with pytest.raises(SceneError, match=message + help_):
-            prepare(job, ref, settings)
-    with pytest.raises(SceneError, match=message + help_):
-        prepare_labelled(given, ref)
-    assert not (tmp_path / "out" / ".store").exists()
-    prepare_scene(
-        job.model_copy(update={"outputs": job.outputs.model_copy(update={"formats": []})}), ref, settings
-    )
-
-
-def test_slices_of_two_studies_are_refused(tmp_path: Path, written: dict[str, Any]) -> None:
-    write_oblique(tmp_path / "ct", np.zeros((3, 4, 4)), written)
-    one = dcmread(tmp_path / "ct" / "001.dcm")
-    one.StudyInstanceUID = generate_uid()
-    one.save_as(tmp_path / "ct" / "001.dcm")
-    job = job_of(tmp_path, tmp_path / "ct", "x", outputs={"dir": str(tmp_path), "formats": ["dicomseg"]})
-    with pytest.raises(SceneError, match="2 values of StudyInstanceUID; valid: one"):
-        prepare_labelled(job, SceneRef("ct", str(tmp_path / "ct")))
-
-
-@needs_ct
-def test_the_anonymised_ct_is_refused_with_the_reason(tmp_path: Path) -> None:
-    job = job_of(tmp_path, CT, "x", outputs={"dir": str(tmp_path), "formats": ["dicomseg"]})
-    with pytest.raises(SceneError, match=r"dicom: a DICOM SEG needs UIDs; missing: .*in 20 of 20 slices"):
-        prepare_labelled(job, SceneRef("ct", str(CT)))

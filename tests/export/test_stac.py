@@ -22,9 +22,9 @@ from pystac.extensions.raster import RasterExtension
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from world import CLASSES, World, raster_pixels, write_raster
 
-from segpipe.export.manifest import public_uri
 from segpipe.export.stac import capture_time
 from segpipe.run import Run
+from segpipe.sources.remote import public_uri
 from segpipe.store import open_store
 
 
@@ -181,6 +181,10 @@ def test_a_link_tells_no_secret() -> None:
         public_uri("stack:https://h/a.tif?s=1|https://h/b.tif?s=2") == "stack:https://h/a.tif|https://h/b.tif"
     )
     assert public_uri("/data/what?.tif") == "/data/what?.tif"
+    told = "https://h/a.tif?s=1:2&t=3: cannot be opened (404 for https://h/a.tif?s=1). Is it there? No"
+    assert public_uri(told) == (
+        "https://h/a.tif: cannot be opened (404 for https://h/a.tif). Is it there? No"
+    )
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,21 @@ def test_identity_is_updated_with_checksums_and_sizes(tmp_path: Path) -> None:
     assert later.digest != found.digest
 
 
+def test_a_signed_address_is_the_same_scene_in_every_listing(tmp_path: Path) -> None:
+    """Each listing has another signature; two items may have their file's number in the query only."""
+
+    def listed(item: pystac.Item) -> Found:
+        item.common_metadata.updated = datetime(2026, 2, 3, tzinfo=UTC)
+        (found,) = _all(_catalogue(tmp_path, ("landsat", [item])))
+        return found
+
+    first, again = (listed(_item(0, data=f"https://host/0.tif?sig={n}")) for n in "ab")
+    assert first.uri == "https://host/0.tif?sig=a"
+    assert again.uri == "https://host/0.tif?sig=b"
+    assert first.digest == again.digest
+    assert listed(_item(1, data="https://host/0.tif?sig=a")).digest != first.digest
+
+
 FILTERS: list[tuple[dict[str, Any], list[int]]] = [
     ({}, [0, 1, 2, 3, 4]),
     ({"cloud_cover": 30}, [0, 1, 4]),  # item 4 does not say

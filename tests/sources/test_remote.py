@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
-from segpipe.sources import open_source
+from segpipe.sources import open_source, remote
+from segpipe.sources.remote import fetch, remote_identity
 
 Write = Callable[..., Path]
 Noise = Callable[..., np.ndarray]
@@ -88,6 +90,11 @@ def test_a_signed_address_is_not_part_of_what_it_identifies(
     assert one.identity == two.identity
     assert "signature" not in str(one.identity)
     assert any("identified by its address alone" in note for note in one.notes)
+    for name in ("a.tif", "gone.tif"):  # with a password in front, there or not
+        entry, note = remote_identity(f"{address.replace('//', '//me:word@')}/{name}")
+        assert entry["uri"] == f"{address}/{name}"
+        assert (note is None) == (name == "a.tif")
+        assert "word" not in f"{entry} {note}"
 
 
 def test_a_missing_remote_file_fails_in_one_line(served: tuple[str, Path]) -> None:
@@ -97,6 +104,43 @@ def test_a_missing_remote_file_fails_in_one_line(served: tuple[str, Path]) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_remote_volumes_are_refused() -> None:
-    with pytest.raises(SceneError, match="volumes are read from local files only; copy it first"):
-        open_source("s3://lake/brain.nii.gz")
+def test_a_remote_volume_is_fetched_once_and_its_copy_goes(
+    served: tuple[str, Path], noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and geometry of the local file; opened again it is not asked for again, only looked at."""
+    address, folder = served
+    array, affine = noise((7, 6, 5)), np.diag([-2.0, 2.0, 3.0, 1.0])
+    nib.save(nib.Nifti1Image(array.T, affine), folder / "brain.nii.gz")
+    nib.save(nib.Nifti1Image(noise((4, 3, 2)).T, affine), folder / "other.nii")
+    box = Box((1, 0, 2), (5, 6, 5))
+    with open_source(f"{address}/brain.nii.gz") as source, open_source(str(folder / "brain.nii.gz")) as local:
+        np.testing.assert_array_equal(source.read(box).values[0], array[box.slices])
+        assert source.geometry == local.geometry
+        assert source.uri == f"{address}/brain.nii.gz"
+        (file,) = source.identity["files"]
+        assert (file["uri"], file["size"]) == (source.uri, (folder / "brain.nii.gz").stat().st_size)
+    copy = fetch(f"{address}/brain.nii.gz")
+    assert fetch(f"{address}/brain.nii.gz") is copy
+    monkeypatch.setattr(remote, "COPIES_BYTES", 1)
+    with open_source(f"{address}/other.nii"):  # the one used last stays, others only while they are read
+        assert copy.path.exists()
+        assert fetch(f"{address}/brain.nii.gz") is not copy
+    path = copy.path
+    del copy, source
+    assert not path.exists()
+
+
+def test_a_remote_volume_that_is_damaged_or_missing_is_named_by_its_address(
+    served: tuple[str, Path], noise: Noise
+) -> None:
+    address, folder = served
+    nib.save(nib.Nifti1Image(noise((7, 6, 5)).T, np.eye(4)), folder / "short.nii")
+    (folder / "short.nii").write_bytes((folder / "short.nii").read_bytes()[:400])
+    with pytest.raises(SceneError, match=rf"^{address}/short\.nii: truncated: 400 bytes"):
+        open_source(f"{address}/short.nii")
+    with pytest.raises(SceneError, match=rf"^{address}/gone\.nii\.gz: .*404"):
+        open_source(f"{address}/gone.nii.gz")
+    with pytest.raises(SceneError, match="has a query"):
+        open_source(f"{address}/short.nii?signature=1")
+    with pytest.raises(SceneError, match="cannot be read from there; valid behind a URL: rasters and"):
+        open_source(f"{address}/1.dcm")
