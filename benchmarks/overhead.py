@@ -22,7 +22,8 @@ from segpipe.config import Job
 from segpipe.request import check_request
 from segpipe.scene import Scene, create_stages, is_predicted, prepare_scene
 from segpipe.steps import predict_blocks
-from segpipe.store import join, request_stop, stop_requested
+from segpipe.stops import request_stop, stop_requested
+from segpipe.store import join
 
 EDGE = 64
 ROWS, COLUMNS = 20, 25

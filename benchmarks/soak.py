@@ -127,7 +127,9 @@ class Soak:
                 found.append(run)
                 continue
             del self.runs[run_id]
-            self.over[f"{name.split('/')[0]} {run.state.name}"] += 1
+            # the deployment of scans has a limit of one: what is due beside it is cancelled by the server
+            beside = "concurrency limit" in str(run.state.message)
+            self.over[f"{name.split('/')[0]} {'beside another' if beside else run.state.name}"] += 1
             if run.state.is_crashed() or (
                 run.state.is_failed() and "in quarantine" not in str(run.state.message)
             ):

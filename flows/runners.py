@@ -206,6 +206,7 @@ def _look() -> Any:
     """The function that runs in a worker. It travels as code: segpipe may be missing there."""
 
     def look(packages: tuple[str, ...], url: str, seconds: float) -> dict[str, str]:
+        from contextlib import suppress
         from importlib.metadata import PackageNotFoundError, version
         from urllib.error import HTTPError
         from urllib.request import urlopen
@@ -218,9 +219,8 @@ def _look() -> Any:
                 found[name] = "missing"
         if url:
             try:
-                urlopen(f"{url}/health", timeout=seconds).close()
-            except HTTPError:
-                pass  # it answers: who may ask is another question
+                with suppress(HTTPError):  # it answers: who may ask is another question
+                    urlopen(f"{url}/health", timeout=seconds).close()
             except (OSError, ValueError) as error:
                 found["server"] = str(error)
         return found

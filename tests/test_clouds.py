@@ -55,13 +55,14 @@ def segment(path: Path, card: str, out: Path, **keys: object) -> np.ndarray:
 
 
 @needs_data
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scene", "card"),
     [
         ("landsat7", "cloud-4band"),
-        pytest.param("landsat7", "cloud-6band", marks=pytest.mark.slow),
-        pytest.param("sentinel2", "cloud-4band", marks=pytest.mark.slow),
-        pytest.param("sentinel2", "cloud-6band", marks=pytest.mark.slow),
+        ("landsat7", "cloud-6band"),
+        ("sentinel2", "cloud-4band"),
+        ("sentinel2", "cloud-6band"),
     ],
 )
 def test_kappa_is_at_least_the_packages_own(scene: str, card: str, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def on_store(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
     return services
 
 
-def failed(finding: Finding, found: str, advice: str) -> None:
+def assert_failed(finding: Finding, found: str, advice: str) -> None:
     assert finding.state is State.fail, finding
     assert found in finding.found and advice in finding.advice, finding
     print(line_of(finding))
@@ -113,7 +113,7 @@ def test_a_network_that_answers_otherwise_is_noticed(monkeypatch: pytest.MonkeyP
     wrong = int(((pixels > 100) != (pixels > 120)).sum())
     assert 1000 < wrong < pixels.size
     monkeypatch.setattr(selftest, "threshold_card", partial(selftest.threshold_card, limit=120.0))
-    failed(check_engine(), f"{wrong} of {pixels.size} pixels wrong", "cannot be trusted")
+    assert_failed(check_engine(), f"{wrong} of {pixels.size} pixels wrong", "cannot be trusted")
 
 
 # What is installed.
@@ -129,7 +129,7 @@ def fake_package(folder: Path, name: str, number: str) -> Path:
 
 def test_a_package_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(fake_package(tmp_path, "zarr", "2.18.1")))
-    failed(check_packages(), "zarr 2.18.1", "pip install 'zarr<4,>=3.1'")
+    assert_failed(check_packages(), "zarr 2.18.1", "pip install 'zarr<4,>=3.1'")
 
 
 @pytest.mark.slow
@@ -138,11 +138,13 @@ def test_a_folder_of_another_proj_is_noticed(tmp_path: Path) -> None:
     environment = {**os.environ, "PROJ_DATA": str(tmp_path), "PROJ_LIB": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    failed(Finding(*json.loads(done.stdout))._replace(state=State.fail), "EPSG:32616", "unset PROJ_LIB")
+    assert_failed(
+        Finding(*json.loads(done.stdout))._replace(state=State.fail), "EPSG:32616", "unset PROJ_LIB"
+    )
 
 
 def test_an_unwritable_folder() -> None:
-    failed(check_folder("/proc/runs"), "/proc/runs: No such file or directory", "outputs.dir")
+    assert_failed(check_folder("/proc/runs"), "/proc/runs: No such file or directory", "outputs.dir")
 
 
 # Prefect.
@@ -151,15 +153,15 @@ def test_an_unwritable_folder() -> None:
 def test_nobody_listens() -> None:
     api = f"http://127.0.0.1:{free_port()}/api"
     finding = check_prefect({"PREFECT_API_URL": api})
-    failed(finding, f"{api}: no Prefect server answers", "prefect server start")
+    assert_failed(finding, f"{api}: no Prefect server answers", "prefect server start")
 
 
 @pytest.mark.slow
 def test_a_server_that_wants_a_password(services: Services) -> None:
     name = {"PREFECT_API_URL": services.api}
-    failed(check_prefect(name), "HTTP 401, no credentials given", "PREFECT_API_AUTH_STRING")
+    assert_failed(check_prefect(name), "HTTP 401, no credentials given", "PREFECT_API_AUTH_STRING")
     wrong = check_prefect({**name, "PREFECT_API_AUTH_STRING": "operator:wrong secret"})
-    failed(wrong, "HTTP 401, PREFECT_API_AUTH_STRING not accepted", "user:password")
+    assert_failed(wrong, "HTTP 401, PREFECT_API_AUTH_STRING not accepted", "user:password")
     assert "secret" not in wrong.found + wrong.advice
     right = check_prefect({**name, "PREFECT_API_AUTH_STRING": AUTH})
     assert right.state is State.ok and f"server {prefect.__version__}" in right.found, right
@@ -176,7 +178,7 @@ def test_an_address_that_is_no_api(services: Services) -> None:
     """The pages answer at every path, with HTML; the object store with another error."""
     for url in (services.ui, services.store_url):
         finding = check_prefect({"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": AUTH})
-        failed(finding, url, "address of the API")
+        assert_failed(finding, url, "address of the API")
 
 
 def test_a_server_of_another_version() -> None:
@@ -206,33 +208,29 @@ def test_a_server_of_another_version() -> None:
 def test_dask_without_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segpipe.doctor.services.SECONDS", 1.0)
     address = f"tcp://127.0.0.1:{free_port()}"
-    failed(check_dask(address), f"{address}: no scheduler answers", "dask scheduler")
+    assert_failed(check_dask(address), f"{address}: no scheduler answers", "dask scheduler")
 
 
 @pytest.mark.slow
 def test_dask_workers(tmp_path: Path) -> None:
     """One that is as this process; none; one with another version: 15 s, for every process loads Dask."""
     with Services(tmp_path / "services", parts=("dask",), dask_workers=1) as services:
-        look_at_workers(services, tmp_path)
-
-
-def look_at_workers(services: Services, tmp_path: Path) -> None:
-    finding = check_dask(services.dask)
-    assert finding.state is State.ok and "1 workers, 1 threads, 0 GPU" in finding.found, finding
-    services.kill("dask-worker-0")
-    failed(check_dask(services.dask), "0 workers", f"dask worker {services.dask}")
-    folder = fake_package(tmp_path / "packages", "zarr", "2.18.1")
-    command = [sys.executable, "-m", "dask", "worker", services.dask, "--no-nanny", "--no-dashboard"]
-    command += ["--resources", "GPU=2", "--local-directory", str(tmp_path)]
-    environment = {**services.environment, "PYTHONPATH": str(folder)}
-    worker = start("worker", command, environment, tmp_path / "log")
-    try:
-        wait_until(worker, lambda: "Registered to:" in worker.output(), 60)
         finding = check_dask(services.dask)
-    finally:
-        stop([worker])
-    failed(finding, "zarr 2.18.1 (here 3.", "same versions on all workers")
-    assert "2 GPU" in finding.found
+        assert finding.state is State.ok and "1 workers, 1 threads, 0 GPU" in finding.found, finding
+        services.kill("dask-worker-0")
+        assert_failed(check_dask(services.dask), "0 workers", f"dask worker {services.dask}")
+        folder = fake_package(tmp_path / "packages", "zarr", "2.18.1")
+        command = [sys.executable, "-m", "dask", "worker", services.dask, "--no-nanny", "--no-dashboard"]
+        command += ["--resources", "GPU=2", "--local-directory", str(tmp_path)]
+        environment = {**services.environment, "PYTHONPATH": str(folder)}
+        worker = start("worker", command, environment, tmp_path / "log")
+        try:
+            wait_until(worker, lambda: "Registered to:" in worker.output(), 60)
+            finding = check_dask(services.dask)
+        finally:
+            stop([worker])
+        assert_failed(finding, "zarr 2.18.1 (here 3.", "same versions on all workers")
+        assert "2 GPU" in finding.found
 
 
 # Object stores.
@@ -245,7 +243,9 @@ def test_a_store_that_works(on_store: Services) -> None:
 
 
 def test_a_bucket_that_is_not_there(on_store: Services) -> None:
-    failed(check_store("s3://pond"), "s3://pond: cannot be listed (NoSuchBucket", "make it, or correct")
+    assert_failed(
+        check_store("s3://pond"), "s3://pond: cannot be listed (NoSuchBucket", "make it, or correct"
+    )
 
 
 def test_wrong_credentials(on_store: Services) -> None:
@@ -256,17 +256,17 @@ def test_wrong_credentials(on_store: Services) -> None:
 
     count("0")
     try:
-        failed(check_store("s3://lake"), "(InvalidAccessKeyId", "correct AWS_ACCESS_KEY_ID")
+        assert_failed(check_store("s3://lake"), "(InvalidAccessKeyId", "correct AWS_ACCESS_KEY_ID")
     finally:
         count("inf")
 
 
 def test_a_store_that_nobody_runs(on_store: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    failed(check_store("s3://lake"), "error sending request", "correct AWS_ENDPOINT_URL")
+    assert_failed(check_store("s3://lake"), "error sending request", "correct AWS_ENDPOINT_URL")
     monkeypatch.delenv("AWS_ALLOW_HTTP")
-    failed(check_store("s3://lake"), "builder error", "AWS_ALLOW_HTTP=true")
-    failed(check_store("smb://lake"), "smb://lake: cannot be opened", "look at the address")
+    assert_failed(check_store("s3://lake"), "builder error", "AWS_ALLOW_HTTP=true")
+    assert_failed(check_store("smb://lake"), "smb://lake: cannot be opened", "look at the address")
 
 
 def test_credentials_are_named_and_never_shown(tmp_path: Path) -> None:
@@ -277,13 +277,13 @@ def test_credentials_are_named_and_never_shown(tmp_path: Path) -> None:
     assert both.state is State.ok and "S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in both.found
     assert "secret" not in " ".join(both)
     half = check_credentials(home | {"AWS_ACCESS_KEY_ID": "AKIAsecret"})
-    failed(half, "S3: AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY is not: set both")
+    assert_failed(half, "S3: AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY is not: set both")
     plain = check_credentials(home | pair | {"AWS_ENDPOINT_URL": "http://store:9000"})
-    failed(plain, "S3", "set AWS_ALLOW_HTTP=true")
+    assert_failed(plain, "S3", "set AWS_ALLOW_HTTP=true")
     gone = check_credentials(home | {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "gone.json")})
-    failed(gone, "GCS: GOOGLE_APPLICATION_CREDENTIALS", "a file that is not there")
+    assert_failed(gone, "GCS: GOOGLE_APPLICATION_CREDENTIALS", "a file that is not there")
     azure = check_credentials(home | {"AZURE_STORAGE_ACCOUNT_KEY": "secret"})
-    failed(azure, "Azure: AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCOUNT_NAME is not")
+    assert_failed(azure, "Azure: AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCOUNT_NAME is not")
     (tmp_path / ".aws").mkdir()
     (tmp_path / ".aws" / "credentials").write_text("[default]\naws_access_key_id = AKIAsecret\n")
-    failed(check_credentials(home), ".aws/credentials", "export-credentials")
+    assert_failed(check_credentials(home), ".aws/credentials", "export-credentials")

@@ -54,6 +54,7 @@ def test_two_workers_of_threads_give_the_same_bytes(by_threads: dict[str, bytes]
     assert results_of(job) == by_threads
 
 
+@pytest.mark.slow
 def test_a_cluster_at_an_address_gives_the_same_bytes_and_loads_each_model_once(
     by_threads: dict[str, bytes], flow_job: JobMaker, cluster: LocalCluster
 ) -> None:

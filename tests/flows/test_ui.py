@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.exceptions import ObjectNotFound
 
 from tests.flows.conftest import wait_until
+from tests.signals import enable_ctrl_c
 
 pytestmark = pytest.mark.slow
 BLOCKS = 32
@@ -49,7 +51,7 @@ def served(flow_server: str, flow_home: Path, tmp_path_factory: pytest.TempPathF
             env=environment,
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=enable_ctrl_c,
         )
         try:
             yield f"http://{address.netloc}"
@@ -72,19 +74,6 @@ def page(served: str) -> Iterator[Page]:
         page.set_default_timeout(SECONDS * 1000)
         yield page
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def shot(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
-    """``shot("1-form")``: a picture of the page as it is."""
-    folder = Path(os.environ.get("SEGPIPE_SHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def take(name: str) -> None:
-        page.wait_for_timeout(1000)  # transitions of the UI
-        page.screenshot(path=folder / f"{name}.png")
-
-    return take
 
 
 class Form:
@@ -122,6 +111,10 @@ class Form:
                 arg=number,
             )
 
+    def json(self, which: int, value: object) -> None:
+        """Fill in the editor of this number, which a field with keys of its own has."""
+        self.page.locator(".cm-content").nth(which).fill(json.dumps(value))
+
     def submit(self) -> None:
         self.page.get_by_role("button", name="Submit").click()
 
@@ -145,33 +138,75 @@ def receipts(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def artifacts(client: SyncPrefectClient, run: UUID, kind: str) -> list[Artifact]:
-    mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
-    return [a for a in client.read_artifacts(artifact_filter=mine) if a.type == kind]
+@dataclass
+class Operator:
+    """Who sits at the browser: the UI, the server behind it, and the deployment of the segment flow."""
 
+    page: Page
+    base: str
+    client: SyncPrefectClient
+    deployment: UUID
+    shots: Path
 
-def run_when(client: SyncPrefectClient, run: UUID, *names: str) -> FlowRun:
-    """The flow run as soon as its state has one of these names."""
+    def __post_init__(self) -> None:
+        self.before = {run.id for run in self.client.read_flow_runs()}
 
-    def look() -> FlowRun | None:
-        found = client.read_flow_run(run)
-        return found if found.state is not None and found.state.name in names else None
+    def shot(self, name: str) -> None:
+        """A picture of the page as it is: ``1-form``."""
+        self.page.wait_for_timeout(1000)  # transitions of the UI
+        self.page.screenshot(path=self.shots / f"{name}.png")
 
-    found: FlowRun = wait_until(look, SECONDS, f"{' or '.join(names)} of {run}")
-    return found
+    def form(self) -> Form:
+        """The deployment's, as it comes."""
+        return Form(self.page, self.base, self.deployment)
 
+    def new_runs(self) -> set[UUID]:
+        """Flow runs that were not there at first."""
+        return {run.id for run in self.client.read_flow_runs()} - self.before
 
-def act(page: Page, base: str, run: UUID, item: str) -> None:
-    """Open a run's page, choose from its menu, and confirm what is asked."""
-    page.goto(f"{base}/v2/runs/flow-run/{run}")
-    page.get_by_role("button", name="Open menu").first.click()
-    page.get_by_role("menuitem", name=item, exact=True).click()
-    page.get_by_role("dialog").or_(page.get_by_role("alertdialog")).wait_for()
+    def submitted(self) -> UUID:
+        """The one flow run that a form has made."""
+        [run] = wait_until(self.new_runs, SECONDS, "the flow run")
+        assert isinstance(run, UUID)
+        return run
+
+    def open(self, run: UUID) -> None:
+        self.page.goto(f"{self.base}/v2/runs/flow-run/{run}")
+
+    def act(self, run: UUID, item: str) -> None:
+        """Open a run's page, choose from its menu, and wait for what is asked."""
+        self.open(run)
+        self.page.get_by_role("button", name="Open menu").first.click()
+        self.page.get_by_role("menuitem", name=item, exact=True).click()
+        self.page.get_by_role("dialog").or_(self.page.get_by_role("alertdialog")).wait_for()
+
+    def when(self, run: UUID, *names: str) -> FlowRun:
+        """The flow run as soon as its state has one of these names."""
+
+        def look() -> FlowRun | None:
+            found = self.client.read_flow_run(run)
+            return found if found.state is not None and found.state.name in names else None
+
+        found: FlowRun = wait_until(look, SECONDS, f"{' or '.join(names)} of {run}")
+        return found
+
+    def artifacts(self, run: UUID, kind: str) -> list[Artifact]:
+        mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+        return [a for a in self.client.read_artifacts(artifact_filter=mine) if a.type == kind]
+
+    def progress(self, artifact: UUID) -> float:
+        """Per cent on the page of a progress artifact."""
+        self.page.goto(f"{self.base}/v2/artifacts/artifact/{artifact}")
+        bar = self.page.get_by_test_id("progress-display")
+        bar.wait_for()
+        return float(str(bar.inner_text()).removeprefix("Progress: ").rstrip("%"))
 
 
 @pytest.fixture
-def deployment(served: str, on_server: SyncPrefectClient) -> UUID:
-    """Of the segment flow."""
+def operator(
+    page: Page, served: str, on_server: SyncPrefectClient, tmp_path_factory: pytest.TempPathFactory
+) -> Operator:
+    """At the page of this module, as soon as the flow is served."""
 
     def look() -> UUID | None:
         try:
@@ -179,8 +214,10 @@ def deployment(served: str, on_server: SyncPrefectClient) -> UUID:
         except ObjectNotFound:
             return None
 
-    found: UUID = wait_until(look, SECONDS, "the deployment")
-    return found
+    deployment = wait_until(look, SECONDS, "the deployment")
+    shots = Path(os.environ.get("SEGPIPE_SHOTS") or tmp_path_factory.mktemp("shots"))
+    shots.mkdir(parents=True, exist_ok=True)
+    return Operator(page, served, on_server, deployment, shots)
 
 
 def filled(form: Form, name: str, out: Path, scenes: Path, model: Path) -> None:
@@ -199,89 +236,76 @@ def filled(form: Form, name: str, out: Path, scenes: Path, model: Path) -> None:
 
 
 def test_wrong_values_are_refused(
-    page: Page,
-    served: str,
-    deployment: UUID,
-    on_server: SyncPrefectClient,
-    shot: Callable[[str], None],
+    operator: Operator,
     flow_scenes: Path,
     flow_models: Callable[[int], Path],
     tmp_path: Path,
 ) -> None:
-    before = {run.id for run in on_server.read_flow_runs()}
-    form = Form(page, served, deployment)
-    shot("1-form")
+    form = operator.form()
+    operator.shot("1-form")
     form.clear()
     form.submit()
     refused = form.refused()
     assert "scenes" in refused
     print(refused)
-    shot("2-form-without-scenes")
-    form = Form(page, served, deployment)
+    operator.shot("2-form-without-scenes")
+    form = operator.form()
     filled(form, "wrong", tmp_path, flow_scenes, flow_models(0))
     form.fill("Window", "512y")
     form.submit()
     refused = form.refused()
     assert "window" in refused
     print(refused)
-    assert {run.id for run in on_server.read_flow_runs()} == before
+    assert not operator.new_runs()
 
     # what only the model's card can say, the run says in one line
-    form = Form(page, served, deployment)
+    form = operator.form()
     filled(form, "wrong", tmp_path, flow_scenes, flow_models(0))
     form.fill("Window", "500")
+    form.json(0, {"1": 2.5})  # measure.tolerances
     form.submit()
-    [run] = wait_until(
-        lambda: {run.id for run in on_server.read_flow_runs()} - before, SECONDS, "the flow run"
-    )
-    state = run_when(on_server, run, "Failed").state
+    run = operator.submitted()
+    state = operator.when(run, "Failed").state
     assert state is not None
     print(state.message)
+    assert operator.client.read_flow_run(run).parameters["job"]["measure"]["tolerances"] == {"1": 2.5}
     assert state.message == "tiling.window: found 500; valid: multiples of 8, the model's total stride"
-    page.goto(f"{served}/v2/runs/flow-run/{run}")
-    shot("4-run-wrong-window")
+    operator.open(run)
+    operator.shot("4-run-wrong-window")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_from_the_form_to_the_report(
-    page: Page,
-    served: str,
-    deployment: UUID,
-    on_server: SyncPrefectClient,
-    shot: Callable[[str], None],
+    operator: Operator,
     flow_scenes: Path,
     flow_models: Callable[[int], Path],
     tmp_path: Path,
 ) -> None:
     """Submitted by the form, paused, resumed, cancelled and retried; nothing is computed twice."""
     out = tmp_path / "out"
-    before = {run.id for run in on_server.read_flow_runs()}
-    form = Form(page, served, deployment)
+    form = operator.form()
     filled(form, "operator", out, flow_scenes, flow_models(WORK))
-    shot("5-form-filled")
+    operator.shot("5-form-filled")
     form.submit()
-    [run] = wait_until(
-        lambda: {run.id for run in on_server.read_flow_runs()} - before, SECONDS, "the flow run"
-    )
-    run_when(on_server, run, "Running")
+    run = operator.submitted()
+    operator.when(run, "Running")
     wait_until(lambda: len(receipts(out)) >= 2, SECONDS, "two blocks")
 
     # progress moves, in the browser
-    progress = wait_until(lambda: artifacts(on_server, run, "progress"), SECONDS, "the progress")[0]
-    page.goto(f"{served}/v2/artifacts/artifact/{progress.id}")
-    seen = shown(page, served, progress.id)
-    shot("6-progress")
-    moved = wait_until(lambda: (now := shown(page, served, progress.id)) > seen and now, SECONDS, "progress")
+    progress = wait_until(lambda: operator.artifacts(run, "progress"), SECONDS, "the progress")[0]
+    seen = operator.progress(progress.id)
+    operator.shot("6-progress")
+    moved = wait_until(lambda: (now := operator.progress(progress.id)) > seen and now, SECONDS, "progress")
     print(f"progress in the browser: {seen} %, then {moved} %")
-    page.goto(f"{served}/v2/runs/flow-run/{run}")
-    shot("7-run")
+    operator.open(run)
+    operator.shot("7-run")
 
     # cancel
-    act(page, served, run, "Cancel")
-    shot("8-cancel")
-    page.get_by_role("button", name="Cancel Flow Run").click()
+    operator.act(run, "Cancel")
+    operator.shot("8-cancel")
+    operator.page.get_by_role("button", name="Cancel Flow Run").click()
     clicked = time.time()
-    run_when(on_server, run, "Cancelled")
+    operator.when(run, "Cancelled")
     ended = time.time() - clicked
     time.sleep(3)
     kept = receipts(out)
@@ -289,51 +313,39 @@ def test_a_run_from_the_form_to_the_report(
     print(f"cancelled: last receipt {last:.1f} s after the click, state Cancelled after {ended:.1f} s")
     assert 2 <= len(kept) < BLOCKS
     assert last < 60
-    page.reload()
-    shot("9-cancelled")
+    operator.page.reload()
+    operator.shot("9-cancelled")
 
     # retry
-    act(page, served, run, "Retry")
-    shot("10-retry")
-    page.get_by_role("button", name=re.compile("Retry")).last.click()
-    run_when(on_server, run, "Completed")
+    operator.act(run, "Retry")
+    operator.shot("10-retry")
+    operator.page.get_by_role("button", name=re.compile("Retry")).last.click()
+    operator.when(run, "Completed")
     after = receipts(out)
     assert len(after) == BLOCKS
     assert {block: after[block] for block in kept} == kept  # with their times: not computed again
     print(f"retry: {len(kept)} blocks kept, {BLOCKS - len(kept)} computed")
-    page.goto(f"{served}/v2/runs/flow-run/{run}")
-    shot("11-completed")
+    operator.open(run)
+    operator.shot("11-completed")
 
     # the report and its pictures
-    [report] = [a for a in artifacts(on_server, run, "markdown") if a.key == "operator-report"]
-    page.goto(f"{served}/v2/artifacts/artifact/{report.id}")
-    pictures = page.locator("main img[src^='data:image/jpeg']")
+    [report] = [a for a in operator.artifacts(run, "markdown") if a.key == "operator-report"]
+    operator.page.goto(f"{operator.base}/v2/artifacts/artifact/{report.id}")
+    pictures = operator.page.locator("main img[src^='data:image/jpeg']")
     pictures.first.wait_for()
-    shot("12-report")
+    operator.shot("12-report")
     sizes = [pictures.nth(i).evaluate("e => [e.naturalWidth, e.naturalHeight]") for i in range(2)]
     assert all(min(size) > 50 for size in sizes), sizes
-    page.get_by_role("tab", name="Raw").wait_for()
-    tables = [a for a in artifacts(on_server, run, "markdown") if a.key is None]  # of both attempts
+    operator.page.get_by_role("tab", name="Raw").wait_for()
+    tables = [a for a in operator.artifacts(run, "markdown") if a.key is None]  # of both attempts
     scenes = max(tables, key=lambda a: a.created)
-    page.goto(f"{served}/v2/artifacts/artifact/{scenes.id}")
-    page.get_by_role("row", name=re.compile("scene_1.*done")).wait_for()
-    shot("13-scenes")
-
-
-def shown(page: Page, base: str, artifact: UUID) -> float:
-    """Per cent on the page of a progress artifact."""
-    page.goto(f"{base}/v2/artifacts/artifact/{artifact}")
-    bar = page.get_by_test_id("progress-display")
-    bar.wait_for()
-    return float(str(bar.inner_text()).removeprefix("Progress: ").rstrip("%"))
+    operator.page.goto(f"{operator.base}/v2/artifacts/artifact/{scenes.id}")
+    operator.page.get_by_role("row", name=re.compile("scene_1.*done")).wait_for()
+    operator.shot("13-scenes")
 
 
 def test_a_run_paused_in_the_browser_goes_on(
-    page: Page,
-    served: str,
-    deployment: UUID,
-    on_server: SyncPrefectClient,
-    shot: Callable[[str], None],
+    operator: Operator,
     flow_job: Callable[..., Path],
     flow_scenes: Path,
 ) -> None:
@@ -342,14 +354,14 @@ def test_a_run_paused_in_the_browser_goes_on(
     out = Path(job["outputs"]["dir"])
     job["tiling"]["block"] = str(job["tiling"]["block"])
     job["compute"] |= {"threads": "1", "batch": "2"}
-    run = on_server.create_flow_run_from_deployment(deployment, parameters={"job": job}).id
-    run_when(on_server, run, "Running")
+    run = operator.client.create_flow_run_from_deployment(operator.deployment, parameters={"job": job}).id
+    operator.when(run, "Running")
     wait_until(lambda: len(receipts(out)) >= 2, SECONDS, "two blocks")
-    act(page, served, run, "Pause")
-    shot("14-pause")
-    page.get_by_role("button", name="Pause Flow Run").click()
+    operator.act(run, "Pause")
+    operator.shot("14-pause")
+    operator.page.get_by_role("button", name="Pause Flow Run").click()
     clicked = time.time()
-    run_when(on_server, run, "Suspended")
+    operator.when(run, "Suspended")
 
     def still() -> dict[str, Any] | None:
         found = receipts(out)
@@ -360,11 +372,11 @@ def test_a_run_paused_in_the_browser_goes_on(
     last = max(r["time"] for r in kept.values()) - clicked
     print(f"paused: last receipt {last:.1f} s after the click; {len(kept)} of {BLOCKS} blocks")
     assert len(kept) < BLOCKS
-    page.reload()
-    shot("15-paused")
-    act(page, served, run, "Resume")
-    page.get_by_role("button", name="Resume", exact=True).click()
-    run_when(on_server, run, "Completed")
+    operator.page.reload()
+    operator.shot("15-paused")
+    operator.act(run, "Resume")
+    operator.page.get_by_role("button", name="Resume", exact=True).click()
+    operator.when(run, "Completed")
     after = receipts(out)
     assert len(after) == BLOCKS
     assert {block: after[block] for block in kept} == kept

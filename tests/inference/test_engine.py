@@ -22,7 +22,7 @@ from segpipe.plan import block_id
 from segpipe.scene import Scene, pending_blocks
 from segpipe.sources import SceneRef
 from segpipe.steps import predict_blocks
-from segpipe.store import request_stop
+from segpipe.stops import request_stop
 from tests.inference.lab import (
     CENTRED,
     Lab,

@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.server import free_port
 from tests.flows.conftest import wait_until
+from tests.signals import enable_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
@@ -62,7 +63,10 @@ class Stack:
         """`prefect worker start --pool …` as a process, ended with all that it started."""
         command = ["prefect", "worker", "start", "--pool", pool, *options]
         with (self.home / f"worker-{pool}.log").open("w") as log:
-            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd="/")
+            # its SIGTERM is a SIGINT to what it starts
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, cwd="/", preexec_fn=enable_ctrl_c
+            )
             try:
                 yield
             finally:

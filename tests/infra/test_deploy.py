@@ -100,7 +100,7 @@ def test_schedules_of_parameters_are_valid_too() -> None:
         for schedule in entry.get("schedules", ()):
             given = {**entry["parameters"], **schedule.get("parameters", {})}
             flow = load_flow_from_entrypoint(entry["entrypoint"], use_placeholder_flow=False)
-            flow.validate_parameters(given)
+            assert flow.validate_parameters(given).keys() == given.keys()
 
 
 @pytest.mark.parametrize("day", [datetime(2026, 1, 15, tzinfo=UTC), datetime(2026, 7, 15, tzinfo=UTC)])

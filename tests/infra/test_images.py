@@ -29,7 +29,7 @@ def pins(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pairs}
 
 
-def lint(tool: str, *arguments: str) -> None:
+def assert_lints(tool: str, *arguments: str) -> None:
     found = shutil.which(tool, path=PATH)
     if found is None:
         pytest.skip(f"{tool} is not installed: Debian package {tool}, or {tool} of the dev extra")
@@ -39,13 +39,13 @@ def lint(tool: str, *arguments: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_sound(script: Path) -> None:
-    lint("shellcheck", "-x", str(script.relative_to(ROOT)))
+    assert_lints("shellcheck", "-x", str(script.relative_to(ROOT)))
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     assert script.name == "common.sh" or os.access(script, os.X_OK), "the image runs it by its name"
 
 
 def test_the_dockerfile_is_sound() -> None:
-    lint("hadolint", "infra/docker/Dockerfile")
+    assert_lints("hadolint", "infra/docker/Dockerfile")
 
 
 def test_the_image_has_the_locks_versions_and_all_that_segpipe_needs() -> None:

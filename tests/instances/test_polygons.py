@@ -29,7 +29,7 @@ def specks(draw):
     return np.where(rng.random(shape) < draw(st.floats(0.2, 1)), ids, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(specks(), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, -1]))
 def test_areas_are_exact_and_blocks_change_no_bit(ids, high, wide, order):
     known, polygons = polygons_of(ids, ids.shape)

@@ -24,7 +24,7 @@ from segpipe.prompts.naming import OTHER, name_masks
 from segpipe.prompts.pyramid import Window
 from segpipe.prompts.scene import PromptScene, prepare_prompts
 from segpipe.request import check_request
-from segpipe.store import request_stop
+from segpipe.stops import request_stop
 from tests.prompts.asked_world import make_card, make_job, pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -34,7 +34,7 @@ from segpipe.prompts.scene import PromptScene
 from segpipe.prompts.segmenters import Embedding
 from segpipe.prompts.solids import answer_volume, rules_of
 from segpipe.prompts.volumes import SliceAnswer
-from segpipe.store import request_stop
+from segpipe.stops import request_stop
 from tests.prompts.asked_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny
 

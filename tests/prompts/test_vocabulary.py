@@ -134,6 +134,7 @@ def test_no_word_of_the_other_half_is_an_anchor() -> None:
     assert not {a for a in anchors if _stems(a) & other}
 
 
+@pytest.mark.slow
 def test_limits_are_those_of_the_fitting_half_and_errors_of_the_other_are_as_stated() -> None:
     measured = measure()
     fitted = measured.half(True).fit()
