@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import lru_cache
 
 import obstore
 from obstore.store import ObjectStore
 
-from segpipe.store import STORE_FOLDER, join, open_store
+from segpipe.store import STORE_FOLDER, delete_objects, join, open_store
 
 
 @lru_cache(maxsize=16)
@@ -24,8 +23,7 @@ def request_stop(out: str, run: str) -> None:
 
 def forget_stop(out: str, run: str) -> None:
     """Take back a request to stop: a flow run that was suspended goes on under the same name."""
-    with suppress(FileNotFoundError):
-        obstore.delete(_stops(out), run)
+    delete_objects(_stops(out), [run])
 
 
 def stop_requested(out: str, run: str) -> bool:

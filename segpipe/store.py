@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,13 +72,35 @@ def check_writable(location: str) -> None:
         RequestError: naming the location and the cause.
     """
     store = open_store(location)
+    name = f".segpipe-write-test-{secrets.token_hex(8)}"  # its own: another run may be looking too
     try:
-        obstore.put(store, ".segpipe-write-test", b"")
-        obstore.delete(store, ".segpipe-write-test")
+        obstore.put(store, name, b"")
+        obstore.delete(store, name)
     except (OSError, obstore.exceptions.BaseError) as error:
         raise RequestError(
-            f"outputs.dir: {location}: cannot be written ({error}); give a folder that can be written"
+            f"outputs.dir: {location}: cannot be written ({store_reason(error)}); "
+            "give a folder that can be written"
         ) from error
+
+
+def store_reason(error: Exception) -> str:
+    """The part of a store's message that a person reads: its code, or the first line."""
+    text = str(error)
+    code = re.search(r"<Code>(\w+)</Code>.*?<Message>([^<]*)", text, re.DOTALL)
+    if code:
+        return f"{code[1]}: {code[2]}"
+    line = text.split("\n\nDebug source")[0]
+    return " ".join(line.split())[:250]
+
+
+def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
+    """Delete objects, whoever else is at it; one that is gone already is no error."""
+    try:
+        obstore.delete(objects, paths)
+    except FileNotFoundError:  # somebody else was faster, maybe not with all of them
+        for path in paths:
+            with suppress(FileNotFoundError):
+                obstore.delete(objects, path)
 
 
 def stage_key(stage: str, parts: Mapping[str, Any]) -> str:
@@ -268,17 +291,18 @@ class Stage:
         loose = self._loose()
         if loose:
             self.write_json(f"{self._receipts}.json", self.receipts())
-            self._delete(loose)
+            delete_objects(self.objects, loose)
 
     def drop(self) -> None:
         """Remove this generation; its record first, so that a half-removed stage is never believed."""
         if not self.exists or not self.current:
             return
         token = self.generation.token
-        self._delete(["stage.json"])
+        delete_objects(self.objects, ["stage.json"])
         for prefix in (token, f"receipts-{token}", f"parts-{token}"):
-            self._delete([meta["path"] for chunk in obstore.list(self.objects, prefix) for meta in chunk])
-        self._delete([f"receipts-{token}.json"])
+            listed = obstore.list(self.objects, prefix)
+            delete_objects(self.objects, [meta["path"] for chunk in listed for meta in chunk])
+        delete_objects(self.objects, [f"receipts-{token}.json"])
 
     def write_part(self, name: str, data: bytes) -> None:
         """Write what a block leaves beside its arrays; dropped with them."""
@@ -298,14 +322,6 @@ class Stage:
     def find_part(self, name: str) -> bytes | None:
         """What a block left, or None where it left nothing of this name."""
         return self.read_bytes(f"parts-{self.generation.token}/{name}")
-
-    def _delete(self, paths: list[str]) -> None:
-        try:
-            obstore.delete(self.objects, paths)
-        except FileNotFoundError:  # somebody else was faster, maybe not with all of them
-            for path in paths:
-                with suppress(FileNotFoundError):
-                    obstore.delete(self.objects, path)
 
     def _loose(self) -> list[str]:
         return sorted(

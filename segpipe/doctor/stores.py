@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import uuid
 
 import obstore
@@ -11,6 +10,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore, from_url
 
 from segpipe.doctor.finding import Finding, State, check
+from segpipe.store import store_reason
 
 RIGHTS = "these credentials may not do this: allow list, get, put and delete under this prefix"
 ADVICE = {
@@ -48,7 +48,7 @@ def check_store(url: str, name: str = "store") -> Finding:
         key = f".segpipe-doctor-{uuid.uuid4().hex}"
         exclusive = _write_once(store, key)
     except (BaseError, OSError, ValueError) as error:
-        found = f"{url}: cannot be {doing} ({_reason(error)})"
+        found = f"{url}: cannot be {doing} ({store_reason(error)})"
         return Finding(name, State.fail, found, _advice(str(error)))
     found = f"{url}: {'has objects' if first else 'empty'}; listed, written, deleted"
     if exclusive:
@@ -80,16 +80,6 @@ def _write_once(store: ObjectStore, key: str) -> bool:
     finally:
         obstore.delete(store, key)
     return False
-
-
-def _reason(error: Exception) -> str:
-    """The part of a store's message that a person reads: its code, or the first line."""
-    text = str(error)
-    code = re.search(r"<Code>(\w+)</Code>.*?<Message>([^<]*)", text, re.DOTALL)
-    if code:
-        return f"{code[1]}: {code[2]}"
-    line = text.split("\n\nDebug source")[0]
-    return " ".join(line.split())[:250]
 
 
 def _advice(text: str) -> str:

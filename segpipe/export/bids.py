@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe import __version__
+from segpipe.export.common import commit, staging
 from segpipe.report.tables import write_atomic
 from segpipe.store import is_url, open_store
 
@@ -174,10 +175,11 @@ def _copy(location: str, copies: dict[str, str]) -> None:
         here.parent.mkdir(parents=True, exist_ok=True)
         try:
             here.hardlink_to(there)
+        except FileExistsError:  # the same request, run twice at once, was faster
+            continue
         except OSError:  # a file system without links
-            draft = here.with_name(f".{here.name}")
-            shutil.copyfile(there, draft)
-            draft.replace(here)
+            with staging(here) as folder:
+                commit(Path(shutil.copy(there, folder)), here)
 
 
 def _description(record: RunRecord, links: dict[str, str]) -> dict[str, Any]:

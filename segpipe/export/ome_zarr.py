@@ -66,7 +66,11 @@ def write_ome_zarr(
         for level in range(1, len(factors)):
             steps = tuple(b // a for a, b in zip(factors[level - 1], factors[level], strict=True))
             above = _shrink(group, level, above, steps)
-        draft.rename(path)
+        try:
+            draft.rename(path)
+        except OSError:
+            if not path.exists():
+                raise  # else the same request, run twice at once, was faster there
 
 
 def level_factors(shape: Sequence[int]) -> list[tuple[int, ...]]:

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from segpipe.lake.found import Found
 from segpipe.report.record import SceneRecord
 from segpipe.sources.remote import public_uri
-from segpipe.store import join, open_store
+from segpipe.store import delete_objects, join, open_store
 
 LAKE_FOLDER = ".lake"
 PAGE = 1000
@@ -159,7 +159,7 @@ class Ledger:
     def end_run(self, run: str) -> None:
         """A run has its report, which holds its records now."""
         for page in obstore.list(self.objects, f"records/{run}", chunk_size=PAGE):
-            obstore.delete(self.objects, [meta["path"] for meta in page])
+            delete_objects(self.objects, [meta["path"] for meta in page])
         self._delete(f"open/{run}.json")
 
     def _read(self, path: str) -> dict[str, Any] | None:
@@ -173,8 +173,7 @@ class Ledger:
         obstore.put(self.objects, path, json.dumps(told, sort_keys=True).encode())
 
     def _delete(self, path: str) -> None:
-        if self._read(path) is not None:
-            obstore.delete(self.objects, path)
+        delete_objects(self.objects, [path])
 
 
 @dataclass(frozen=True)
