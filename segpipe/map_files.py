@@ -20,7 +20,7 @@ from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.common import LabelReader, ScoreReader
 from segpipe.export.footprint import why_no_place
-from segpipe.export.manifest import ITEM, MANIFEST, hash_files, write_seal
+from segpipe.export.manifest import ITEM, MANIFEST, hash_files, own_files, write_seal
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
@@ -288,9 +288,8 @@ def seal_scene(
         The new files, as ``files``.
     """
     base = f"scenes/{scene.ref.name}"
-    found = sorted(p for p in (folder / base).rglob("*") if p.is_file())
-    paths = [p.relative_to(folder).as_posix() for p in found]
-    own = [p for p in paths if not p.endswith((f"/{MANIFEST}", ".html"))]  # pages are the run's
+    others = (f"/{MANIFEST}", ".html")  # the seal itself, and pages, which are the run's
+    own = [path for path in own_files(folder, base) if not path.endswith(others)]
     marks = hash_files(folder, [p for p in own if p != f"{base}/{ITEM}"])
     sealed = {}
     if isinstance(scene.geometry, RasterGeometry) and not why_no_place(scene.geometry):

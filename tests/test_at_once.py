@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 from finished import finish
-from world import CLASSES, World, write_volume
+from world import CLASSES, World, polygon, write_polygons, write_volume
 
 from segpipe.boxes import Box
 from segpipe.export.bids import write_bids
@@ -25,6 +26,8 @@ from segpipe.store import check_writable, delete_objects, open_store
 from tests.lake.test_ledger import done, found
 
 SEVERAL = 4
+UMASK = os.umask(0o022)
+os.umask(UMASK)  # as it is before any test: a process has one for all its threads
 
 
 def at_once(work: Callable[[int], Any]) -> list[Any]:
@@ -98,3 +101,15 @@ def test_bids_files_are_linked(world: World, tmp_path: Path) -> None:
         at_once(lambda _: write_bids(run.location, folder, record, None))
         assert check_manifest(run.location) == []
     assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+
+def test_whole_runs_end_with_a_folder_that_is_as_its_manifest_says(world: World, tmp_path: Path) -> None:
+    layer = write_polygons(tmp_path / "regions.geojson", polygon("a", (5, 40), (5.5, 60)))
+    formats = {"formats": ["cog", "ome-zarr"]}
+    for number in range(5):
+        job = world.job(tmp_path / f"out{number}", regions={"path": str(layer)}, outputs=formats)
+        runs = at_once(lambda _, job=job: finish(job))
+        assert all(record.done for _, record in runs)
+        assert {line for run, _ in runs for line in check_manifest(run.location)} == set()
+    files = list(tmp_path.rglob("labels.tif*"))
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~UMASK}

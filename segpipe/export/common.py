@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,7 +65,7 @@ def slab_boxes(shape: Sequence[int], itemsize: int) -> Iterator[Box]:
 def staging(path: Path) -> Iterator[Path]:
     """A private folder beside ``path``: what is finished there is moved by rename, the rest goes.
 
-    The same folder is the same file system, so `os.replace` is atomic; a crash leaves a hidden
+    The same folder is the same file system, so it is there whole or not at all; a crash leaves a hidden
     folder, never half a file under the final name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +74,13 @@ def staging(path: Path) -> Iterator[Path]:
 
 
 def commit(source: Path, target: Path) -> None:
-    """Make a finished file visible under its name, readable as any new file is."""
-    umask = os.umask(0)
-    os.umask(umask)
-    source.chmod(0o666 & ~umask)  # files made by tempfile's rules are private to the user
-    source.replace(target)
+    """Make a finished file visible under its name.
+
+    One that is there stays: the same request, run twice at once, was faster, and has its checksum.
+    """
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        source.replace(target)

@@ -63,6 +63,16 @@ def hash_files(folder: Path, paths: Iterable[str]) -> Marks:
     return {path: hash_file(folder / path) for path in paths}
 
 
+def own_files(folder: Path, below: str) -> list[str]:
+    """Paths of files, relative to a run's folder, in order; what somebody is still writing is left out.
+
+    Args:
+        folder: local, of the run.
+        below: relative to it.
+    """
+    return sorted(_sizes(open_store(str(folder)), below))
+
+
 def write_seal(folder: Path, scene: str, uri: str, identity: Mapping[str, Any], marks: Marks) -> None:
     """Write a scene's own manifest, the last of its files.
 
@@ -155,9 +165,9 @@ def _hash_object(store: obstore.store.ObjectStore, path: str) -> Mark:
     return Mark(size, digest.hexdigest())
 
 
-def _sizes(store: obstore.store.ObjectStore) -> dict[str, int]:
+def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[str, int]:
     """The run's files and their bytes."""
-    listed = (meta for chunk in obstore.list(store) for meta in chunk)
+    listed = (meta for chunk in obstore.list(store, below) for meta in chunk)
     return {m["path"]: m["size"] for m in listed if not _NOT_OURS.search(m["path"])}
 
 
