@@ -206,20 +206,20 @@ class Soak:
         return wrong + [f"{path} was left behind" for path in left]
 
     def growth(self) -> None:
-        """Print memory of the first and the last third."""
-        print("memory, MiB (median of the first third, of the last)")
+        """Print memory of each third of the time."""
+        print("memory, MiB (median of each third of the time)")
         for name, samples in self.memory.items():
-            print(f"  {name:<12} {third(samples, 0):7.0f} {third(samples, 2):7.0f}")
+            print(f"  {name:<12} {thirds(samples)}")
         flows = sorted(peak for peak in self.peaks.values() if peak[1] > 400)
         if flows:
-            print(f"  flow runs    {third(flows, 0):7.0f} {third(flows, 2):7.0f}   (peaks of {len(flows)})")
+            print(f"  flow runs    {thirds(flows)}   (peaks of {len(flows)})")
 
 
-def third(samples: list[tuple[float, float]], which: int) -> float:
-    """Median of a third of samples in time."""
+def thirds(samples: list[tuple[float, float]]) -> str:
+    """Medians of each third of samples in time, the middle one of what is between."""
     size = max(1, len(samples) // 3)
-    part = samples[:size] if which == 0 else samples[-size:]
-    return median(used for _, used in part)
+    parts = samples[:size], samples[size:-size] or samples, samples[-size:]
+    return " ".join(f"{median(used for _, used in part):7.0f}" for part in parts)
 
 
 def scan_request() -> dict[str, Any]:
