@@ -11,6 +11,7 @@ from flows.segment import OF_REQUEST, carry_out
 from segpipe.errors import RequestError
 from segpipe.prompts.question import Question
 from segpipe.validate import as_request
+from tasks.told import refused
 
 
 @flow(name="prompt", **OF_REQUEST)
@@ -27,7 +28,7 @@ def prompt(question: Question) -> State[Any]:
     try:
         question = as_request(Question, question, "question")
     except RequestError as error:
-        return Failed(message=str(error))
+        return refused(error)
     if not question.prompts.asked:
         return Failed(message="prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`")
     return carry_out(question.job)

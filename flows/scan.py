@@ -38,10 +38,10 @@ from segpipe.lake.scan import (
 from segpipe.report.record import SceneRecord
 from segpipe.run import Run, now
 from segpipe.sources import SceneRef
-from segpipe.sources.remote import public_uri
 from segpipe.validate import as_request
 from tasks.events import tell_scene
 from tasks.report import write_report
+from tasks.told import refused
 
 SHOWN = 50
 """New scenes listed by a dry run."""
@@ -70,7 +70,7 @@ def scan(scan: Scan) -> State[Any]:
     except (StoppedError, KeyboardInterrupt):
         return Cancelled(message="stopped; what is done stays, the next scan goes on from there")
     except SegpipeError as error:
-        return Failed(message=public_uri(str(error)))
+        return refused(error)
 
 
 def _dry_run(request: ScanRequest) -> State[Any]:

@@ -25,6 +25,7 @@ from segpipe.stops import forget_stop, request_stop
 from segpipe.validate import as_request
 from tasks.events import tell_scene
 from tasks.report import write_report
+from tasks.told import refused
 
 FAILURES_TOLD = 5
 """Failed scenes named in the run's final message; the report has all."""
@@ -60,7 +61,7 @@ def segment(job: Job) -> State[Any]:
     try:
         return carry_out(as_request(Job, job, "job"))
     except RequestError as error:
-        return Failed(message=str(error))
+        return refused(error)
 
 
 def carry_out(job: Job) -> State[Any]:
@@ -70,7 +71,7 @@ def carry_out(job: Job) -> State[Any]:
         runner = task_runner(job.compute)
         check_cluster(job.compute, request.settings)
     except SegpipeError as error:
-        return Failed(message=str(error))
+        return refused(error)
     run, before = open_run(job, request.mark)
     if before is not None and not before.failed and len(before.done) == len(request.scenes):
         return Completed(message=f"nothing to do: {_scenes(len(before.done))} done, see {run.report}")

@@ -14,13 +14,14 @@ from uuid import UUID
 
 from prefect import State, flow, get_client, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
-from prefect.states import Cancelled, Completed, Failed
+from prefect.states import Cancelled, Completed
 
 from flows.watch import LOOK_SECONDS
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.training.loop import Moment
 from segpipe.training.recipe import Recipe, load_recipe
 from segpipe.training.run import Told, mark, train
+from tasks.told import refused
 from tasks.training import training_markdown
 
 STATES_OF_A_STOP = ("CANCELLING", "CANCELLED")
@@ -50,7 +51,7 @@ def train_model(recipe: str, changes: Sequence[str] = ()) -> State[Any]:
     try:
         wanted = load_recipe(recipe, changes)
     except RequestError as error:
-        return Failed(message=str(error))
+        return refused(error)
     watch = TrainWatch(UUID(runtime.flow_run.get_id()), wanted)
     try:
         with on_signals(watch.stop):
@@ -58,7 +59,7 @@ def train_model(recipe: str, changes: Sequence[str] = ()) -> State[Any]:
     except StoppedError as error:
         return Cancelled(message=str(error))
     except SegpipeError as error:
-        return Failed(message=str(error))
+        return refused(error)
     if result.card is None:
         return Cancelled(message=result.scores)
     watch.finished()

@@ -34,11 +34,16 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
         except StoppedError as error:
             return Cancelled(message=str(error))
         except DeviceMemoryError as error:
-            return Failed(message=public_uri(str(error)), name=OUT_OF_MEMORY)
+            return refused(error, name=OUT_OF_MEMORY)
         except SegpipeError as error:
-            return Failed(message=public_uri(str(error)))
+            return refused(error)
 
     return wrapper
+
+
+def refused(error: Exception, **fields: Any) -> State[Any]:
+    """A failed state that tells a mistake in one line, without what may be secret in its URLs."""
+    return Failed(message=public_uri(str(error)), **fields)
 
 
 def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

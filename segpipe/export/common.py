@@ -63,9 +63,9 @@ def slab_boxes(shape: Sequence[int], itemsize: int) -> Iterator[Box]:
 
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """A private folder beside ``path``: what is finished there is moved by rename, the rest goes.
+    """A private folder beside ``path``: what is finished there gets its name by `commit`, the rest goes.
 
-    The same folder is the same file system, so it is there whole or not at all; a crash leaves a hidden
+    Beside it is the same file system, so a file is there whole or not at all: a crash leaves a hidden
     folder, never half a file under the final name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,16 @@ def test_the_same_request_again_does_nothing(on_server: SyncPrefectClient, flow_
     assert {p: p.stat().st_mtime_ns for p in Path(job.outputs.dir).rglob("*") if p.is_file()} == before
 
 
+def test_a_refusal_tells_no_secret_of_a_url(on_server: SyncPrefectClient, flow_job: JobMaker) -> None:
+    job = load(flow_job("refused"))
+    asked = job.model_copy(update={"scenes": ["https://me:word@example.org/*.tif?sig=word"]})
+    state = run(asked)
+    assert state.is_failed()
+    assert state.message == (
+        "scenes: https://example.org/*.tif: globs work on local folders only; list the URLs"
+    )
+
+
 def test_a_scene_that_fails_does_not_stop_the_others(
     on_server: SyncPrefectClient, flow_job: JobMaker, flow_scenes: Path, tmp_path: Path
 ) -> None:
