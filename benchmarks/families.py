@@ -27,7 +27,6 @@ import torch
 from benchmarks import classical, networks, object_files, object_networks, other_networks
 from benchmarks.fresh import run_fresh
 from benchmarks.rows import ALL_BANDS, Made, Row, Segments, unlike
-from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.inference.normalise import Normaliser, Statistics
@@ -208,7 +207,7 @@ def _differ(
 def _windows(scene: Scene) -> Iterator[tuple[torch.Tensor, tuple[slice, ...], tuple[slice, ...]]]:
     """Normalised windows (1, c, …), and what each owns: within itself, and within the model's grid."""
     lattice, whole = scene.plan.lattice, Box.whole(scene.plan.lattice.shape)
-    with SceneBlocks.of(scene) as store:
+    with scene.open_blocks() as store:
         normaliser = Normaliser(scene.card, scene.scaling, Statistics(scene.statistics))
         native = normaliser.elementwise(store.read(Box.whole(scene.geometry.shape)))
     image = np.stack([_turned(scene, channel) for channel in native])

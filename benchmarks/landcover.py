@@ -30,7 +30,7 @@ from segpipe.settings import resolve_settings
 from segpipe.sources import discover, open_source
 from segpipe.steps import finish_labels, predict_blocks
 from segpipe.training.loop import Moment
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.recipe import Recipe, load_recipe
 from segpipe.training.run import Told, check_recipe, mark, train
 from segpipe.training.scenes import TrainScene, prepare

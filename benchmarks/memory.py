@@ -22,8 +22,9 @@ def one(path: str, card: str, out: str) -> None:
     """Run a scene in this process; print predicted and measured peak in MiB."""
     from segpipe.deliver import export_scene
     from segpipe.measure import measure_scene
-    from segpipe.run import Run
-    from segpipe.scene import create_stages, pending_blocks, prepare_scene, read_card
+    from segpipe.models.card import read_card
+    from segpipe.run_folder import Run
+    from segpipe.scene import create_stages, pending_blocks, prepare_scene
     from segpipe.settings import resolve_settings
     from segpipe.sources import discover
     from segpipe.steps import finish_labels, predict_blocks

@@ -19,11 +19,11 @@ import torch
 import yaml
 
 from segpipe.config import Job
+from segpipe.location import join
 from segpipe.request import check_request
 from segpipe.scene import Scene, create_stages, is_predicted, prepare_scene
 from segpipe.steps import predict_blocks
 from segpipe.stops import request_stop, stop_requested
-from segpipe.store import join
 
 EDGE = 64
 ROWS, COLUMNS = 20, 25
@@ -99,12 +99,11 @@ def stage_alone(asked: dict[str, object], out: str) -> None:
 
 def profile(asked: dict[str, object], out: str) -> None:
     """Where the writer's and the reader's time goes, one after the other in one thread."""
-    from segpipe.blocks import SceneBlocks
     from segpipe.inference.results import BlockResult
 
     scene = prepared(Job.model_validate({**asked, "outputs": {"dir": out, "formats": []}}))
     watch = cProfile.Profile()
-    with SceneBlocks.of(scene) as store:
+    with scene.open_blocks() as store:
         watch.enable()
         for index in list(scene.plan.blocks.indices())[:200]:
             box = scene.plan.blocks.box(index)

@@ -20,18 +20,14 @@ from benchmarks import scenes
 from segpipe.config import Job
 from segpipe.deliver import export_scene
 from segpipe.measure import measure_scene
+from segpipe.models.card import read_card
 from segpipe.models.registry import load_model
-from segpipe.run import Run
-from segpipe.scene import (
-    Scene,
-    create_stages,
-    pending_blocks,
-    prepare_scene,
-    read_card,
-)
+from segpipe.progress import Done
+from segpipe.run_folder import Run
+from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import discover
-from segpipe.steps import Done, finish_labels, predict_blocks
+from segpipe.steps import finish_labels, predict_blocks
 
 
 def bare(scene: Scene, passes: int) -> float:

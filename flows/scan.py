@@ -36,7 +36,7 @@ from segpipe.lake.scan import (
     take_scenes,
 )
 from segpipe.report.record import SceneRecord
-from segpipe.run import Run, now
+from segpipe.run_folder import Run, now
 from segpipe.sources import SceneRef
 from segpipe.validate import as_request
 from tasks.events import tell_scene

@@ -20,7 +20,8 @@ from segpipe.config import Job, Outputs
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.report.record import RunRecord, SceneRecord
 from segpipe.request import check_request
-from segpipe.run import Run, open_run
+from segpipe.run import open_run
+from segpipe.run_folder import Run
 from segpipe.stops import forget_stop, request_stop
 from segpipe.validate import as_request
 from tasks.events import tell_scene

@@ -15,17 +15,16 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.lattice import Index
-from segpipe.plan import Blocks, block_id
 from segpipe.sources import Source, open_source
 from segpipe.sources.base import Pixels
 from segpipe.store import Stage
+from segpipe.tiling_blocks import Blocks, block_id
 
 WORKER = socket.gethostname()
 """Of this process, in receipts, with its number."""
 
 if TYPE_CHECKING:
     from segpipe.inference.results import BlockResult
-    from segpipe.scene import Scene
 
 
 class SceneBlocks:
@@ -64,27 +63,6 @@ class SceneBlocks:
         self._lock = threading.Lock()
         if ingest is not None and ingest.exists:
             self.refresh()
-
-    @classmethod
-    def of(
-        cls,
-        scene: Scene,
-        attempt: int = 1,
-        progress: Callable[[int], None] = lambda blocks: None,
-    ) -> SceneBlocks:
-        """The blocks of a prepared scene."""
-        return cls(
-            scene.ref.uri,
-            scene.job.bands,
-            scene.channels,
-            scene.dtype,
-            scene.geometry,
-            None if scene.direct else scene.ingest,
-            scene.identity,
-            scene.predict,
-            attempt,
-            progress,
-        )
 
     def refresh(self) -> None:
         """Read again which blocks are ingested."""

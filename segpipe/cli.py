@@ -20,7 +20,7 @@ from segpipe.errors import RequestError, SegpipeError
 if TYPE_CHECKING:
     from segpipe.config import Job
     from segpipe.report.record import RunRecord
-    from segpipe.run import Run
+    from segpipe.run_folder import Run
     from segpipe.settings import Settings
     from segpipe.sources import SceneRef
 
@@ -209,7 +209,7 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
 
 def _labels_line(job: Job, ref: SceneRef) -> str:
     """What a scene with given labels takes, in a line."""
-    from segpipe.labelled import prepare_labelled
+    from segpipe.given_scene import prepare_labelled
     from segpipe.metrics.tally import measure_tiles
 
     scene = prepare_labelled(job, ref)
@@ -238,7 +238,8 @@ def _plan_line(job: Job, ref: SceneRef, settings: Settings) -> str:
 @app.command()
 def report(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
     """Make the tables and the page of a run again, from its receipts and pictures alone."""
-    from segpipe.run import load_run, write_run
+    from segpipe.finish import write_run
+    from segpipe.run import load_run
 
     found, record = load_run(run_folder)
     write_run(found, record)

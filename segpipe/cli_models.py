@@ -44,11 +44,11 @@ def show(
 ) -> None:
     """Show a model card with its size, window, halo and what a forward pass costs."""
     from segpipe.models.card import load_card
-    from segpipe.models.registry import check_card, describe
+    from segpipe.prompts.check import check_model, describe_model
 
     card = load_card(_card_path(name))
-    check_card(card)
-    facts = describe(card)
+    check_model(card)
+    facts = describe_model(card)
     table = Table(show_header=False, title=card.title or card.name)
     rows: dict[str, Any] = {
         "name": card.name,

@@ -12,8 +12,10 @@ import numpy as np
 import obstore
 import pandas as pd
 
+from segpipe.alignment import same_grid
+from segpipe.atomic import write_atomic
 from segpipe.errors import RequestError, SegpipeError
-from segpipe.reference import same_grid
+from segpipe.location import check_writable, is_url, join, open_store
 from segpipe.report.changes import (
     BOTH,
     KEY,
@@ -26,10 +28,9 @@ from segpipe.report.changes import (
 )
 from segpipe.report.comparison import Comparison, Difference, render_comparison
 from segpipe.report.record import GeometrySummary, RunRecord, SceneRecord
-from segpipe.report.tables import csv_bytes, parquet_bytes, write_atomic
+from segpipe.report.table_files import csv_bytes, parquet_bytes
 from segpipe.run import load_run, read_tables
 from segpipe.sources import open_source
-from segpipe.store import check_writable, is_url, join, open_store
 
 _LISTED = 3
 """Names told in a warning; the table has all."""

@@ -7,34 +7,31 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from segpipe.atomic import write_atomic
 from segpipe.boxes import Box
 from segpipe.config import Format, Keep
 from segpipe.export.regions import MOST_CLASSES, write_regions
 from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.inference.uncertainty import LEVELS
 from segpipe.labelled import MeasurableScene
 from segpipe.map_files import export_notes, seal_scene, why_no_file, write_maps
 from segpipe.measure import Measured, shown_classes
+from segpipe.metrics.calibration import LEVELS
 from segpipe.metrics.tally import SizeScale
-from segpipe.models.card import Class, Interpolation
+from segpipe.models.card import Class
+from segpipe.progress import Done
 from segpipe.reference import find_reference, open_reference
 from segpipe.regions import region_layer
 from segpipe.report.pictures import FORMAT, Previews, dump_previews, load_previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import AskedPhrase, GeometrySummary, SceneRecord
-from segpipe.report.tables import SceneResult, metric_table, region_table, write_atomic
-from segpipe.run import Run, local_folder
+from segpipe.report.tables import SceneResult, metric_table, region_table
+from segpipe.run_folder import Run, local_folder
 from segpipe.scene import Scene
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.remote import public_uri
-from segpipe.steps import Done
-
-if TYPE_CHECKING:
-    from segpipe.prompts.scene import PromptScene
 
 
 def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[str, str]:
@@ -68,7 +65,7 @@ def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bo
     if layer is None or len(classes) > MOST_CLASSES:
         return False
     if not path.exists():
-        scale, attempts = SizeScale.from_dict(measured.scale), attempts_of(scene)
+        scale, attempts = SizeScale.from_dict(measured.scale), scene.attempts()
         found = SceneResult(
             scene.ref.name, measured.regions, attempts, measured.tally, scale, measured.outside
         )
@@ -155,7 +152,6 @@ def done_record(
     measured: Measured,
     files: Mapping[str, str],
     steps: Mapping[str, Done],
-    attempts: int,
 ) -> SceneRecord:
     """The record of a scene that is done.
 
@@ -164,24 +160,10 @@ def done_record(
     """
     classes = shown_classes(scene, measured.values)
     notes = [*scene.notes, *measured.notes, *export_notes(scene)]
-    keys = {"labels": scene.labels_key, "measure": measured.stage.key}
+    account = scene.account()
+    notes += account.notes
+    keys = {**account.keys, "labels": scene.labels_key, "measure": measured.stage.key}
     keys["previews"] = previews_name(scene, classes)
-    plan: dict[str, Any] = {}
-    if isinstance(scene, Scene):
-        keys = {"ingest": scene.ingest.key, "predict": scene.predict.key, **keys}
-        plan = scene.plan.summary()
-        if scene.card.input.image_resampling is Interpolation.nearest and not scene.plan.grid.identity:
-            notes.append("resampled by nearest neighbour, as the card's own pipeline does")
-    asked: tuple[AskedPhrase, ...] = ()
-    said: tuple[str, ...] = ()
-    if (asking := _asked(scene)) is not None:
-        from segpipe.prompts.finding import account_of, summary_of
-
-        keys = {"embed": asking.embeddings.stage.key, "answers": asking.answers.key, **keys}
-        plan = summary_of(asking)
-        account = account_of(asking)
-        asked = tuple(AskedPhrase(**row) for row in account["asked"])
-        said = tuple(account["prompts"])
     if scene.job.outputs.formats and why_no_file(classes):
         notes.append(f"no file of labels was written: {why_no_file(classes)}")
     if Format.dicomseg in scene.job.outputs.formats and classes and all(c.background for c in classes):
@@ -195,13 +177,13 @@ def done_record(
         notes=tuple(notes),
         geometry=geometry_summary(scene.geometry),
         keys=keys,
-        plan=plan,
+        plan=dict(account.plan),
         timings={name: round(step.seconds, 3) for name, step in steps.items()},
-        attempts=attempts,
+        attempts=scene.attempts(),
         files=dict(files),
         reused=tuple(name for name, step in steps.items() if not step.computed and step.reused),
-        asked=asked,
-        prompts=said,
+        asked=tuple(AskedPhrase(**row) for row in account.asked),
+        prompts=account.prompts,
     )
 
 
@@ -222,25 +204,3 @@ def geometry_summary(geometry: Geometry) -> GeometrySummary:
         unit = crs.axis_info[0].unit_name if crs.axis_info else ""
         unit = {"metre": "m", "degree": "°"}.get(unit, unit)
     return GeometrySummary("raster", geometry.shape, crs.name if crs else None, geometry.spacing, unit)
-
-
-def _asked(scene: MeasurableScene) -> PromptScene | None:
-    """The scene, if its objects were asked for; only then is its module loaded, and torch with it."""
-    if not scene.prompted:
-        return None
-    from segpipe.prompts.scene import PromptScene
-
-    assert isinstance(scene, PromptScene)
-    return scene
-
-
-def attempts_of(scene: MeasurableScene) -> int:
-    """How often the scene's hardest block was tried; 1 where none was predicted."""
-    if isinstance(scene, Scene):
-        stage = scene.predict
-    elif (asking := _asked(scene)) is not None:
-        stage = asking.answers
-    else:
-        return 1
-    receipts: Sequence[dict[str, Any]] = list(stage.receipts().values())
-    return max((int(r.get("attempts", 1)) for r in receipts), default=1)

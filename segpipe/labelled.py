@@ -8,32 +8,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from glob import glob, has_magic
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
-from segpipe.classes import load_classes
-from segpipe.config import Format, Job, Reference
-from segpipe.errors import RequestError, SceneError
+from segpipe.config import Format, Job
 from segpipe.geometry import Geometry, VolumeGeometry
 from segpipe.models.card import Card, Class
-from segpipe.reference import IdRule, LabelFile, find_reference, one_class, same_grid
+from segpipe.reference import IdRule
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Scaling, Source
-from segpipe.store import Stage, stage_key
+from segpipe.store import Stage
 
-NO_LABEL = -1
-"""What a reader of given labels answers where their file says nothing."""
-NO_MODEL = Settings("cpu", "no model", "none", 1, 1, False)
-"""Settings of a run without a model."""
+
+@dataclass(frozen=True, kw_only=True)
+class SceneAccount:
+    """What the record of a scene says of the way to its labels."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Of the stages before the labels."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """Windows, blocks and passes."""
+    notes: tuple[str, ...] = ()
+    asked: tuple[Mapping[str, Any], ...] = ()
+    """What became of each phrase: a row of `AskedPhrase` each."""
+    prompts: tuple[str, ...] = ()
+    """What became of the prompts, in words."""
+
+
+def hardest(stage: Stage) -> int:
+    """The greatest number of attempts in a stage's receipts; 1 where there is none."""
+    return max((int(r.get("attempts", 1)) for r in stage.receipts().values()), default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +107,14 @@ class MeasurableScene(ABC):
     def finds_objects(self) -> bool:
         """Whether a model found objects, which have ids beside their classes."""
         return self.objects_stage is not None
+
+    def account(self) -> SceneAccount:
+        """The way to the labels, for the scene's record; empty where they are given."""
+        return SceneAccount()
+
+    def attempts(self) -> int:
+        """How often the scene's hardest block was tried; 1 where none was predicted."""
+        return 1
 
     @property
     def prompted(self) -> bool:
@@ -160,55 +179,6 @@ class PredictedScene(MeasurableScene):
         return IdRule(value=next(c.value for c in self.classes if not c.background), ground=ground)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledScene(MeasurableScene):
-    """A scene with a file of labels, which are measured as given."""
-
-    listed: tuple[Class, ...]
-    """Of the job's `classes`; empty: the values that are found."""
-    labels: str
-    """The file."""
-    labels_identity: dict[str, Any]
-
-    @property
-    def classes(self) -> tuple[Class, ...]:
-        return self.listed
-
-    @property
-    def nodata(self) -> int:
-        return NO_LABEL
-
-    @property
-    def labels_key(self) -> str:
-        """Of the file, and of the scene, whose pixels the pictures and intensities are made of."""
-        return stage_key("labels", {"file": self.labels_identity, "scene": self.identity})
-
-    @contextmanager
-    def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
-        """The reader answers int64, `NO_LABEL` where the file has no data.
-
-        Raises:
-            SceneError: the file changed since it was planned; when read, a value is no whole number, or
-                is negative.
-        """
-        objects = self.job.measure.objects and not ids
-        with _opened(self.labels) as file:
-            if file.source.identity != self.labels_identity:
-                raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")
-
-            def read(box: Box) -> np.ndarray:
-                labels, valid = file.read(box)
-                if labels.size and labels.min() < 0:
-                    raise SceneError(f"{self.labels}: holds {labels.min()}; labels are 0 or more")
-                labels = np.where(valid, labels, NO_LABEL)
-                return one_class(labels) if objects else labels
-
-            yield read
-
-    def check_labels(self) -> None:
-        """The file was held against the plan when it was opened."""
-
-
 def open_scene(job: Job, ref: SceneRef) -> Source:
     """Open a scene's source, held against the files that the job wants beside it.
 
@@ -225,86 +195,3 @@ def open_scene(job: Job, ref: SceneRef) -> Source:
         if isinstance(source, DicomSource):
             require_uids(source.uri, source.slices)
     return source
-
-
-def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
-    """Open a scene and its labels, and hold one against the other.
-
-    Raises:
-        SceneError: one of the two cannot be read, no file of labels fits the scene, or its grid is another.
-        RequestError: `labels` or `classes` is wrong for every scene.
-    """
-    listed = load_classes(job.classes) if job.classes else ()
-    with open_scene(job, ref) as source:
-        labels = find_labels(job.labels, ref.name)
-        with _opened(labels) as file:
-            try:
-                notes = same_grid(source.geometry, file.geometry)
-            except SceneError as error:
-                raise SceneError(f"labels {labels} lie on another grid than their scene: {error}") from error
-            labels_identity = file.source.identity
-        return LabelledScene(
-            ref=ref,
-            job=job,
-            geometry=source.geometry,
-            dtype=str(source.dtype),
-            channels=tuple(range(source.count)),
-            bands=source.bands,
-            scaling=source.scaling,
-            identity=source.identity,
-            notes=(*source.notes, *(f"labels: {n}" for n in notes), f"labels measured as given: {labels}"),
-            listed=listed,
-            labels=labels,
-            labels_identity=labels_identity,
-        )
-
-
-def labels_identity(uri: str) -> dict[str, Any]:
-    """What tells that a file of labels changed."""
-    with _opened(uri) as file:
-        return file.source.identity
-
-
-@contextmanager
-def _opened(uri: str) -> Iterator[LabelFile]:
-    file = LabelFile(uri)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-def find_labels(labels: str, scene_name: str) -> str:
-    """The label map of a scene: as `segpipe.reference.find_reference` finds a reference.
-
-    Where a glob matches files in folders named for their scenes (``runs/*/*/scenes/*/labels.tif``),
-    the folder decides.
-
-    Raises:
-        RequestError: the path does not exist, or a folder or glob holds no label file.
-        SceneError: no file or several fit the scene; names the candidates.
-    """
-    if has_magic(labels):
-        found = sorted(glob(labels, recursive=True))  # noqa: PTH207 (absolute patterns)
-        inside = [f for f in found if Path(f).parent.name == scene_name]
-        if len(inside) > 1:
-            more = ", ".join(inside[:3])
-            raise SceneError(f"scene {scene_name!r}: several label maps fit: {more}; narrow `labels`")
-        if inside:
-            return inside[0]
-    try:
-        return find_reference(Reference(path=labels), scene_name)
-    except (RequestError, SceneError) as error:
-        raise type(error)(_said_of_labels(str(error))) from error
-
-
-def _said_of_labels(message: str) -> str:
-    """A message about references in the words of the key that was given."""
-    for theirs, ours in (
-        ("reference.path: ", "labels: "),
-        ("several references fit", "several label maps fit"),
-        ("no reference fits", "no label map fits"),
-        ("`reference.path`", "`labels`"),
-    ):
-        message = message.replace(theirs, ours, 1)
-    return message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +13,34 @@ import numpy as np
 import pandas as pd
 
 from segpipe import __version__
+from segpipe.atomic import write_atomic
 from segpipe.boxes import Box
 from segpipe.config import Format
 from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
-from segpipe.export.common import LabelReader, ScoreReader
 from segpipe.export.footprint import why_no_place
 from segpipe.export.manifest import ITEM, MANIFEST, hash_files, own_files, write_seal
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
 from segpipe.geometry import RasterGeometry, VolumeGeometry
-from segpipe.inference.uncertainty import LEVELS
+from segpipe.inference.labels import no_data_value
 from segpipe.labelled import MeasurableScene, PredictedScene
 from segpipe.measure import Measured, shown_classes
+from segpipe.metrics.calibration import LEVELS
 from segpipe.models.card import Class, Provider
 from segpipe.models.weights import weights_fingerprint
 from segpipe.report.found import SceneFound, found_table
-from segpipe.report.tables import write_atomic
 from segpipe.scene import Scene
 from segpipe.sources import open_source, package_file
+from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.remote import fetch, is_remote
 from segpipe.store import Stage
 
 if TYPE_CHECKING:
     from segpipe.export.dicom_seg import Algorithm
-    from segpipe.run import Run
+    from segpipe.run_folder import Run
 
 LARGEST_EXPORTED = 65534
 """Greatest label that the files of people's tools are written with."""
@@ -143,11 +144,6 @@ def _nodata(scene: MeasurableScene, measured: Measured, classes: Sequence[Class]
     """The value of elements without data in the files of labels; None: there are none."""
     predicted_raster = isinstance(scene, PredictedScene) and isinstance(scene.geometry, RasterGeometry)
     return no_data_value(c.value for c in classes) if predicted_raster or has_nodata(measured) else None
-
-
-def no_data_value(values: Iterable[int]) -> int:
-    """What stands for no data in a file of labels with these classes."""
-    return 255 if max(values) < 255 else 65535
 
 
 def _write_levels(

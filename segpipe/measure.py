@@ -21,22 +21,22 @@ from segpipe.boxes import Box
 from segpipe.classes import with_found
 from segpipe.errors import StoppedError
 from segpipe.geometry import Geometry, geometry_from_dict
-from segpipe.inference.uncertainty import CHANNELS, LEVELS
-from segpipe.labelled import LabelledScene, MeasurableScene
+from segpipe.given_scene import LabelledScene
+from segpipe.labelled import MeasurableScene
 from segpipe.metrics import instances, intensity
-from segpipe.metrics.calibration import Calibration, calibrate
+from segpipe.metrics.calibration import CHANNELS, LEVELS, Calibration, calibrate
 from segpipe.metrics.instances import OverlapTable, overlap_tile
 from segpipe.metrics.intensity import Channel, Intensity, measure_intensity
 from segpipe.metrics.members import Members, members_tile
 from segpipe.metrics.members import add as add_members
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
 from segpipe.models.card import Class
-from segpipe.objects import FACTS, ObjectTable
+from segpipe.object_table import FACTS, ObjectTable
+from segpipe.progress import Done
 from segpipe.reference import IdRule, ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
-from segpipe.steps import Done
 from segpipe.stops import stop_requested
 from segpipe.store import Stage, stage_key
 from segpipe.surfaces import measure_surfaces, tolerances

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -12,57 +10,14 @@ from segpipe.boxes import Box
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.objects import ground_value, load_parts, stuff_values
 from segpipe.instances.edges import Overhang, PairCounts, add_pairs, overhang_boxes, window_edges
-from segpipe.instances.merge import SceneObjects, merge_objects, relabel
+from segpipe.instances.merge import merge_objects, relabel
 from segpipe.instances.nodes import Nodes, add_nodes
 from segpipe.lattice import Lattice
 from segpipe.metrics.tally import SizeScale
-from segpipe.plan import block_id
+from segpipe.object_table import TABLE, ObjectTable, add_sizes
 from segpipe.scene import Scene
-from segpipe.store import ArraySpec, Stage
-
-TABLE = "objects"
-"""Name of the part of a stage that holds the table."""
-FACTS = "facts"
-"""Name of the part with further columns of the objects, a Parquet table by ``id``; few models have any."""
-
-
-@dataclass(frozen=True, eq=False)
-class ObjectTable:
-    """Every object of a scene, by id."""
-
-    objects: SceneObjects
-    size: np.ndarray
-    """(n,) area or volume, int64 in `SizeScale`'s units."""
-    sums: np.ndarray
-    """(n, axes) sum of the positions of its elements, int64: over `elements` the centroid."""
-
-    @property
-    def centroids(self) -> np.ndarray:
-        """(n, axes) mean position of the elements' centres, whole numbers at centres; float64."""
-        return np.asarray(self.sums / self.objects.elements[:, None])
-
-    def dump(self) -> bytes:
-        """All columns, exact."""
-        columns = {f.name: getattr(self.objects, f.name) for f in fields(SceneObjects)}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, size=self.size, sums=self.sums, **columns)
-        return buffer.getvalue()
-
-    @classmethod
-    def load(cls, stage: Stage) -> ObjectTable:
-        """Of a stage of joined objects.
-
-        Raises:
-            SceneError: another run dropped it.
-        """
-        return cls.of(stage.read_part(TABLE))
-
-    @classmethod
-    def of(cls, data: bytes) -> ObjectTable:
-        """The inverse of `dump`."""
-        with np.load(io.BytesIO(data)) as found:
-            objects = SceneObjects(**{f.name: found[f.name] for f in fields(SceneObjects)})
-            return cls(objects, found["size"], found["sums"])
+from segpipe.store import ArraySpec
+from segpipe.tiling_blocks import block_id
 
 
 def join_objects(scene: Scene) -> None:
@@ -121,16 +76,3 @@ def _edges(
     near = read(hull)
     for overhang in overhangs:
         yield window_edges(overhang, lattice, lambda box: near[box.within(hull)])
-
-
-def add_sizes(ids: np.ndarray, box: Box, scale: SizeScale, size: np.ndarray, sums: np.ndarray) -> None:
-    """Add a block's elements to the sizes and position sums of their objects, in whole numbers.
-
-    `np.add.at` on int64 is exact for any sum and as fast as `np.bincount`, whose float64 sums are exact
-    below 2**53 only: 2048² elements of a scene of 1e6 objects take 0.2 s either way (NumPy 2.4).
-    """
-    at = np.nonzero(ids)
-    which = ids[at].astype(np.int64) - 1
-    np.add.at(size, which, scale.rows[at[0] + box.start[0]])
-    for axis, place in enumerate(at):
-        np.add.at(sums[:, axis], which, place + box.start[axis])

@@ -9,17 +9,15 @@ from pathlib import Path
 from segpipe.classes import load_classes
 from segpipe.config import TTA, Blend, Job, parse_size
 from segpipe.errors import RequestError
+from segpipe.fingerprint import fingerprint
 from segpipe.groups import load_groups
-from segpipe.labelled import NO_MODEL
-from segpipe.models.card import Card, WindowZscore
+from segpipe.location import check_writable, is_url
+from segpipe.models.card import Card, WindowZscore, read_card
 from segpipe.models.registry import check_card
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.regions import is_grid, parse_grid
-from segpipe.run import fingerprint
-from segpipe.scene import read_card
-from segpipe.settings import Settings, resolve_settings
+from segpipe.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.sources import SceneRef, discover
-from segpipe.store import check_writable, is_url
 from segpipe.surfaces import tolerances
 
 

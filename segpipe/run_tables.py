@@ -12,11 +12,11 @@ from segpipe.measure import Measured, load_measured
 from segpipe.metrics.instances import OverlapTable
 from segpipe.metrics.tally import SizeScale, Tally
 from segpipe.report.agreement import agreement_table
-from segpipe.report.asked import asked_table
 from segpipe.report.found import SceneFound, found_table, panoptic_table, with_counts
 from segpipe.report.frames import NO_REFERENCE, Found
 from segpipe.report.intensity import SceneIntensity, intensity_table
 from segpipe.report.objects import instances_table, objects_table
+from segpipe.report.phrase_table import asked_table
 from segpipe.report.record import RunRecord, SceneRecord
 from segpipe.report.summary import summary_table
 from segpipe.report.surface import surface_table

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,22 +19,16 @@ from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap
 from segpipe.inference.labels import label_dtype, nodata_value
-from segpipe.inference.objects import stuff_values
-from segpipe.labelled import PredictedScene, open_scene
-from segpipe.lattice import Index, Lattice
-from segpipe.models.card import Card, Class, load_card
-from segpipe.models.weights import weights_fingerprint
-from segpipe.plan import (
-    BLOCK_EDGE,
-    Blocks,
-    Plan,
-    block_id,
-    check_memory,
-)
+from segpipe.labelled import PredictedScene, SceneAccount, hardest, open_scene
+from segpipe.lattice import Index
+from segpipe.models.card import Card, Class, Interpolation, read_card
+from segpipe.plan import Plan, check_memory
 from segpipe.planning import doubts, plan_scene, scene_grid
+from segpipe.scene_keys import device_parts, labels_stage, model_parts, predict_key
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources.base import Scaling, SceneRef
 from segpipe.store import ArraySpec, Stage, stage_key
+from segpipe.tiling_blocks import BLOCK_EDGE, Blocks, block_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,26 +78,46 @@ class Scene(PredictedScene):
 
     def open_image(self) -> SceneBlocks:
         """The ingest where that is there, else the source."""
-        return SceneBlocks.of(self)
+        return self.open_blocks()
+
+    def open_blocks(
+        self, attempt: int = 1, progress: Callable[[int], None] = lambda blocks: None
+    ) -> SceneBlocks:
+        """A reader of the scene's pixels and the writer of its ingest and predict stages.
+
+        Args:
+            attempt: recorded in the receipts.
+            progress: told the number of blocks finished, after each.
+        """
+        return SceneBlocks(
+            self.ref.uri,
+            self.job.bands,
+            self.channels,
+            self.dtype,
+            self.geometry,
+            None if self.direct else self.ingest,
+            self.identity,
+            self.predict,
+            attempt,
+            progress,
+        )
+
+    def account(self) -> SceneAccount:
+        """Keys of ingest and predict, the plan, and how the scene was resampled."""
+        notes: tuple[str, ...] = ()
+        if self.card.input.image_resampling is Interpolation.nearest and not self.plan.grid.identity:
+            notes = ("resampled by nearest neighbour, as the card's own pipeline does",)
+        keys = {"ingest": self.ingest.key, "predict": self.predict.key}
+        return SceneAccount(keys=keys, plan=self.plan.summary(), notes=notes)
+
+    def attempts(self) -> int:
+        """How often the hardest block was tried."""
+        return hardest(self.predict)
 
     @property
     def direct(self) -> bool:
         """Whether the source is read in place, without ingest."""
         return self.job.tiling.store is StoreMode.direct
-
-
-def read_card(path: str) -> Card:
-    """A card, read once per process and again when its file has changed."""
-    try:
-        stat = Path(path).stat()
-    except OSError:
-        return load_card(path)  # says what is wrong
-    return _read_card(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=16)
-def _read_card(path: str, mtime: int, size: int) -> Card:
-    return load_card(path)
 
 
 def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
@@ -151,17 +162,6 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
     )  # fmt: skip
 
 
-def labels_stage(job: Job, card: Card, predict: Stage) -> Stage:
-    """Where the finished label map is: a stage of its own where the card cleans up or finds objects."""
-    if card.output.kind != "semantic":
-        parts = {"of": predict.key, "smallest": job.measure.smallest, "stuff": stuff_values(card)}
-        return Stage(predict.out, stage_key("objects", parts))
-    cleanup = card.cleanup.model_dump()
-    if not any(cleanup.values()):
-        return predict
-    return Stage(predict.out, stage_key("clean", {"of": predict.key, **cleanup}))
-
-
 def create_stages(scene: Scene) -> Scene:
     """Make the arrays of predict and, where blocks are still to compute, of ingest.
 
@@ -179,7 +179,7 @@ def create_stages(scene: Scene) -> Scene:
     check_memory(scene.plan, parse_memory(job.tiling.memory))
     if in_force != blocks:
         # made by another plan: its shards cannot be written block by block of this one
-        with SceneBlocks.of(scene) as store:
+        with scene.open_blocks() as store:
             ingest_all(store, scene.ingest)
     return scene
 
@@ -291,40 +291,6 @@ def _first_pass(
         record.write_json("look.json", known)
     box = Box(tuple(known["crop"][0]), tuple(known["crop"][1])) if known["crop"] else None
     return scene_grid(card, geometry, box), Statistics.from_json(known["statistics"]).pairs
-
-
-def model_parts(card: Card) -> dict[str, Any]:
-    """What identifies a model in keys: its card's numbers and its weights, the first model's too."""
-    parts = {"card": card.prediction_fingerprint(), "weights": weights_fingerprint(card)}
-    if card.roi is not None:
-        first = load_card(card.folder / card.roi.card)
-        parts["roi_card"] = first.prediction_fingerprint()
-        parts["roi_weights"] = weights_fingerprint(first)
-    return parts
-
-
-def device_parts(settings: Settings) -> dict[str, Any]:
-    """What the device contributes to the bits."""
-    return {
-        "precision": settings.precision,
-        "device_class": settings.device_class,
-        "engine": ENGINE_VERSION,
-        **({"compile": True} if settings.compile else {}),
-    }
-
-
-def predict_key(job: Job, card: Card, settings: Settings, ingest_key: str, lattice: Lattice) -> str:
-    """Key of everything that can change a label. Block size, runner, memory and outputs are not in it."""
-    parts = {
-        "ingest": ingest_key,
-        **model_parts(card),
-        **device_parts(settings),
-        "windows": [[a.window, a.padded, list(a.origins[:2]), list(a.cuts[:2])] for a in lattice.axes],
-        "blend": job.tiling.blend.value,
-        "tta": settings.tta,
-        "batch": settings.batch,
-    }
-    return stage_key("predict", parts)
 
 
 def check_worker(scene: Scene) -> None:

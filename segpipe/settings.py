@@ -72,3 +72,7 @@ def resolve_device(wanted: str, card: Card) -> str:
         found = f"sees {count} GPUs" if count else "sees no GPU"
         raise RequestError(f"compute.device: found {wanted!r}, but {who} {found}; use auto or cpu")
     return wanted
+
+
+NO_MODEL = Settings("cpu", "no model", "none", 1, 1, False)
+"""Settings of a run without a model."""

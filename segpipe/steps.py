@@ -5,82 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.lattice import Index
-from segpipe.scene import Scene, check_blocks, check_worker, is_predicted, labels_stage, pending_blocks
+from segpipe.progress import Done
+from segpipe.scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
+from segpipe.scene_keys import labels_stage
 from segpipe.stops import stop_requested
 from segpipe.store import ArraySpec
 
 if TYPE_CHECKING:
     from segpipe.models.base import ObjectModel, SegmentationModel
-
-SECONDS_PER_MPX = 2.0
-"""A first guess for sizing batches of blocks, before anything was measured."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a step did."""
-
-    computed: int
-    """Blocks computed now."""
-    reused: int
-    """Blocks that were there already."""
-    seconds: float
-    timings: dict[str, float]
-    elements: int = 0
-    """Of the blocks computed, of the native grid."""
-
-
-@dataclass
-class Pace:
-    """How long blocks take: a first guess, then what was measured."""
-
-    seconds: float = 0.0
-    elements: int = 0
-
-    def note(self, done: Done) -> None:
-        """A batch of blocks is done."""
-        if done.elements:
-            self.seconds += done.seconds
-            self.elements += done.elements
-
-    def of(self, scene: Scene, blocks: int) -> float:
-        """Seconds that some blocks of a scene may take."""
-        elements = math.prod(scene.plan.blocks.block)
-        if self.elements:
-            return blocks * elements * self.seconds / self.elements
-        return blocks * max(0.5, elements / 1e6 * SECONDS_PER_MPX)
-
-
-def batches_of(
-    scene: Scene, blocks: Sequence[Index], minutes: float, workers: int, pace: Pace
-) -> list[list[Index]]:
-    """Blocks grouped into batches of about this many minutes, each a run of neighbours.
-
-    At least one for each worker, so that a scene of few minutes is not one worker's alone.
-    """
-    seconds = pace.of(scene, 1)
-    size = max(1, min(int(minutes * 60 / seconds), -(-len(blocks) // workers)))
-    return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
-
-
-def together(parts: Sequence[Done], reused: int) -> Done:
-    """What all batches of a scene did."""
-    names = sorted({name for part in parts for name in part.timings})
-    return Done(
-        computed=sum(part.computed for part in parts),
-        reused=reused + sum(part.reused for part in parts),
-        seconds=sum(part.seconds for part in parts),
-        timings={name: sum(part.timings.get(name, 0.0) for part in parts) for name in names},
-    )
 
 
 def predict_blocks(
@@ -132,7 +71,7 @@ def predict_blocks(
     else:
         model = load_object_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
-    with SceneBlocks.of(scene, attempt, progress) as store:
+    with scene.open_blocks(attempt, progress) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
         timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run), is_done)
     seconds, elements = time.perf_counter() - begun, computed * math.prod(scene.plan.blocks.block)

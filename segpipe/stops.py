@@ -7,7 +7,8 @@ from functools import lru_cache
 import obstore
 from obstore.store import ObjectStore
 
-from segpipe.store import STORE_FOLDER, delete_objects, join, open_store
+from segpipe.location import delete_objects, join, open_store
+from segpipe.store import STORE_FOLDER
 
 
 @lru_cache(maxsize=16)

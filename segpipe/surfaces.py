@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from segpipe.allocator import release
+from segpipe.areas import horizontal_crs, is_mercator
 from segpipe.boxes import Box
 from segpipe.config import Measure
 from segpipe.errors import RequestError, StoppedError
-from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry, horizontal_crs, is_mercator
+from segpipe.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.labelled import MeasurableScene
 from segpipe.metrics.surface import SurfaceCollector
 from segpipe.metrics.tally import measure_tiles

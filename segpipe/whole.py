@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 
 from segpipe.config import Job
-from segpipe.deliver import attempts_of, done_record, drop_unkept, export_scene
-from segpipe.labelled import MeasurableScene, prepare_labelled
+from segpipe.deliver import done_record, drop_unkept, export_scene
+from segpipe.given_scene import prepare_labelled
+from segpipe.labelled import MeasurableScene
 from segpipe.measure import check_measure, measure_scene
+from segpipe.progress import Done, Pace, together
 from segpipe.report.record import SceneRecord
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import Done, Pace, finish_labels, predict_blocks, together
+from segpipe.steps import finish_labels, predict_blocks
 
 
 def begin_scene(job: Job, ref: SceneRef, settings: Settings) -> MeasurableScene:
@@ -44,7 +46,7 @@ def complete_scene(scene: MeasurableScene, run: Run, predicted: Done, stop: str)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
-    record = done_record(scene, measured, files, steps, attempts_of(scene))
+    record = done_record(scene, measured, files, steps)
     if isinstance(scene, Scene):
         drop_unkept(scene)
     return record

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prefect.events import emit_event
 
+from segpipe.location import join
 from segpipe.report.record import SceneRecord
-from segpipe.run import Run
-from segpipe.store import join
+from segpipe.run_folder import Run
 
 
 def tell_scene(run: Run, record: SceneRecord) -> None:

@@ -11,8 +11,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from segpipe.config import Job
-from segpipe.deliver import attempts_of, done_record, export_scene
+from segpipe.deliver import done_record, export_scene
 from segpipe.measure import check_measure, measure_scene
+from segpipe.progress import Done, together
 from segpipe.prompts.answering import Round, answer_windows, create_answers, next_round
 from segpipe.prompts.asking import settle
 from segpipe.prompts.detecting import Detecting, detect_windows
@@ -21,11 +22,10 @@ from segpipe.prompts.pyramid import Window
 from segpipe.prompts.scene import PromptScene, prepare_prompts
 from segpipe.prompts.solids import answer_volume
 from segpipe.report.record import SceneRecord
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.scene import Scene, create_stages
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import Done, together
 from tasks.scenes import BACKOFF, RETRIES
 from tasks.told import passing_fault, told
 
@@ -105,4 +105,4 @@ def finish_prompts(scene: PromptScene, run: Run, answered: Sequence[Done], stop:
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
-    return done_record(scene, measured, files, steps, attempts_of(scene))
+    return done_record(scene, measured, files, steps)

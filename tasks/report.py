@@ -15,12 +15,15 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.cache_policies import NO_CACHE
 
 from segpipe.config import Job
+from segpipe.finish import finish_run
+from segpipe.location import is_url, join
 from segpipe.report.markdown import plain_text, run_markdown
 from segpipe.report.pictures import load_previews
 from segpipe.report.record import RunRecord, SceneRecord
-from segpipe.run import Run, finish_run, read_tables
+from segpipe.run import read_tables
+from segpipe.run_folder import Run
 from segpipe.settings import Settings
-from segpipe.store import Stage, is_url, join
+from segpipe.store import Stage
 from tasks.told import told
 
 PICTURES = 12

@@ -17,12 +17,13 @@ from segpipe.inference.engine import DeviceMemoryError
 from segpipe.labelled import MeasurableScene
 from segpipe.lake.ledger import Receipts
 from segpipe.lattice import Index
+from segpipe.progress import Done, Pace, together
 from segpipe.report.record import SceneRecord
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.scene import Scene
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef
-from segpipe.steps import Done, Pace, predict_blocks, together
+from segpipe.steps import predict_blocks
 from segpipe.whole import begin_scene, complete_scene, whole_scene
 from tasks.told import PASSING, passing_fault, told
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from segpipe.config import load_job
-from segpipe.deliver import attempts_of, done_record, export_scene
+from segpipe.deliver import done_record, export_scene
+from segpipe.finish import finish_run
 from segpipe.measure import measure_scene
 from segpipe.report.record import RunRecord
 from segpipe.request import check_request
-from segpipe.run import Run, finish_run, open_run
+from segpipe.run import open_run
+from segpipe.run_folder import Run
 from segpipe.scene import create_stages, prepare_scene
 from segpipe.steps import finish_labels, predict_blocks
 
@@ -26,5 +28,5 @@ def finish(job_file: Path) -> tuple[Run, RunRecord]:
         finish_labels(scene)
         measured, done = measure_scene(scene, run.name)
         files = export_scene(scene, measured, run)
-        records.append(done_record(scene, measured, files, {"measure": done}, attempts_of(scene)))
+        records.append(done_record(scene, measured, files, {"measure": done}))
     return run, finish_run(run, job, request.settings, records)

@@ -9,10 +9,11 @@ import pandas as pd
 
 from segpipe.config import Job
 from segpipe.deliver import done_record, export_scene
-from segpipe.labelled import prepare_labelled
+from segpipe.finish import finish_run
+from segpipe.given_scene import prepare_labelled
 from segpipe.measure import measure_scene
 from segpipe.request import check_request
-from segpipe.run import Run, finish_run
+from segpipe.run_folder import Run
 
 
 def read(path: Path) -> pd.DataFrame:

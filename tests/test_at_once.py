@@ -21,8 +21,8 @@ from segpipe.export.manifest import check_manifest
 from segpipe.export.ome_zarr import write_ome_zarr
 from segpipe.geometry import volume_geometry
 from segpipe.lake.ledger import Ledger
+from segpipe.location import check_writable, delete_objects, open_store
 from segpipe.models.card import Class
-from segpipe.store import check_writable, delete_objects, open_store
 from tests.lake.test_ledger import done, found
 
 SEVERAL = 4

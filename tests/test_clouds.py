@@ -10,7 +10,8 @@ import rasterio
 from sklearn.metrics import cohen_kappa_score
 
 from segpipe.config import Job, load_job
-from segpipe.scene import create_stages, pending_blocks, prepare_scene, read_card
+from segpipe.models.card import read_card
+from segpipe.scene import create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import SceneRef
 from segpipe.steps import predict_blocks

@@ -16,13 +16,8 @@ from flows.demo import BRAIN, WEST_COLUMNS, _prepare_brain
 from segpipe.config import Job
 from segpipe.measure import measure_scene
 from segpipe.metrics.overlap import class_counts
-from segpipe.scene import (
-    Scene,
-    create_stages,
-    pending_blocks,
-    prepare_scene,
-    read_card,
-)
+from segpipe.models.card import read_card
+from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import discover, package_file
 from segpipe.steps import finish_labels, predict_blocks, read_labels

@@ -16,16 +16,16 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from segpipe.config import Job
 from segpipe.deliver import export_scene
 from segpipe.errors import RequestError
-from segpipe.inference.uncertainty import LEVELS
-from segpipe.labelled import prepare_labelled
+from segpipe.given_scene import prepare_labelled
 from segpipe.measure import measure_scene
+from segpipe.metrics.calibration import LEVELS
 from segpipe.report.frames import MEASURED
 from segpipe.report.intensity import SceneIntensity
 from segpipe.report.record import ClassInfo
 from segpipe.report.surface import NOT_DEFINED, SceneSurfaces, surface_table
 from segpipe.report.uncertainty import ALL_CLASSES, uncertainty_table
 from segpipe.request import check_request
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.sources import discover
 from tests.inference.lab import CENTRED, Lab, labels_of, patches, predict, prepared, scores_of
 

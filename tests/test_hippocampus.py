@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from segpipe.config import load_job
+from segpipe.models.card import read_card
 from segpipe.reference import find_reference, open_reference
-from segpipe.scene import create_stages, prepare_scene, read_card
+from segpipe.scene import create_stages, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import SceneRef
 from segpipe.steps import finish_labels, predict_blocks

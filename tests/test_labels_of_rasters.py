@@ -16,10 +16,11 @@ from world import NODATA, PIXEL, World, write_raster, write_volume
 from segpipe.config import Job
 from segpipe.deliver import export_scene, failed_record
 from segpipe.errors import RequestError, SceneError
-from segpipe.labelled import find_labels, prepare_labelled
+from segpipe.finish import finish_run
+from segpipe.given_scene import find_labels, prepare_labelled
 from segpipe.measure import measure_scene
 from segpipe.request import check_request
-from segpipe.run import Run, finish_run
+from segpipe.run_folder import Run
 from segpipe.scene import create_stages, pending_blocks, prepare_scene
 from segpipe.sources import discover
 from segpipe.steps import finish_labels, predict_blocks

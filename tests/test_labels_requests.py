@@ -16,7 +16,7 @@ from world import Ended, World, write_raster, write_yaml
 
 from segpipe.classes import color_of, load_classes, with_found
 from segpipe.errors import RequestError, SceneError
-from segpipe.labelled import find_labels, prepare_labelled
+from segpipe.given_scene import find_labels, prepare_labelled
 from segpipe.measure import measure_scene
 from segpipe.sources import discover
 from tests.given import job_of
@@ -110,17 +110,18 @@ def test_torch_and_prefect_stay_out(world: World, tmp_path: Path) -> None:
         "import json, sys\n"
         "from segpipe.config import Job\n"
         "from segpipe.deliver import done_record, export_scene\n"
-        "from segpipe.labelled import prepare_labelled\n"
+        "from segpipe.given_scene import prepare_labelled\n"
         "from segpipe.measure import measure_scene\n"
         "from segpipe.request import check_request\n"
-        "from segpipe.run import Run, finish_run\n"
+        "from segpipe.finish import finish_run\n"
+        "from segpipe.run_folder import Run\n"
         f"job = Job.model_validate({job!r})\n"
         "request = check_request(job)\n"
         "scene = prepare_labelled(job, request.scenes[0])\n"
         "measured, done = measure_scene(scene, 'test')\n"
         "run = Run(job.outputs.dir, job.name, 'run', '2024-05-06T07:08:09+00:00')\n"
         "files = export_scene(scene, measured, run)\n"
-        "record = done_record(scene, measured, files, {'measure': done}, 1)\n"
+        "record = done_record(scene, measured, files, {'measure': done})\n"
         "finish_run(run, job, request.settings, [record])\n"
         "print(json.dumps([name in sys.modules for name in ('torch', 'prefect')]))\n"
     )

@@ -16,7 +16,8 @@ from segpipe.geometry import volume_geometry
 from segpipe.grid import GridMap, model_grid, onto_model, onto_native
 from segpipe.lattice import lattice_axis, make_lattice
 from segpipe.memory import IN_FLIGHT, Workload
-from segpipe.plan import Blocks, Plan, make_plan
+from segpipe.plan import Plan, make_plan
+from segpipe.tiling_blocks import Blocks
 
 MANY = settings(max_examples=100, deadline=None)
 LOAD = Workload(

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe import __version__
+from segpipe.atomic import write_atomic
 from segpipe.export.common import commit, staging
-from segpipe.report.tables import write_atomic
-from segpipe.store import is_url, open_store
+from segpipe.location import is_url, open_store
 
 if TYPE_CHECKING:
     from segpipe.report.record import ClassInfo, RunRecord

@@ -24,18 +24,12 @@ from rasterio.windows import Window
 
 from segpipe.boxes import Box, grid_boxes
 from segpipe.errors import SceneError
-from segpipe.export.common import (
-    LabelReader,
-    ScoreReader,
-    commit,
-    fit_labels,
-    label_dtype,
-    staging,
-)
+from segpipe.export.common import commit, fit_labels, label_dtype, staging
 from segpipe.export.sidecars import gdal_pam, qgis_style
 from segpipe.geometry import RasterGeometry
 from segpipe.models.card import Class
 from segpipe.report.colors import rgb
+from segpipe.sources.base import LabelReader, ScoreReader
 
 TILE = 512
 STEP = 4 * TILE

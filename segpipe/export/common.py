@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +16,6 @@ from segpipe.models.card import Class
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""
-
-
-class LabelReader(Protocol):
-    """Reads a window of a label map on the native grid: ``read(box)`` has the box's shape."""
-
-    def __call__(self, box: Box, /) -> np.ndarray: ...
-
-
-class ScoreReader(Protocol):
-    """Reads a window of a score map: ``read(box)`` is (class, *box.shape), floating point."""
-
-    def __call__(self, box: Box, /) -> np.ndarray: ...
 
 
 def label_dtype(classes: Sequence[Class], nodata: int | None) -> np.dtype[Any]:

@@ -35,8 +35,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from segpipe import __version__
 from segpipe.errors import SceneError
-from segpipe.export.common import LabelReader, commit, slab_boxes, staging
+from segpipe.export.common import commit, slab_boxes, staging
 from segpipe.models.card import Class
+from segpipe.sources.base import LabelReader
 from segpipe.sources.dicom import DicomSource
 from segpipe.sources.dicom_series import DICOM_ERRORS, Slice
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import obstore
 
+from segpipe.atomic import write_atomic
 from segpipe.errors import RequestError
-from segpipe.report.tables import write_atomic
+from segpipe.location import open_store
 from segpipe.sources.remote import public_uri
-from segpipe.store import open_store
 
 if TYPE_CHECKING:
     from segpipe.report.record import RunRecord

@@ -21,18 +21,11 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from segpipe.errors import SceneError
-from segpipe.export.common import (
-    LabelReader,
-    ScoreReader,
-    commit,
-    fit_labels,
-    label_dtype,
-    slab_boxes,
-    staging,
-)
+from segpipe.export.common import commit, fit_labels, label_dtype, slab_boxes, staging
 from segpipe.export.sidecars import slicer_colors
 from segpipe.geometry import VolumeGeometry
 from segpipe.models.card import Class
+from segpipe.sources.base import LabelReader, ScoreReader
 
 DATA_OFFSET = {348: 352, 540: 544}
 """Header size to start of the data: the header and four bytes that say "no extensions"."""

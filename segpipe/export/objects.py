@@ -14,12 +14,13 @@ import pandas as pd
 
 from segpipe.boxes import grid_boxes
 from segpipe.errors import SceneError
-from segpipe.export.common import LabelReader, commit, staging
+from segpipe.export.common import commit, staging
 from segpipe.geometry import RasterGeometry
 from segpipe.instances.coco import block_runs, coco_annotations
 from segpipe.instances.merge import SceneObjects
 from segpipe.instances.polygons import block_pieces, dissolve
 from segpipe.models.card import Class
+from segpipe.sources.base import LabelReader
 
 STEP = 2048
 """Edge of a read, in pixels. Neither file depends on it."""

@@ -20,10 +20,11 @@ import numpy as np
 import zarr
 
 from segpipe.boxes import Box, grid_boxes
-from segpipe.export.common import LabelReader, fit_labels, label_dtype, staging
+from segpipe.export.common import fit_labels, label_dtype, staging
 from segpipe.geometry import Geometry, RasterGeometry
 from segpipe.models.card import Class
 from segpipe.report.colors import rgb
+from segpipe.sources.base import LabelReader
 from segpipe.store import LABEL_CODEC
 
 VERSION = "0.5"

@@ -20,16 +20,7 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError, StoppedError
 from segpipe.grid import onto_model
 from segpipe.inference.dense_crf import dense_crf
-from segpipe.inference.device import (
-    Answer,
-    Stopwatch,
-    activate,
-    all_finite,
-    best_class,
-    entropy,
-    flip_views,
-    to_host,
-)
+from segpipe.inference.device import Answer, Stopwatch, entropy, flip_views, to_host
 from segpipe.inference.labels import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.native import NativeAnswer, native_answer
@@ -40,8 +31,10 @@ from segpipe.inference.results import BlockResult, BlockStore, Timings
 from segpipe.lattice import Index
 from segpipe.models.base import ObjectModel, SegmentationModel
 from segpipe.models.card import Card, Interpolation
-from segpipe.plan import Plan, block_id
+from segpipe.models.outputs import activate, all_finite, best_class
+from segpipe.plan import Plan
 from segpipe.sources.base import Pixels
+from segpipe.tiling_blocks import block_id
 
 READ_AHEAD = 2
 """Batches prepared ahead of the network."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from segpipe.models.card import Card
+
+if TYPE_CHECKING:
+    pass
 
 
 def label_dtype(card: Card) -> str:
@@ -15,3 +21,8 @@ def label_dtype(card: Card) -> str:
 def nodata_value(card: Card) -> int:
     """The label of elements where the scene is not valid."""
     return int(np.iinfo(label_dtype(card)).max)
+
+
+def no_data_value(values: Iterable[int]) -> int:
+    """What stands for no data in a file of labels with these classes."""
+    return 255 if max(values) < 255 else 65535

@@ -18,9 +18,9 @@ import torch
 
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.inference.device import activate, all_finite, best_class
 from segpipe.inference.reach_probe import Predict, Radius, ask, measure_radius, round_up
 from segpipe.lattice import make_lattice
+from segpipe.models.outputs import activate, all_finite, best_class
 
 TOLERANCE = 1e-3
 """Share of elements whose class may change where the radius cannot be afforded."""

@@ -12,9 +12,9 @@ from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
 from segpipe.grid import GridMap, sample_nearest
-from segpipe.inference.device import activate
 from segpipe.inference.normalise import Normaliser, Readable, sample_grid, scene_statistics
 from segpipe.models.card import Card, RegionOfInterest, load_card
+from segpipe.models.outputs import activate
 from segpipe.models.registry import load_model
 from segpipe.sources.base import Scaling
 

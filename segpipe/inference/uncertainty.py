@@ -15,10 +15,7 @@ import math
 
 import numpy as np
 
-CHANNELS = ("entropy", "margin", "confidence", "disagreement")
-"""Of the stored map, in this order; the last only where there is more than one answer."""
-LEVELS = 65535
-"""Shares are stored as whole numbers of 1/65535."""
+from segpipe.metrics.calibration import CHANNELS, LEVELS
 
 
 def uncertainty_channels(several_answers: bool) -> tuple[str, ...]:

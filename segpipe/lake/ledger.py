@@ -21,9 +21,9 @@ from obstore.store import ObjectStore
 from pydantic import TypeAdapter
 
 from segpipe.lake.found import Found
+from segpipe.location import delete_objects, join, open_store
 from segpipe.report.record import SceneRecord
 from segpipe.sources.remote import public_uri
-from segpipe.store import delete_objects, join, open_store
 
 LAKE_FOLDER = ".lake"
 PAGE = 1000

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.inference.uncertainty import LEVELS
-
 BINS = 15
 """Of equal width, as Guo et al. 2017 (arXiv:1706.04599) have it; a bin holds its lower end."""
 
@@ -71,3 +69,11 @@ def calibrate(
     place = np.minimum(sure * BINS // LEVELS, BINS - 1)
     sums = np.rint(np.bincount(place, weights=sure, minlength=BINS)).astype(np.int64)  # below 2**38: exact
     return Calibration(np.bincount(place, minlength=BINS), sums, np.bincount(place[right], minlength=BINS))
+
+
+CHANNELS = ("entropy", "margin", "confidence", "disagreement")
+"""Of the stored map, in this order; the last only where there is more than one answer."""
+
+
+LEVELS = 65535
+"""Shares are stored as whole numbers of 1/65535."""

@@ -7,10 +7,10 @@ import torch
 from segpipe.errors import RequestError
 from segpipe.models import monai
 from segpipe.models.bundle_files import WEIGHTS, Bundle, network_definition
-from segpipe.models.card import Card, Provider
+from segpipe.models.card import Card, Provider, card_error
 from segpipe.models.naming import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.weights import load_state, resolve_weights
 
 
 def check(card: Card) -> None:

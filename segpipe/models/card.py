@@ -10,13 +10,18 @@ import hashlib
 import json
 import math
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from segpipe.errors import RequestError
 from segpipe.fields import Strict
 from segpipe.validate import read_yaml, validate
+
+if TYPE_CHECKING:
+    pass
 
 
 class Provider(str, Enum):
@@ -391,3 +396,22 @@ def load_card(path: str | Path) -> Card:
     card = validate(Card, read_yaml(path), str(path))
     card._folder = Path(path).resolve().parent
     return card
+
+
+def card_error(card: Card, field: str, text: str) -> RequestError:
+    """A mistake in a card, told as ``card: field: what was found; what is valid``."""
+    return RequestError(f"{card.name}: {field}: {text}")
+
+
+def read_card(path: str) -> Card:
+    """A card, read once per process and again when its file has changed."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return load_card(path)  # says what is wrong
+    return _read_card(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=16)
+def _read_card(path: str, mtime: int, size: int) -> Card:
+    return load_card(path)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from segpipe.models.card import Card, Divide, SceneQuantiles, Subtract
-from segpipe.models.weights import card_error
+from segpipe.models.card import Card, Divide, SceneQuantiles, Subtract, card_error
 
 
 def check_window(card: Card) -> None:

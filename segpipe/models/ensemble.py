@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
-from segpipe.inference.device import activate
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.members import check_members, dropout_passes, member_cards
 from segpipe.models.network import Network, TorchNetwork, at_resolution, output_channels
+from segpipe.models.outputs import activate
 from segpipe.models.registry import build_network, check_card
-from segpipe.models.weights import card_error
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import only_arguments
 from segpipe.models.network import Network, output_channels
 from segpipe.models.pt2 import UnsafeProgramError, sanitised
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.weights import resolve_weights
 
 _ANY = 2**31
 """A limit from here on is none."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from segpipe.models.card import Card, Provider, load_card
+from segpipe.models.card import Card, Provider, card_error, load_card
 from segpipe.models.naming import only_arguments
-from segpipe.models.weights import card_error
 
 ARGUMENTS = ("cards", "card", "dropout", "seed")
 

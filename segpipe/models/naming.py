@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from segpipe.models.card import Card
-from segpipe.models.weights import card_error
+from segpipe.models.card import Card, card_error
 
 
 def known(card: Card, names: Collection[str]) -> str:

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from segpipe.errors import RequestError
 from segpipe.models.base import SegmentationModel
-from segpipe.models.card import Card
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.card import Card, card_error
+from segpipe.models.weights import load_state, resolve_weights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,11 +19,11 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
 from segpipe.models.nnunet_plans import NnunetPlan, read_plan
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.weights import resolve_weights
 
 ARGUMENTS = ("configuration", "folds", "checkpoint", "mirror")
 CHECKPOINTS = ("final", "best")

@@ -22,11 +22,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from segpipe.models import onnx_objects
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import only_arguments
 from segpipe.models.network import Network, output_channels
 from segpipe.models.onnx_objects import OnnxObjects
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.weights import resolve_weights
 
 logger = logging.getLogger(__name__)
 

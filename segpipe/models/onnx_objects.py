@@ -24,8 +24,7 @@ from torchvision.ops import batched_nms, box_convert
 
 from segpipe.errors import RequestError
 from segpipe.models.base import Candidates
-from segpipe.models.card import Card
-from segpipe.models.weights import card_error
+from segpipe.models.card import Card, card_error
 
 DECODERS = ("masks", "yolo-seg")
 ARGUMENTS = {"masks": ("decode", "logits"), "yolo-seg": ("decode", "detections", "iou")}

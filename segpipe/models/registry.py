@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from segpipe.config import Precision
 from segpipe.errors import RequestError
-from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider, load_card
+from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider, card_error, load_card
 from segpipe.models.checks import check_input, check_objects, check_window
-from segpipe.models.weights import card_error, resolve_weights, weights_files, weights_fingerprint
+from segpipe.models.weights import resolve_weights, weights_files, weights_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -163,8 +163,11 @@ def list_cards(folder: str | Path) -> list[Card]:
     return cards
 
 
-def describe(card: Card) -> ModelDescription:
+def describe(card: Card, parameters: int | None = None) -> ModelDescription:
     """Facts of a model that are not written on its card; builds it on the CPU.
+
+    Args:
+        parameters: of a card that answers prompts, whose network is not built here (`segpipe.prompts.check`).
 
     Raises:
         RequestError: as `load_model`.
@@ -172,14 +175,9 @@ def describe(card: Card) -> ModelDescription:
     import torch
 
     network: object = None
-    parameters: int | None = None
     if not card.answers_prompts:
         network = built = build_network(card, torch.device("cpu"), 1)
         parameters = built.parameters
-    elif card.output.kind == "prompted":
-        from segpipe.prompts.segmenters import load_segmenter
-
-        parameters = load_segmenter(card, torch.device("cpu")).parameters
     return ModelDescription(
         parameters=parameters,
         weights=resolve_weights(card) if card.weights else None,
@@ -218,8 +216,8 @@ def check_card(card: Card) -> None:
     if card.weights or card.provider not in WITHOUT_WEIGHTS:
         resolve_weights(card)
     if card.answers_prompts:
-        _check_prompted(card)
-        return
+        found = f"found {card.output.kind}, which answers prompts"
+        raise card_error(card, "output.kind", f"{found}; valid here: semantic, instance, panoptic")
     provider(card).check(card)
     check_window(card)
     check_input(card)
@@ -227,23 +225,6 @@ def check_card(card: Card) -> None:
         check_objects(card)
     if card.roi is not None:
         _check_roi(card, card.roi.card)
-
-
-def _check_prompted(card: Card) -> None:
-    """A model that is asked: `segpipe.prompts` runs it."""
-    if card.output.kind == "boxes":
-        from segpipe.prompts.detectors import check_detector
-
-        check_detector(resolve_weights(card))
-        return
-    if card.output.kind == "names":
-        from segpipe.prompts.processors import read_kind
-
-        read_kind(resolve_weights(card), ("clip",))
-        return
-    from segpipe.prompts.segmenters import check_segmenter
-
-    check_segmenter(card)
 
 
 def provider(card: Card) -> Adapter:

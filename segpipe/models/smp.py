@@ -8,10 +8,9 @@ from typing import Any
 import segmentation_models_pytorch as library
 import torch
 
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, output_channels, with_weights
-from segpipe.models.weights import card_error
 
 ARCHITECTURES = {c.__name__: c for c in library.MODEL_ARCHITECTURES_MAPPING.values()}
 

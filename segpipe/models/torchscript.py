@@ -6,10 +6,10 @@ import warnings
 
 import torch
 
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import only_arguments
 from segpipe.models.network import Network, TorchNetwork
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.weights import resolve_weights
 
 
 class _Plain(torch.nn.Module):

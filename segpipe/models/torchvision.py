@@ -26,10 +26,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 
 from segpipe.models.base import Candidates, ObjectNetwork, Truth
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.weights import load_state, resolve_weights
 
 SEMANTIC = {
     "fcn_resnet50": 8,

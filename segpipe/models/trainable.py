@@ -8,12 +8,11 @@ from typing import Protocol, cast
 import torch
 
 from segpipe.models.base import Objective, ObjectModel, ObjectNetwork
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.checks import check_input, check_objects, check_window
 from segpipe.models.network import TorchNetwork
 from segpipe.models.objects import ReadyObjects
 from segpipe.models.registry import Adapter, build_network, provider
-from segpipe.models.weights import card_error
 
 
 class Trainable(Adapter, Protocol):

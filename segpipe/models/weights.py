@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segpipe.errors import RequestError
-from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider
+from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider, card_error
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +57,6 @@ _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
 
 _digests: dict[tuple[str, int, int], str] = {}
 _digests_lock = threading.Lock()
-
-
-def card_error(card: Card, field: str, text: str) -> RequestError:
-    """A mistake in a card, told as ``card: field: what was found; what is valid``."""
-    return RequestError(f"{card.name}: {field}: {text}")
 
 
 def resolve_weights(card: Card) -> Path:

@@ -15,7 +15,7 @@ from segpipe.errors import SceneError, StoppedError
 from segpipe.inference.overlap import Prefetch
 from segpipe.models.registry import device_of
 from segpipe.models.weights import weights_fingerprint
-from segpipe.plan import Blocks
+from segpipe.progress import Done
 from segpipe.prompts.answered import Answered, answered, together
 from segpipe.prompts.answers import answer_window
 from segpipe.prompts.asked import Asked, take
@@ -25,11 +25,12 @@ from segpipe.prompts.masks import dump_patches, load_patches
 from segpipe.prompts.planes import read_window
 from segpipe.prompts.pyramid import Window
 from segpipe.prompts.request import Prompts
-from segpipe.prompts.scene import ASKED, PromptScene
-from segpipe.prompts.segmenters import Embedding, Segmenter, load_segmenter
+from segpipe.prompts.scene import PromptScene
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Embedding, Segmenter
 from segpipe.settings import Settings
-from segpipe.steps import Done
 from segpipe.stops import stop_requested
+from segpipe.tiling_blocks import Blocks
 
 AHEAD = 2
 """Windows read before the one that is encoded."""
@@ -77,11 +78,6 @@ def _at_once(settings: Settings) -> int:
     return DECODED if settings.device.startswith("cuda") else 1
 
 
-def load_asked(scene: PromptScene) -> Asked:
-    """What is settled to be asked."""
-    return Asked.load(scene.ask.read_part(ASKED))
-
-
 def create_answers(scene: PromptScene) -> None:
     """Make the stages of embeddings and answers where they are absent."""
     info = {"scene": scene.ref.name, "identity": scene.identity}
@@ -98,7 +94,7 @@ def next_round(scene: PromptScene, number: int) -> Round | None:
     Raises:
         SceneError: embeddings would take more than the budget.
     """
-    asked = load_asked(scene)
+    asked = scene.asked
     windows = set(_by_window(scene, asked, number))
     if number == 0 and scene.options.everything:
         windows |= {w for grid in _grids(scene) for w in grid.windows}
@@ -170,7 +166,7 @@ def answer_windows(
     begun = time.perf_counter()
     done = scene.answers.done() if attempt > 1 else set()
     todo = [w for w in windows if _name(number, w) not in done]
-    asked = load_asked(scene)
+    asked = scene.asked
     objects = _by_window(scene, asked, number)
     segmenter, settings, at_once = segmenter_of(scene), automatic_of(scene), _at_once(scene.settings)
     grids = _grids(scene) if number == 0 and scene.options.everything else []
@@ -248,7 +244,7 @@ def all_answers(scene: PromptScene) -> Answered:
     while (here := next_round(scene, number)) is not None:
         if here.windows:
             raise SceneError(f"{len(here.windows)} windows have no answer; run the job again")
-        objects = _by_window(scene, load_asked(scene), number)
+        objects = _by_window(scene, scene.asked, number)
         parts += [Answered.load(scene.answers.read_part(_name(number, w))) for w in objects]
         number += 1
     return together(parts or [answered([], 0)])

@@ -13,11 +13,12 @@ import numpy as np
 import shapely
 
 from segpipe.boxes import Box
-from segpipe.prompts.candidates import Choice, choose, measure
+from segpipe.prompts.candidates import choose, measure
 from segpipe.prompts.masks import Patch, crop
+from segpipe.prompts.options import Choice
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import Prompts, check_one_box, outline_cover
-from segpipe.prompts.segmenters import Embedding, Prompt, Segmenter
+from segpipe.prompts.segmenters import Embedding, Prompt, Segmenter, mask_logits
 
 TOLERANCE = 1e-6
 """Elements of a window by which rounding may put a prompt outside."""
@@ -243,8 +244,6 @@ def _asked(segmenter: Segmenter, view: View, pyramid: Pyramid, window: Window, s
         centres = np.minimum(box[0] + 0.5, middle), np.maximum(box[1] - 0.5, middle)
         prompt = replace(prompt, box_xyxy=np.concatenate([c[::-1] for c in centres]).astype(np.float32))
     if said.outline is not None:
-        from segpipe.prompts.sam import mask_logits  # loads the networks' library
-
         cover = outline_cover(said.outline, view.box, segmenter.window)
         prompt = replace(prompt, mask=mask_logits(cover, segmenter.mask_shape))
     return _Asked(said.number, prompt, box, int((~inside).sum()))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from segpipe.boxes import Box
-from segpipe.labelled import find_labels
+from segpipe.given_scene import find_labels
 from segpipe.prompts.asked import Asked, asked_by, together
 from segpipe.prompts.detecting import Detecting, detected
 from segpipe.prompts.earlier import read_labels
@@ -46,7 +46,7 @@ def settle(scene: PromptScene) -> Asked:
 
 def create_ask(scene: PromptScene) -> None:
     """Make the stage where it is absent; it holds no arrays."""
-    from segpipe.plan import Blocks
+    from segpipe.tiling_blocks import Blocks
 
     scene.ask.create(None, Blocks((1,), (1,), (0,)), [], {"scene": scene.ref.name})
 

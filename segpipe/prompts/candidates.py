@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 
+from segpipe.prompts.options import Choice
 from segpipe.prompts.segmenters import stability_score
-
-
-class Choice(str, Enum):
-    """Which of a prompt's candidates is taken. None that is empty is, unless all are."""
-
-    score = "score"
-    """The one of highest predicted IoU."""
-    small = "small"
-    """The one of fewest elements: a part."""
-    medium = "medium"
-    """The one between; of two, the smaller."""
-    large = "large"
-    """The one of most elements: the whole."""
-    box = "box"
-    """The one whose bounding box agrees best with the prompt's box; without a box, as `score`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from segpipe.config import TTA, Blend, Job
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
-from segpipe.models.registry import check_card
+from segpipe.models.card import Card, read_card
+from segpipe.models.registry import ModelDescription, check_card, describe
+from segpipe.models.weights import resolve_weights
+from segpipe.prompts.detectors import check_detector
 from segpipe.prompts.phrases import file_mark, phrase_classes
+from segpipe.prompts.processors import read_kind
 from segpipe.prompts.request import parse_phrases
 from segpipe.prompts.scene import prompted_card
-from segpipe.prompts.segmenters import check_segmenter
-from segpipe.scene import read_card
+from segpipe.prompts.segmenter_registry import check_segmenter, load_segmenter
 
 
 def check_prompts(job: Job) -> Card:
@@ -32,7 +34,7 @@ def check_prompts(job: Job) -> Card:
     if options.grounder:
         grounder = read_card(options.grounder)
         if grounder.output.kind == "semantic" or grounder.output.kind == "boxes":
-            check_card(grounder)
+            check_model(grounder)
         else:
             raise RequestError(
                 f"prompts.grounder: {grounder.name!r} is a {grounder.output.kind} model; valid: a semantic "
@@ -45,7 +47,7 @@ def check_prompts(job: Job) -> Card:
                 f"prompts.labeller: {names.name!r} is a {names.output.kind} model; valid: a CLIP "
                 "(output.kind: names)"
             )
-        check_card(names)
+        check_model(names)
     if options.path:
         file_mark(options.path)
     classes = phrase_classes(options)
@@ -56,6 +58,36 @@ def check_prompts(job: Job) -> Card:
             "reference whose values are class × divisor + number, and `reference.divisor`"
         )
     return card
+
+
+def check_model(card: Card) -> None:
+    """Refuse a card that could not run, whether it answers prompts or not (`check_card`).
+
+    Raises:
+        RequestError: names the card, the field, what was found and what would be valid.
+    """
+    if not card.answers_prompts:
+        check_card(card)
+    elif card.output.kind == "boxes":
+        check_detector(resolve_weights(card))
+    elif card.output.kind == "names":
+        read_kind(resolve_weights(card), ("clip",))
+    else:
+        resolve_weights(card)
+        check_segmenter(card)
+
+
+def describe_model(card: Card) -> ModelDescription:
+    """Facts of a model that are not written on its card, of those that answer prompts too.
+
+    Raises:
+        RequestError: as `segpipe.models.registry.load_model` or `load_segmenter`.
+    """
+    if card.output.kind != "prompted":
+        return describe(card)
+    import torch
+
+    return describe(card, load_segmenter(card, torch.device("cpu")).parameters)
 
 
 def _check_in_vain(job: Job) -> None:

@@ -19,8 +19,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from segpipe.boxes import Box
-from segpipe.export.common import LabelReader
 from segpipe.metrics.tally import compact
+from segpipe.sources.base import LabelReader
 
 STRIP = 1 << 22
 """Elements of a strip, and of the part of a component in which the deepest element is looked for."""

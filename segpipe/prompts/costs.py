@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from segpipe.config import Job
-from segpipe.labelled import find_labels
+from segpipe.given_scene import find_labels
 from segpipe.prompts.detecting import Detecting
 from segpipe.prompts.detection import detection_windows
 from segpipe.prompts.earlier import read_labels

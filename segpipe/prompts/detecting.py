@@ -23,21 +23,21 @@ from segpipe.errors import SceneError, StoppedError
 from segpipe.geometry import Geometry, RasterGeometry
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.inference.overlap import Prefetch
-from segpipe.models.card import Card
+from segpipe.models.card import Card, read_card
 from segpipe.models.weights import resolve_weights, weights_fingerprint
-from segpipe.plan import Blocks
 from segpipe.prompts.detection import add_accounts, detection_windows, merge_detections, place
 from segpipe.prompts.embeddings import window_id
 from segpipe.prompts.grounders import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.planes import Planes, read_window
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import parse_phrases
-from segpipe.scene import device_parts, model_parts, read_card
+from segpipe.scene_keys import device_parts, model_parts
 from segpipe.settings import Settings
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Scaling
 from segpipe.stops import stop_requested
 from segpipe.store import Stage, stage_key
+from segpipe.tiling_blocks import Blocks
 
 AHEAD = 2
 """Windows read before the one that is looked at."""

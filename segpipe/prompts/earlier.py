@@ -10,9 +10,9 @@ import numpy as np
 import shapely
 from affine import Affine
 
+from segpipe.alignment import same_grid
 from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
-from segpipe.export.common import LabelReader
 from segpipe.geometry import Geometry, RasterGeometry
 from segpipe.instances.polygons import block_pieces, dissolve
 from segpipe.prompts.collect import Account, Attributes, Collector
@@ -26,7 +26,8 @@ from segpipe.prompts.request import (
     make_points,
     make_prompts,
 )
-from segpipe.reference import LabelFile, same_grid
+from segpipe.reference import LabelFile
+from segpipe.sources.base import LabelReader
 
 POINT_TOLERANCE = 0.1
 """How near to the deepest place of a polygon its point is, in elements."""

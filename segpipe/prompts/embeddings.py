@@ -21,11 +21,12 @@ import obstore
 import zarr
 
 from segpipe.errors import SceneError
-from segpipe.plan import Blocks
+from segpipe.location import join, open_store
 from segpipe.prompts.planes import Planes
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.segmenters import Embedding
-from segpipe.store import IMAGE_CODEC, STORE_FOLDER, Stage, join, open_store
+from segpipe.store import IMAGE_CODEC, STORE_FOLDER, Stage
+from segpipe.tiling_blocks import Blocks
 
 PREFIX = "embed"
 USED = "used.json"

@@ -14,12 +14,11 @@ import pandas as pd
 
 from segpipe.boxes import Box
 from segpipe.config import parse_memory, parse_size
-from segpipe.export.common import LabelReader
 from segpipe.metrics.tally import SizeScale
-from segpipe.objects import FACTS, TABLE, ObjectTable, add_sizes
-from segpipe.plan import BLOCK_EDGE, Blocks
+from segpipe.object_table import FACTS, TABLE, ObjectTable, add_sizes
+from segpipe.progress import Done
 from segpipe.prompts.answered import CANDIDATES, Answered, answered_grid, together
-from segpipe.prompts.answering import all_answers, automatic_of, grid_masks, load_asked
+from segpipe.prompts.answering import all_answers, automatic_of, grid_masks
 from segpipe.prompts.asked import Asked
 from segpipe.prompts.asking import phrase_row
 from segpipe.prompts.automatic import merge_masks
@@ -28,12 +27,11 @@ from segpipe.prompts.joining import Found, Joined, Source, join_found
 from segpipe.prompts.naming import name_masks
 from segpipe.prompts.painting import Masks, Painted, paint_scene
 from segpipe.prompts.phrases import UNNAMED, value_of
-from segpipe.prompts.scene import PromptScene
+from segpipe.prompts.scene import ACCOUNT, PromptScene
 from segpipe.prompts.solids import VOLUME
-from segpipe.steps import Done
+from segpipe.sources.base import LabelReader
 from segpipe.store import ArraySpec
-
-ACCOUNT = "account.json"
+from segpipe.tiling_blocks import BLOCK_EDGE, Blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ def _blocks(scene: PromptScene) -> Blocks:
 
 def _objects(scene: PromptScene) -> tuple[_Objects, list[str]]:
     """Asked and answered, and what became of a grid's points in words."""
-    asked = load_asked(scene)
+    asked = scene.asked
     if scene.planes.axis is None:
         answers = all_answers(scene)
     else:
@@ -229,20 +227,3 @@ def _account(
         lost[names[value]] = lost.get(names[value], 0) + 1
     rows = [{**row, "merged": row["merged"] + lost.get(row["phrase"], 0)} for row in objects.asked.phrases]
     return {"asked": rows, "prompts": said}
-
-
-def summary_of(scene: PromptScene) -> dict[str, Any]:
-    """What the report says of how a scene was gone through."""
-    receipts = [r for name, r in scene.answers.receipts().items()]
-    edge = scene.pyramid.window
-    return {
-        "windows": len(receipts) if scene.planes.axis is None else len(scene.embeddings.stage.done()),
-        "window": f"{edge}x{edge}",
-        "encoder_passes": sum(int(r["encoded"]) for r in receipts),
-        "prompts": len(load_asked(scene)),
-    }
-
-
-def account_of(scene: PromptScene) -> dict[str, Any]:
-    """What `find_prompted` left."""
-    return dict(scene.labels.read_json(ACCOUNT))

@@ -14,11 +14,11 @@ from functools import lru_cache, partial
 import numpy as np
 
 from segpipe.prompts.answers import answer_window, view_of
-from segpipe.prompts.candidates import Choice
 from segpipe.prompts.masks import Patch
+from segpipe.prompts.options import Choice
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.segmenters import Prompt, Segmenter
+from segpipe.prompts.segmenters import Prompt, Segmenter, mask_logits
 from segpipe.prompts.slices import (
     SlicePrompt,
     Tracked,
@@ -190,8 +190,6 @@ class _Linker:
         box = mask_box(chain.patch, self.pyramid.shape, self.linking.grow)
         mask = None
         if self.linking.mask:
-            from segpipe.prompts.sam import mask_logits  # loads the networks' library
-
             mask = mask_logits(placed(chain.patch, window, self.pyramid), self.segmenter.mask_shape)
         return window_prompt(window, self.pyramid, points, np.arange(len(points)) == 0, box, mask)
 

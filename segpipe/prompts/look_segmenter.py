@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import construct, known, only_arguments
 from segpipe.models.network import fill, forward_pass
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.weights import load_state, resolve_weights
 from segpipe.prompts.looknet import COARSEST, STRIDE, LookNet
 from segpipe.prompts.looks import CERTAIN, LOOKS, Asked, drawn, laid, looks_at, resampled
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts

@@ -8,7 +8,21 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from segpipe.fields import Memory, Strict, Text
-from segpipe.prompts.candidates import Choice
+
+
+class Choice(str, Enum):
+    """Which of a prompt's candidates is taken. None that is empty is, unless all are."""
+
+    score = "score"
+    """The one of highest predicted IoU."""
+    small = "small"
+    """The one of fewest elements: a part."""
+    medium = "medium"
+    """The one between; of two, the smaller."""
+    large = "large"
+    """The one of most elements: the whole."""
+    box = "box"
+    """The one whose bounding box agrees best with the prompt's box; without a box, as `score`."""
 
 
 class PlaneOf(str, Enum):

@@ -18,10 +18,10 @@ import shapely
 from scipy.ndimage import find_objects
 
 from segpipe.boxes import Box
-from segpipe.export.common import LabelReader
 from segpipe.instances.merge import SceneObjects
 from segpipe.metrics.tally import compact
 from segpipe.prompts.masks import Patch, check_patches, patch_box, patch_cover, tiles
+from segpipe.sources.base import LabelReader
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,9 @@ import shapely
 from pyproj import CRS, Transformer
 from shapely.affinity import translate
 
+from segpipe.areas import horizontal_crs
 from segpipe.errors import SceneError
-from segpipe.geometry import Geometry, RasterGeometry, horizontal_crs
+from segpipe.geometry import Geometry, RasterGeometry
 from segpipe.regions.layer import only_polygons
 from segpipe.regions.polygons import DENSIFY_TOLERANCE, densified, footprint
 

@@ -20,9 +20,6 @@ from segpipe.prompts.sam_folder import ENLARGE, embedding_shapes, load_network, 
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, check_prompts
 from segpipe.prompts.torch_segmenter import TorchSegmenter
 
-MASK_SCALE, MASK_OFFSET = 20.0, -10.0
-"""Logits of a given mask, 10 inside and −10 outside: SAM 2's own code, `_use_mask_as_output`."""
-
 SATURATED = 1e-6
 """Probabilities are kept this far from 0 and 1, so that their logits are finite."""
 
@@ -132,13 +129,3 @@ def _repeated(maps: Mapping[str, Any], images: int) -> dict[str, Any]:
         name: [expand(t) for t in value] if isinstance(value, list) else expand(value)
         for name, value in maps.items()
     }
-
-
-def mask_logits(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A mask (y, x) of the window's size, bool or cover in 0…1, as the logits of `Prompt.mask`.
-
-    As SAM 2 takes given masks: 10 inside, −10 outside, then bilinear with antialiasing.
-    """
-    logits = torch.from_numpy(mask.astype(np.float32))[None, None] * MASK_SCALE + MASK_OFFSET
-    low = functional.interpolate(logits, size=shape, mode="bilinear", align_corners=False, antialias=True)
-    return np.asarray(low[0, 0].numpy())

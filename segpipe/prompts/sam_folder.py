@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import transformers as library
 
-from segpipe.models.card import Card, Provider
+from segpipe.models.card import Card, Provider, card_error
 from segpipe.models.naming import only_arguments
 from segpipe.models.transformers.folder import REFUSED, data_alone, load_pretrained
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.weights import resolve_weights
 from segpipe.prompts.torch_segmenter import check_channels, square_window, wrong_window
 
 ENLARGE = ("logits", "probabilities")

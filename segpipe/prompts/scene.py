@@ -17,22 +17,27 @@ from segpipe.blocks import SceneBlocks
 from segpipe.config import Job
 from segpipe.errors import SceneError
 from segpipe.geometry import Geometry
+from segpipe.given_scene import find_labels, labels_identity
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
-from segpipe.labelled import PredictedScene, find_labels, labels_identity, open_scene
-from segpipe.models.card import Card, Class
+from segpipe.labelled import PredictedScene, SceneAccount, hardest, open_scene
+from segpipe.models.card import Card, Class, read_card
+from segpipe.prompts.asked import Asked
 from segpipe.prompts.detecting import Detecting, detecting_of
 from segpipe.prompts.embeddings import PREFIX, Embeddings
 from segpipe.prompts.options import PromptOptions
 from segpipe.prompts.phrases import file_mark, phrase_classes
 from segpipe.prompts.planes import Planes
 from segpipe.prompts.pyramid import Pyramid
-from segpipe.prompts.segmenters import check_segmenter
-from segpipe.scene import Scene, device_parts, model_parts, prepare_scene, read_card
+from segpipe.prompts.segmenter_registry import check_segmenter
+from segpipe.scene import Scene, prepare_scene
+from segpipe.scene_keys import device_parts, model_parts
 from segpipe.settings import Settings, resolve_settings
 from segpipe.sources import SceneRef
 from segpipe.sources.base import Scaling
 from segpipe.store import Stage, stage_key
 
+ACCOUNT = "account.json"
+"""Name of what the joining of objects leaves: the account of every phrase and prompt."""
 ASKED = "asked"
 """Name of the part of the stage `ask` that holds what is asked."""
 
@@ -93,6 +98,37 @@ class PromptScene(PredictedScene):
     def settled(self) -> bool:
         """Whether it is known what is asked: phrases need not be looked for again."""
         return self.ask.exists and ASKED in self.ask.done()
+
+    @property
+    def asked(self) -> Asked:
+        """The prompts that are settled.
+
+        Raises:
+            SceneError: another run dropped them.
+        """
+        return Asked.load(self.ask.read_part(ASKED))
+
+    def account(self) -> SceneAccount:
+        """Keys of the embeddings and answers, windows and encoder passes, and what became of each phrase."""
+        receipts = self.answers.receipts().values()
+        edge = self.pyramid.window
+        flat = self.planes.axis is None
+        found = self.labels.read_json(ACCOUNT)
+        return SceneAccount(
+            keys={"embed": self.embeddings.stage.key, "answers": self.answers.key},
+            plan={
+                "windows": len(receipts) if flat else len(self.embeddings.stage.done()),
+                "window": f"{edge}x{edge}",
+                "encoder_passes": sum(int(r["encoded"]) for r in receipts),
+                "prompts": len(self.asked),
+            },
+            asked=tuple(found["asked"]),
+            prompts=tuple(found["prompts"]),
+        )
+
+    def attempts(self) -> int:
+        """How often the hardest window was tried."""
+        return hardest(self.answers)
 
     @property
     def normaliser(self) -> Normaliser:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from segpipe.errors import RequestError
 
-if TYPE_CHECKING:
-    import torch
-
-    from segpipe.models.card import Card
-
+MASK_SCALE, MASK_OFFSET = 20.0, -10.0
+"""Logits of a given mask, 10 inside and −10 outside: SAM 2's own code, `_use_mask_as_output`."""
 STABILITY_OFFSET = 1.0
 """What Kirillov et al. 2023 shift the threshold by."""
 
@@ -57,6 +54,19 @@ class Prompt:
     """(4,) float32: centre of its first element, x and y, and of its last."""
     mask: np.ndarray | None = None
     """(y, x) float32 logits of `Segmenter.mask_shape`: `Candidates.low` of before, or `mask_logits`."""
+
+
+def mask_logits(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A mask (y, x) of the window's size, bool or cover in 0…1, as the logits of `Prompt.mask`.
+
+    As SAM 2 takes given masks: 10 inside, −10 outside, then bilinear with antialiasing.
+    """
+    import torch
+    from torch.nn import functional
+
+    logits = torch.from_numpy(mask.astype(np.float32))[None, None] * MASK_SCALE + MASK_OFFSET
+    low = functional.interpolate(logits, size=shape, mode="bilinear", align_corners=False, antialias=True)
+    return np.asarray(low[0, 0].numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,50 +116,6 @@ class Segmenter(Protocol):
         Raises:
             RequestError: a prompt or the embedding does not fit; names the prompt's number.
         """
-
-
-def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
-    """Everything that a card can be refused for as a segmenter before its network is built.
-
-    Returns:
-        `Segmenter.shapes`: what an embedding will take.
-
-    Raises:
-        RequestError: names the field, what was found and what would be valid.
-    """
-    if card.provider.value == "literature":
-        from segpipe.prompts import look_segmenter
-
-        return look_segmenter.embedding_shapes(look_segmenter.read_card(card))
-    from segpipe.prompts import sam_folder
-
-    return sam_folder.embedding_shapes(sam_folder.read_folder(card))
-
-
-def load_segmenter(
-    card: Card, device: torch.device, threads: int = 1, precision: str = "fp32", batch: int = 1
-) -> Segmenter:
-    """The segmenter of a card: SAM's families are told apart by their folder's config.json.
-
-    Args:
-        card: of provider transformers, whose weights are a folder or a pinned snapshot of the hub, or of
-            provider literature: a LookNet.
-        device: where it runs.
-        threads: on a CPU.
-        precision: of the encoder: fp32, bf16 or fp16. Masks are decoded in fp32.
-        batch: prompts of a kind in one pass of the decoder; short batches are padded, so that other prompts
-            change no bit of a mask where prompts go one by one, and nothing beyond rounding otherwise.
-
-    Raises:
-        RequestError: as `check_segmenter`; or the weights do not fit.
-    """
-    if card.provider.value == "literature":
-        from segpipe.prompts.look_segmenter import LookSegmenter
-
-        return LookSegmenter(card, device, threads, precision, batch)
-    from segpipe.prompts.sam import SamSegmenter
-
-    return SamSegmenter(card, device, threads, precision, batch)
 
 
 def stability_score(

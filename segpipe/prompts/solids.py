@@ -14,8 +14,9 @@ import numpy as np
 
 from segpipe.models.registry import device_of
 from segpipe.models.weights import weights_fingerprint
+from segpipe.progress import Done
 from segpipe.prompts.answered import CANDIDATES, Answered
-from segpipe.prompts.answering import embedded, load_asked, segmenter_of
+from segpipe.prompts.answering import embedded, segmenter_of
 from segpipe.prompts.linking import Linking, link
 from segpipe.prompts.masks import Patch
 from segpipe.prompts.options import Volume
@@ -24,7 +25,6 @@ from segpipe.prompts.scene import PromptScene
 from segpipe.prompts.segmenters import Embedding
 from segpipe.prompts.video import VideoNetwork, has_memory, track
 from segpipe.prompts.volumes import Rules, SliceAnswer, Stop
-from segpipe.steps import Done
 
 VOLUME = "volume"
 """Name of the part that holds a volume's answers."""
@@ -54,7 +54,7 @@ def answer_volume(scene: PromptScene, run: str) -> Done:
     if VOLUME in scene.answers.done():
         return Done(0, 1, time.perf_counter() - begun, {"encoder passes": 0.0})
     assert scene.planes.axis is not None
-    segmenter, asked = segmenter_of(scene), load_asked(scene)
+    segmenter, asked = segmenter_of(scene), scene.asked
     passes = 0
 
     def embed(index: int, window: Window) -> Embedding:

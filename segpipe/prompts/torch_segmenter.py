@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.network import forward_pass
-from segpipe.models.weights import card_error
 from segpipe.prompts.segmenters import Candidates, Embedding, Prompt
 
 

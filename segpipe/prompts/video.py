@@ -22,10 +22,9 @@ import transformers as library
 from torch.nn import functional
 
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.network import forward_pass
 from segpipe.models.transformers.folder import REFUSED, data_alone, load_pretrained
-from segpipe.models.weights import card_error
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import Prompts
 from segpipe.prompts.sam_folder import embedding_shapes, read_folder

@@ -12,11 +12,13 @@ import numpy as np
 from pyproj import CRS, Transformer
 from scipy.ndimage import find_objects
 
+from segpipe.alignment import element_map, same_grid
+from segpipe.areas import horizontal_crs
 from segpipe.boxes import Box, grid_boxes
 from segpipe.config import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import Geometry, RasterGeometry, horizontal_crs
-from segpipe.reference import LabelFile, element_map, same_grid
+from segpipe.geometry import Geometry, RasterGeometry
+from segpipe.reference import LabelFile
 from segpipe.regions.base import FULL, Cover, RegionSet, different
 from segpipe.sources.kinds import NIFTI_SUFFIXES, RASTER_SUFFIXES
 

@@ -16,7 +16,7 @@ from segpipe.metrics.matching import ABOVE_HALF, ObjectCounts, match
 from segpipe.metrics.members import Members
 from segpipe.metrics.panoptic import Quality, panoptic_counts, panoptic_quality
 from segpipe.metrics.tally import SizeScale
-from segpipe.objects import ObjectTable
+from segpipe.object_table import ObjectTable
 from segpipe.reference import IdRule
 from segpipe.report.frames import FAILED, MEASURED, SIZE_COLUMNS, ClassLike
 

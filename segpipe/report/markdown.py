@@ -9,7 +9,8 @@ import pandas as pd
 
 from segpipe.regions.base import SCENE
 from segpipe.report import units
-from segpipe.report.asked import asked_table, finding, phrase_rows
+from segpipe.report.asked import finding, phrase_rows
+from segpipe.report.phrase_table import asked_table
 from segpipe.report.record import RunRecord
 from segpipe.report.shares import class_bars
 

@@ -6,17 +6,11 @@ and `state` says why; 0 is only ever a measured 0.
 
 from __future__ import annotations
 
-import io
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from segpipe.metrics.overlap import Counts, RegionCounts, class_counts, is_compared, ratio, reasons, totals
 from segpipe.metrics.tally import NODATA, NOT_REQUESTED, SizeScale, Tally
@@ -35,17 +29,6 @@ from segpipe.report.frames import (
     frame,
     text_of,
 )
-
-__all__ = [
-    "SceneResult",
-    "confusion_table",
-    "csv_bytes",
-    "metric_table",
-    "parquet_bytes",
-    "region_table",
-    "write_atomic",
-    "write_table",
-]
 
 _HEAD = {"scene": "str", "region": "str"}
 _CLASS = {"class": "str", "value": "Int64"}
@@ -334,46 +317,3 @@ def confusion_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]
     columns["count"] = tally.cover[order] / FULL
     columns |= {SIZE_COLUMNS[unit]: batch.sizes(group, tally.size[order], unit) for unit in batch.units}
     return frame([Piece(len(order), columns)], types)
-
-
-def csv_bytes(table: pd.DataFrame) -> bytes:
-    """CSV: UTF-8, line feeds, floats in the fewest digits that read back the same.
-
-    Text beyond ASCII is announced by a byte order mark: without it Excel shows other letters.
-    """
-    text = table.to_csv(index=False, lineterminator="\n")
-    return text.encode("utf-8" if text.isascii() else "utf-8-sig")
-
-
-def parquet_bytes(table: pd.DataFrame) -> bytes:
-    """The same as Parquet, with the columns' types."""
-    target = io.BytesIO()
-    arrow = pa.Table.from_pandas(table, preserve_index=False)
-    pq.write_table(arrow, target, compression="zstd")
-    return target.getvalue()
-
-
-def write_table(table: pd.DataFrame, path_stem: str | Path) -> tuple[Path, Path]:
-    """Write ``<stem>.csv`` and ``<stem>.parquet``, each all or nothing.
-
-    The same table gives the same bytes.
-    """
-    csv, parquet = Path(f"{path_stem}.csv"), Path(f"{path_stem}.parquet")
-    csv.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(csv, csv_bytes(table))
-    write_atomic(parquet, parquet_bytes(table))
-    return csv, parquet
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that others see whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)  # there only if it did not become the file

@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from segpipe.inference.uncertainty import LEVELS
-from segpipe.metrics.calibration import BINS, Calibration
+from segpipe.metrics.calibration import BINS, LEVELS, Calibration
 from segpipe.metrics.intensity import Cell, Intensity
 from segpipe.report.frames import MEASURED, NOTHING_COMPARED, ClassLike, Found
 from segpipe.report.intensity import SceneIntensity, intensity_table

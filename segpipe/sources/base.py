@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -118,3 +118,15 @@ def _channel_named(source: Source, name: str) -> int:
             f"{source.count} bands; name them in file order with `bands`"
         )
     raise RequestError(f"{source.uri}: no band {name!r}; it has {', '.join(source.bands)}")
+
+
+class LabelReader(Protocol):
+    """Reads a window of a label map on the native grid: ``read(box)`` has the box's shape."""
+
+    def __call__(self, box: Box, /) -> np.ndarray: ...
+
+
+class ScoreReader(Protocol):
+    """Reads a window of a score map: ``read(box)`` is (class, *box.shape), floating point."""
+
+    def __call__(self, box: Box, /) -> np.ndarray: ...

@@ -11,7 +11,7 @@ from scipy.interpolate import BSpline
 from scipy.spatial.transform import Rotation
 from torch.nn.functional import affine_grid, grid_sample
 
-from segpipe.training.augment import Augmentation
+from segpipe.training.augment_schema import Augmentation
 
 CELLS = 4
 """Cells of the elastic lattice along an axis."""

@@ -17,7 +17,7 @@ from monai.losses.tversky import TverskyLoss
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from segpipe.training.losses import IGNORE, LossName, LossTerm
+from segpipe.training.loss_terms import IGNORE, LossName, LossTerm
 
 
 class WeightedSum(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from segpipe.boxes import Box
 from segpipe.models.card import Card
 from segpipe.report.drawing import jpeg, layers, limits, resize, stretch
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
 

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from segpipe.config import Precision, Reference
 from segpipe.fields import AutoSize, Memory, Strict, Text
 from segpipe.models.card import Card
-from segpipe.training.augment import Augmentation
-from segpipe.training.losses import LossName, LossTerm
+from segpipe.training.augment_schema import Augmentation
+from segpipe.training.loss_terms import LossName, LossTerm
 from segpipe.validate import load
 
 

@@ -17,7 +17,7 @@ from segpipe.errors import RequestError
 from segpipe.models.base import Truth
 from segpipe.training.augment import augment
 from segpipe.training.border import border_weights
-from segpipe.training.losses import IGNORE, LossName
+from segpipe.training.loss_terms import IGNORE, LossName
 from segpipe.training.recipe import Recipe
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold

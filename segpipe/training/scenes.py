@@ -22,12 +22,12 @@ from segpipe.geometry import Geometry, VolumeGeometry
 from segpipe.grid import GridMap, onto_model
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
 from segpipe.models.card import Card, Interpolation
-from segpipe.plan import Blocks
 from segpipe.planning import scene_grid
 from segpipe.reference import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
 from segpipe.sources import SceneRef, open_source
 from segpipe.store import ArraySpec, Stage, stage_key
-from segpipe.training.losses import IGNORE
+from segpipe.tiling_blocks import Blocks
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.recipe import Data, Recipe
 
 EDGE = {2: 1024, 3: 128}

@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 
 from segpipe.boxes import Box
-from segpipe.inference.device import best_class
 from segpipe.lattice import Lattice, make_lattice
 from segpipe.metrics.bootstrap import mean_intervals
 from segpipe.models.card import Card
-from segpipe.training.losses import IGNORE
+from segpipe.models.outputs import best_class
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
 

@@ -20,7 +20,7 @@ from segpipe.metrics.matching import ObjectCounts, pooled
 from segpipe.metrics.panoptic import panoptic_counts, panoptic_quality
 from segpipe.metrics.tally import SizeScale
 from segpipe.models.card import Card
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
 from segpipe.training.trial import Trial, trial_lattice

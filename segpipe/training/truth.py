@@ -7,7 +7,7 @@ import torch
 
 from segpipe.models.base import Truth
 from segpipe.models.card import Card
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 
 
 def number_pairs(target: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

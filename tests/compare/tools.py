@@ -9,12 +9,13 @@ import pandas as pd
 from world import World
 
 from segpipe.config import load_job
-from segpipe.deliver import attempts_of, done_record, export_scene, failed_record
+from segpipe.deliver import done_record, export_scene, failed_record
 from segpipe.errors import SegpipeError
-from segpipe.labelled import prepare_labelled
+from segpipe.finish import finish_run
+from segpipe.given_scene import prepare_labelled
 from segpipe.measure import measure_scene
 from segpipe.request import check_request
-from segpipe.run import finish_run, open_run
+from segpipe.run import open_run
 from segpipe.scene import create_stages, prepare_scene
 from segpipe.steps import finish_labels, predict_blocks
 
@@ -39,7 +40,7 @@ def run_job(path: Path) -> Path:
                 finish_labels(scene)
             measured, done = measure_scene(scene, run.name)
             files = export_scene(scene, measured, run)
-            records.append(done_record(scene, measured, files, {"measure": done}, attempts_of(scene)))
+            records.append(done_record(scene, measured, files, {"measure": done}))
         except SegpipeError as error:
             records.append(failed_record(ref, str(error)))
     finish_run(run, job, request.settings, records)

@@ -21,8 +21,8 @@ from world import OBLIQUE, World, nearest_label, write_volume
 from segpipe.config import Job
 from segpipe.export.bids import parse_bids
 from segpipe.export.manifest import check_manifest
-from segpipe.run import Run
-from segpipe.store import open_store
+from segpipe.location import open_store
+from segpipe.run_folder import Run
 
 NAMES = (
     "sub-01/anat/sub-01_acq-high_run-1_T1w.nii.gz",

@@ -26,7 +26,7 @@ from segpipe.export.dicom_seg import Algorithm, concept_of, write_dicom_seg
 from segpipe.measure import measure_scene
 from segpipe.models.card import Class
 from segpipe.request import check_request
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.scene import create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources.dicom import DicomSource

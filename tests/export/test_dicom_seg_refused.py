@@ -14,7 +14,7 @@ from world import World
 
 from segpipe.config import load_job
 from segpipe.errors import SceneError
-from segpipe.labelled import prepare_labelled
+from segpipe.given_scene import prepare_labelled
 from segpipe.request import check_request
 from segpipe.scene import dry_plan, prepare_scene
 from segpipe.settings import resolve_settings

@@ -17,8 +17,8 @@ from world import World
 from segpipe.cli import execute
 from segpipe.errors import RequestError
 from segpipe.export.manifest import check_manifest, hash_file
-from segpipe.run import Run
-from segpipe.store import open_store
+from segpipe.location import open_store
+from segpipe.run_folder import Run
 
 
 @pytest.fixture

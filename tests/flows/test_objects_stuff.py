@@ -21,14 +21,14 @@ from skimage.measure import regionprops_table
 from torchmetrics.detection import PanopticQuality
 
 from flows.segment import segment
-from segpipe.blocks import SceneBlocks
 from segpipe.deliver import done_record, export_scene
+from segpipe.finish import finish_run
 from segpipe.inference.engine import Engine
 from segpipe.inference.labels import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.instances.window import WindowObjects
 from segpipe.measure import measure_scene
-from segpipe.run import Run, finish_run
+from segpipe.run_folder import Run
 from segpipe.scene import pending_blocks
 from segpipe.steps import finish_labels
 from tests.flows.conftest import load, run_folder
@@ -99,7 +99,7 @@ def panoptic(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ref, card, "out", tiling={"block": "48"}, reference={"path": reference.uri, "divisor": 1000}
     )
     scene = prepared(job, ref)
-    with SceneBlocks.of(scene) as store:
+    with scene.open_blocks() as store:
         normaliser = Normaliser(scene.card, scene.scaling, Statistics())
         engine = Engine(scene.plan, scene.card, normaliser, Panoptic(), store, nodata_value(scene.card))
         engine.run(pending_blocks(scene), lambda: False)

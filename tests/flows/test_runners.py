@@ -20,7 +20,7 @@ from segpipe.cli import execute
 from segpipe.config import Compute, Runner
 from segpipe.errors import RequestError
 from segpipe.request import check_request
-from segpipe.run import Run
+from segpipe.run_folder import Run
 from segpipe.scene import create_stages, prepare_scene
 from segpipe.steps import predict_blocks
 from tests.flows.conftest import JobMaker, load, record_of, results_of

@@ -26,7 +26,7 @@ from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
 from segpipe.lake.scan import check_scan
 from segpipe.report.record import RunRecord, load_record
-from segpipe.run import Run, now
+from segpipe.run_folder import Run, now
 from segpipe.sources import SceneRef
 from segpipe.stops import request_stop
 from tasks.scenes import do_scenes

@@ -16,7 +16,6 @@ import torch
 import yaml
 from affine import Affine
 
-from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.inference.engine import Engine
@@ -25,11 +24,12 @@ from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.inference.results import BlockResult, BlockStore
 from segpipe.lattice import Index
 from segpipe.models.base import SegmentationModel
+from segpipe.progress import Done
 from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import SceneRef
 from segpipe.sources.base import Pixels
-from segpipe.steps import Done, finish_labels, predict_blocks
+from segpipe.steps import finish_labels, predict_blocks
 
 CLASSES = [
     {"value": 3, "name": "low", "color": "#000000"},
@@ -140,7 +140,7 @@ class Lab:
 
 def prepared(job: Job, ref: SceneRef) -> Scene:
     """The scene, planned, with its stages."""
-    from segpipe.scene import read_card
+    from segpipe.models.card import read_card
 
     assert job.model is not None
     settings = resolve_settings(job.compute, read_card(job.model))
@@ -228,7 +228,7 @@ def compute(
     """All pending blocks of a scene by another network than its card's, through the engine itself."""
     card = scene.card
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
-    with SceneBlocks.of(scene) as real:
+    with scene.open_blocks() as real:
         engine = Engine(
             scene.plan,
             card,

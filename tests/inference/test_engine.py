@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.errors import SceneError, StoppedError
 from segpipe.inference.engine import DeviceMemoryError
-from segpipe.plan import block_id
 from segpipe.scene import Scene, pending_blocks
 from segpipe.sources import SceneRef
 from segpipe.steps import predict_blocks
 from segpipe.stops import request_stop
+from segpipe.tiling_blocks import block_id
 from tests.inference.lab import (
     CENTRED,
     Lab,
@@ -82,7 +81,7 @@ def test_blocks_without_data_do_not_pile_up(lab: Lab, corner: str, batch: int) -
     assert total == 64
     committed: list[int] = []
     network = Network()
-    with SceneBlocks.of(scene) as real:
+    with scene.open_blocks() as real:
         watched = Watched(real)
         # asked before each block is read: what the store itself says is committed then
         compute(scene, network, watched, lambda: bool(committed.append(len(scene.predict.done()))))
@@ -145,7 +144,7 @@ def test_a_fault_anywhere_ends_the_run_with_itself(
             fail()
         return low_middle_high(x)
 
-    with SceneBlocks.of(scene) as real:
+    with scene.open_blocks() as real:
         watched = Watched(real, {} if where == "network" else {where: fail})
         assert ends_with(lambda: compute(scene, Network(answer), watched)) is fault
     done = scene.predict.done()
@@ -168,7 +167,7 @@ def test_a_slow_store_that_fails_ends_a_run_whose_queues_are_full(lab: Lab, ref:
         if next(calls) == 2:
             raise fault
 
-    with SceneBlocks.of(scene) as real:
+    with scene.open_blocks() as real:
         watched = Watched(real, {"finish": fail})
         assert ends_with(lambda: compute(scene, Network(), watched)) is fault
     assert len(scene.predict.done()) == 2
@@ -290,7 +289,7 @@ def test_a_stop_keeps_what_was_finished_and_a_resume_adds_the_rest(
     blocks = pending_blocks(scene)
     asked = itertools.count()
     network = Network()
-    with SceneBlocks.of(scene) as real:
+    with scene.open_blocks() as real:
         # a slow store: at the stop, writes are still waiting
         watched = Watched(real, {"finish": lambda: time.sleep(0.02)})
         error = ends_with(lambda: compute(scene, network, watched, lambda: next(asked) >= stop))

@@ -15,8 +15,8 @@ import pytest
 
 from segpipe.errors import SceneError
 from segpipe.geometry import RasterGeometry
-from segpipe.plan import Blocks
 from segpipe.store import ArraySpec, Stage
+from segpipe.tiling_blocks import Blocks
 
 GEOMETRY = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
 BLOCKS = Blocks((20, 30), (8, 10), (0, 0))

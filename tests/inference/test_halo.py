@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from segpipe.inference.halo import card_reach
-from segpipe.scene import read_card
+from segpipe.models.card import read_card
 from tests.inference.lab import CENTRED, RADIUS, STRIDE, Lab, patches, predict, prepared, scores_of
 
 INPUT = {"bands": ["b0"], "normalisation": CENTRED}

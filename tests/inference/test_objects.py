@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from segpipe.blocks import SceneBlocks
 from segpipe.inference.engine import Engine
 from segpipe.inference.labels import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.instances.window import WindowObjects
-from segpipe.objects import ObjectTable
+from segpipe.object_table import ObjectTable
 from segpipe.scene import Scene, pending_blocks
 from segpipe.steps import finish_labels
 from tests.inference.lab import Lab, labels_of, prepared
@@ -57,7 +56,7 @@ def segmented(lab: Lab, truth: np.ndarray, out: str, **tiling: object) -> Scene:
         ref = lab.volume(truth.astype(np.float32), np.diag([1.0, 1, 1, 1]))
     scene = prepared(lab.job(ref, card, out, tiling=tiling), ref)
     normaliser = Normaliser(scene.card, scene.scaling, Statistics())
-    with SceneBlocks.of(scene) as store:
+    with scene.open_blocks() as store:
         engine = Engine(scene.plan, scene.card, normaliser, Oracle(), store, nodata_value(scene.card))
         engine.run(pending_blocks(scene), lambda: False)
     finish_labels(scene)

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from segpipe.blocks import SceneBlocks
 from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.deliver import previews_name
 from segpipe.errors import RequestError, SceneError
+from segpipe.models.card import read_card
 from segpipe.request import check_request
-from segpipe.scene import Scene, pending_blocks, read_card
+from segpipe.scene import Scene, pending_blocks
 from segpipe.sources import SceneRef
 from segpipe.steps import finish_labels, predict_blocks
 from segpipe.store import Stage
@@ -118,7 +118,7 @@ def test_a_reader_at_work_turns_to_the_source(lab: Lab, ref: SceneRef, state: st
     predict(scene)
     first = next(scene.plan.blocks.indices())
     whole, part = Box.whole(SHAPE), scene.plan.blocks.box(first)
-    with SceneBlocks.of(scene) as store:
+    with scene.open_blocks() as store:
         before = store.read(whole)
         if state == "half-dropped":  # the record goes first, then the shards: they read as fill
             folder = Path(scene.ingest.out) / ".store" / scene.ingest.key

@@ -10,7 +10,8 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
 from segpipe.inference.device import entropy
-from segpipe.inference.uncertainty import LEVELS, Uncertainty
+from segpipe.inference.uncertainty import Uncertainty
+from segpipe.metrics.calibration import LEVELS
 
 HALF_STEP = 0.5 / LEVELS + 1e-6
 

@@ -16,7 +16,7 @@ from segpipe.instances.merge import Lookup, SceneObjects, merge_objects, relabel
 from segpipe.instances.nodes import add_nodes, box_nodes
 from segpipe.instances.window import WindowObjects
 from segpipe.lattice import Index, Lattice, make_lattice
-from segpipe.plan import Blocks
+from segpipe.tiling_blocks import Blocks
 
 Answer = Callable[[Index], WindowObjects]
 

@@ -13,13 +13,13 @@ import torch
 
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.inference.device import activate
 from segpipe.inference.merge import GaussianScores
 from segpipe.lattice import make_lattice
 from segpipe.models.card import Card
 from segpipe.models.nnunet import read_checkpoint
 from segpipe.models.nnunet_card import card_from_nnunet
 from segpipe.models.nnunet_plans import read_plan
+from segpipe.models.outputs import activate
 from segpipe.models.registry import check_card, load_model
 
 os.environ["nnUNet_def_n_proc"] = "1"  # noqa: SIM112 - its name for threads, read when it is imported

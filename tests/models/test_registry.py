@@ -19,6 +19,7 @@ from segpipe.config import Precision
 from segpipe.errors import RequestError
 from segpipe.models.card import load_card
 from segpipe.models.registry import check_card, describe, list_cards, load_model, resolve_precision
+from segpipe.prompts.check import check_model
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "models"
@@ -214,7 +215,7 @@ def test_shipped_cards_pass_the_check_and_say_what_they_are(path):
             distribution(name)
         except PackageNotFoundError:
             pytest.skip(f"needs {name}")
-    check_card(card)
+    check_model(card)
     assert card.name == path.stem
     for field in ("title", "data", "scores", "limits", "licence", "source"):
         assert getattr(card, field).strip(), field

@@ -13,12 +13,11 @@ from transformers.models.sam.image_processing_sam import _compute_stability_scor
 
 from segpipe.boxes import Box
 from segpipe.prompts.answers import Answer, answer_window, view_of
-from segpipe.prompts.candidates import Choice
 from segpipe.prompts.masks import patch_cover
+from segpipe.prompts.options import Choice
 from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.sam import mask_logits
-from segpipe.prompts.segmenters import Prompt
+from segpipe.prompts.segmenters import Prompt, mask_logits
 from tests.prompts.tiny_sams import World, make_world, points
 
 pytestmark = pytest.mark.usefixtures("one_thread")

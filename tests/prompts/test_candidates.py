@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from skimage.measure import regionprops
 from torchvision.ops import box_iou as torchvision_box_iou
 
-from segpipe.prompts.candidates import Choice, Measured, bounds, box_iou, choose, measure
+from segpipe.prompts.candidates import Measured, bounds, box_iou, choose, measure
+from segpipe.prompts.options import Choice
 
 FIVE = st.tuples(*(st.integers(0, 6) for _ in range(4)))
 

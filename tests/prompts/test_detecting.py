@@ -19,7 +19,7 @@ from segpipe.prompts.automatic import merge_masks
 from segpipe.prompts.detecting import Detecting, detect_windows
 from segpipe.prompts.detection import merge_detections, place
 from segpipe.prompts.detectors import load_detector
-from segpipe.prompts.finding import account_of, find_prompted
+from segpipe.prompts.finding import find_prompted
 from segpipe.prompts.naming import OTHER, name_masks
 from segpipe.prompts.pyramid import Window
 from segpipe.prompts.scene import PromptScene, prepare_prompts
@@ -222,5 +222,5 @@ def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:
         assert name == [*PHRASES, ""][int(expected.argmax())]
     assert sum(a.found for a in accounts) == sum(bool(n) for n in names)
     find_prompted(scene)
-    rows = {row["phrase"] for row in account_of(scene)["asked"]}
+    rows = {row["phrase"] for row in scene.account().asked}
     assert rows == set(PHRASES)

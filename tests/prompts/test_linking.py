@@ -13,11 +13,12 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from segpipe.errors import RequestError
-from segpipe.prompts.candidates import Choice
 from segpipe.prompts.linking import Linking, link
 from segpipe.prompts.masks import Patch
+from segpipe.prompts.options import Choice
 from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.segmenters import Prompt, load_segmenter
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Prompt
 from segpipe.prompts.slices import placed, window_prompt
 from segpipe.prompts.volumes import How, Rules, Why
 from tests.prompts.solids import Truth, ball, collect, cone, embedder, said, slanted, slice_box, torus

@@ -16,10 +16,11 @@ from scipy import ndimage
 
 from segpipe.errors import RequestError
 from segpipe.models.card import Card, load_card
-from segpipe.models.registry import check_card, describe
+from segpipe.prompts.check import check_model, describe_model
 from segpipe.prompts.looknet import LookNet
 from segpipe.prompts.looks import LOOK, LOOKS, PADS, REACHES, ROOM, Asked, drawn, laid, looks_at, resampled
-from segpipe.prompts.segmenters import Prompt, check_segmenter, load_segmenter
+from segpipe.prompts.segmenter_registry import check_segmenter, load_segmenter
+from segpipe.prompts.segmenters import Prompt
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -143,8 +144,8 @@ def test_shapes_are_told_before_the_network_is_built(card: Card, window: np.ndar
     embedding = segmenter.encode(window)
     assert {name: a.shape for name, a in embedding.arrays.items()} == dict(check_segmenter(card))
     assert dict(segmenter.shapes) == {"window": (3, 96, 96), "context": (8, 24, 24)}
-    check_card(card)
-    assert describe(card).parameters == segmenter.parameters > 10_000
+    check_model(card)
+    assert describe_model(card).parameters == segmenter.parameters > 10_000
 
 
 def test_a_mask_is_the_same_whatever_else_is_asked(card: Card, window: np.ndarray) -> None:

@@ -17,16 +17,15 @@ import yaml
 from segpipe.boxes import Box
 from segpipe.config import Job
 from segpipe.errors import SceneError, StoppedError
-from segpipe.objects import FACTS, ObjectTable
+from segpipe.object_table import FACTS, ObjectTable
 from segpipe.prompts.answering import (
     answer_windows,
-    load_asked,
     next_round,
     segmenter_of,
 )
 from segpipe.prompts.embeddings import prune, window_id
 from segpipe.prompts.files import read_prompts
-from segpipe.prompts.finding import account_of, find_prompted
+from segpipe.prompts.finding import find_prompted
 from segpipe.prompts.linking import link
 from segpipe.prompts.masks import patch_cover
 from segpipe.prompts.pyramid import Window
@@ -156,7 +155,7 @@ def map_windows(scene: PromptScene) -> set[Any]:
     from segpipe.prompts.answering import _by_window
 
     while next_round(scene, number) is not None:
-        found |= set(_by_window(scene, load_asked(scene), number))
+        found |= set(_by_window(scene, scene.asked, number))
         number += 1
     return found
 
@@ -189,7 +188,7 @@ def test_every_object_has_its_row(card: Path, tmp_path: Path) -> None:
     chosen = facts[[f"iou_{k}" for k in (1, 2, 3)]].to_numpy()[np.arange(len(facts)), facts["candidate"] - 1]
     np.testing.assert_allclose(chosen, facts["predicted_iou"])
     assert facts["chosen"].str.startswith("large by elements").all()
-    assert any("3 of 3 prompts are used" in line for line in account_of(scene)["prompts"])
+    assert any("3 of 3 prompts are used" in line for line in scene.account().prompts)
     assert len(segmenter_of(scene).window) == 2
 
 

@@ -14,7 +14,8 @@ import transformers as library
 
 from segpipe.errors import RequestError
 from segpipe.prompts.pyramid import Pyramid
-from segpipe.prompts.segmenters import Embedding, Prompt, load_segmenter
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Embedding, Prompt
 from segpipe.prompts.slices import ask_by_slice
 from segpipe.prompts.video import VideoNetwork, VideoTracker, held_bytes, track
 from segpipe.prompts.volumes import Rules, Why, propagate

@@ -19,10 +19,11 @@ from skimage.segmentation import find_boundaries
 from segpipe.geometry import volume_geometry
 from segpipe.instances.merge import SceneObjects
 from segpipe.models.card import Class
-from segpipe.report.asked import asked_table, asked_view, finding, phrase_captions, words
+from segpipe.report.asked import asked_view, finding, phrase_captions, words
 from segpipe.report.colors import rgb
 from segpipe.report.markdown import headline, run_markdown
 from segpipe.report.page import INDEX, render_pages
+from segpipe.report.phrase_table import asked_table
 from segpipe.report.pictures import dump_previews, load_previews
 from segpipe.report.preview import raster_pictures, raster_preview, volume_preview
 from segpipe.report.record import AskedPhrase, ClassInfo, RunRecord, SceneRecord, dump_record, load_record

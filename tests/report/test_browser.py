@@ -20,7 +20,7 @@ from segpipe.report.page import INDEX, render_pages, scene_path
 from segpipe.report.pictures import THUMBNAIL_BYTES, Previews
 from segpipe.report.preview import raster_preview, volume_preview
 from segpipe.report.record import ClassInfo, GeometrySummary, RunRecord, SceneRecord
-from segpipe.report.tables import write_table
+from segpipe.report.table_files import write_table
 from segpipe.sources.base import Pixels
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -18,7 +18,7 @@ from segpipe.geometry import Geometry, RasterGeometry, volume_geometry
 from segpipe.metrics.instances import overlap_tile
 from segpipe.metrics.members import Members
 from segpipe.metrics.tally import SizeScale
-from segpipe.objects import ObjectTable
+from segpipe.object_table import ObjectTable
 from segpipe.reference import IdRule
 from segpipe.report.found import SceneFound, found_table, panoptic_table, with_counts
 from segpipe.report.record import ClassInfo

@@ -12,7 +12,7 @@ import yaml
 from world import PIXEL, write_raster, write_volume
 
 from segpipe.sources import discover
-from segpipe.training.augment import Augmentation
+from segpipe.training.augment_schema import Augmentation
 from segpipe.training.recipe import Recipe
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from segpipe.training.losses import IGNORE, LossTerm, build_loss
+from segpipe.training.loss_terms import IGNORE, LossTerm
+from segpipe.training.losses import build_loss
 
 SMOOTH = 1e-3
 TERMS = [

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from segpipe.errors import RequestError
-from segpipe.training.augment import Augmentation, augment
+from segpipe.training.augment import augment
+from segpipe.training.augment_schema import Augmentation
 
 ALWAYS = Augmentation(
     **{

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from segpipe.training.augment import Augmentation, augment
+from segpipe.training.augment import augment
+from segpipe.training.augment_schema import Augmentation
 from segpipe.training.augment_space import CELLS, sampling_grid
 
 NONE = Augmentation.none()

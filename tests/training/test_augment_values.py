@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from segpipe.training.augment import Augmentation, augment
+from segpipe.training.augment import augment
+from segpipe.training.augment_schema import Augmentation
 
 
 def changed(image: np.ndarray, seed: int = 0, **fields: object) -> np.ndarray:

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from segpipe.errors import RequestError
-from segpipe.training.losses import IGNORE, LossName, LossTerm, build_loss
+from segpipe.training.loss_terms import IGNORE, LossName, LossTerm
+from segpipe.training.losses import build_loss
 from segpipe.validate import validate
 from tests.training.loss_values import (
     SMOOTH,

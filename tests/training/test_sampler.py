@@ -15,7 +15,7 @@ from world import write_raster
 from segpipe.boxes import Box
 from segpipe.errors import RequestError
 from segpipe.training.border import border_weights
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.recipe import Recipe, Split
 from segpipe.training.sampler import Sampler
 from segpipe.training.split import Fold

@@ -16,7 +16,7 @@ from world import write_raster
 from segpipe.boxes import Box
 from segpipe.errors import SceneError
 from segpipe.training import scenes as module
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.scenes import POSITIONS, Drawn, TrainScene
 from tests.training.conftest import (
     COUNTS,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from segpipe.models.card import Card
-from segpipe.training.losses import IGNORE
+from segpipe.training.loss_terms import IGNORE
 from segpipe.training.truth import number_pairs, pairs_of, window_truth
 
 LARGE = 2**40 + 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.classical import graphs, regions
 from segpipe.models.classical.arguments import (
     Arguments,
@@ -24,7 +24,7 @@ from segpipe.models.classical.arguments import (
 from segpipe.models.classical.forest import load_forest
 from segpipe.models.naming import known, only_arguments
 from segpipe.models.network import Network
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.weights import resolve_weights
 from segpipe.validate import validate
 
 FOREST = "random-forest"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from segpipe.inference.device import activate, best_class
 from segpipe.models.base import SegmentationModel
 from segpipe.models.card import Card
+from segpipe.models.outputs import activate, best_class
 
 NOISE_EDGE = 64
 """Shortest edge of a window of noise for a model without a window of its own."""

@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from segpipe.blocks import SceneBlocks
 from segpipe.config import Compute, Job, Outputs
 from segpipe.errors import RequestError
 from segpipe.inference.engine import Engine
@@ -23,9 +22,10 @@ from segpipe.measure import measure_scene
 from segpipe.metrics.agreement import pixel_accuracy
 from segpipe.metrics.overlap import ClassCounts, Counts, class_counts, mean
 from segpipe.models.base import SegmentationModel
+from segpipe.models.card import read_card
 from segpipe.models.network import output_channels
 from segpipe.models.registry import load_model
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene, read_card
+from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.settings import resolve_settings
 from segpipe.sources import discover
 from segpipe.steps import finish_labels
@@ -136,7 +136,7 @@ def _predict(scene: Scene, blocks: Sequence[Index], model: SegmentationModel | N
     card, settings = scene.card, scene.settings
     model = model or load_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
-    with SceneBlocks.of(scene) as store:
+    with scene.open_blocks() as store:
         Engine(scene.plan, card, normaliser, model, store, nodata_value(card)).run(blocks, lambda: False)
 
 

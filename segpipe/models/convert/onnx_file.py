@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, load_card
+from segpipe.models.card import Card, card_error, load_card
 from segpipe.models.convert.cards import joined, publish
 from segpipe.models.convert.checks import Parity, compare, example_shape, noise_windows
 from segpipe.models.network import TorchNetwork
 from segpipe.models.registry import build_network, check_card, load_model
-from segpipe.models.weights import card_error
 
 if TYPE_CHECKING:
     import onnx

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.literature.deeplab import DeepLabV1, DeepLabV2
 from segpipe.models.literature.segnet import SegNet
 from segpipe.models.literature.setr import SETRPUP, SETRNaive
 from segpipe.models.naming import check_stride, construct, known
 from segpipe.models.network import Network, output_channels, with_weights
-from segpipe.models.weights import card_error
 
 ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
     cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from segpipe.models.base import ObjectNetwork
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.naming import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill
 from segpipe.models.transformers.configs import argued_config, labelled, network_class, stored_config
@@ -22,7 +22,7 @@ from segpipe.models.transformers.folder import load_pretrained
 from segpipe.models.transformers.objective import QueryLoss
 from segpipe.models.transformers.queries import ClassScores, Queries, QueryObjects
 from segpipe.models.transformers.task import TASK_ARGUMENTS, task_tokens
-from segpipe.models.weights import card_error, load_state, resolve_weights
+from segpipe.models.weights import load_state, resolve_weights
 
 
 class Logits(torch.nn.Module):

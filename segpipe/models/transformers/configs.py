@@ -9,11 +9,10 @@ from typing import Any, NoReturn
 
 import transformers as library
 
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.network import output_channels
 from segpipe.models.transformers.families import ARCHITECTURES
 from segpipe.models.transformers.folder import REFUSED, data_alone
-from segpipe.models.weights import card_error
 
 
 def network_class(card: Card) -> Any:

@@ -9,10 +9,9 @@ import torch
 from torchvision.ops import box_convert, masks_to_boxes
 
 from segpipe.models.base import Truth
-from segpipe.models.card import Card
+from segpipe.models.card import Card, card_error
 from segpipe.models.transformers.families import ARCHITECTURES
 from segpipe.models.transformers.task import task_tokens
-from segpipe.models.weights import card_error
 
 
 class QueryLoss:

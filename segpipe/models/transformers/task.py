@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from segpipe.models.card import Card
-from segpipe.models.weights import card_error, resolve_weights
+from segpipe.models.card import Card, card_error
+from segpipe.models.weights import resolve_weights
 
 TASK_ARGUMENTS = ("task", "task_tokens")
 TASKS = ("semantic", "instance", "panoptic")

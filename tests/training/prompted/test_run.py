@@ -13,7 +13,8 @@ import yaml
 from segpipe.errors import RequestError
 from segpipe.models.card import load_card
 from segpipe.prompts.looks import LOOKS, Asked, drawn, laid, looks_at
-from segpipe.prompts.segmenters import Prompt, load_segmenter
+from segpipe.prompts.segmenter_registry import load_segmenter
+from segpipe.prompts.segmenters import Prompt
 from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
 from segpipe.training.prompted.run import Line, PromptedTraining
 

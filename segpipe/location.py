@@ -1,0 +1,83 @@
+"""Folders and URLs of object stores, alike."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import obstore
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from segpipe.errors import RequestError
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is an object store's rather than a local folder."""
+    return "://" in location
+
+
+def join(location: str, *parts: str) -> str:
+    """A location below another, for folders and URLs alike."""
+    return "/".join([location.rstrip("/"), *parts])
+
+
+def open_store(location: str) -> ObjectStore:
+    """An object store rooted at a folder (made if absent) or URL.
+
+    Raises:
+        RequestError: the folder cannot be made or written, or the URL is not understood.
+    """
+    if is_url(location):
+        try:
+            return from_url(location)
+        except (ValueError, obstore.exceptions.BaseError) as error:
+            raise RequestError(f"outputs.dir: {location}: cannot be opened ({error})") from error
+    try:
+        folder = Path(location).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        return LocalStore(folder)
+    except OSError as error:
+        raise RequestError(
+            f"outputs.dir: {location}: cannot be made ({error.strerror}); give a folder that can be written"
+        ) from error
+
+
+def check_writable(location: str) -> None:
+    """Write and remove a small object, so that an unwritable output is known before any work.
+
+    Raises:
+        RequestError: naming the location and the cause.
+    """
+    store = open_store(location)
+    name = f".segpipe-write-test-{secrets.token_hex(8)}"  # its own: another run may be looking too
+    try:
+        obstore.put(store, name, b"")
+        obstore.delete(store, name)
+    except (OSError, obstore.exceptions.BaseError) as error:
+        raise RequestError(
+            f"outputs.dir: {location}: cannot be written ({store_reason(error)}); "
+            "give a folder that can be written"
+        ) from error
+
+
+def store_reason(error: Exception) -> str:
+    """The part of a store's message that a person reads: its code, or the first line."""
+    text = str(error)
+    code = re.search(r"<Code>(\w+)</Code>.*?<Message>([^<]*)", text, re.DOTALL)
+    if code:
+        return f"{code[1]}: {code[2]}"
+    line = text.split("\n\nDebug source")[0]
+    return " ".join(line.split())[:250]
+
+
+def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
+    """Delete objects, whoever else is at it; one that is gone already is no error."""
+    try:
+        obstore.delete(objects, paths)
+    except FileNotFoundError:  # somebody else was faster, maybe not with all of them
+        for path in paths:
+            with suppress(FileNotFoundError):
+                obstore.delete(objects, path)
