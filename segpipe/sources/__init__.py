@@ -12,19 +12,17 @@ from segpipe.sources.kinds import (
     DICOM_SUFFIXES,
     NIFTI_SUFFIXES,
     ONE_FILE_NIFTI,
+    PACKAGE,
     Kind,
     kind_of,
+    package_file,
     parse_frame,
     parse_series,
 )
-from segpipe.sources.mosaic import SCHEME as _MOSAIC
-from segpipe.sources.mosaic import open_mosaic
-from segpipe.sources.package import SCHEME as _PACKAGE
-from segpipe.sources.package import package_file
+from segpipe.sources.mosaic import MOSAIC, open_mosaic
 from segpipe.sources.raster import RasterSource
 from segpipe.sources.remote import is_remote
-from segpipe.sources.stack import SCHEME as _STACK
-from segpipe.sources.stack import StackSource
+from segpipe.sources.stack import STACK, StackSource
 
 __all__ = [
     "Pixels",
@@ -50,15 +48,15 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         SceneError: missing, damaged, or of a kind that cannot be a scene.
         RequestError: ``band_names`` has not one name per channel, or the URI is malformed.
     """
-    if uri.startswith(_MOSAIC):
+    if uri.startswith(MOSAIC):
         return open_mosaic(uri, band_names=band_names)
-    if uri.startswith(_STACK):
+    if uri.startswith(STACK):
         return StackSource(uri, band_names=band_names)
     location, frame = parse_frame(uri)
     location, series = parse_series(location)
     if is_remote(location):
         return _open_remote(location, frame, band_names)
-    if location.startswith(_PACKAGE):
+    if location.startswith(PACKAGE):
         path = package_file(location)
     else:
         path = Path(location.removeprefix("file://")).expanduser()

@@ -16,6 +16,7 @@ from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
 from segpipe.sources.kinds import (
     NIFTI_SUFFIXES,
+    PACKAGE,
     PICTURE_SUFFIXES,
     RASTER_SUFFIXES,
     SERIES,
@@ -23,17 +24,14 @@ from segpipe.sources.kinds import (
     holds_dicom,
     is_dicom_file,
     kind_of,
+    package_file,
     parse_frame,
     parse_series,
     series_label,
 )
-from segpipe.sources.mosaic import SCHEME as MOSAIC
-from segpipe.sources.mosaic import mosaic_files
-from segpipe.sources.package import SCHEME as PACKAGE
-from segpipe.sources.package import package_file
+from segpipe.sources.mosaic import MOSAIC, mosaic_files
 from segpipe.sources.remote import is_remote
-from segpipe.sources.stack import SCHEME as STACK
-from segpipe.sources.stack import SEPARATOR, stack_files
+from segpipe.sources.stack import SEPARATOR, STACK, stack_files
 
 FOLDER_SUFFIXES = (*RASTER_SUFFIXES, *NIFTI_SUFFIXES)
 """Files that are taken from a folder."""

@@ -22,7 +22,7 @@ from segpipe.sources.common import matches, require_file
 from segpipe.sources.gdal import Handles
 from segpipe.sources.raster import IDENTITY, RasterSource, common_dtype
 
-SCHEME = "mosaic:"
+MOSAIC = "mosaic:"
 
 OFF_GRID = 0.01
 """Pixels by which a file may lie beside the common grid: more would need resampling."""
@@ -65,7 +65,7 @@ class Tile:
 
 def mosaic_files(uri: str) -> list[str]:
     """The files of ``mosaic:GLOB``, absolute, sorted by path."""
-    return [str(p) for p in matches(uri.removeprefix(SCHEME)) if p.is_file()]
+    return [str(p) for p in matches(uri.removeprefix(MOSAIC)) if p.is_file()]
 
 
 def open_mosaic(uri: str, *, band_names: Sequence[str] = ()) -> RasterSource:

