@@ -138,7 +138,7 @@ def _forest(folder: Path) -> Made:
     """Held against scikit-learn's own forest; learned on noise, as scenes are normalised."""
     from sklearn.ensemble import RandomForestClassifier
 
-    from segpipe.models.classical.forest import save_forest
+    from segpipe.models.providers.classical.forest import save_forest
 
     rng = np.random.default_rng(0)
     image = rng.normal(size=(20_000, BANDS)).astype(np.float32)

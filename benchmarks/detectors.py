@@ -23,10 +23,10 @@ from torch.nn import functional
 from transformers.utils import logging
 
 from benchmarks.detector_files import clip, clipseg, dino, owl, sam3, sam3_video, save
-from segpipe.prompts.concepts import load_concepts
-from segpipe.prompts.detectors import ClipSeg, load_detector
-from segpipe.prompts.grounders import Detections
-from segpipe.prompts.labelling import PHOTO, load_labeller
+from segpipe.prompts.grounding.base import Detections
+from segpipe.prompts.grounding.clip import PHOTO, load_labeller
+from segpipe.prompts.grounding.detectors import ClipSeg, load_detector
+from segpipe.prompts.grounding.sam3 import load_concepts
 
 CPU = torch.device("cpu")
 PHRASES = ["lake", "small docks", "field"]

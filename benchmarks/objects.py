@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from segpipe.config import Job
-from segpipe.models.card import load_card
-from segpipe.objects import join_objects
-from segpipe.scene import create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.config.card import load_card
+from segpipe.config.job import Job
+from segpipe.config.recipe import load_recipe
+from segpipe.inference.settings import resolve_settings
+from segpipe.pipeline.join_objects import join_objects
+from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import discover
-from segpipe.steps import predict_blocks
 from segpipe.training.loop import Moment
-from segpipe.training.recipe import load_recipe
 from segpipe.training.run import Told, train
 
 NETWORKS = ("discs-maskrcnn", "discs-mask2former")

@@ -18,12 +18,12 @@ import rasterio
 import torch
 import yaml
 
-from segpipe.config import Job
-from segpipe.location import join
-from segpipe.request import check_request
-from segpipe.scene import Scene, create_stages, is_predicted, prepare_scene
-from segpipe.steps import predict_blocks
-from segpipe.stops import request_stop, stop_requested
+from segpipe.config.job import Job
+from segpipe.pipeline.model_scene import Scene, create_stages, is_predicted, prepare_scene
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.runs.check import check_request
+from segpipe.store.location import join
+from segpipe.store.stops import request_stop, stop_requested
 
 EDGE = 64
 ROWS, COLUMNS = 20, 25
@@ -99,7 +99,7 @@ def stage_alone(asked: dict[str, object], out: str) -> None:
 
 def profile(asked: dict[str, object], out: str) -> None:
     """Where the writer's and the reader's time goes, one after the other in one thread."""
-    from segpipe.inference.results import BlockResult
+    from segpipe.inference.block_result import BlockResult
 
     scene = prepared(Job.model_validate({**asked, "outputs": {"dir": out, "formats": []}}))
     watch = cProfile.Profile()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from segpipe.models.card import load_card
-from segpipe.prompts.vocabulary import LIMITS, Limits, Match, Vocabulary, concepts, fit_limits
+from segpipe.config.card import load_card
+from segpipe.prompts.grounding.vocabulary import LIMITS, Limits, Match, Vocabulary, concepts, fit_limits
 
 ROOT = Path(__file__).parents[1]
 PHRASES = ROOT / "tests" / "prompts" / "phrases.csv"

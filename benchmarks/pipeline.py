@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 
 from benchmarks import scenes
-from segpipe.config import Job
-from segpipe.deliver import export_scene
-from segpipe.measure import measure_scene
-from segpipe.models.card import read_card
+from segpipe.config.card import read_card
+from segpipe.config.job import Job
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import export_scene
+from segpipe.inference.settings import resolve_settings
 from segpipe.models.registry import load_model
-from segpipe.progress import Done
-from segpipe.run_folder import Run
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.pipeline.progress import Done
 from segpipe.sources import discover
-from segpipe.steps import finish_labels, predict_blocks
 
 
 def bare(scene: Scene, passes: int) -> float:

@@ -25,15 +25,15 @@ from rasterio.transform import from_origin
 from rasterio.windows import Window
 from scipy.ndimage import find_objects, zoom
 
-from segpipe.boxes import Box
-from segpipe.config import Job
-from segpipe.prompts.answering import answer_windows, create_answers, next_round
-from segpipe.prompts.asking import settle
-from segpipe.prompts.finding import find_prompted
-from segpipe.prompts.scene import PromptScene, prepare_prompts
-from segpipe.request import check_request
-from segpipe.scene import Scene, create_stages, pending_blocks
-from segpipe.steps import predict_blocks
+from segpipe.config.job import Job
+from segpipe.geometry.box import Box
+from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.prompts.build_objects import find_prompted
+from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
+from segpipe.prompts.segment_windows import answer_windows, create_answers, next_round
+from segpipe.runs.check import check_request
 
 BLOCKS = ("auto", "1024", "777x1500")
 BORDER = 128

@@ -21,11 +21,11 @@ import torch
 import yaml
 from transformers import SamConfig, SamModel
 
-from segpipe.config import Job
-from segpipe.prompts.answering import answer_windows, create_answers, next_round, segmenter_of
-from segpipe.prompts.asking import settle
-from segpipe.prompts.scene import prepare_prompts
-from segpipe.request import check_request
+from segpipe.config.job import Job
+from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.prompt_scene import prepare_prompts
+from segpipe.prompts.segment_windows import answer_windows, create_answers, next_round, segmenter_of
+from segpipe.runs.check import check_request
 
 SCENE = Path(".demo/landsat/landsat7_2000.tif")
 BANDS = ["blue", "green", "red", "nir", "swir16"]

@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.networks import Family, families, family_card, literature
 from benchmarks.rows import BANDS
-from segpipe.boxes import Box
-from segpipe.inference.reach import measure_reach, natural_noise
-from segpipe.inference.reach_probe import measure_radius
-from segpipe.lattice import make_lattice
+from segpipe.config.card import load_card
+from segpipe.geometry.box import Box
+from segpipe.inference.receptive_field.probe import measure_radius
+from segpipe.inference.receptive_field.reach import measure_reach, natural_noise
 from segpipe.models.base import SegmentationModel
-from segpipe.models.card import load_card
 from segpipe.models.registry import load_model
+from segpipe.tiling.windows import make_lattice
 
 MOST = {2: 1400, 3: 120}
 """Longest edge of a whole that is compared with its tiles along all axes; beyond, along one."""

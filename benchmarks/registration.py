@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.sources import open_source
 from segpipe.training.prompted.real import UNKNOWN, moved
 from segpipe.training.prompted.recipe import Raster, load_prompted_recipe

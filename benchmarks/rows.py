@@ -42,7 +42,7 @@ class Made:
     labels: Labels | None = None
     """Of semantic cards."""
     objects: Objects | None = None
-    """Of the others: the library's masks by the rule that `segpipe.instances.window` names."""
+    """Of the others: the library's masks by the rule that `segpipe.objects.window` names."""
     unchanged: Objects | None = None
     """The library's map as it is, where that rule is another than the library's."""
 

@@ -25,8 +25,8 @@ import torch
 import transformers
 
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Candidates, Embedding, Prompt, Segmenter
+from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, Segmenter
+from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.sources.base import Pixels, Scaling
 from tests.prompts.tiny_sams import (
     Published,

@@ -4,7 +4,7 @@
 parts of the real scenes that are kept apart, and every set that the recipe judges by: mean IoU with a box
 around the object beside the floor, the ellipse inscribed in that box; and with one point, its deepest
 element. Of the three candidates it is the one that the model holds for the best. An object takes the window
-that `segpipe.prompts.pyramid` gives it, and is compared at the scene's own resolution. Predicted IoU is set
+that `segpipe.tiling.pyramid` gives it, and is compared at the scene's own resolution. Predicted IoU is set
 against true IoU by Pearson's r and Spearman's rho.
 """
 
@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from scipy import ndimage, stats
 
-from segpipe.models.card import load_card
-from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Prompt, Segmenter
+from segpipe.config.card import load_card
+from segpipe.prompts.segmenters.base import Prompt, Segmenter
+from segpipe.prompts.segmenters.registry import load_segmenter
+from segpipe.tiling.pyramid import Pyramid, Window
 from segpipe.training.prompted.real import EMPTY, LabelledVolume, RasterPart, read_scenes
 from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
 from segpipe.training.prompted.run import CENTRE, SPREAD

@@ -28,22 +28,22 @@ import transformers
 import yaml
 
 from benchmarks.fresh import run_fresh
-from segpipe.blocks import SceneBlocks
-from segpipe.boxes import Box
+from segpipe.config.card import Card, load_card
+from segpipe.config.prompts import Choice, PlaneOf
+from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
-from segpipe.models.card import Card, load_card
-from segpipe.prompts.linking import Linking, link
-from segpipe.prompts.masks import patch_cover
-from segpipe.prompts.options import Choice, PlaneOf
-from segpipe.prompts.planes import Planes, read_window
-from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Embedding, Segmenter
-from segpipe.prompts.slices import ask_by_slice
-from segpipe.prompts.video import VideoNetwork, VideoTracker, held_bytes
-from segpipe.prompts.volumes import How, Rules, SliceAnswer, Stop, propagate
+from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
+from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.prompts.segmenters.base import Embedding, Segmenter
+from segpipe.prompts.segmenters.registry import load_segmenter
+from segpipe.prompts.volumes.propagate import How, Rules, SliceAnswer, Stop, propagate
+from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, held_bytes
+from segpipe.prompts.volumes.propagate_prompts import Linking, link
+from segpipe.prompts.volumes.slices import ask_by_slice
 from segpipe.sources import open_source
+from segpipe.tiling.pyramid import Pyramid, Window
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "totalsegmentator_ct"

@@ -70,8 +70,8 @@ def write_districts(path: Path, size: int, count: int) -> None:
 
 def with_segpipe(labels: str, districts: str) -> np.ndarray:
     """Elements (fractional) by region and class, from segpipe's tallies tile by tile."""
-    from segpipe.config import Regions
-    from segpipe.geometry import RasterGeometry
+    from segpipe.config.job import Regions
+    from segpipe.geometry.geometry import RasterGeometry
     from segpipe.metrics.tally import SizeScale, add, measure_tile, measure_tiles
     from segpipe.regions import FULL, load_regions
 

@@ -16,17 +16,17 @@ from prefect.task_runners import TaskRunner
 
 from flows.runners import placed
 from flows.watch import Watch
-from segpipe.config import Job
-from segpipe.deliver import failed_record
-from segpipe.labelled import MeasurableScene
-from segpipe.progress import Done, Pace, batches_of
-from segpipe.prompts.answering import Round
-from segpipe.prompts.scene import PromptScene
-from segpipe.report.record import SceneRecord
-from segpipe.run_folder import Run
-from segpipe.scene import Scene, pending_blocks
-from segpipe.settings import Settings
+from segpipe.config.job import Job
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import failed_record
+from segpipe.inference.settings import Settings
+from segpipe.pipeline.model_scene import Scene, pending_blocks
+from segpipe.pipeline.progress import Done, Pace, batches_of
+from segpipe.pipeline.scene import MeasurableScene
+from segpipe.prompts.prompt_scene import PromptScene
+from segpipe.prompts.segment_windows import Round
 from segpipe.sources import SceneRef
+from segpipe.tables.record import SceneRecord
 from tasks.prompts import (
     answer_batch,
     answer_solid,

@@ -9,8 +9,8 @@ from typing import Any
 from prefect import runtime
 from pydantic import BaseModel
 
+from segpipe.config.card import read_card
 from segpipe.errors import SegpipeError
-from segpipe.models.card import read_card
 from segpipe.sources import discover
 from segpipe.sources.remote import public_uri
 

@@ -19,8 +19,8 @@ from prefect.futures import PrefectFuture
 from flows.dispatch import Dispatch, ahead
 from segpipe.errors import StoppedError
 from segpipe.lake.ledger import Receipts
-from segpipe.report.record import SceneRecord
 from segpipe.sources import SceneRef
+from segpipe.tables.record import SceneRecord
 from tasks.scenes import do_scenes
 
 UNPACKED = 32

@@ -8,9 +8,9 @@ from prefect import State, flow
 from prefect.states import Failed
 
 from flows.segment import OF_REQUEST, carry_out
+from segpipe.config.loading import as_request
+from segpipe.config.prompt_form import Question
 from segpipe.errors import RequestError
-from segpipe.prompts.question import Question
-from segpipe.validate import as_request
 from tasks.told import refused
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from segpipe.report.units import duration
+from segpipe.tables.units import duration
 
 SPAN_SECONDS = 60.0
 """Over which rates are taken."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefect.settings import get_current_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from segpipe.config import Compute, Runner
+from segpipe.config.job import Compute, Runner
+from segpipe.config.loading import read_yaml
 from segpipe.errors import RequestError
-from segpipe.settings import Settings
-from segpipe.validate import read_yaml
+from segpipe.inference.settings import Settings
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -19,10 +19,12 @@ from flows.packs import Packs
 from flows.runners import check_cluster, task_runner
 from flows.segment import OF_REQUEST, attempt_name, stop_on_error
 from flows.watch import Watch
+from segpipe.config.loading import as_request
+from segpipe.config.scan import Identity, Scan
 from segpipe.errors import SegpipeError, StoppedError
-from segpipe.lake.config import Identity, Scan
+from segpipe.export.run_folder import Run, now
 from segpipe.lake.content import content_hash
-from segpipe.lake.found import Found
+from segpipe.lake.entry import Found
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.scan import (
@@ -35,10 +37,8 @@ from segpipe.lake.scan import (
     new_scenes,
     take_scenes,
 )
-from segpipe.report.record import SceneRecord
-from segpipe.run_folder import Run, now
 from segpipe.sources import SceneRef
-from segpipe.validate import as_request
+from segpipe.tables.record import SceneRecord
 from tasks.events import tell_scene
 from tasks.report import write_report
 from tasks.told import refused

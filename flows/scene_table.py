@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Mapping
 
 from segpipe.report.markdown import plain_text
-from segpipe.report.record import SceneRecord
-from segpipe.report.units import duration
+from segpipe.tables.record import SceneRecord
+from segpipe.tables.units import duration
 
 FAILED = 20
 OPEN = 10

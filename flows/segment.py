@@ -16,14 +16,14 @@ from flows.names import run_name
 from flows.packs import Packs
 from flows.runners import check_cluster, task_runner
 from flows.watch import Watch
-from segpipe.config import Job, Outputs
+from segpipe.config.job import Job, Outputs
+from segpipe.config.loading import as_request
 from segpipe.errors import RequestError, SegpipeError, StoppedError
-from segpipe.report.record import RunRecord, SceneRecord
-from segpipe.request import check_request
-from segpipe.run import open_run
-from segpipe.run_folder import Run
-from segpipe.stops import forget_stop, request_stop
-from segpipe.validate import as_request
+from segpipe.export.run_folder import Run
+from segpipe.runs.check import check_request
+from segpipe.runs.run import open_run
+from segpipe.store.stops import forget_stop, request_stop
+from segpipe.tables.record import RunRecord, SceneRecord
 from tasks.events import tell_scene
 from tasks.report import write_report
 from tasks.told import refused

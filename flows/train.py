@@ -17,9 +17,9 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.states import Cancelled, Completed
 
 from flows.watch import LOOK_SECONDS
+from segpipe.config.recipe import Recipe, load_recipe
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.training.loop import Moment
-from segpipe.training.recipe import Recipe, load_recipe
 from segpipe.training.run import Told, mark, train
 from tasks.told import refused
 from tasks.training import training_markdown

@@ -26,8 +26,8 @@ from prefect.states import Paused
 from flows.rates import Moment, Rates, left_told, rate_told
 from flows.scene_table import SceneTable
 from segpipe.errors import StoppedError
-from segpipe.report.record import SceneRecord
-from segpipe.store import Stage
+from segpipe.store.stage import Stage
+from segpipe.tables.record import SceneRecord
 
 LOOK_SECONDS = 5.0
 """Between two looks at receipts and at the flow run's state, and two updates of the progress."""

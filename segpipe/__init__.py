@@ -1,6 +1,6 @@
 """segpipe: segmentation over lakes of large rasters and 3D volumes, and the numbers that follow."""
 
-from segpipe.allocator import use_huge_pages
+from segpipe.tiling.allocator import use_huge_pages
 
 __version__ = "0.1.0"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prefect.events import emit_event
 
-from segpipe.location import join
-from segpipe.report.record import SceneRecord
-from segpipe.run_folder import Run
+from segpipe.export.run_folder import Run
+from segpipe.store.location import join
+from segpipe.tables.record import SceneRecord
 
 
 def tell_scene(run: Run, record: SceneRecord) -> None:

@@ -10,22 +10,22 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
-from segpipe.config import Job
-from segpipe.deliver import done_record, export_scene
-from segpipe.measure import check_measure, measure_scene
-from segpipe.progress import Done, together
-from segpipe.prompts.answering import Round, answer_windows, create_answers, next_round
-from segpipe.prompts.asking import settle
-from segpipe.prompts.detecting import Detecting, detect_windows
-from segpipe.prompts.finding import find_prompted
-from segpipe.prompts.pyramid import Window
-from segpipe.prompts.scene import PromptScene, prepare_prompts
-from segpipe.prompts.solids import answer_volume
-from segpipe.report.record import SceneRecord
-from segpipe.run_folder import Run
-from segpipe.scene import Scene, create_stages
-from segpipe.settings import Settings
+from segpipe.config.job import Job
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import done_record, export_scene
+from segpipe.inference.settings import Settings
+from segpipe.pipeline.measure import check_measure, measure_scene
+from segpipe.pipeline.model_scene import Scene, create_stages
+from segpipe.pipeline.progress import Done, together
+from segpipe.prompts.build_objects import find_prompted
+from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.grounding.detect_scene import Detecting, detect_windows
+from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
+from segpipe.prompts.segment_windows import Round, answer_windows, create_answers, next_round
+from segpipe.prompts.volumes.segment_volume import answer_volume
 from segpipe.sources import SceneRef
+from segpipe.tables.record import SceneRecord
+from segpipe.tiling.pyramid import Window
 from tasks.scenes import BACKOFF, RETRIES
 from tasks.told import passing_fault, told
 

@@ -14,16 +14,16 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from segpipe.config import Job
-from segpipe.finish import finish_run
-from segpipe.location import is_url, join
+from segpipe.config.job import Job
+from segpipe.export.run_folder import Run
+from segpipe.inference.settings import Settings
+from segpipe.pictures.archive import load_previews
 from segpipe.report.markdown import plain_text, run_markdown
-from segpipe.report.pictures import load_previews
-from segpipe.report.record import RunRecord, SceneRecord
-from segpipe.run import read_tables
-from segpipe.run_folder import Run
-from segpipe.settings import Settings
-from segpipe.store import Stage
+from segpipe.runs.finish import finish_run
+from segpipe.runs.run import read_tables
+from segpipe.store.location import is_url, join
+from segpipe.store.stage import Stage
+from segpipe.tables.record import RunRecord, SceneRecord
 from tasks.told import told
 
 PICTURES = 12

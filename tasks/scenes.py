@@ -10,21 +10,21 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
-from segpipe.config import Job
-from segpipe.deliver import failed_record
+from segpipe.config.job import Job
 from segpipe.errors import SegpipeError, StoppedError
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import failed_record
 from segpipe.inference.engine import DeviceMemoryError
-from segpipe.labelled import MeasurableScene
+from segpipe.inference.settings import Settings
 from segpipe.lake.ledger import Receipts
-from segpipe.lattice import Index
-from segpipe.progress import Done, Pace, together
-from segpipe.report.record import SceneRecord
-from segpipe.run_folder import Run
-from segpipe.scene import Scene
-from segpipe.settings import Settings
+from segpipe.pipeline.model_scene import Scene
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.pipeline.progress import Done, Pace, together
+from segpipe.pipeline.scene import MeasurableScene
+from segpipe.runs.scene import begin_scene, complete_scene, whole_scene
 from segpipe.sources import SceneRef
-from segpipe.steps import predict_blocks
-from segpipe.whole import begin_scene, complete_scene, whole_scene
+from segpipe.tables.record import SceneRecord
+from segpipe.tiling.windows import Index
 from tasks.told import PASSING, passing_fault, told
 
 RETRIES = 2

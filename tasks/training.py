@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from segpipe.config.recipe import Recipe
 from segpipe.report.templates import data_uri
 from segpipe.training.loop import Moment
 from segpipe.training.page import curve
-from segpipe.training.recipe import Recipe
 
 SAMPLES = 3
 """Places shown in the UI; the page has all."""

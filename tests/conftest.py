@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def here(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """``here("plan", "job.yaml")``: the same command line in this process, for what ends before a flow."""
-    from segpipe.cli import execute
+    from segpipe.cli.main import execute
 
     def run(*arguments: str) -> Ended:
         capfd.readouterr()

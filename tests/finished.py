@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segpipe.config import load_job
-from segpipe.deliver import done_record, export_scene
-from segpipe.finish import finish_run
-from segpipe.measure import measure_scene
-from segpipe.report.record import RunRecord
-from segpipe.request import check_request
-from segpipe.run import open_run
-from segpipe.run_folder import Run
-from segpipe.scene import create_stages, prepare_scene
-from segpipe.steps import finish_labels, predict_blocks
+from segpipe.config.job import load_job
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import done_record, export_scene
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import create_stages, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.runs.check import check_request
+from segpipe.runs.finish import finish_run
+from segpipe.runs.run import open_run
+from segpipe.tables.record import RunRecord
 
 
 def finish(job_file: Path) -> tuple[Run, RunRecord]:

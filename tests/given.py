@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from segpipe.config import Job
-from segpipe.deliver import done_record, export_scene
-from segpipe.finish import finish_run
-from segpipe.given_scene import prepare_labelled
-from segpipe.measure import measure_scene
-from segpipe.request import check_request
-from segpipe.run_folder import Run
+from segpipe.config.job import Job
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import done_record, export_scene
+from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.measure import measure_scene
+from segpipe.runs.check import check_request
+from segpipe.runs.finish import finish_run
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from pyproj import CRS, Geod, Transformer
 from rasterstats import zonal_stats
 from shapely.affinity import translate
 
-from segpipe.config import Regions
-from segpipe.geometry import RasterGeometry
+from segpipe.config.job import Regions
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.metrics.tally import SizeScale, add, measure_tile, measure_tiles
 from segpipe.regions import FULL, load_regions
 

@@ -15,14 +15,14 @@ import zarr
 from finished import finish
 from world import CLASSES, World, polygon, write_polygons, write_volume
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.export.bids import write_bids
 from segpipe.export.manifest import check_manifest
 from segpipe.export.ome_zarr import write_ome_zarr
-from segpipe.geometry import volume_geometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import volume_geometry
 from segpipe.lake.ledger import Ledger
-from segpipe.location import check_writable, delete_objects, open_store
-from segpipe.models.card import Class
+from segpipe.store.location import check_writable, delete_objects, open_store
 from tests.lake.test_ledger import done, found
 
 SEVERAL = 4

@@ -20,7 +20,7 @@ from PIL import Image
 from world import NODATA, OBLIQUE, PIXEL, PROGRAM, Ended, World, command, nearest_label, only_run
 
 import segpipe
-from segpipe.config import Job
+from segpipe.config.job import Job
 
 ROOT = Path(__file__).parents[1]
 Here = Callable[..., Ended]
@@ -297,7 +297,7 @@ def test_the_version(here: Here) -> None:
 def test_questions_are_answered_without_torch_or_prefect(arguments: list[str]) -> None:
     code = (
         "import sys, segpipe\n"
-        "from segpipe.cli import execute\n"
+        "from segpipe.cli.main import execute\n"
         f"code = execute({arguments!r})\n"
         "heavy = {'torch', 'prefect', 'zarr', 'rasterio', 'pandas'} & set(sys.modules)\n"
         "print('LOADED', code, sorted(heavy))\n"

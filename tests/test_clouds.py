@@ -9,12 +9,12 @@ import pytest
 import rasterio
 from sklearn.metrics import cohen_kappa_score
 
-from segpipe.config import Job, load_job
-from segpipe.models.card import read_card
-from segpipe.scene import create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.config.card import read_card
+from segpipe.config.job import Job, load_job
+from segpipe.inference.settings import resolve_settings
+from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import SceneRef
-from segpipe.steps import predict_blocks
 
 csmask = pytest.importorskip("ukis_csmask.mask", reason="ukis-csmask is not installed")
 

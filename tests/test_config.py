@@ -13,10 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segpipe.config import Job, load_job, parse_memory, parse_size
+from segpipe.config.card import load_card
+from segpipe.config.job import Job, load_job, parse_memory, parse_size
+from segpipe.config.loading import validate
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
-from segpipe.validate import validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LEAST: dict[str, Any] = {"scenes": ["a.tif"], "model": "card.yaml"}

@@ -13,14 +13,14 @@ import pytest
 import rasterio
 
 from flows.demo import BRAIN, WEST_COLUMNS, _prepare_brain
-from segpipe.config import Job
-from segpipe.measure import measure_scene
+from segpipe.config.card import read_card
+from segpipe.config.job import Job
+from segpipe.inference.settings import resolve_settings
 from segpipe.metrics.overlap import class_counts
-from segpipe.models.card import read_card
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks, read_labels
 from segpipe.sources import discover, package_file
-from segpipe.steps import finish_labels, predict_blocks, read_labels
 
 LANDSAT = Path(__file__).parents[1].parent / "shared" / "data" / "nc_landsat"
 

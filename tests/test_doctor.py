@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from flows.server import free_port
 from infra.loopback import Services
 from infra.processes import start, stop, wait_until
-from segpipe.cli_doctor import doctor_command, line_of, table_of
+from segpipe.cli.doctor import doctor_command, line_of, table_of
 from segpipe.doctor import (
     Finding,
     State,

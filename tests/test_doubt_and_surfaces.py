@@ -13,20 +13,20 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.stats import entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from segpipe.config import Job
-from segpipe.deliver import export_scene
+from segpipe.config.job import Job
 from segpipe.errors import RequestError
-from segpipe.given_scene import prepare_labelled
-from segpipe.measure import measure_scene
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import export_scene
 from segpipe.metrics.calibration import LEVELS
-from segpipe.report.frames import MEASURED
-from segpipe.report.intensity import SceneIntensity
-from segpipe.report.record import ClassInfo
-from segpipe.report.surface import NOT_DEFINED, SceneSurfaces, surface_table
-from segpipe.report.uncertainty import ALL_CLASSES, uncertainty_table
-from segpipe.request import check_request
-from segpipe.run_folder import Run
+from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.measure import measure_scene
+from segpipe.runs.check import check_request
 from segpipe.sources import discover
+from segpipe.tables.frames import MEASURED
+from segpipe.tables.intensity import SceneIntensity
+from segpipe.tables.record import ClassInfo
+from segpipe.tables.surface import NOT_DEFINED, SceneSurfaces, surface_table
+from segpipe.tables.uncertainty import ALL_CLASSES, uncertainty_table
 from tests.inference.lab import CENTRED, Lab, labels_of, patches, predict, prepared, scores_of
 
 INPUT = {"input": {"bands": ["b0"], "normalisation": CENTRED}}

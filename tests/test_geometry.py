@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import CRS, Geod, Transformer
 
-from segpipe.areas import is_mercator
 from segpipe.errors import SceneError
-from segpipe.geometry import RasterGeometry, geometry_from_dict, volume_geometry
+from segpipe.geometry.areas import is_mercator
+from segpipe.geometry.geometry import RasterGeometry, geometry_from_dict, volume_geometry
 
 
 def raster(code, transform, shape=(3, 4)):

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segpipe.config import load_job
-from segpipe.models.card import read_card
-from segpipe.reference import find_reference, open_reference
-from segpipe.scene import create_stages, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.config.card import read_card
+from segpipe.config.job import load_job
+from segpipe.inference.settings import resolve_settings
+from segpipe.pipeline.model_scene import create_stages, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.sources import SceneRef
-from segpipe.steps import finish_labels, predict_blocks
+from segpipe.sources.labels import find_reference, open_reference
 
 REPO = Path(__file__).parents[1]
 DATA = REPO.parent / "shared" / "data" / "msd_hippocampus"

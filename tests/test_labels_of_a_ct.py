@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from world import Ended, command, only_run, write_yaml
 
-from segpipe.config import Job
-from segpipe.report.record import load_record
+from segpipe.config.job import Job
+from segpipe.tables.record import load_record
 from tests.given import job_of, read, run_all
 
 CT = Path(__file__).parents[1].parent / "shared" / "data" / "totalsegmentator_ct"

@@ -13,17 +13,17 @@ import rasterio
 import shapely
 from world import NODATA, PIXEL, World, write_raster, write_volume
 
-from segpipe.config import Job
-from segpipe.deliver import export_scene, failed_record
+from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError
-from segpipe.finish import finish_run
-from segpipe.given_scene import find_labels, prepare_labelled
-from segpipe.measure import measure_scene
-from segpipe.request import check_request
-from segpipe.run_folder import Run
-from segpipe.scene import create_stages, pending_blocks, prepare_scene
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import export_scene, failed_record
+from segpipe.pipeline.given_scene import find_labels, prepare_labelled
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.runs.check import check_request
+from segpipe.runs.finish import finish_run
 from segpipe.sources import discover
-from segpipe.steps import finish_labels, predict_blocks
 from tests.given import job_of, read, run_all
 
 # ------------------------------------------------------------------ objects

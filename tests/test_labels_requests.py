@@ -14,10 +14,10 @@ import pytest
 import rasterio
 from world import Ended, World, write_raster, write_yaml
 
-from segpipe.classes import color_of, load_classes, with_found
+from segpipe.config.classes import color_of, load_classes, with_found
 from segpipe.errors import RequestError, SceneError
-from segpipe.given_scene import find_labels, prepare_labelled
-from segpipe.measure import measure_scene
+from segpipe.pipeline.given_scene import find_labels, prepare_labelled
+from segpipe.pipeline.measure import measure_scene
 from segpipe.sources import discover
 from tests.given import job_of
 
@@ -108,13 +108,13 @@ def test_torch_and_prefect_stay_out(world: World, tmp_path: Path) -> None:
     }
     code = (
         "import json, sys\n"
-        "from segpipe.config import Job\n"
-        "from segpipe.deliver import done_record, export_scene\n"
-        "from segpipe.given_scene import prepare_labelled\n"
-        "from segpipe.measure import measure_scene\n"
-        "from segpipe.request import check_request\n"
-        "from segpipe.finish import finish_run\n"
-        "from segpipe.run_folder import Run\n"
+        "from segpipe.config.job import Job\n"
+        "from segpipe.export.scene import done_record, export_scene\n"
+        "from segpipe.pipeline.given_scene import prepare_labelled\n"
+        "from segpipe.pipeline.measure import measure_scene\n"
+        "from segpipe.runs.check import check_request\n"
+        "from segpipe.runs.finish import finish_run\n"
+        "from segpipe.export.run_folder import Run\n"
         f"job = Job.model_validate({job!r})\n"
         "request = check_request(job)\n"
         "scene = prepare_labelled(job, request.scenes[0])\n"

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.geometry import volume_geometry
-from segpipe.grid import GridMap, model_grid, onto_model, onto_native
-from segpipe.lattice import lattice_axis, make_lattice
-from segpipe.memory import IN_FLIGHT, Workload
-from segpipe.plan import Plan, make_plan
-from segpipe.tiling_blocks import Blocks
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import volume_geometry
+from segpipe.geometry.grid_map import GridMap, model_grid, onto_model, onto_native
+from segpipe.tiling.blocks import Blocks
+from segpipe.tiling.memory import IN_FLIGHT, Workload
+from segpipe.tiling.plan import Plan, make_plan
+from segpipe.tiling.windows import lattice_axis, make_lattice
 
 MANY = settings(max_examples=100, deadline=None)
 LOAD = Workload(

@@ -10,12 +10,12 @@ import rasterio
 from affine import Affine
 from pyproj import CRS
 
-from segpipe.boxes import Box
-from segpipe.config import Reference
+from segpipe.config.job import Reference
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry, volume_geometry
-from segpipe.reference import find_reference, open_reference
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.sources import open_source
+from segpipe.sources.labels import find_reference, open_reference
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRANSFORM = (10.0, 0.0, 500000.0, 0.0, -10.0, 4000000.0)

@@ -19,9 +19,9 @@ import pytest
 import yaml
 from world import PROGRAM, Ended, World, command, environment, only_run, polygon, write_polygons
 
-from segpipe.config import load_job
-from segpipe.request import check_request
-from segpipe.store import Stage
+from segpipe.config.job import load_job
+from segpipe.runs.check import check_request
+from segpipe.store.stage import Stage
 
 TABLES = (
     "regions.csv",

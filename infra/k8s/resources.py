@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from segpipe.config import Job, Runner, load_job
+from segpipe.config.job import Job, Runner, load_job
 from segpipe.errors import RequestError, SegpipeError
-from segpipe.request import check_request
-from segpipe.scene import dry_plan
+from segpipe.pipeline.model_scene import dry_plan
+from segpipe.runs.check import check_request
 
 HEADROOM = 1024**3
 """Above the plan, before the container is ended: Prefect's worker and the flow, beside who computes."""

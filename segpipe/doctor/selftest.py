@@ -65,13 +65,13 @@ def threshold_card(folder: Path, limit: float = LIMIT) -> Path:
 @check("self-test")
 def check_engine() -> Finding:
     """Plan, ingest, predict and measure a small scene without Prefect; compare with the threshold itself."""
-    from segpipe.boxes import Box
-    from segpipe.config import Job
-    from segpipe.measure import measure_scene
-    from segpipe.request import check_request
-    from segpipe.scene import Scene
-    from segpipe.steps import finish_labels, predict_blocks, read_labels
-    from segpipe.whole import begin_scene
+    from segpipe.config.job import Job
+    from segpipe.geometry.box import Box
+    from segpipe.pipeline.measure import measure_scene
+    from segpipe.pipeline.model_scene import Scene
+    from segpipe.pipeline.predict import finish_labels, predict_blocks, read_labels
+    from segpipe.runs.check import check_request
+    from segpipe.runs.scene import begin_scene
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="segpipe-doctor-") as name:

@@ -10,7 +10,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore, from_url
 
 from segpipe.doctor.finding import Finding, State, check
-from segpipe.location import store_reason
+from segpipe.store.location import store_reason
 
 RIGHTS = "these credentials may not do this: allow list, get, put and delete under this prefix"
 ADVICE = {

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe import __version__
-from segpipe.atomic import write_atomic
 from segpipe.export.common import commit, staging
-from segpipe.location import is_url, open_store
+from segpipe.store.atomic import write_atomic
+from segpipe.store.location import is_url, open_store
 
 if TYPE_CHECKING:
-    from segpipe.report.record import ClassInfo, RunRecord
+    from segpipe.tables.record import ClassInfo, RunRecord
 
 BIDS_VERSION = "1.11.1"
 ENTITIES = {

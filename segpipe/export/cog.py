@@ -22,13 +22,13 @@ from pyproj import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from segpipe.boxes import Box, grid_boxes
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.common import commit, fit_labels, label_dtype, staging
 from segpipe.export.sidecars import gdal_pam, qgis_style
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
-from segpipe.report.colors import rgb
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader, ScoreReader
 
 TILE = 512

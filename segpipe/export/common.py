@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.models.card import Class
+from segpipe.geometry.box import Box
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""

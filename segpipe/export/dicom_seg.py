@@ -34,12 +34,12 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 
 from segpipe import __version__
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.common import commit, slab_boxes, staging
-from segpipe.models.card import Class
 from segpipe.sources.base import LabelReader
-from segpipe.sources.dicom import DicomSource
-from segpipe.sources.dicom_series import DICOM_ERRORS, Slice
+from segpipe.sources.dicom.reader import DicomSource
+from segpipe.sources.dicom.series import DICOM_ERRORS, Slice
 
 PRIVATE = "99SEGPIPE"
 """Coding scheme of classes whose card names no concept: the code is made from the class's name."""
@@ -93,7 +93,7 @@ def write_dicom_seg(
 
     Args:
         labels: windowed reader; called with whole slabs along z, in order.
-        source: the open series, which has all UIDs (`segpipe.sources.dicom_series.require_uids`).
+        source: the open series, which has all UIDs (`segpipe.sources.dicom.series.require_uids`).
         classes: values, names, colours and codes; those of background are no segments.
         nodata: the value of voxels without a label; no segment's.
         algorithm: what drew the labels.

@@ -10,9 +10,9 @@ import shapely
 from pyproj import Transformer
 from pyproj.exceptions import ProjError
 
-from segpipe.areas import horizontal_crs
 from segpipe.errors import SceneError
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.areas import horizontal_crs
+from segpipe.geometry.geometry import RasterGeometry
 
 PIECES = 64
 """Of each edge: its curve in degrees is followed by so many straight lines."""

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import obstore
 
-from segpipe.atomic import write_atomic
 from segpipe.errors import RequestError
-from segpipe.location import open_store
 from segpipe.sources.remote import public_uri
+from segpipe.store.atomic import write_atomic
+from segpipe.store.location import open_store
 
 if TYPE_CHECKING:
-    from segpipe.report.record import RunRecord
+    from segpipe.tables.record import RunRecord
 
 MANIFEST = "manifest.json"
 ITEM = "item.json"

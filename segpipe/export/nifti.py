@@ -20,11 +20,11 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.common import commit, fit_labels, label_dtype, slab_boxes, staging
 from segpipe.export.sidecars import slicer_colors
-from segpipe.geometry import VolumeGeometry
-from segpipe.models.card import Class
+from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.sources.base import LabelReader, ScoreReader
 
 DATA_OFFSET = {348: 352, 540: 544}

@@ -13,13 +13,13 @@ import geopandas
 import numpy as np
 import pandas as pd
 
-from segpipe.boxes import Box, grid_boxes
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.common import commit, staging
-from segpipe.geometry import RasterGeometry
-from segpipe.instances.merge import SceneObjects
-from segpipe.instances.polygons import block_pieces, dissolve
-from segpipe.models.card import Class
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.objects.merge import SceneObjects
+from segpipe.objects.outlines import block_pieces, dissolve
 from segpipe.sources.base import LabelReader
 
 STEP = 2048

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import zarr
 
-from segpipe.boxes import Box, grid_boxes
+from segpipe.config.card import Class
 from segpipe.export.common import fit_labels, label_dtype, staging
-from segpipe.geometry import Geometry, RasterGeometry
-from segpipe.models.card import Class
-from segpipe.report.colors import rgb
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader
-from segpipe.store import LABEL_CODEC
+from segpipe.store.stage import LABEL_CODEC
 
 VERSION = "0.5"
 SMALLEST = 256

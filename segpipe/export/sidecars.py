@@ -12,8 +12,8 @@ from xml.etree import ElementTree as ET
 
 from pyproj import CRS
 
-from segpipe.models.card import Class
-from segpipe.report.colors import rgb
+from segpipe.config.card import Class
+from segpipe.pictures.colors import rgb
 
 LARGEST_LISTED = 255
 """Category names are a dense list from 0: beyond this value only the attribute table is written."""

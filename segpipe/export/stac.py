@@ -22,15 +22,15 @@ from pystac.extensions.projection import ProjectionExtension
 from pystac.extensions.raster import DataType, RasterBand, RasterExtension, Sampling
 
 from segpipe import __version__
+from segpipe.config.card import Card, Class
 from segpipe.export.footprint import outline
 from segpipe.export.manifest import ITEM, Mark
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Card, Class
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.gdal import Handles
 from segpipe.sources.remote import is_remote, public_uri
 
 if TYPE_CHECKING:
-    from segpipe.report.record import RunRecord
+    from segpipe.tables.record import RunRecord
 
 CATALOG = "catalog.json"
 PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"

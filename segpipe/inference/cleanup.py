@@ -6,7 +6,7 @@ import cc3d
 import numpy as np
 from scipy import ndimage
 
-from segpipe.models.card import Card
+from segpipe.config.card import Card
 
 
 def clean_labels(labels: np.ndarray, card: Card) -> np.ndarray:

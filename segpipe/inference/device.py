@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from segpipe.inference.uncertainty import log_classes
-from segpipe.instances.window import WindowObjects
+from segpipe.objects.window import WindowObjects
 
 Pending = tuple[torch.Tensor, torch.cuda.Event | None]
 """A tensor on the host, and what to wait for before it may be read."""

@@ -15,26 +15,26 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from segpipe.allocator import release
-from segpipe.boxes import Box
+from segpipe.config.card import Card, Interpolation
 from segpipe.errors import SceneError, StoppedError
-from segpipe.grid import onto_model
+from segpipe.geometry.box import Box
+from segpipe.geometry.grid_map import onto_model
+from segpipe.inference.block_result import BlockResult, BlockStore, Timings
 from segpipe.inference.dense_crf import dense_crf
 from segpipe.inference.device import Answer, Stopwatch, entropy, flip_views, to_host
-from segpipe.inference.labels import label_dtype
+from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
-from segpipe.inference.native import NativeAnswer, native_answer
 from segpipe.inference.normalise import Normaliser
-from segpipe.inference.objects import ObjectMerger, masked
-from segpipe.inference.overlap import Prefetch, Writer
-from segpipe.inference.results import BlockResult, BlockStore, Timings
-from segpipe.lattice import Index
+from segpipe.inference.object_merger import ObjectMerger, masked
+from segpipe.inference.queues import Prefetch, Writer
+from segpipe.inference.to_native import NativeAnswer, native_answer
 from segpipe.models.base import ObjectModel, SegmentationModel
-from segpipe.models.card import Card, Interpolation
 from segpipe.models.outputs import activate, all_finite, best_class
-from segpipe.plan import Plan
 from segpipe.sources.base import Pixels
-from segpipe.tiling_blocks import block_id
+from segpipe.tiling.allocator import release
+from segpipe.tiling.blocks import block_id
+from segpipe.tiling.plan import Plan
+from segpipe.tiling.windows import Index
 
 READ_AHEAD = 2
 """Batches prepared ahead of the network."""

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from segpipe.boxes import Box
-from segpipe.lattice import Index, Lattice
+from segpipe.geometry.box import Box
+from segpipe.tiling.windows import Index, Lattice
 
 GAUSSIAN_SIGMA = 0.125
 """Standard deviation of the window's weight as a share of its edge (nnU-Net's value)."""

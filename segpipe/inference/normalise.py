@@ -13,10 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from segpipe.boxes import Box, grid_boxes
-from segpipe.geometry import Geometry
-from segpipe.grid import GridMap, model_grid, sample_nearest
-from segpipe.models.card import (
+from segpipe.config.card import (
     Card,
     Clip,
     Divide,
@@ -27,6 +24,9 @@ from segpipe.models.card import (
     Subtract,
     WindowZscore,
 )
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import Geometry
+from segpipe.geometry.grid_map import GridMap, model_grid, sample_nearest
 from segpipe.sources.base import Pixels, Scaling
 
 SAMPLE_EDGE = {2: 1024, 3: 128}

@@ -8,18 +8,18 @@ import cc3d
 import numpy as np
 import torch
 
-from segpipe.boxes import Box
+from segpipe.config.card import Card, RegionOfInterest, load_card
 from segpipe.errors import SceneError
-from segpipe.geometry import Geometry
-from segpipe.grid import GridMap, sample_nearest
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry
+from segpipe.geometry.grid_map import GridMap, sample_nearest
 from segpipe.inference.normalise import Normaliser, Readable, sample_grid, scene_statistics
-from segpipe.models.card import Card, RegionOfInterest, load_card
 from segpipe.models.outputs import activate
 from segpipe.models.registry import load_model
 from segpipe.sources.base import Scaling
 
 if TYPE_CHECKING:
-    from segpipe.settings import Settings
+    from segpipe.inference.settings import Settings
 
 
 def find_crop(

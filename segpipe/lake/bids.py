@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from segpipe.lake.config import Lake
+from segpipe.config.scan import Lake
+from segpipe.lake.entry import Found
 from segpipe.lake.files import local_file, local_folder, sorted_names
-from segpipe.lake.found import Found
 
 IMAGES = (".nii.gz", ".nii")
 """Suffixes of an image file."""

@@ -7,19 +7,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from segpipe.config.scan import Lake
 from segpipe.errors import SceneError
-from segpipe.lake.config import Lake
+from segpipe.lake.entry import Found
 from segpipe.lake.files import UNFINISHED, local_folder, sorted_names
-from segpipe.lake.found import Found
 from segpipe.lake.naming import place_name
-from segpipe.sources.dicom_series import not_a_slice, read_header, series_of
-from segpipe.sources.kinds import (
-    NIFTI_SUFFIXES,
-    PICTURE_SUFFIXES,
-    RASTER_SUFFIXES,
-    SERIES,
-    series_label,
-)
+from segpipe.sources.dicom.series import not_a_slice, read_header, series_of
+from segpipe.sources.uri import NIFTI_SUFFIXES, PICTURE_SUFFIXES, RASTER_SUFFIXES, SERIES, series_label
 
 OTHER_SUFFIXES = (*RASTER_SUFFIXES, *PICTURE_SUFFIXES, *NIFTI_SUFFIXES, *UNFINISHED)
 """Files that are not looked into."""

@@ -16,14 +16,14 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
-from segpipe.lake.config import Lake
-from segpipe.lake.found import Found
+from segpipe.lake.entry import Found
 from segpipe.lake.naming import PLAIN_SUFFIXES, place_name
 from segpipe.sources.common import reason
 from segpipe.sources.discover import FOLDER_SUFFIXES, WILDCARDS
-from segpipe.sources.kinds import PICTURE_SUFFIXES
 from segpipe.sources.remote import PATIENCE
+from segpipe.sources.uri import PICTURE_SUFFIXES
 
 STORES = ("s3://", "gs://", "az://")
 """Whose prefixes can be listed."""

@@ -20,10 +20,10 @@ import obstore
 from obstore.store import ObjectStore
 from pydantic import TypeAdapter
 
-from segpipe.lake.found import Found
-from segpipe.location import delete_objects, join, open_store
-from segpipe.report.record import SceneRecord
+from segpipe.lake.entry import Found
 from segpipe.sources.remote import public_uri
+from segpipe.store.location import delete_objects, join, open_store
+from segpipe.tables.record import SceneRecord
 
 LAKE_FOLDER = ".lake"
 PAGE = 1000

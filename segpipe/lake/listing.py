@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from segpipe.lake.config import Lake, LakeKind
-from segpipe.lake.found import Found
+from segpipe.config.scan import Lake, LakeKind
+from segpipe.lake.entry import Found
 
 
 def list_lake(lake: Lake) -> Iterator[Found]:

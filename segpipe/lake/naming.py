@@ -6,7 +6,7 @@ import hashlib
 import re
 
 from segpipe.sources.discover import FOLDER_SUFFIXES, LONGEST_NAME, safe_name
-from segpipe.sources.kinds import PICTURE_SUFFIXES
+from segpipe.sources.uri import PICTURE_SUFFIXES
 
 DIGITS = 12
 """Of the hash behind a name that does not say its place: a million such names stay apart."""

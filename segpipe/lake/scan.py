@@ -8,24 +8,24 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from segpipe.config import Job, parse_memory
+from segpipe.config.card import Card
+from segpipe.config.job import Job, parse_memory
+from segpipe.config.scan import Identity, LakeKind, Scan
 from segpipe.errors import RequestError
-from segpipe.fingerprint import fingerprint
-from segpipe.lake.config import Identity, LakeKind, Scan
+from segpipe.inference.settings import Settings
 from segpipe.lake.content import content_hash
+from segpipe.lake.entry import Found
 from segpipe.lake.files import wanted
-from segpipe.lake.found import Found
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Known, Ledger
 from segpipe.lake.listing import list_lake
-from segpipe.location import check_writable, is_url
-from segpipe.models.card import Card
 from segpipe.report.markdown import plain_text
-from segpipe.report.units import byte_size
-from segpipe.request import check_job
-from segpipe.settings import Settings
+from segpipe.runs.check import check_job
+from segpipe.runs.fingerprint import fingerprint
 from segpipe.sources.base import SceneRef
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.store.location import check_writable, is_url
+from segpipe.tables.units import byte_size
 
 SHORT = 6
 """Digits of the digest behind a name that another scene of the scan has."""

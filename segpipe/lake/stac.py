@@ -15,11 +15,11 @@ from pystac_client import Client
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
+from segpipe.config.scan import Lake, StacFilter
 from segpipe.errors import RequestError
-from segpipe.lake.config import Lake, StacFilter
+from segpipe.lake.entry import Found
 from segpipe.lake.files import STORES
-from segpipe.lake.found import Found
-from segpipe.lake.stac_scene import NoSceneError, absolute, item_scene
+from segpipe.lake.stac_item import NoSceneError, absolute, item_scene
 from segpipe.sources.common import reason
 from segpipe.sources.remote import is_remote
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
+from segpipe.geometry.box import Box
 from segpipe.metrics.tally import compact
 from segpipe.regions.base import FULL, RegionSet
 from segpipe.sources.base import Pixels, Scaling

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED
 from segpipe.metrics.surface_distances import (
     Distances,

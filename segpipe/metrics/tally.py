@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box, grid_boxes
 from segpipe.errors import SceneError
-from segpipe.geometry import Geometry
-from segpipe.reference import IGNORED
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import Geometry
 from segpipe.regions.base import FULL, Cover, RegionSet
+from segpipe.sources.labels import IGNORED
 
 __all__ = [
     "IGNORED",

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     import numpy as np
 
-    from segpipe.instances.window import WindowObjects
+    from segpipe.objects.window import WindowObjects
 
 
 class SegmentationModel(Protocol):
@@ -50,7 +50,7 @@ class ObjectNetwork(Protocol):
 
     device: torch.device
     rule: Literal["transformers", "paper"]
-    """How masks of panoptic cards compete: see `segpipe.instances.window.resolve_masks`."""
+    """How masks of panoptic cards compete: see `segpipe.objects.window.resolve_masks`."""
 
     @property
     def parameters(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from segpipe.models.card import Card, Divide, SceneQuantiles, Subtract, card_error
+from segpipe.config.card import Card, Divide, SceneQuantiles, Subtract, card_error
 
 
 def check_window(card: Card) -> None:

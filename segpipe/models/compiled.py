@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
 from segpipe.models.network import Network, TorchNetwork
 
 COMPILERS = ("g++", "clang++", "c++")

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.base import SegmentationModel
-from segpipe.models.card import Card, card_error
 from segpipe.models.weights import load_state, resolve_weights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

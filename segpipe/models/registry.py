@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from segpipe.config import Precision
+from segpipe.config.card import WITHOUT_WEIGHTS, Card, Provider, card_error, load_card
+from segpipe.config.job import Precision
 from segpipe.errors import RequestError
-from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider, card_error, load_card
 from segpipe.models.checks import check_input, check_objects, check_window
 from segpipe.models.weights import resolve_weights, weights_files, weights_fingerprint
 
@@ -90,7 +90,7 @@ def load_model(
 
 def load_object_model(card: Card, device: str, threads: int, precision: str) -> ObjectModel:
     """The same for a card whose output is instance or panoptic."""
-    from segpipe.models.objects import ReadyObjects
+    from segpipe.models.object_model import ReadyObjects
 
     return _loaded(card, device, threads, precision, ReadyObjects)
 
@@ -230,7 +230,7 @@ def check_card(card: Card) -> None:
 def provider(card: Card) -> Adapter:
     """The provider's module, imported when first needed: each one is seconds and megabytes."""
     try:
-        return cast(Adapter, importlib.import_module(f"segpipe.models.{card.provider.value}"))
+        return cast(Adapter, importlib.import_module(f"segpipe.models.providers.{card.provider.value}"))
     except ModuleNotFoundError as error:
         raise card_error(
             card, "provider", f"{card.provider.value} needs the package {error.name}: install it"

@@ -7,11 +7,11 @@ from typing import Protocol, cast
 
 import torch
 
+from segpipe.config.card import Card, card_error
 from segpipe.models.base import Objective, ObjectModel, ObjectNetwork
-from segpipe.models.card import Card, card_error
 from segpipe.models.checks import check_input, check_objects, check_window
 from segpipe.models.network import TorchNetwork
-from segpipe.models.objects import ReadyObjects
+from segpipe.models.object_model import ReadyObjects
 from segpipe.models.registry import Adapter, build_network, provider
 
 

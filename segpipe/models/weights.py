@@ -11,8 +11,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from segpipe.config.card import WITHOUT_WEIGHTS, Card, Provider, card_error
 from segpipe.errors import RequestError
-from segpipe.models.card import WITHOUT_WEIGHTS, Card, Provider, card_error
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def resolve_weights(card: Card) -> Path:
 
 
 def _from_package(card: Card) -> Path:
-    from segpipe.sources.kinds import package_file
+    from segpipe.sources.uri import package_file
 
     try:
         return package_file(card.weights)
@@ -188,7 +188,9 @@ def weights_fingerprint(card: Card) -> str:
 
 
 def _members(card: Card) -> list[Card]:
-    from segpipe.models.members import member_cards  # which tells its mistakes with this module
+    from segpipe.models.providers.ensemble_members import (
+        member_cards,  # which tells its mistakes with this module
+    )
 
     return member_cards(card)
 

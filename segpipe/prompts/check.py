@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from segpipe.config import TTA, Blend, Job
+from segpipe.config.card import Card, read_card
+from segpipe.config.job import TTA, Blend, Job
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, read_card
 from segpipe.models.registry import ModelDescription, check_card, describe
 from segpipe.models.weights import resolve_weights
-from segpipe.prompts.detectors import check_detector
-from segpipe.prompts.phrases import file_mark, phrase_classes
-from segpipe.prompts.processors import read_kind
-from segpipe.prompts.request import parse_phrases
-from segpipe.prompts.scene import prompted_card
-from segpipe.prompts.segmenter_registry import check_segmenter, load_segmenter
+from segpipe.prompts.grounding.detectors import check_detector
+from segpipe.prompts.grounding.processors import read_kind
+from segpipe.prompts.inputs.prompts import parse_phrases
+from segpipe.prompts.phrase_classes import file_mark, phrase_classes
+from segpipe.prompts.prompt_scene import prompted_card
+from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 
 
 def check_prompts(job: Job) -> Card:

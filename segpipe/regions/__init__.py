@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from segpipe.config import Regions
-from segpipe.geometry import Geometry, RasterGeometry
+from segpipe.config.job import Regions
+from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.regions.atlas import is_atlas, load_atlas
 from segpipe.regions.base import FULL, SCENE, Cover, RegionSet, WholeScene, WithScene, different
 from segpipe.regions.grids import grid_layer, is_grid, load_grid, parse_grid

@@ -12,15 +12,15 @@ import numpy as np
 from pyproj import CRS, Transformer
 from scipy.ndimage import find_objects
 
-from segpipe.alignment import element_map, same_grid
-from segpipe.areas import horizontal_crs
-from segpipe.boxes import Box, grid_boxes
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import Geometry, RasterGeometry
-from segpipe.reference import LabelFile
+from segpipe.geometry.alignment import element_map, same_grid
+from segpipe.geometry.areas import horizontal_crs
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.regions.base import FULL, Cover, RegionSet, different
-from segpipe.sources.kinds import NIFTI_SUFFIXES, RASTER_SUFFIXES
+from segpipe.sources.labels import LabelFile
+from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES
 
 ATLAS_SUFFIXES = (*NIFTI_SUFFIXES, *RASTER_SUFFIXES)
 READ_LIMIT = 1 << 24

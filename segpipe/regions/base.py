@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
-from segpipe.geometry import Geometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry
 
 SCENE = "scene"
 """Name of the region that is the whole scene; every scene has it."""

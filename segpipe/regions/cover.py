@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import shapely
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.regions.base import FULL
 
 

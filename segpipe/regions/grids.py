@@ -14,10 +14,10 @@ import numpy as np
 import shapely
 from pyproj import CRS, Transformer
 
-from segpipe.areas import horizontal_crs
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import Geometry, RasterGeometry
+from segpipe.geometry.areas import horizontal_crs
+from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.regions.layer import Layer, make_layer, only_polygons
 from segpipe.regions.polygons import PolygonRegions, footprint, place_layer
 

@@ -16,9 +16,9 @@ import pyogrio
 import shapely
 from pyproj import CRS
 
-from segpipe.areas import horizontal_crs
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError
+from segpipe.geometry.areas import horizontal_crs
 from segpipe.regions.base import different
 
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")

@@ -14,11 +14,11 @@ import shapely
 from pyproj import CRS, Geod, Transformer
 from pyproj.exceptions import ProjError
 
-from segpipe.areas import horizontal_crs
-from segpipe.boxes import Box
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import Geometry, RasterGeometry
+from segpipe.geometry.areas import horizontal_crs
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.regions.base import FULL, Cover, RegionSet
 from segpipe.regions.cover import unit_cover
 from segpipe.regions.layer import Layer, only_polygons, read_layer

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from segpipe.report import units
 from segpipe.report.definitions import Definition, of_column
-from segpipe.report.record import ClassInfo
+from segpipe.tables import units
+from segpipe.tables.record import ClassInfo
 
 ROWS = 2000
 """Rows shown; browsers sort and search these at once. The rest is in the CSV."""

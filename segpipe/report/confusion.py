@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from segpipe.regions.base import SCENE
-from segpipe.report import units
-from segpipe.report.record import ClassInfo
+from segpipe.tables import units
+from segpipe.tables.record import ClassInfo
 
 LISTED = 16
 """Classes with a row; with more, those with most reference and prediction, and one for the rest."""

@@ -8,11 +8,11 @@ import re
 import pandas as pd
 
 from segpipe.regions.base import SCENE
-from segpipe.report import units
-from segpipe.report.asked import finding, phrase_rows
-from segpipe.report.phrase_table import asked_table
-from segpipe.report.record import RunRecord
-from segpipe.report.shares import class_bars
+from segpipe.report.class_bars import class_bars
+from segpipe.report.phrases import finding, phrase_rows
+from segpipe.tables import units
+from segpipe.tables.phrases import asked_table
+from segpipe.tables.record import RunRecord
 
 HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
 """Metrics told first, of those over all classes; the summary table has every one."""

@@ -13,11 +13,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from segpipe.regions.base import SCENE
-from segpipe.report import units
 from segpipe.report.cells import Cell, Head
 from segpipe.report.figures import LEAST_SCENES, Agreement, Strip, bland_altman, distribution
-from segpipe.report.record import ClassInfo, RunRecord, SceneRecord
-from segpipe.report.uncertainty import ALL_CLASSES
+from segpipe.tables import units
+from segpipe.tables.record import ClassInfo, RunRecord, SceneRecord
+from segpipe.tables.uncertainty import ALL_CLASSES
 
 CLASSES = 12
 """Rows of a distribution: the classes with the largest sizes."""

@@ -16,19 +16,19 @@ from typing import Any
 
 import pandas as pd
 
+from segpipe.pictures.archive import Previews
 from segpipe.regions.base import SCENE
-from segpipe.report import units
-from segpipe.report.asked import Asked, asked_view, finding
 from segpipe.report.cells import ROWS, Table, page_table
+from segpipe.report.class_bars import LISTED, Bars, class_bars
 from segpipe.report.confusion import confusion_matrix
 from segpipe.report.definitions import Definition, needed, of_metric
 from segpipe.report.markdown import HEADLINES
 from segpipe.report.overview import figures, scene_scores, scene_table
-from segpipe.report.pictures import Previews
-from segpipe.report.record import ClassInfo, ModelSummary, RunRecord, SceneRecord
+from segpipe.report.phrases import Asked, asked_view, finding
 from segpipe.report.scene_page import scene_view
-from segpipe.report.shares import LISTED, Bars, class_bars
 from segpipe.report.templates import data_uri, relative, render
+from segpipe.tables import units
+from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord
 
 INDEX = "report.html"
 FAILURES = 10

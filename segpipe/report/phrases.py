@@ -1,176 +1,191 @@
-"""A picture of each phrase of a prompted run: its objects filled and outlined, everything else dim."""
+"""What was asked of a prompted run: the table of scenes and phrases, and the page's summary of it.
+
+A phrase is the name of a class, so sizes and numbers of objects are those of the region table. Every phrase
+that was asked for has its row, found or not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from segpipe.geometry import VolumeGeometry
-from segpipe.models.card import Class
-from segpipe.report.colors import rgb
-from segpipe.report.drawing import edges, resize, stretch, webp
-from segpipe.report.pictures import Panel
-from segpipe.report.planes import AXIAL, UP, Anatomy, Extents
-from segpipe.report.sampling import Plane, Readers, Stack, sample_image, sample_labels
-from segpipe.report.slices import lettered, slice_name
-
-if TYPE_CHECKING:
-    from segpipe.instances.merge import SceneObjects
-
-MOST = 12
-"""Phrases with a picture: the first with objects, in the order asked."""
-EDGE = 512
-"""Longest side of a volume's slice, in pixels."""
-DOT = 5
-"""Objects smaller than this many pixels of the picture are drawn as dots of this size."""
-_QUALITY = 75
-_FILL, _OTHERS, _DIM = 0.45, 0.2, 0.55
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+from segpipe.report.cells import Cell, Head
+from segpipe.tables import units
+from segpipe.tables.phrases import _COUNTS, FOUND, GIVEN, SCENE_FAILED
+from segpipe.tables.record import ClassInfo, SceneRecord
 
 
-def phrases_with_objects(classes: Sequence[Class], asked: SceneObjects | None) -> list[Class]:
-    """The classes with an object, in their order; none without a table of objects."""
-    found = set() if asked is None else set(np.unique(asked.classes).tolist())
-    return [c for c in classes if c.value in found and not c.background]
+def words(row: Mapping[Any, Any]) -> str:
+    """What became of a phrase in a scene, in one line: the note, or the numbers."""
+    outcome = str(row["outcome"])
+    if outcome == SCENE_FAILED:
+        return f"unknown: the scene failed ({row['note'] or 'no reason recorded'})"
+    found, below, small, merged = (0 if pd.isna(row[c]) else int(row[c]) for c in _COUNTS)
+    parts = [str(row["note"]) or _outcome_words(row, found, below, small)]
+    if merged and "merged" not in parts[0]:
+        parts.append(f"{merged:,} merged into other objects")
+    if found and not pd.isna(row["objects"]) and row["objects"] == 0:
+        parts.append("none of them is left in the map")
+    return "; ".join(parts)
 
 
-def shown_phrases(classes: Sequence[Class], asked: SceneObjects | None) -> list[Class]:
-    """Those that get a picture."""
-    return phrases_with_objects(classes, asked)[:MOST]
+def _outcome_words(row: Mapping[Any, Any], found: int, below: int, small: int) -> str:
+    outcome, means = str(row["outcome"]), str(row["means"])
+    near = "" if pd.isna(row["similarity"]) else f" with {float(row['similarity']):.2f}"
+    lost = [f"{n:,} {why}" for n, why in ((below, "below the threshold"), (small, "too small")) if n]
+    if lost and not pd.isna(row["best"]):
+        lost[-1] += f", the best score is {float(row['best']):.2f}"
+    if outcome == FOUND:
+        return ", ".join([f"{found:,} found", *lost])
+    if outcome == GIVEN:
+        return "not asked for in words: the objects come from prompts"
+    if outcome == "below threshold":
+        return f"not found: {', '.join(lost) or 'no score reaches the threshold'}"
+    if outcome == "not found":
+        return "not found" + (f", though it means {means}{near}" if means else "")
+    return f"{outcome}" + (f"; nearest is {means}{near}" if means else "")
 
 
-def left_out(classes: Sequence[Class], asked: SceneObjects | None) -> list[str]:
-    """A note where some phrases have no picture."""
-    number = len(phrases_with_objects(classes, asked))
-    return [f"Pictures are of the first {MOST} of {number} phrases with objects."] if number > MOST else []
+@dataclass(frozen=True)
+class AskedRow:
+    """A phrase in the page's summary."""
+
+    phrase: str
+    color: str
+    """Of its class."""
+    outcome: str
+    good: bool
+    """Whether it was found in any scene."""
+    cells: tuple[Cell, ...]
+    """Under `Asked.heads`."""
+    note: str
 
 
-def highlighted(
-    base: np.ndarray,
-    labels: np.ndarray,
-    shown: Class,
-    classes: Sequence[Class],
-    nodata: int | None,
-    ids: np.ndarray | None,
-) -> np.ndarray:
-    """RGBA: one class filled and outlined over the picture, which is darker and greyer around it.
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, as the page shows it."""
 
-    Args:
-        base: RGBA (rows, columns, 4).
-        labels: class values (rows, columns).
-        shown: the class.
-        classes: all of them; objects of the others are seen as a faint veil.
-        nodata: the label of elements without data.
-        ids: of objects; each is outlined, also against its neighbour of the same class.
-    """
-    ground = [c.value for c in classes if c.background]
-    mine = labels == shown.value
-    others = ~mine & ~np.isin(labels, ground if nodata is None else [*ground, nodata])
-    below = np.where(base[..., 3:] > 0, base[..., :3], 255).astype(np.float32)
-    color = np.array(rgb(shown.color), dtype=np.float32)
-    dim = _DIM * (below + (below @ _LUMA)[..., None]) / 2
-    dim[others] += _OTHERS * (255 - dim[others])
-    filled = (1 - _FILL) * below + _FILL * color
-    line = mine & edges(np.where(mine, labels if ids is None else ids, 0))
-    picture = np.where(mine[..., None], filled, dim)
-    picture[line] = color
-    alpha = np.where(mine | others, 255, base[..., 3]).astype(np.uint8)
-    return np.dstack([picture.round().astype(np.uint8), alpha])
+    finding: str
+    """In a sentence; empty: nothing was asked in words."""
+    heads: tuple[Head, ...]
+    rows: tuple[AskedRow, ...]
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    """What became of prompts of files, by scene."""
 
 
-def small_objects(
-    asked: SceneObjects | None, value: int, plane: Plane, steps: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """(n, 2) rows and columns of the picture, float64: middles of boxes of objects too small to be seen.
+def asked_view(
+    table: pd.DataFrame,
+    instances: pd.DataFrame | None,
+    scenes: Sequence[SceneRecord],
+    classes: Sequence[ClassInfo],
+) -> Asked | None:
+    """The summary over scenes; None where nothing was asked.
 
     Args:
-        asked: all objects; None: there are none.
-        value: the class.
-        plane: how the scene was thinned.
-        steps: −1 where rows or columns were turned around, else 1.
-        size: of the picture, (rows, columns).
+        table: of `asked_table`, the rows of these scenes.
+        instances: their objects, for mean scores; left out: those of the table, of one scene.
+        scenes: of the record.
+        classes: of the run.
     """
-    if asked is None:
-        return np.zeros((0, 2))
-    own = asked.take(asked.classes == value)
-    per_cell = np.array(size) / np.array(plane.size)
-    scale = per_cell / np.array(plane.factors)  # pixels of the picture per element
-    small = ((own.stop - own.start) * scale).max(axis=1, initial=0) < DOT
-    middle = (own.start[small] + own.stop[small]) / 2 * scale
-    return np.asarray(np.where(np.array(steps) < 0, np.array(size) - middle, middle))
-
-
-def spotted(picture: np.ndarray, places: np.ndarray, color: str) -> np.ndarray:
-    """The RGBA picture with a dot at each of the (n, 2) places, dark around its colour."""
-    result = picture.copy()
-    reach = DOT // 2 + 1
-    offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).T
-    distance = np.hypot(*offsets.T)
-    limit = np.array(picture.shape[:2])
-    at = np.unique(np.floor(places).astype(int), axis=0)
-    for radius, shade in ((DOT / 2 + 1, (16, 20, 26)), (DOT / 2, rgb(color))):
-        for offset in offsets[distance <= radius]:
-            spots = at + offset
-            rows, columns = spots[((spots >= 0) & (spots < limit)).all(axis=1)].T
-            result[rows, columns] = (*shade, 255)
-    return result
-
-
-def phrase_slices(
-    read: Readers,
-    geometry: VolumeGeometry,
-    shown: Sequence[Class],
-    extents: Extents,
-    classes: Sequence[Class],
-    nodata: int | None,
-    bounds: tuple[float, float],
-    channel: int,
-) -> list[tuple[Class, np.ndarray, str]]:
-    """The axial slice with most voxels of each phrase, upright, with square millimetres; read in one pass.
-
-    Ties go to the smallest index; a phrase without a voxel has none.
-
-    Returns:
-        phrase, RGBA and where the slice is.
-    """
-    anatomy = Anatomy.of(geometry)
-    across = anatomy.axis[UP]
-    counts = {c.value: extents.along(c.value, across) for c in shown}
-    drawn = [c for c in shown if counts[c.value].any()]
-    if not drawn:
-        return []
-    at = np.unique([int(counts[c.value].argmax()) for c in drawn])
-    sides = anatomy.millimetres(geometry, AXIAL)
-    size = tuple(max(1, round(EDGE * side / max(sides))) for side in sides)
-    edge = max(n for axis, n in enumerate(geometry.shape) if axis != across)
-    stack = Stack(geometry.shape, across, tuple(at.tolist()), max(1, edge // EDGE))
-    values, valid = sample_image(read.image, stack, (channel,))
-    labels = sample_labels(read.labels, stack)
-    ids = labels if read.ids is None else sample_labels(read.ids, stack)
+    lines = tuple((s.name, s.prompts) for s in scenes if s.prompts)
+    if table.empty and not lines:
+        return None
+    sizes = [c for c in units.SIZES if c in table and table[c].notna().any()]
+    groups = [(str(p), rows) for p, rows in table.groupby("phrase", sort=False)]
+    shown = {c: units.size_unit(c, [rows[c].sum() for _, rows in groups]) for c in sizes}
+    heads = [Head("Found", "", True, ""), Head("Objects", "", True, "")]
+    heads += [Head(units.SIZES[c].capitalize(), u.symbol, True, "", "size") for c, u in shown.items()]
+    heads.append(Head("Mean score", "", True, ""))
+    colors = {c.name: c.color for c in classes}
     result = []
-    for item in drawn:
-        index = int(counts[item.value].argmax())
-        i = int(np.searchsorted(at, index))
-        base = stretch(anatomy.upright(values[:, i], AXIAL), anatomy.upright(valid[i], AXIAL), [bounds])
-        base = resize(base, (size[0], size[1]), smooth=True)
-        own, outlined = (
-            resize(anatomy.upright(part[i], AXIAL), (size[0], size[1]), smooth=False)
-            for part in (labels, ids)
-        )
-        picture = lettered(highlighted(base, own, item, classes, nodata, outlined))
-        opaque = np.full((*picture.shape[:2], 1), 255, np.uint8)
-        result.append((item, np.dstack([picture, opaque]), f"{slice_name(geometry, index)}, has most of it."))
+    for phrase, rows in groups:
+        cells = [_whole(rows["found"]), _whole(rows["objects"])]
+        cells += [_sum(rows[c], lambda v, u=u: units.size(v, u)) for c, u in shown.items()]
+        cells.append(_score(rows, instances, phrase))
+        outcome, note = _over(rows)
+        good = bool(rows["outcome"].isin((FOUND, GIVEN)).any())
+        result.append(AskedRow(phrase, colors.get(phrase, ""), outcome, good, tuple(cells), note))
+    return Asked(finding(table), tuple(heads), tuple(result), lines)
+
+
+def _over(rows: pd.DataFrame) -> tuple[str, str]:
+    """Outcome and words of a phrase over scenes; words that all scenes share are told once."""
+    counts = rows["outcome"].value_counts(sort=False)
+    told = {words(row) for row in rows.to_dict("records")}
+    if len(counts) == 1:
+        outcome = str(counts.index[0])
+        return outcome, told.pop() if len(told) == 1 else f"{outcome} in all {len(rows):,} scenes"
+    found = int(counts.get(FOUND, 0) or counts.get(GIVEN, 0))
+    outcome = f"in {found:,} of {len(rows):,}" if found else " / ".join(map(str, counts.index))
+    return outcome, "; ".join(f"{name} in {n:,} scene{'' if n == 1 else 's'}" for name, n in counts.items())
+
+
+def finding(table: pd.DataFrame) -> str:
+    """How many of the phrases asked for in words were found anywhere, and which were not."""
+    asked = table[~table["outcome"].isin((GIVEN, SCENE_FAILED))]
+    if asked.empty:
+        return ""
+    phrases = list(dict.fromkeys(asked["phrase"]))
+    hit = set(asked.loc[asked["outcome"] == FOUND, "phrase"])
+    text = f"{len(hit):,} of {len(phrases):,} phrase{'' if len(phrases) == 1 else 's'} found"
+    missing = [p for p in phrases if p not in hit]
+    return f"{text}; not found: {', '.join(missing)}." if missing else f"{text}."
+
+
+def phrase_captions(table: pd.DataFrame) -> dict[str, str]:
+    """``23 objects, 190 ha`` for each phrase of one scene's rows of `asked_table`."""
+    sizes = [c for c in units.SIZES if c in table]
+    result = {}
+    for row in table.to_dict("records"):
+        parts = []
+        if not pd.isna(row["objects"]):
+            parts.append(f"{row['objects']:,} object{'' if row['objects'] == 1 else 's'}")
+        for column in sizes:
+            if not math.isnan(row[column]):
+                unit = units.size_unit(column, [row[column]])
+                parts.append(f"{units.size(row[column], unit)} {unit.symbol}")
+        result[str(row["phrase"])] = ", ".join(parts)
     return result
 
 
-def phrase_panels(drawn: Sequence[tuple[Class, np.ndarray, str]]) -> tuple[Panel, ...]:
-    """Panels of phrases: the title is the phrase, the caption where the picture is, if anywhere special."""
-    panels = []
-    for number, (item, picture, place) in enumerate(drawn):
-        high, wide = picture.shape[:2]
-        said = f"{item.name}: its objects are filled and outlined, everything else is dim. {place}".strip()
-        content = webp(picture, _QUALITY)
-        panels.append(Panel(f"phrase-{number:02d}", item.name, place, said, content, wide, high, "webp"))
-    return tuple(panels)
+def phrase_rows(table: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
+    """Phrase, outcome, objects, size with its unit, and words, over all scenes: as plain text."""
+    view = asked_view(table, None, (), ())
+    if view is None:
+        return []
+    result = []
+    for row in view.rows:
+        sizes = zip(view.heads[2:-1], row.cells[2:-1], strict=True)
+        size = ", ".join(f"{cell.text} {head.unit}" for head, cell in sizes if cell.sort) or "—"
+        result.append((row.phrase, row.outcome, row.cells[1].text, size, row.note))
+    return result
+
+
+def _whole(values: pd.Series) -> Cell:
+    return _sum(values, lambda v: units.number(v, 0))
+
+
+def _sum(values: pd.Series, form: Any) -> Cell:
+    known = values.dropna()
+    if known.empty:
+        return Cell("—", tone="num muted")
+    total = float(known.sum())
+    return Cell(form(total), repr(total), tone="num")
+
+
+def _score(rows: pd.DataFrame, instances: pd.DataFrame | None, phrase: str) -> Cell:
+    """Mean over the objects of all scenes, not of scenes."""
+    scores = rows["mean_score"]
+    if instances is not None and {"class", "score"} <= set(instances):
+        scores = instances.loc[instances["class"] == phrase, "score"]
+    mean = float(scores.mean()) if np.isfinite(scores.to_numpy(np.float64)).any() else math.nan
+    return (
+        Cell(units.number(mean, 3), repr(mean), tone="num")
+        if math.isfinite(mean)
+        else Cell("—", tone="num muted")
+    )

@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from segpipe.report import units
-from segpipe.report.asked import phrase_captions
+from segpipe.pictures.archive import LegendEntry, Panel, Previews, SliceStack
+from segpipe.report.class_bars import Bars, class_bars
 from segpipe.report.confusion import Matrix, confusion_matrix
-from segpipe.report.pictures import LegendEntry, Panel, Previews, SliceStack
-from segpipe.report.record import ClassInfo, SceneRecord
-from segpipe.report.shares import Bars, class_bars
+from segpipe.report.phrases import phrase_captions
 from segpipe.report.templates import data_uri
+from segpipe.tables import units
+from segpipe.tables.record import ClassInfo, SceneRecord
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,11 @@ from pathlib import Path
 from segpipe.errors import SceneError
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
 from segpipe.sources.discover import discover
-from segpipe.sources.kinds import (
+from segpipe.sources.mosaic import MOSAIC, open_mosaic
+from segpipe.sources.raster import RasterSource
+from segpipe.sources.remote import is_remote
+from segpipe.sources.stack import STACK, StackSource
+from segpipe.sources.uri import (
     DICOM_SUFFIXES,
     NIFTI_SUFFIXES,
     ONE_FILE_NIFTI,
@@ -19,10 +23,6 @@ from segpipe.sources.kinds import (
     parse_frame,
     parse_series,
 )
-from segpipe.sources.mosaic import MOSAIC, open_mosaic
-from segpipe.sources.raster import RasterSource
-from segpipe.sources.remote import is_remote
-from segpipe.sources.stack import STACK, StackSource
 
 __all__ = [
     "Pixels",
@@ -73,7 +73,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         raise SceneError(f"{uri}: only a 4D NIfTI file has frames; leave out #frame={frame}")
     if kind is Kind.dicom:
         # Imported here: pydicom loads its dictionaries, which rasters never need.
-        from segpipe.sources.dicom import DicomSource
+        from segpipe.sources.dicom.reader import DicomSource
 
         return DicomSource(str(path), series=series, band_names=band_names)
     return RasterSource(str(path), band_names=band_names)

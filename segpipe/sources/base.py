@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.geometry import Geometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry
 
 
 @dataclass(frozen=True)

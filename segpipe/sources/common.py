@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
+from segpipe.geometry.box import Box
 from segpipe.sources.base import Pixels, Scaling, Source
 
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from segpipe.errors import RequestError
 from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
-from segpipe.sources.kinds import (
+from segpipe.sources.mosaic import MOSAIC, mosaic_files
+from segpipe.sources.remote import is_remote
+from segpipe.sources.stack import SEPARATOR, STACK, stack_files
+from segpipe.sources.uri import (
     NIFTI_SUFFIXES,
     PACKAGE,
     PICTURE_SUFFIXES,
@@ -29,9 +32,6 @@ from segpipe.sources.kinds import (
     parse_series,
     series_label,
 )
-from segpipe.sources.mosaic import MOSAIC, mosaic_files
-from segpipe.sources.remote import is_remote
-from segpipe.sources.stack import SEPARATOR, STACK, stack_files
 
 FOLDER_SUFFIXES = (*RASTER_SUFFIXES, *NIFTI_SUFFIXES)
 """Files that are taken from a folder."""

@@ -18,8 +18,8 @@ from rasterio.errors import (
 )
 from rasterio.windows import Window
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
+from segpipe.geometry.box import Box
 from segpipe.sources.common import reason
 
 # A raster without a position is a note of its source: the report shows it, a warning is lost.

@@ -13,9 +13,9 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
-from segpipe.geometry import VolumeGeometry, volume_geometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
 from segpipe.sources.base import Pixels, Source
 from segpipe.sources.common import (
     check_box,

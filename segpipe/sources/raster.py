@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.base import Pixels, Scaling, Source
 from segpipe.sources.common import (
     check_box,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.base import Pixels, Source
 from segpipe.sources.common import check_box, no_pixels, rename_bands, resolve_channels
 from segpipe.sources.gdal import CACHE_LIMIT

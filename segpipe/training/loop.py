@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
+from segpipe.config.recipe import Keep, Recipe
 from segpipe.errors import RequestError
-from segpipe.inference.overlap import Prefetch
+from segpipe.inference.queues import Prefetch
 from segpipe.models.base import Truth
-from segpipe.training.losses import build_loss
+from segpipe.training.distributed import World
+from segpipe.training.losses.build import build_loss
 from segpipe.training.network import TrainNetwork
-from segpipe.training.recipe import Keep, Recipe
 from segpipe.training.sampler import Batch, Sampler
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
-from segpipe.training.trial import Trial, try_model
-from segpipe.training.trial_objects import try_objects
-from segpipe.training.world import World
+from segpipe.training.validation import Trial, try_model
+from segpipe.training.validation_objects import try_objects
 
 AHEAD = 4
 """Batches prepared ahead of the network."""

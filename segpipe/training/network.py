@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from segpipe.config import Precision
+from segpipe.config.card import load_card
+from segpipe.config.job import Precision
+from segpipe.config.recipe import Recipe, Stored
 from segpipe.errors import RequestError
-from segpipe.inference.objects import ground_value
-from segpipe.instances.window import WindowObjects
+from segpipe.inference.object_merger import ground_value
 from segpipe.models.base import Truth
-from segpipe.models.card import load_card
 from segpipe.models.network import AUTOCAST, at_resolution, output_channels
 from segpipe.models.outputs import best_class
 from segpipe.models.trainable import built_state, finder, objective, untrained
 from segpipe.models.weights import load_state, resolve_weights
-from segpipe.training.recipe import Recipe, Stored
+from segpipe.objects.window import WindowObjects
 
 
 def precision_here(wanted: Precision, device: torch.device) -> str:

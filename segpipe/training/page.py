@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import yaml
 from markupsafe import Markup
 
-from segpipe.report.drawing import DIFFERENCE
+from segpipe.config.recipe import Recipe
+from segpipe.pictures.drawing import DIFFERENCE
 from segpipe.report.figures import ticks
 from segpipe.report.templates import data_uri, render
 from segpipe.training.loop import Moment
 from segpipe.training.pictures import Sample
-from segpipe.training.recipe import Recipe
 
 WIDE, HIGH, LEFT, RIGHT, BOTTOM = 640, 220, 56, 28, 28
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from segpipe.boxes import Box
-from segpipe.models.card import Card
-from segpipe.report.drawing import jpeg, layers, limits, resize, stretch
-from segpipe.training.loss_terms import IGNORE
+from segpipe.config.card import Card
+from segpipe.config.losses import IGNORE
+from segpipe.geometry.box import Box
+from segpipe.pictures.drawing import jpeg, layers, limits, resize, stretch
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
 

@@ -15,23 +15,23 @@ import torch
 import yaml
 
 from segpipe import __version__
+from segpipe.config.card import Card, load_card
+from segpipe.config.recipe import Keep, Recipe, SplitBy
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, load_card
-from segpipe.reference import find_reference
-from segpipe.settings import resolve_device
+from segpipe.inference.settings import resolve_device
 from segpipe.sources import discover
 from segpipe.sources.base import SceneRef
+from segpipe.sources.labels import find_reference
+from segpipe.training.distributed import World, join_world
 from segpipe.training.loop import Moment, Training
-from segpipe.training.losses import build_loss
+from segpipe.training.losses.build import build_loss
 from segpipe.training.network import TrainNetwork, begin_with, precision_here
 from segpipe.training.page import FoldView, training_page
 from segpipe.training.pictures import samples
-from segpipe.training.recipe import Keep, Recipe, SplitBy
 from segpipe.training.sampler import window_shape
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold
-from segpipe.training.trial import Trial
-from segpipe.training.world import World, join_world
+from segpipe.training.validation import Trial
 
 
 @dataclass(frozen=True)

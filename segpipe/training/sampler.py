@@ -11,17 +11,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from segpipe.boxes import Box
-from segpipe.config import parse_memory, parse_size
+from segpipe.config.job import parse_memory, parse_size
+from segpipe.config.losses import IGNORE, LossName
+from segpipe.config.recipe import Recipe
 from segpipe.errors import RequestError
+from segpipe.geometry.box import Box
 from segpipe.models.base import Truth
-from segpipe.training.augment import augment
-from segpipe.training.border import border_weights
-from segpipe.training.loss_terms import IGNORE, LossName
-from segpipe.training.recipe import Recipe
+from segpipe.training.augmentation.augment import augment
+from segpipe.training.instance_targets import number_pairs, pairs_of, window_truth
+from segpipe.training.losses.border import border_weights
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
-from segpipe.training.truth import number_pairs, pairs_of, window_truth
 
 Target = torch.Tensor | Truth
 """Channels (…), or the objects of a window."""

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.bands import match_bands
-from segpipe.blocks import SceneBlocks
-from segpipe.boxes import Box
+from segpipe.config.card import Card, Interpolation
+from segpipe.config.losses import IGNORE
+from segpipe.config.recipe import Data, Recipe
 from segpipe.errors import SceneError
-from segpipe.geometry import Geometry, VolumeGeometry
-from segpipe.grid import GridMap, onto_model
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry, VolumeGeometry
+from segpipe.geometry.grid_map import GridMap, onto_model
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
-from segpipe.models.card import Card, Interpolation
-from segpipe.planning import scene_grid
-from segpipe.reference import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
+from segpipe.pipeline.plan_scene import scene_grid
+from segpipe.pipeline.scene_io import SceneBlocks
 from segpipe.sources import SceneRef, open_source
-from segpipe.store import ArraySpec, Stage, stage_key
-from segpipe.tiling_blocks import Blocks
-from segpipe.training.loss_terms import IGNORE
-from segpipe.training.recipe import Data, Recipe
+from segpipe.sources.bands import match_bands
+from segpipe.sources.labels import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
+from segpipe.store.stage import ArraySpec, Stage, stage_key
+from segpipe.tiling.blocks import Blocks
 
 EDGE = {2: 1024, 3: 128}
 """Longest edge of a block in the store, by number of axes."""

@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 
-from segpipe.boxes import Box
+from segpipe.config.recipe import Split, SplitBy
 from segpipe.errors import RequestError
-from segpipe.training.recipe import Split, SplitBy
+from segpipe.geometry.box import Box
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from world import Ended, World, polygon, write_polygons
 
-from segpipe.compare import compare_runs
 from segpipe.errors import RequestError
-from segpipe.report.comparison import headline
+from segpipe.report.comparison.page import headline
+from segpipe.runs.compare import compare_runs
 from tests.compare.tools import NAMES, read, run_job
 
 EVIL = "<script>alert('x')</script>"

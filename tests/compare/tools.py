@@ -8,16 +8,16 @@ from typing import Any
 import pandas as pd
 from world import World
 
-from segpipe.config import load_job
-from segpipe.deliver import done_record, export_scene, failed_record
+from segpipe.config.job import load_job
 from segpipe.errors import SegpipeError
-from segpipe.finish import finish_run
-from segpipe.given_scene import prepare_labelled
-from segpipe.measure import measure_scene
-from segpipe.request import check_request
-from segpipe.run import open_run
-from segpipe.scene import create_stages, prepare_scene
-from segpipe.steps import finish_labels, predict_blocks
+from segpipe.export.scene import done_record, export_scene, failed_record
+from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import create_stages, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.runs.check import check_request
+from segpipe.runs.finish import finish_run
+from segpipe.runs.run import open_run
 
 NAMES = ["ground", "crop", "water"]
 SHIFT = 20.0

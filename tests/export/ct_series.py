@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from world import World
 
-from segpipe.models.card import Card, load_card
+from segpipe.config.card import Card, load_card
 
 CT = Path(__file__).parents[2].parent / "shared" / "data" / "totalsegmentator_ct" / "dicom"
 needs_ct = pytest.mark.skipif(not CT.exists(), reason=f"TotalSegmentator's example CT is not at {CT}")

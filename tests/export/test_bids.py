@@ -18,11 +18,11 @@ from finished import finish
 from given import run_all
 from world import OBLIQUE, World, nearest_label, write_volume
 
-from segpipe.config import Job
+from segpipe.config.job import Job
 from segpipe.export.bids import parse_bids
 from segpipe.export.manifest import check_manifest
-from segpipe.location import open_store
-from segpipe.run_folder import Run
+from segpipe.export.run_folder import Run
+from segpipe.store.location import open_store
 
 NAMES = (
     "sub-01/anat/sub-01_acq-high_run-1_T1w.nii.gz",

@@ -15,11 +15,11 @@ import rasterio.shutil
 from pyproj import CRS
 from rio_cogeo import cog_validate
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.cog import STEP, write_cog, write_cog_scores
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "nc_landsat" / "strata.tif"
@@ -199,8 +199,8 @@ import resource, sys
 import numpy as np
 from pathlib import Path
 from segpipe.export.cog import write_cog
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.config.card import Class
 n, path = int(sys.argv[1]), Path(sys.argv[2])
 def read(box):
     labels = np.zeros(box.shape, np.uint8)

@@ -18,19 +18,19 @@ from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, generate_uid
 from world import World, nearest_label
 
-from segpipe.boxes import Box
-from segpipe.config import load_job
-from segpipe.deliver import export_scene
+from segpipe.config.card import Class
+from segpipe.config.job import load_job
 from segpipe.errors import SceneError
 from segpipe.export.dicom_seg import Algorithm, concept_of, write_dicom_seg
-from segpipe.measure import measure_scene
-from segpipe.models.card import Class
-from segpipe.request import check_request
-from segpipe.run_folder import Run
-from segpipe.scene import create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
-from segpipe.sources.dicom import DicomSource
-from segpipe.steps import predict_blocks
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import export_scene
+from segpipe.geometry.box import Box
+from segpipe.inference.settings import resolve_settings
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.runs.check import check_request
+from segpipe.sources.dicom.reader import DicomSource
 from tests.export.ct_series import COLUMN, CT, FIRST, ROW, SECRETS, STEP, needs_ct, volume_card, write_oblique
 from tests.given import job_of, run_all
 

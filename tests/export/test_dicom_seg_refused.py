@@ -12,12 +12,12 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 from world import World
 
-from segpipe.config import load_job
+from segpipe.config.job import load_job
 from segpipe.errors import SceneError
-from segpipe.given_scene import prepare_labelled
-from segpipe.request import check_request
-from segpipe.scene import dry_plan, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.inference.settings import resolve_settings
+from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.model_scene import dry_plan, prepare_scene
+from segpipe.runs.check import check_request
 from segpipe.sources import SceneRef
 from tests.export.ct_series import CT, needs_ct, volume_card, write_oblique
 from tests.given import job_of

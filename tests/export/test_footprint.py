@@ -9,7 +9,7 @@ from pyproj import CRS, Transformer
 
 from segpipe.errors import SceneError
 from segpipe.export.footprint import outline, why_no_place
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.geometry import RasterGeometry
 
 
 def raster(crs: str, shape: tuple[int, int], *transform: float) -> RasterGeometry:

@@ -14,11 +14,11 @@ import yaml
 from finished import finish
 from world import World
 
-from segpipe.cli import execute
+from segpipe.cli.main import execute
 from segpipe.errors import RequestError
 from segpipe.export.manifest import check_manifest, hash_file
-from segpipe.location import open_store
-from segpipe.run_folder import Run
+from segpipe.export.run_folder import Run
+from segpipe.store.location import open_store
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.common import SLAB_BYTES
 from segpipe.export.nifti import write_nifti, write_nifti_scores
-from segpipe.geometry import VolumeGeometry, volume_geometry
-from segpipe.models.card import Class
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
 
 ROOT = Path(__file__).parents[2]
 CT = ROOT.parent / "shared" / "data" / "totalsegmentator_ct" / "example_ct_sm.nii.gz"
@@ -169,8 +169,8 @@ import resource, sys
 import numpy as np
 from pathlib import Path
 from segpipe.export.nifti import write_nifti
-from segpipe.geometry import volume_geometry
-from segpipe.models.card import Class
+from segpipe.geometry.geometry import volume_geometry
+from segpipe.config.card import Class
 depth, path = int(sys.argv[1]), Path(sys.argv[2])
 classes = [Class(value=v, name=str(v), color="#112233") for v in (0, 1)]
 place = volume_geometry((depth, 512, 512), np.eye(4))

@@ -16,14 +16,14 @@ from affine import Affine
 from pycocotools.coco import COCO
 from rasterio.features import rasterize
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.cog import write_cog_ids
 from segpipe.export.nifti import write_nifti_ids
 from segpipe.export.objects import write_coco, write_object_polygons
-from segpipe.geometry import RasterGeometry, volume_geometry
-from segpipe.instances.merge import SceneObjects
-from segpipe.models.card import Class
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
+from segpipe.objects.merge import SceneObjects
 from tests.instances.scene import Oracle, by_first, discs, scene_ids, square_lattice
 
 UTM = RasterGeometry((300, 420), (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), rasterio.CRS.from_epsg(32633).to_wkt())

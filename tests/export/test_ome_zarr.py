@@ -14,10 +14,10 @@ from finished import finish
 from ome_zarr_models.v05 import ImageLabel
 from world import CLASSES, OBLIQUE, World, nearest_label
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.export.ome_zarr import level_factors, most_frequent, write_ome_zarr
-from segpipe.geometry import RasterGeometry, volume_geometry
-from segpipe.models.card import Class
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 
 LISTED = [Class(**c) for c in CLASSES]
 

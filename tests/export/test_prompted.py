@@ -15,13 +15,13 @@ from geopandas.testing import assert_geodataframe_equal
 from pycocotools.coco import COCO
 from rasterio.features import rasterize
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
-from segpipe.prompts.masks import Patch
-from segpipe.prompts.painting import Masks, Painted, paint_scene
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.masks.rasterise import Masks, Painted, paint_scene
 
 NAN = float("nan")
 SHAPE = (60, 80)

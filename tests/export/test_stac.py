@@ -22,10 +22,10 @@ from pystac.extensions.raster import RasterExtension
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from world import CLASSES, World, raster_pixels, write_raster
 
+from segpipe.export.run_folder import Run
 from segpipe.export.stac import capture_time
-from segpipe.location import open_store
-from segpipe.run_folder import Run
 from segpipe.sources.remote import public_uri
+from segpipe.store.location import open_store
 
 
 def test_the_validator_refuses_what_is_wrong(catalog: pystac.Catalog) -> None:

@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from infra.services import Services
-from segpipe.report.record import RunRecord, load_record
+from segpipe.tables.record import RunRecord, load_record
 
 ROOT = Path(__file__).parents[2]
 SCENE = ROOT.parent / "shared" / "data" / "nc_landsat" / "landsat_multiband.tif"
@@ -191,7 +191,7 @@ def test_two_scans_started_at_once(services: Services, client: SyncPrefectClient
     file = tmp_path / "scan.yaml"
     file.write_text(json.dumps(parameters))
     other = subprocess.run(
-        [sys.executable, "-m", "segpipe.cli", "scan", str(file)],
+        [sys.executable, "-m", "segpipe.cli.main", "scan", str(file)],
         cwd=ROOT, env=services.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert other.returncode == 0, other.stderr

@@ -21,16 +21,16 @@ from skimage.measure import regionprops_table
 from torchmetrics.detection import PanopticQuality
 
 from flows.segment import segment
-from segpipe.deliver import done_record, export_scene
-from segpipe.finish import finish_run
+from segpipe.export.run_folder import Run
+from segpipe.export.scene import done_record, export_scene
 from segpipe.inference.engine import Engine
-from segpipe.inference.labels import nodata_value
+from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.instances.window import WindowObjects
-from segpipe.measure import measure_scene
-from segpipe.run_folder import Run
-from segpipe.scene import pending_blocks
-from segpipe.steps import finish_labels
+from segpipe.objects.window import WindowObjects
+from segpipe.pipeline.measure import measure_scene
+from segpipe.pipeline.model_scene import pending_blocks
+from segpipe.pipeline.predict import finish_labels
+from segpipe.runs.finish import finish_run
 from tests.flows.conftest import load, run_folder
 from tests.flows.object_world import (
     CARD,

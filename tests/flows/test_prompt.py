@@ -22,8 +22,8 @@ from prefect.states import Cancelling
 from scipy import ndimage
 
 from flows.prompt import prompt
-from segpipe.config import Job
-from segpipe.prompts.question import Question
+from segpipe.config.job import Job
+from segpipe.config.prompt_form import Question
 from tests.flows.conftest import record_of, run_folder, wait_until
 from tests.prompts.asked_world import make_card, make_job
 
@@ -163,7 +163,7 @@ def test_a_run_that_was_ended_goes_on_without_encoding_again(
 ) -> None:
     boxes = [(x, y, x + 9, y + 9) for x in range(4, 1000, 64) for y in range(4, 1000, 64)]
     job = make_job(tmp_path, card, (1024, 1024), boxes)
-    command = [sys.executable, "-m", "segpipe.cli", "prompt", str(tmp_path / "job.yaml")]
+    command = [sys.executable, "-m", "segpipe.cli.main", "prompt", str(tmp_path / "job.yaml")]
     process = subprocess.Popen(
         command,
         env=server_environment,
@@ -194,7 +194,7 @@ def test_the_command_asks_a_run_again(
     command = [
         sys.executable,
         "-m",
-        "segpipe.cli",
+        "segpipe.cli.main",
         "prompt",
         str(run),
         "--boxes",

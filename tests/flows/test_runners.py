@@ -16,13 +16,13 @@ from prefect_dask.task_runners import DaskTaskRunner
 
 from flows.runners import task_runner
 from flows.segment import segment
-from segpipe.cli import execute
-from segpipe.config import Compute, Runner
+from segpipe.cli.main import execute
+from segpipe.config.job import Compute, Runner
 from segpipe.errors import RequestError
-from segpipe.request import check_request
-from segpipe.run_folder import Run
-from segpipe.scene import create_stages, prepare_scene
-from segpipe.steps import predict_blocks
+from segpipe.export.run_folder import Run
+from segpipe.pipeline.model_scene import create_stages, prepare_scene
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.runs.check import check_request
 from tests.flows.conftest import JobMaker, load, record_of, results_of
 
 

@@ -26,14 +26,14 @@ from pydantic import ValidationError
 from flows import runners
 from flows.runners import check_cluster, placed, task_runner
 from flows.server import free_port
-from segpipe.config import Compute, Runner
+from segpipe.config.job import Compute, Runner
 from segpipe.errors import RequestError, StoppedError
-from segpipe.request import check_request
-from segpipe.scene import Scene, create_stages, prepare_scene
-from segpipe.settings import Settings
-from segpipe.steps import predict_blocks
-from segpipe.stops import request_stop
-from segpipe.tiling_blocks import block_id
+from segpipe.inference.settings import Settings
+from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.runs.check import check_request
+from segpipe.store.stops import request_stop
+from segpipe.tiling.blocks import block_id
 from tests.flows.conftest import JobMaker, load
 from tests.flows.nets import object_store, started
 

@@ -18,17 +18,17 @@ from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows.scan import scan
-from segpipe.cli import execute
-from segpipe.lake.config import Scan
-from segpipe.lake.found import Found
+from segpipe.cli.main import execute
+from segpipe.config.scan import Scan
+from segpipe.export.run_folder import Run, now
+from segpipe.lake.entry import Found
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
 from segpipe.lake.scan import check_scan
-from segpipe.report.record import RunRecord, load_record
-from segpipe.run_folder import Run, now
 from segpipe.sources import SceneRef
-from segpipe.stops import request_stop
+from segpipe.store.stops import request_stop
+from segpipe.tables.record import RunRecord, load_record
 from tasks.scenes import do_scenes
 from tests.flows.conftest import wait_until
 

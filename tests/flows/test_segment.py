@@ -28,8 +28,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.dispatch import ahead
 from flows.segment import segment
-from segpipe.config import Job
-from segpipe.store import Stage
+from segpipe.config.job import Job
+from segpipe.store.stage import Stage
 from tests.flows.conftest import JobMaker, load, record_of, results_of, run_folder, wait_until
 
 BLOCKS = 16

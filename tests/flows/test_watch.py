@@ -22,8 +22,8 @@ from flows.names import name_of
 from flows.rates import Moment, Rates, left_told, rate_told
 from flows.scene_table import FINISHED, SceneTable
 from flows.segment import segment
-from segpipe.config import Job
-from segpipe.report.record import SceneRecord
+from segpipe.config.job import Job
+from segpipe.tables.record import SceneRecord
 from tests.flows.conftest import JobMaker, load, wait_until
 
 SECONDS = 90.0

@@ -16,20 +16,20 @@ import torch
 import yaml
 from affine import Affine
 
-from segpipe.boxes import Box
-from segpipe.config import Job
+from segpipe.config.job import Job
+from segpipe.geometry.box import Box
+from segpipe.inference.block_result import BlockResult, BlockStore
 from segpipe.inference.engine import Engine
-from segpipe.inference.labels import nodata_value
+from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.inference.results import BlockResult, BlockStore
-from segpipe.lattice import Index
+from segpipe.inference.settings import resolve_settings
 from segpipe.models.base import SegmentationModel
-from segpipe.progress import Done
-from segpipe.scene import Scene, create_stages, pending_blocks, prepare_scene
-from segpipe.settings import resolve_settings
+from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.pipeline.progress import Done
 from segpipe.sources import SceneRef
 from segpipe.sources.base import Pixels
-from segpipe.steps import finish_labels, predict_blocks
+from segpipe.tiling.windows import Index
 
 CLASSES = [
     {"value": 3, "name": "low", "color": "#000000"},
@@ -140,7 +140,7 @@ class Lab:
 
 def prepared(job: Job, ref: SceneRef) -> Scene:
     """The scene, planned, with its stages."""
-    from segpipe.models.card import read_card
+    from segpipe.config.card import read_card
 
     assert job.model is not None
     settings = resolve_settings(job.compute, read_card(job.model))

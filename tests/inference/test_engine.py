@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from segpipe.boxes import Box
-from segpipe.config import Job
+from segpipe.config.job import Job
 from segpipe.errors import SceneError, StoppedError
+from segpipe.geometry.box import Box
 from segpipe.inference.engine import DeviceMemoryError
-from segpipe.scene import Scene, pending_blocks
+from segpipe.pipeline.model_scene import Scene, pending_blocks
+from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import SceneRef
-from segpipe.steps import predict_blocks
-from segpipe.stops import request_stop
-from segpipe.tiling_blocks import block_id
+from segpipe.store.stops import request_stop
+from segpipe.tiling.blocks import block_id
 from tests.inference.lab import (
     CENTRED,
     Lab,

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from segpipe.errors import SceneError
-from segpipe.geometry import RasterGeometry
-from segpipe.store import ArraySpec, Stage
-from segpipe.tiling_blocks import Blocks
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.store.stage import ArraySpec, Stage
+from segpipe.tiling.blocks import Blocks
 
 GEOMETRY = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
 BLOCKS = Blocks((20, 30), (8, 10), (0, 0))
@@ -56,9 +56,9 @@ def test_eight_threads_make_one_generation(tmp_path: Path) -> None:
 
 MAKE_MANY = """
 import os, sys, time
-from segpipe.geometry import RasterGeometry
-from segpipe.plan import Blocks
-from segpipe.store import ArraySpec, Stage
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.tiling.plan import Blocks
+from segpipe.store.stage import ArraySpec, Stage
 
 geometry = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
 arrays = [ArraySpec("image", "uint8", 0, channels=2), ArraySpec("labels", "uint16", 9)]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.inference.merge import GaussianScores
-from segpipe.lattice import Index, Lattice, make_lattice
+from segpipe.tiling.windows import Index, Lattice, make_lattice
 
 EDGE = 16
 SHAPE = (29, 40, 33)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from segpipe.inference.engine import Engine
-from segpipe.inference.labels import nodata_value
+from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.instances.window import WindowObjects
-from segpipe.object_table import ObjectTable
-from segpipe.scene import Scene, pending_blocks
-from segpipe.steps import finish_labels
+from segpipe.objects.table import ObjectTable
+from segpipe.objects.window import WindowObjects
+from segpipe.pipeline.model_scene import Scene, pending_blocks
+from segpipe.pipeline.predict import finish_labels
 from tests.inference.lab import Lab, labels_of, prepared
 from tests.instances.scene import by_first, discs, touching
 

@@ -17,11 +17,11 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional
 
+from segpipe.config.card import load_card
 from segpipe.errors import RequestError
-from segpipe.inference.reach import Reach, largest_halo, measure_reach, natural_noise
-from segpipe.lattice import make_lattice
-from segpipe.models.card import load_card
+from segpipe.inference.receptive_field.reach import Reach, largest_halo, measure_reach, natural_noise
 from segpipe.models.registry import load_model
+from segpipe.tiling.windows import make_lattice
 from tests.inference.lab import RADIUS, STRIDE, Lab, Pyramid
 from tests.inference.reach_nets import Layer, small_monai, small_smp, stack
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from segpipe.inference.reach_probe import Radius, measure_radius
+from segpipe.inference.receptive_field.probe import Radius, measure_radius
 from tests.inference.lab import Pyramid
 from tests.inference.reach_nets import (
     Interval,

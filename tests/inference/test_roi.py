@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
+from segpipe.config.card import RegionOfInterest
 from segpipe.errors import SceneError
-from segpipe.geometry import volume_geometry
-from segpipe.grid import GridMap, model_grid
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import volume_geometry
+from segpipe.geometry.grid_map import GridMap, model_grid
 from segpipe.inference.roi import _native_box
-from segpipe.models.card import RegionOfInterest
 
 
 def roi(margin: float = 0.1, projection: float = 0.02) -> RegionOfInterest:

@@ -12,16 +12,16 @@ import pytest
 import torch
 import yaml
 
-from segpipe.boxes import Box
-from segpipe.config import Job
-from segpipe.deliver import previews_name
+from segpipe.config.card import read_card
+from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError
-from segpipe.models.card import read_card
-from segpipe.request import check_request
-from segpipe.scene import Scene, pending_blocks
+from segpipe.export.scene import previews_name
+from segpipe.geometry.box import Box
+from segpipe.pipeline.model_scene import Scene, pending_blocks
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.runs.check import check_request
 from segpipe.sources import SceneRef
-from segpipe.steps import finish_labels, predict_blocks
-from segpipe.store import Stage
+from segpipe.store.stage import Stage
 from tests.inference.lab import (
     CENTRED,
     CLASSES,

@@ -17,7 +17,7 @@ from distributed import LocalCluster, Worker
 from distributed.cli.dask_worker import main as dask_worker
 
 from flows.runners import cluster_arguments
-from segpipe.config import Compute, Runner
+from segpipe.config.job import Compute, Runner
 
 FOLDER = Path(__file__).parents[2] / "infra" / "dask"
 KUBERNETES = "1.34"

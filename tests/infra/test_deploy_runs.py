@@ -20,8 +20,8 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Running, Scheduled
 
-from segpipe.config import load_job
-from segpipe.lake.config import Scan
+from segpipe.config.job import load_job
+from segpipe.config.scan import Scan
 from tests.flows.conftest import JobMaker, flow_job, flow_models, flow_scenes, wait_until  # noqa: F401 (fixtures)
 from tests.infra.deploy_world import PATIENCE, Stack, Told, listeners, stack
 

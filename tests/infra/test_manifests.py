@@ -18,9 +18,9 @@ import pytest
 import yaml
 from world import Ended, World, write_yaml
 
-from segpipe.config import Tiling, load_job, parse_memory
-from segpipe.request import check_request
-from segpipe.scene import dry_plan
+from segpipe.config.job import Tiling, load_job, parse_memory
+from segpipe.pipeline.model_scene import dry_plan
+from segpipe.runs.check import check_request
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "infra" / "compose" / "compose.yaml"

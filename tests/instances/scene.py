@@ -9,14 +9,14 @@ import cc3d
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.inference.merge import TrimLabels
-from segpipe.instances.edges import add_pairs, window_edges, window_overhang
-from segpipe.instances.merge import Lookup, SceneObjects, merge_objects, relabel
-from segpipe.instances.nodes import add_nodes, box_nodes
-from segpipe.instances.window import WindowObjects
-from segpipe.lattice import Index, Lattice, make_lattice
-from segpipe.tiling_blocks import Blocks
+from segpipe.objects.edges import add_pairs, window_edges, window_overhang
+from segpipe.objects.merge import Lookup, SceneObjects, merge_objects, relabel
+from segpipe.objects.nodes import add_nodes, box_nodes
+from segpipe.objects.window import WindowObjects
+from segpipe.tiling.blocks import Blocks
+from segpipe.tiling.windows import Index, Lattice, make_lattice
 
 Answer = Callable[[Index], WindowObjects]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
-from segpipe.boxes import Box, grid_boxes
 from segpipe.export.objects import block_runs, coco_annotations
+from segpipe.geometry.box import Box, grid_boxes
 from tests.instances.scene import Oracle, classes_of, scene_ids, square_lattice, touching
 
 

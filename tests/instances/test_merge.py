@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from scipy.ndimage import binary_erosion
 from skimage.measure import label, regionprops
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.instances.edges import overhang_boxes
-from segpipe.instances.merge import relabel
-from segpipe.instances.nodes import add_nodes, box_nodes
-from segpipe.instances.window import WindowObjects
-from segpipe.lattice import make_lattice
-from segpipe.metrics.panoptic import panoptic_counts, panoptic_quality
+from segpipe.geometry.box import Box
+from segpipe.objects.edges import overhang_boxes
+from segpipe.objects.merge import relabel
+from segpipe.objects.nodes import add_nodes, box_nodes
+from segpipe.objects.panoptic import panoptic_counts, panoptic_quality
+from segpipe.objects.window import WindowObjects
+from segpipe.tiling.windows import make_lattice
 from tests.instances.scene import (
     Oracle,
     by_first,

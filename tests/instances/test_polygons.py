@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.features import rasterize, shapes
 
-from segpipe.boxes import grid_boxes
-from segpipe.instances.polygons import block_pieces, dissolve
+from segpipe.geometry.box import grid_boxes
+from segpipe.objects.outlines import block_pieces, dissolve
 from tests.instances.scene import discs
 
 TEN_METRES = Affine(10, 0, 500_000, 0, -10, 5_000_000)

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from transformers import Mask2FormerImageProcessor
 
-from segpipe.instances.window import WindowObjects, mask_quality, resolve_instances, resolve_masks
+from segpipe.objects.window import WindowObjects, mask_quality, resolve_instances, resolve_masks
 
 EDGE = 384
 """Transformers resizes masks to this; masks of this size stay as they are."""

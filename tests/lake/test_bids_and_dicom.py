@@ -11,9 +11,9 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from segpipe.config.scan import Lake
 from segpipe.errors import SceneError
-from segpipe.lake.config import Lake
-from segpipe.lake.found import Found
+from segpipe.lake.entry import Found
 from segpipe.lake.listing import list_lake
 from segpipe.sources import open_source
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
 from segpipe.lake import files
-from segpipe.lake.config import Lake
-from segpipe.lake.found import Found
+from segpipe.lake.entry import Found
 from segpipe.lake.listing import list_lake
 from segpipe.lake.naming import place_name
 from segpipe.sources import open_source
@@ -253,7 +253,7 @@ def test_places_that_look_alike_have_names_of_their_own() -> None:
 
 PEAK = """
 import sys, tracemalloc
-from segpipe.lake.config import Lake
+from segpipe.config.scan import Lake
 from segpipe.lake.listing import list_lake
 tracemalloc.start()
 count = sum(1 for _ in list_lake(Lake(location=sys.argv[1])))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from segpipe.lake.found import Found
+from segpipe.lake.entry import Found
 from segpipe.lake.ledger import Ledger
-from segpipe.report.record import SceneRecord
+from segpipe.tables.record import SceneRecord
 
 
 def found(name: str, etag: str = "1") -> Found:

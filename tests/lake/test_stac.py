@@ -15,10 +15,10 @@ import numpy as np
 import pystac
 import pytest
 
+from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
 from segpipe.lake import stac
-from segpipe.lake.config import Lake
-from segpipe.lake.found import Found
+from segpipe.lake.entry import Found
 from segpipe.lake.listing import list_lake
 from segpipe.sources import open_source
 

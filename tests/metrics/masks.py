@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from segpipe.boxes import Box, grid_boxes
+from segpipe.geometry.box import Box, grid_boxes
 from segpipe.metrics.surface import SurfaceCollector
 
 few = settings(max_examples=40, deadline=None)

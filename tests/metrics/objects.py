@@ -9,10 +9,10 @@ from pyproj import CRS
 from scipy.ndimage import gaussian_filter
 from skimage.measure import label
 
-from segpipe.boxes import grid_boxes
-from segpipe.geometry import RasterGeometry, volume_geometry
-from segpipe.metrics.instances import VOID, Objects, add, overlap_tile, overlaps
+from segpipe.geometry.box import grid_boxes
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.metrics.tally import SizeScale
+from segpipe.objects.overlap_table import VOID, Objects, add, overlap_tile, overlaps
 
 seeds = st.integers(0, 2**32 - 1)
 dimensions = st.sampled_from([2, 3])

@@ -11,7 +11,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from segpipe.metrics.average_precision import average_precision, detections, mean_average_precision
+from segpipe.objects.average_precision import average_precision, detections, mean_average_precision
 from tests.metrics.objects import blobs, boxes_at, classes_of, pairs_of, seeds
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box, grid_boxes
 from segpipe.errors import SceneError
-from segpipe.geometry import volume_geometry
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import volume_geometry
 from segpipe.metrics.intensity import (
     BINS,
     FLOAT_POINT,
@@ -25,9 +25,9 @@ from segpipe.metrics.intensity import (
     statistics,
 )
 from segpipe.regions.base import FULL, Cover, RegionSet, WholeScene
-from segpipe.report.intensity import SceneIntensity, intensity_table
-from segpipe.report.record import ClassInfo
 from segpipe.sources.base import Pixels, Scaling
+from segpipe.tables.intensity import SceneIntensity, intensity_table
+from segpipe.tables.record import ClassInfo
 
 NODATA = 255
 

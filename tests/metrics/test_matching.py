@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from monai.metrics.panoptic_quality import compute_panoptic_quality
 
 from segpipe.errors import RequestError
-from segpipe.metrics import matching
-from segpipe.metrics.average_precision import average_precision, detections, mean_average_precision
-from segpipe.metrics.instances import VOID, Minimum, overlaps
-from segpipe.metrics.matching import ObjectCounts, match, object_counts, pooled
-from segpipe.metrics.panoptic import panoptic_counts
 from segpipe.metrics.tally import SizeScale
+from segpipe.objects import matching
+from segpipe.objects.average_precision import average_precision, detections, mean_average_precision
+from segpipe.objects.matching import ObjectCounts, match, object_counts, pooled
+from segpipe.objects.overlap_table import VOID, Minimum, overlaps
+from segpipe.objects.panoptic import panoptic_counts
 from tests.metrics.objects import (
     blobs,
     boxes_at,

@@ -10,8 +10,8 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box, grid_boxes
-from segpipe.metrics.members import Members, add, members_tile
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.objects.region_members import Members, add, members_tile
 from segpipe.regions.base import FULL, Cover, RegionSet
 
 

@@ -17,7 +17,7 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.metrics.overlap import (
     CaseCounts,
     Counts,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpipe.errors import SceneError
-from segpipe.metrics.instances import VOID, Objects, OverlapTable, overlap_tile, overlaps
 from segpipe.metrics.tally import MOST_ELEMENTS, SizeScale
+from segpipe.objects.overlap_table import VOID, Objects, OverlapTable, overlap_tile, overlaps
 from tests.metrics.objects import objects_of, scene_of, seeds, table_of
 
 

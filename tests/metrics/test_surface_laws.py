@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED
 from segpipe.metrics.surface import SurfaceCollector
 from segpipe.metrics.tally import IGNORED, NODATA

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import CRS
 
-from segpipe.boxes import Box, grid_boxes
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import SceneError
-from segpipe.geometry import RasterGeometry, volume_geometry
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.metrics.tally import (
     IGNORED,
     MEASURE_TILE,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from segpipe.models.card import Card, load_card
+from segpipe.config.card import Card, load_card
 
 CLASSES = [
     {"value": 0, "name": "ground", "color": "#000000", "background": True},

@@ -13,9 +13,9 @@ from scipy import ndimage
 from skimage import data, filters, graph, segmentation
 from sklearn.metrics import cohen_kappa_score, jaccard_score
 
+from segpipe.config.card import Card, load_card
 from segpipe.errors import RequestError, SceneError
-from segpipe.models.card import Card, load_card
-from segpipe.models.classical.graphs import graph_cut, likeness
+from segpipe.models.providers.classical.graphs import graph_cut, likeness
 from segpipe.models.registry import check_card, load_model
 from tests.inference.lab import Lab, labels_of, predict, prepared
 

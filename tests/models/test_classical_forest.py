@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import accuracy_score, jaccard_score
 
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
-from segpipe.models.classical.forest import CHUNK, fit_forest, load_forest, save_forest
+from segpipe.models.providers.classical.forest import CHUNK, fit_forest, load_forest, save_forest
 from segpipe.models.registry import check_card, describe, load_model
 
 SCENE = Path(__file__).parents[3] / "shared" / "data" / "nc_landsat"

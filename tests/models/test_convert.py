@@ -12,15 +12,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from segpipe.config import Job
+from segpipe.config.card import load_card
+from segpipe.config.job import Job
+from segpipe.convert.checks import Parity, compare, milliseconds, noise_windows
+from segpipe.convert.judge import judge, scene_windows
+from segpipe.convert.onnx_file import check_graph, export_onnx, onnx_graph
+from segpipe.convert.quantise import quantise
 from segpipe.errors import RequestError
 from segpipe.models import registry
-from segpipe.models.card import load_card
 from segpipe.models.compiled import compiled
-from segpipe.models.convert.checks import Parity, compare, milliseconds, noise_windows
-from segpipe.models.convert.judge import judge, scene_windows
-from segpipe.models.convert.onnx_file import check_graph, export_onnx, onnx_graph
-from segpipe.models.convert.quantise import quantise
 from segpipe.models.registry import load_model
 from segpipe.models.trainable import untrained
 
@@ -226,7 +226,7 @@ def test_windows_of_a_scene_are_its_normalised_pixels(unet, scene):
 
 
 def test_command_writes_a_card_that_runs_and_tells_both_scores(unet, scene, tmp_path, capsys):
-    from segpipe.cli import execute
+    from segpipe.cli.main import execute
 
     card, _ = unet()
     job, _, _ = scene

@@ -11,8 +11,8 @@ import yaml
 from monai.networks.nets import UNet
 from safetensors.torch import save_file
 
+from segpipe.config.card import Card, load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, load_card
 from segpipe.models.registry import check_card, describe, load_model
 from segpipe.models.weights import weights_fingerprint
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.export import Dim
 
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
-from segpipe.models.card import Card
-from segpipe.models.pt2 import UnsafeProgramError, sanitised
+from segpipe.models.providers.pt2 import UnsafeProgramError, sanitised
 from segpipe.models.registry import check_card, load_model
 
 

@@ -13,7 +13,14 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models import vgg
 
-from segpipe.models.literature import ARCHITECTURES, SETRPUP, DeepLabV1, DeepLabV2, SegNet, SETRNaive
+from segpipe.models.providers.literature import (
+    ARCHITECTURES,
+    SETRPUP,
+    DeepLabV1,
+    DeepLabV2,
+    SegNet,
+    SETRNaive,
+)
 
 VIT: dict[str, Any] = {"vit_name": "test_vit", "img_size": 64, "channels": 32}
 SMALL: dict[str, dict[str, Any]] = {

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from segpipe.boxes import Box
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
+from segpipe.geometry.box import Box
 from segpipe.inference.merge import GaussianScores
-from segpipe.lattice import make_lattice
-from segpipe.models.card import Card
-from segpipe.models.nnunet import read_checkpoint
-from segpipe.models.nnunet_card import card_from_nnunet
-from segpipe.models.nnunet_plans import read_plan
 from segpipe.models.outputs import activate
+from segpipe.models.providers.nnunet.card import card_from_nnunet
+from segpipe.models.providers.nnunet.network import read_checkpoint
+from segpipe.models.providers.nnunet.plans import read_plan
 from segpipe.models.registry import check_card, load_model
+from segpipe.tiling.windows import make_lattice
 
 os.environ["nnUNet_def_n_proc"] = "1"  # noqa: SIM112 - its name for threads, read when it is imported
 pytest.importorskip("nnunetv2", reason="needs nnunetv2, the package that these folders come from")

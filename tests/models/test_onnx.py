@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, interpolate
 
+from segpipe.config.card import load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
 from segpipe.models.registry import load_model
 from segpipe.models.weights import resolve_weights
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
+from segpipe.config.card import Card, load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, load_card
-from segpipe.models.onnx import build
+from segpipe.models.providers.onnx import build
 from segpipe.models.registry import check_card, load_object_model
 
 onnx = pytest.importorskip("onnx", reason="needs onnx to build small graphs")

@@ -15,9 +15,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from segpipe.config import Precision
+from segpipe.config.card import load_card
+from segpipe.config.job import Precision
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
 from segpipe.models.registry import check_card, describe, list_cards, load_model, resolve_precision
 from segpipe.prompts.check import check_model
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from segpipe.errors import RequestError
+from segpipe.models.providers.smp import ARCHITECTURES
 from segpipe.models.registry import load_model
-from segpipe.models.smp import ARCHITECTURES
 
 TINY = {"encoder_name": "tu-test_resnet"}  # timm's, for tests: resnet18 is in test_torch_providers.py
 VIT = {

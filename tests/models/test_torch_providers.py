@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch.nn.functional import interpolate
 
+from segpipe.config.card import load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
 from segpipe.models.registry import load_model
 
 SMP = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3"]

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torchvision.models import detection, segmentation
 
 from segpipe.errors import RequestError
-from segpipe.models.objects import ReadyObjects
+from segpipe.models.object_model import ReadyObjects
+from segpipe.models.providers.torchvision import build
 from segpipe.models.registry import load_model
-from segpipe.models.torchvision import build
 from segpipe.models.trainable import untrained
 
 CPU = torch.device("cpu")

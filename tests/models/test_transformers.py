@@ -7,11 +7,11 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
+from segpipe.config.card import Provider
 from segpipe.errors import RequestError
-from segpipe.models.card import Provider
+from segpipe.models.providers.transformers import build
 from segpipe.models.registry import check_card, load_model
 from segpipe.models.trainable import untrained
-from segpipe.models.transformers import build
 from segpipe.models.weights import ENDINGS
 from tests.models.tiny_transformers import (
     CONFIGS,

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers as t
 
-from segpipe.models.objects import ReadyObjects
-from segpipe.models.transformers import build
+from segpipe.models.object_model import ReadyObjects
+from segpipe.models.providers.transformers import build
 from tests.models.tiny_transformers import LOW_RESOLUTION, PROCESSORS, QUERIES, SEEDS, answer, card_for, saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")

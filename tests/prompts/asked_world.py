@@ -12,11 +12,11 @@ import rasterio
 import yaml
 from rasterio.transform import from_origin
 
-from segpipe.config import Job, load_job
-from segpipe.prompts.answering import create_answers
-from segpipe.prompts.asking import settle
-from segpipe.prompts.scene import PromptScene, prepare_prompts
-from segpipe.request import check_request
+from segpipe.config.job import Job, load_job
+from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
+from segpipe.prompts.segment_windows import create_answers
+from segpipe.runs.check import check_request
 from tests.prompts.tiny_sams import edge_of, tiny
 
 EDGE = 64

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from segpipe.prompts.masks import Patch
+from segpipe.prompts.masks.patches import Patch
 
 
 def interpolated(logits: np.ndarray, scale: int) -> np.ndarray:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.boxes import Box
-from segpipe.prompts.masks import patch_cover
-from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.segmenters import Candidates, Embedding, Prompt
-from segpipe.prompts.video import Seen
-from segpipe.prompts.volumes import Embedder, SliceAnswer, Stop
+from segpipe.geometry.box import Box
+from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
+from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt
+from segpipe.prompts.volumes.propagate import Embedder, SliceAnswer, Stop
+from segpipe.prompts.volumes.propagate_memory import Seen
+from segpipe.tiling.pyramid import Pyramid, Window
 
 
 def grid(shape: Sequence[int], centre: Sequence[float]) -> list[np.ndarray]:

@@ -11,13 +11,13 @@ import shapely
 import torch
 from transformers.models.sam.image_processing_sam import _compute_stability_score
 
-from segpipe.boxes import Box
-from segpipe.prompts.answers import Answer, answer_window, view_of
-from segpipe.prompts.masks import patch_cover
-from segpipe.prompts.options import Choice
-from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.segmenters import Prompt, mask_logits
+from segpipe.config.prompts import Choice
+from segpipe.geometry.box import Box
+from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
+from segpipe.prompts.masks.decode import Answer, answer_window, view_of
+from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.segmenters.base import Prompt, mask_logits
+from segpipe.tiling.pyramid import Pyramid, Window
 from tests.prompts.tiny_sams import World, make_world, points
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,9 +19,9 @@ from skimage.measure import regionprops
 from torchvision.ops import box_iou, nms
 from transformers.models.sam.image_processing_sam import _build_point_grid
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.prompts.automatic import (
+from segpipe.geometry.box import Box
+from segpipe.prompts.masks.automatic import (
     COLUMNS,
     Automatic,
     Masks,
@@ -32,9 +32,9 @@ from segpipe.prompts.automatic import (
     merge_masks,
     suppress,
 )
-from segpipe.prompts.masks import patch_cover
-from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.segmenters import Candidates, Embedding, Prompt
+from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt
+from segpipe.tiling.pyramid import Pyramid, Window
 from tests.prompts.tiny_sams import (
     NETWORKS,
     World,

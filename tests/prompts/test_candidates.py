@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from skimage.measure import regionprops
 from torchvision.ops import box_iou as torchvision_box_iou
 
-from segpipe.prompts.candidates import Measured, bounds, box_iou, choose, measure
-from segpipe.prompts.options import Choice
+from segpipe.config.prompts import Choice
+from segpipe.prompts.masks.candidates import Measured, bounds, box_iou, choose, measure
 
 FIVE = st.tuples(*(st.integers(0, 6) for _ in range(4)))
 

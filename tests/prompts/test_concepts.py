@@ -14,8 +14,8 @@ from transformers import Sam3Model
 
 from benchmarks.detector_files import sam3, sam3_video, save
 from segpipe.errors import RequestError
-from segpipe.prompts.concepts import load_concepts
-from segpipe.prompts.grounders import Outcome
+from segpipe.prompts.grounding.base import Outcome
+from segpipe.prompts.grounding.sam3 import load_concepts
 
 CPU = torch.device("cpu")
 PHRASES = ["lake", "small docks", "field"]

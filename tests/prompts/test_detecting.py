@@ -11,20 +11,26 @@ import torch
 import yaml
 
 from benchmarks.detector_files import clip, owl, save
-from segpipe.config import Job
+from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError, StoppedError
-from segpipe.prompts.answering import answer_windows, automatic_of, create_answers, grid_masks, next_round
-from segpipe.prompts.asking import settle
-from segpipe.prompts.automatic import merge_masks
-from segpipe.prompts.detecting import Detecting, detect_windows
-from segpipe.prompts.detection import merge_detections, place
-from segpipe.prompts.detectors import load_detector
-from segpipe.prompts.finding import find_prompted
-from segpipe.prompts.naming import OTHER, name_masks
-from segpipe.prompts.pyramid import Window
-from segpipe.prompts.scene import PromptScene, prepare_prompts
-from segpipe.request import check_request
-from segpipe.stops import request_stop
+from segpipe.prompts.build_objects import find_prompted
+from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.grounding.detect_scene import Detecting, detect_windows
+from segpipe.prompts.grounding.detectors import load_detector
+from segpipe.prompts.grounding.label_masks import OTHER, name_masks
+from segpipe.prompts.grounding.merge_boxes import merge_detections, place
+from segpipe.prompts.masks.automatic import merge_masks
+from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
+from segpipe.prompts.segment_windows import (
+    answer_windows,
+    automatic_of,
+    create_answers,
+    grid_masks,
+    next_round,
+)
+from segpipe.runs.check import check_request
+from segpipe.store.stops import request_stop
+from segpipe.tiling.pyramid import Window
 from tests.prompts.asked_world import make_card, make_job, pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torchvision.ops import nms
 
 from segpipe.errors import RequestError
-from segpipe.prompts.detection import (
+from segpipe.prompts.grounding.base import Detections, Outcome, PhraseAccount
+from segpipe.prompts.grounding.merge_boxes import (
     Merged,
     MergeRules,
     add_accounts,
@@ -22,9 +23,8 @@ from segpipe.prompts.detection import (
     merge_detections,
     place,
 )
-from segpipe.prompts.grounders import Detections, Outcome, PhraseAccount
-from segpipe.prompts.overlaps import Boxes, suppress
-from segpipe.prompts.pyramid import Pyramid, Window
+from segpipe.prompts.grounding.nms import Boxes, suppress
+from segpipe.tiling.pyramid import Pyramid, Window
 
 
 @dataclass(frozen=True)

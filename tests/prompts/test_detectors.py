@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from skimage.measure import label, regionprops
 
 from benchmarks.detector_files import clipseg, dino, owl, save
+from segpipe.config.card import Provider
 from segpipe.errors import RequestError
-from segpipe.models.card import Provider
 from segpipe.models.weights import FOLDER_FILES
-from segpipe.prompts.detectors import ClipSeg, load_detector
-from segpipe.prompts.grounders import Outcome
+from segpipe.prompts.grounding.base import Outcome
+from segpipe.prompts.grounding.detectors import ClipSeg, load_detector
 
 CPU = torch.device("cpu")
 PHRASES = ["lake", "small docks", "field"]

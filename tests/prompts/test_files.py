@@ -14,8 +14,8 @@ from affine import Affine
 from pyproj import CRS, Transformer
 
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry, volume_geometry
-from segpipe.prompts.files import read_prompts
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
+from segpipe.prompts.inputs.files import read_prompts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 UTM = "EPSG:32617"

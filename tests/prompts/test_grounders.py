@@ -13,11 +13,11 @@ from rasterio.features import rasterize
 from scipy.spatial.distance import cdist
 from skimage.measure import label, regionprops
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.prompts import components as strips
-from segpipe.prompts.grounders import Outcome, VocabularyGrounder
-from segpipe.prompts.vocabulary import Concept, Vocabulary
+from segpipe.geometry.box import Box
+from segpipe.prompts.grounding.base import Outcome, VocabularyGrounder
+from segpipe.prompts.grounding.vocabulary import Concept, Vocabulary
+from segpipe.prompts.inputs import components as strips
 
 
 def spelled(texts: Sequence[str]) -> np.ndarray:

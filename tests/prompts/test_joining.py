@@ -14,8 +14,8 @@ from monai.data.box_utils import non_max_suppression
 from pycocotools import mask as coco
 from torchvision.ops import box_iou, nms
 
-from segpipe.prompts.joining import Found, Joined, Source, join_found
-from segpipe.prompts.masks import Patch
+from segpipe.prompts.masks.merge_masks import Found, Joined, Source, join_found
+from segpipe.prompts.masks.patches import Patch
 from tests.prompts.patches import placed, random_patch, rectangle
 
 NAN = float("nan")

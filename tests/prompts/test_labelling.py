@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.detector_files import clip, save
 from segpipe.errors import RequestError
-from segpipe.prompts.grounders import Outcome
-from segpipe.prompts.labelling import FROM_ABOVE, PHOTO, load_labeller, mask_crop
+from segpipe.prompts.grounding.base import Outcome
+from segpipe.prompts.grounding.clip import FROM_ABOVE, PHOTO, load_labeller, mask_crop
 
 CPU = torch.device("cpu")
 PHRASES = ["lake", "small docks", "field"]

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
+from segpipe.config.prompts import Choice
 from segpipe.errors import RequestError
-from segpipe.prompts.linking import Linking, link
-from segpipe.prompts.masks import Patch
-from segpipe.prompts.options import Choice
-from segpipe.prompts.pyramid import Pyramid, Window
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Prompt
-from segpipe.prompts.slices import placed, window_prompt
-from segpipe.prompts.volumes import How, Rules, Why
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.segmenters.base import Prompt
+from segpipe.prompts.segmenters.registry import load_segmenter
+from segpipe.prompts.volumes.propagate import How, Rules, Why
+from segpipe.prompts.volumes.propagate_prompts import Linking, link
+from segpipe.prompts.volumes.slices import placed, window_prompt
+from segpipe.tiling.pyramid import Pyramid, Window
 from tests.prompts.solids import Truth, ball, collect, cone, embedder, said, slanted, slice_box, torus
 from tests.prompts.tiny_sams import card_for, picture, tiny
 

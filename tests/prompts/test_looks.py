@@ -14,13 +14,24 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy import ndimage
 
+from segpipe.config.card import Card, load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import Card, load_card
 from segpipe.prompts.check import check_model, describe_model
-from segpipe.prompts.looknet import LookNet
-from segpipe.prompts.looks import LOOK, LOOKS, PADS, REACHES, ROOM, Asked, drawn, laid, looks_at, resampled
-from segpipe.prompts.segmenter_registry import check_segmenter, load_segmenter
-from segpipe.prompts.segmenters import Prompt
+from segpipe.prompts.segmenters.base import Prompt
+from segpipe.prompts.segmenters.looknet import LookNet
+from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
+from segpipe.prompts.segmenters.rois import (
+    LOOK,
+    LOOKS,
+    PADS,
+    REACHES,
+    ROOM,
+    Asked,
+    drawn,
+    laid,
+    looks_at,
+    resampled,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
-from segpipe.prompts.masks import (
+from segpipe.geometry.box import Box
+from segpipe.prompts.masks.patches import (
     Patch,
     check_patches,
     crop,

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.measure import regionprops
 
-from segpipe.boxes import Box, grid_boxes
-from segpipe.prompts.masks import Patch
-from segpipe.prompts.painting import Masks, Painted, paint_scene
+from segpipe.geometry.box import Box, grid_boxes
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.masks.rasterise import Masks, Painted, paint_scene
 from tests.instances.scene import by_first
 from tests.prompts.patches import placed, random_patch, rectangle
 

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
+from segpipe.config.card import Card
+from segpipe.config.prompts import PlaneOf
 from segpipe.errors import RequestError
-from segpipe.geometry import RasterGeometry, volume_geometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.models.card import Card
-from segpipe.prompts import planes as module
-from segpipe.prompts.answering import answer_windows, next_round
-from segpipe.prompts.costs import prompt_line
-from segpipe.prompts.options import PlaneOf
-from segpipe.prompts.planes import Planes, read_box
-from segpipe.request import check_request
+from segpipe.prompts.masks import read_planes as module
+from segpipe.prompts.masks.read_planes import Planes, read_box
+from segpipe.prompts.plan import prompt_line
+from segpipe.prompts.segment_windows import answer_windows, next_round
+from segpipe.runs.check import check_request
 from segpipe.sources.base import Pixels, Scaling
 from tests.prompts.asked_world import make_card, make_job, planned
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpipe.errors import RequestError
-from segpipe.prompts.pyramid import Pyramid, Window
+from segpipe.tiling.pyramid import Pyramid, Window
 
 WINDOW = 8
 

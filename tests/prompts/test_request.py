@@ -8,9 +8,9 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
-from segpipe.prompts.request import (
+from segpipe.geometry.box import Box
+from segpipe.prompts.inputs.prompts import (
     element_corners,
     join_prompts,
     make_boxes,

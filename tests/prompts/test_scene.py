@@ -14,26 +14,22 @@ import pytest
 import torch
 import yaml
 
-from segpipe.boxes import Box
-from segpipe.config import Job
+from segpipe.config.job import Job
 from segpipe.errors import SceneError, StoppedError
-from segpipe.object_table import FACTS, ObjectTable
-from segpipe.prompts.answering import (
-    answer_windows,
-    next_round,
-    segmenter_of,
-)
-from segpipe.prompts.embeddings import prune, window_id
-from segpipe.prompts.files import read_prompts
-from segpipe.prompts.finding import find_prompted
-from segpipe.prompts.linking import link
-from segpipe.prompts.masks import patch_cover
-from segpipe.prompts.pyramid import Window
-from segpipe.prompts.scene import PromptScene
-from segpipe.prompts.segmenters import Embedding
-from segpipe.prompts.solids import answer_volume, rules_of
-from segpipe.prompts.volumes import SliceAnswer
-from segpipe.stops import request_stop
+from segpipe.geometry.box import Box
+from segpipe.objects.table import FACTS, ObjectTable
+from segpipe.prompts.build_objects import find_prompted
+from segpipe.prompts.inputs.files import read_prompts
+from segpipe.prompts.masks.embedding_cache import prune, window_id
+from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.prompt_scene import PromptScene
+from segpipe.prompts.segment_windows import answer_windows, next_round, segmenter_of
+from segpipe.prompts.segmenters.base import Embedding
+from segpipe.prompts.volumes.propagate import SliceAnswer
+from segpipe.prompts.volumes.propagate_prompts import link
+from segpipe.prompts.volumes.segment_volume import answer_volume, rules_of
+from segpipe.store.stops import request_stop
+from segpipe.tiling.pyramid import Window
 from tests.prompts.asked_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny
 
@@ -152,7 +148,7 @@ def map_windows(scene: PromptScene) -> set[Any]:
     """All windows of all rounds."""
     found: set[Any] = set()
     number = 0
-    from segpipe.prompts.answering import _by_window
+    from segpipe.prompts.segment_windows import _by_window
 
     while next_round(scene, number) is not None:
         found |= set(_by_window(scene, scene.asked, number))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.prompts.segmenter_registry import check_segmenter, load_segmenter
-from segpipe.prompts.segmenters import Prompt, mask_logits, stability_score
+from segpipe.prompts.segmenters.base import Prompt, mask_logits, stability_score
+from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 from segpipe.sources.base import Pixels, Scaling
 from tests.prompts.tiny_sams import (
     NETWORKS,

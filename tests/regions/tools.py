@@ -8,7 +8,7 @@ import pytest
 import shapely
 from pyproj import CRS
 
-from segpipe.boxes import grid_boxes
+from segpipe.geometry.box import grid_boxes
 from segpipe.regions import FULL
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

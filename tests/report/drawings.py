@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 from pyproj import CRS
 
-from segpipe.boxes import Box
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
-from segpipe.report.planes import VolumePictures
-from segpipe.report.preview import RasterPictures, raster_pictures
-from segpipe.report.sampling import Readers
+from segpipe.config.card import Class
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.pictures.anatomical_planes import VolumePictures
+from segpipe.pictures.preview import RasterPictures, raster_pictures
+from segpipe.pictures.sampling import Readers
 from segpipe.sources.base import Pixels
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

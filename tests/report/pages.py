@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
+from segpipe.config.card import Class
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.pictures.preview import raster_preview
 from segpipe.report.page import render_pages
-from segpipe.report.preview import raster_preview
-from segpipe.report.record import ClassInfo, GeometrySummary, ModelSummary, RunRecord, SceneRecord
 from segpipe.sources.base import Pixels
+from segpipe.tables.record import ClassInfo, GeometrySummary, ModelSummary, RunRecord, SceneRecord
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 CLASSES = (

@@ -3,12 +3,12 @@
 import numpy as np
 from pyproj import CRS
 
-from segpipe.boxes import grid_boxes
-from segpipe.geometry import RasterGeometry, volume_geometry
+from segpipe.config.card import Class
+from segpipe.geometry.box import grid_boxes
+from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.metrics.tally import SizeScale, add, measure_tile
-from segpipe.models.card import Class
 from segpipe.regions import load_regions
-from segpipe.report.tables import SceneResult
+from segpipe.tables.overlap_tables import SceneResult
 
 CLASSES = [
     Class(value=0, name="background", color="#000000", background=True),

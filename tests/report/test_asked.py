@@ -16,18 +16,18 @@ from skimage.draw import disk
 from skimage.measure import regionprops_table
 from skimage.segmentation import find_boundaries
 
-from segpipe.geometry import volume_geometry
-from segpipe.instances.merge import SceneObjects
-from segpipe.models.card import Class
-from segpipe.report.asked import asked_view, finding, phrase_captions, words
-from segpipe.report.colors import rgb
+from segpipe.config.card import Class
+from segpipe.geometry.geometry import volume_geometry
+from segpipe.objects.merge import SceneObjects
+from segpipe.pictures.archive import dump_previews, load_previews
+from segpipe.pictures.colors import rgb
+from segpipe.pictures.preview import raster_pictures, raster_preview, volume_preview
+from segpipe.pictures.sampling import Readers
 from segpipe.report.markdown import headline, run_markdown
 from segpipe.report.page import INDEX, render_pages
-from segpipe.report.phrase_table import asked_table
-from segpipe.report.pictures import dump_previews, load_previews
-from segpipe.report.preview import raster_pictures, raster_preview, volume_preview
-from segpipe.report.record import AskedPhrase, ClassInfo, RunRecord, SceneRecord, dump_record, load_record
-from segpipe.report.sampling import Readers
+from segpipe.report.phrases import asked_view, finding, phrase_captions, words
+from segpipe.tables.phrases import asked_table
+from segpipe.tables.record import AskedPhrase, ClassInfo, RunRecord, SceneRecord, dump_record, load_record
 from tests.report.drawings import decoded, raster_input, reader
 from tests.report.pages import EVIL, Reader
 

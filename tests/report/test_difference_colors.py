@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from segpipe.report.colors import rgb
-from segpipe.report.drawing import DIFFERENCE
+from segpipe.pictures.colors import rgb
+from segpipe.pictures.drawing import DIFFERENCE
 
 
 def lab(color: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import sklearn.metrics
 from segpipe.report.confusion import LISTED, OTHERS, confusion_matrix
 from segpipe.report.figures import Agreement, Strip, bland_altman, distribution, ticks
 from segpipe.report.overview import agreements
-from segpipe.report.record import ClassInfo
+from segpipe.tables.record import ClassInfo
 
 CLASSES = (
     ClassInfo(0, "background", "#000000", background=True),

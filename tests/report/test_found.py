@@ -13,15 +13,15 @@ from affine import Affine
 from skimage.measure import regionprops
 from torchmetrics.detection import PanopticQuality
 
-from segpipe.boxes import Box
-from segpipe.geometry import Geometry, RasterGeometry, volume_geometry
-from segpipe.metrics.instances import overlap_tile
-from segpipe.metrics.members import Members
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry, RasterGeometry, volume_geometry
 from segpipe.metrics.tally import SizeScale
-from segpipe.object_table import ObjectTable
-from segpipe.reference import IdRule
-from segpipe.report.found import SceneFound, found_table, panoptic_table, with_counts
-from segpipe.report.record import ClassInfo
+from segpipe.objects.overlap_table import overlap_tile
+from segpipe.objects.region_members import Members
+from segpipe.objects.table import ObjectTable
+from segpipe.sources.labels import IdRule
+from segpipe.tables.found_objects import SceneFound, found_table, panoptic_table, with_counts
+from segpipe.tables.record import ClassInfo
 from tests.instances.scene import Oracle, discs, scene_ids, square_lattice
 
 CLASSES = [

@@ -8,20 +8,20 @@ import re
 import pandas as pd
 import pytest
 
-from segpipe.models.card import Class
-from segpipe.report import units
-from segpipe.report.agreement import agreement_table
+from segpipe.config.card import Class
 from segpipe.report.cells import page_table
+from segpipe.report.class_bars import class_bars
 from segpipe.report.definitions import DEFINITIONS
-from segpipe.report.frames import Found
-from segpipe.report.intensity import SceneIntensity, intensity_table
 from segpipe.report.overview import scene_scores, scene_table
 from segpipe.report.page import FAILURES, INDEX
-from segpipe.report.shares import class_bars
-from segpipe.report.summary import summary_table
-from segpipe.report.surface import SceneSurfaces, surface_table
-from segpipe.report.tables import SceneResult, metric_table, region_table
-from segpipe.report.uncertainty import calibration_table, uncertainty_table
+from segpipe.tables import units
+from segpipe.tables.agreement import agreement_table
+from segpipe.tables.frames import Found
+from segpipe.tables.intensity import SceneIntensity, intensity_table
+from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.summary import summary_table
+from segpipe.tables.surface import SceneSurfaces, surface_table
+from segpipe.tables.uncertainty import calibration_table, uncertainty_table
 from tests.report.pages import (
     CLASSES,
     Reader,

@@ -10,10 +10,10 @@ from urllib.parse import unquote, urljoin
 import numpy as np
 import pytest
 
+from segpipe.pictures.archive import THUMBNAIL_BYTES
 from segpipe.report.cells import ROWS
 from segpipe.report.page import INDEX, INDEX_ROWS, page_paths
-from segpipe.report.pictures import THUMBNAIL_BYTES
-from segpipe.report.record import ClassInfo, ModelSummary
+from segpipe.tables.record import ClassInfo, ModelSummary
 from tests.report.pages import (
     EVIL,
     Reader,

@@ -10,14 +10,14 @@ import rasterio
 from PIL import Image
 from pyproj import CRS
 
-from segpipe.boxes import Box
-from segpipe.geometry import RasterGeometry
-from segpipe.models.card import Class
-from segpipe.report.colors import rgb
-from segpipe.report.drawing import DIFFERENCE
-from segpipe.report.pictures import THUMBNAIL_BYTES
-from segpipe.report.preview import raster_pictures, raster_preview, rgb_channels
-from segpipe.report.sampling import READ_EDGE, Plane, Readers, sample_image, sample_labels, thinned
+from segpipe.config.card import Class
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
+from segpipe.pictures.archive import THUMBNAIL_BYTES
+from segpipe.pictures.colors import rgb
+from segpipe.pictures.drawing import DIFFERENCE
+from segpipe.pictures.preview import raster_pictures, raster_preview, rgb_channels
+from segpipe.pictures.sampling import READ_EDGE, Plane, Readers, sample_image, sample_labels, thinned
 from tests.report.drawings import BONE, GROUND, ORGAN, SHARED, decoded, panel, raster, raster_input, reader
 
 

@@ -8,16 +8,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segpipe.boxes import Box
+from segpipe.config.card import Class
 from segpipe.errors import RequestError
-from segpipe.geometry import volume_geometry
-from segpipe.models.card import Class
-from segpipe.report.colors import rgb
-from segpipe.report.drawing import DIFFERENCE
-from segpipe.report.pictures import dump_previews, load_previews
-from segpipe.report.planes import VolumePictures, structure_extents, volume_pictures
-from segpipe.report.preview import raster_preview, volume_preview
-from segpipe.report.sampling import Plane, Readers, Stack, sample_image, sample_labels
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import volume_geometry
+from segpipe.pictures.anatomical_planes import VolumePictures, structure_extents, volume_pictures
+from segpipe.pictures.archive import dump_previews, load_previews
+from segpipe.pictures.colors import rgb
+from segpipe.pictures.drawing import DIFFERENCE
+from segpipe.pictures.preview import raster_preview, volume_preview
+from segpipe.pictures.sampling import Plane, Readers, Stack, sample_image, sample_labels
 from tests.report.drawings import BONE, GROUND, ORGAN, SHARED, decoded, panel, raster_input, reader
 
 
@@ -89,7 +89,7 @@ def test_slices_go_from_the_feet_up_at_the_heights_of_the_affine() -> None:
 def test_a_stack_is_read_once_in_bounded_slabs(
     across: int, factor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segpipe.report.sampling.SLAB_ELEMENTS", 2000)
+    monkeypatch.setattr("segpipe.pictures.sampling.SLAB_ELEMENTS", 2000)
     rng = np.random.default_rng(1)
     shape = (17, 20, 23)
     labels = rng.integers(0, 9, shape, dtype=np.uint8)

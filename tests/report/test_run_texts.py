@@ -10,7 +10,7 @@ import pytest
 
 from segpipe.errors import RequestError
 from segpipe.report.markdown import headline, run_markdown
-from segpipe.report.record import dump_record, load_record
+from segpipe.tables.record import dump_record, load_record
 from tests.report.pages import metrics, record, regions, scene, summary
 
 

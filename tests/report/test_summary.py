@@ -18,8 +18,8 @@ from sklearn.metrics import (
 
 from segpipe.errors import RequestError
 from segpipe.metrics.tally import FULL, IGNORED, SizeScale, Tally
-from segpipe.report.summary import summary_table
-from segpipe.report.tables import SceneResult, metric_table, region_table
+from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.summary import summary_table
 from tests.report.scenes import CLASSES, result
 
 

@@ -22,11 +22,11 @@ from sklearn.metrics import (
 )
 
 from segpipe.metrics.tally import FULL, IGNORED
-from segpipe.report.agreement import agreement_table
-from segpipe.report.results import MOST_ROWS, results_json
-from segpipe.report.summary import summary_table
-from segpipe.report.table_files import csv_bytes, parquet_bytes, write_table
-from segpipe.report.tables import SceneResult, confusion_table, metric_table, region_table
+from segpipe.tables.agreement import agreement_table
+from segpipe.tables.files import csv_bytes, parquet_bytes, write_table
+from segpipe.tables.overlap_tables import SceneResult, confusion_table, metric_table, region_table
+from segpipe.tables.results import MOST_ROWS, results_json
+from segpipe.tables.summary import summary_table
 from tests.report.scenes import CLASSES, NAMES, SIZES, result, rows
 
 INNER = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 255, 0], [0, 0, 0, 0, 0]]

@@ -15,11 +15,11 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_rescale
 from pydicom.uid import JPEG2000Lossless
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import VolumeGeometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.sources import Scaling, Source, open_source
-from segpipe.sources import dicom as dicom_module
+from segpipe.sources.dicom import reader as dicom_module
 
 Find = Callable[[str], Path]
 Write = Callable[..., Path]

@@ -11,9 +11,9 @@ import rasterio
 from rasterio.merge import merge
 from rasterio.windows import Window
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources import Scaling, open_source
 
 Write = Callable[..., Path]

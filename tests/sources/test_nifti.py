@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import VolumeGeometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.sources import Scaling, Source, open_source
 
 Find = Callable[[str], Path]

@@ -15,9 +15,9 @@ from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry import RasterGeometry
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources import Scaling, open_source
 from segpipe.sources.raster import differs
 

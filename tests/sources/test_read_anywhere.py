@@ -12,7 +12,7 @@ import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.boxes import Box, grid_boxes
+from segpipe.geometry.box import Box, grid_boxes
 from segpipe.sources import Source, open_source
 
 Write = Callable[..., Path]

@@ -11,8 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from segpipe.boxes import Box
 from segpipe.errors import SceneError
+from segpipe.geometry.box import Box
 from segpipe.sources import open_source, remote
 from segpipe.sources.remote import fetch, remote_identity
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import rasterio
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError, SceneError
+from segpipe.geometry.box import Box
 from segpipe.sources import Scaling, open_source
 from segpipe.sources.gdal import CACHE_LIMIT, cache_for_strips
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from world import PIXEL, write_raster, write_volume
 
+from segpipe.config.augmentation import Augmentation
+from segpipe.config.recipe import Recipe
 from segpipe.sources import discover
-from segpipe.training.augment_schema import Augmentation
-from segpipe.training.recipe import Recipe
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from segpipe.training.loss_terms import IGNORE, LossTerm
-from segpipe.training.losses import build_loss
+from segpipe.config.losses import IGNORE, LossTerm
+from segpipe.training.losses.build import build_loss
 
 SMOOTH = 1e-3
 TERMS = [

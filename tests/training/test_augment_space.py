@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from segpipe.training.augment import augment
-from segpipe.training.augment_schema import Augmentation
-from segpipe.training.augment_space import CELLS, sampling_grid
+from segpipe.config.augmentation import Augmentation
+from segpipe.training.augmentation.augment import augment
+from segpipe.training.augmentation.spatial import CELLS, sampling_grid
 
 NONE = Augmentation.none()
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from segpipe.training.augment import augment
-from segpipe.training.augment_schema import Augmentation
+from segpipe.config.augmentation import Augmentation
+from segpipe.training.augmentation.augment import augment
 
 
 def changed(image: np.ndarray, seed: int = 0, **fields: object) -> np.ndarray:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from segpipe.config.recipe import Recipe
+from segpipe.training.distributed import World
 from segpipe.training.loop import Moment, Training
 from segpipe.training.network import TrainNetwork
-from segpipe.training.recipe import Recipe
-from segpipe.training.world import World
 from tests.training.conftest import CLASSES, RasterFolder, fold_of, prepared, recipe_of
 
 Rasters = Callable[..., Recipe]

@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss
 from torch.nn import functional as F  # noqa: N812
 from torchvision.ops import sigmoid_focal_loss
 
-from segpipe.training.loss_terms import IGNORE, LossTerm
+from segpipe.config.losses import IGNORE, LossTerm
 from tests.training.loss_values import batch, rows, value, value_and_gradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from scipy.special import softmax
 from sklearn.metrics import jaccard_score
 from torch.nn import functional as F  # noqa: N812
 
-from segpipe.training.loss_terms import IGNORE, LossTerm
+from segpipe.config.losses import IGNORE, LossTerm
 from tests.training.loss_values import SMOOTH, batch, rows, value, value_and_gradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")

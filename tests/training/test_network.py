@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from segpipe.config import Precision
+from segpipe.config.card import load_card
+from segpipe.config.job import Precision
+from segpipe.config.recipe import Recipe
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
 from segpipe.models.registry import load_model
 from segpipe.models.trainable import untrained
 from segpipe.training.network import TrainNetwork, begin_with, precision_here
-from segpipe.training.recipe import Recipe
 from segpipe.training.run import write_card
 from tests.training.conftest import recipe_of
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from skimage.measure import regionprops
 
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.base import Truth
-from segpipe.models.card import Card
 from segpipe.models.trainable import finder, objective, untrained
 from tests.models.tiny_transformers import EOMT
 

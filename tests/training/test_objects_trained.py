@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from benchmarks.objects import count, draw_discs, on_border, run, trained, write_scenes
+from segpipe.config.card import load_card
+from segpipe.config.recipe import load_recipe
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
-from segpipe.training.recipe import load_recipe
 from segpipe.training.run import SILENT, check_recipe, train
 
 QUICK = ["optimise.steps=4", "optimise.batch=1", "judge.every=2", "judge.scenes=1", "compute.precision=fp32"]

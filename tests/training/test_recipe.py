@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from segpipe.config.recipe import Recipe, load_recipe
 from segpipe.errors import RequestError
-from segpipe.training.recipe import Recipe, load_recipe
 from segpipe.training.run import check_recipe, mark
 from tests.training.conftest import RasterFolder, recipe_data, write_recipe
 
@@ -27,7 +27,7 @@ def test_a_file_becomes_a_recipe_and_overrides_count(four_rasters: RasterFolder,
 
 
 def test_folds_to_train() -> None:
-    from segpipe.training.recipe import Split
+    from segpipe.config.recipe import Split
 
     assert Split(folds=3, fold="all").chosen == [0, 1, 2]
     assert Split(folds=3, fold="none").chosen == [None]

@@ -19,12 +19,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from segpipe.models.card import load_card
+from segpipe.config.card import load_card
+from segpipe.config.recipe import Recipe
 from segpipe.models.registry import load_model
 from segpipe.training.loop import Moment
-from segpipe.training.recipe import Recipe
 from segpipe.training.run import SILENT, Result, Told, mark, train
-from segpipe.training.trial import try_model
+from segpipe.training.validation import try_model
 from tests.training.conftest import RasterFolder, fold_of, prepared, recipe_of
 
 FILES = {
@@ -167,7 +167,9 @@ def test_the_folds_together_are_an_ensemble(two_folds: Trained) -> None:
     assert card.input == two_folds.recipe.card.input
 
 
-@pytest.mark.skipif(importlib.util.find_spec("segpipe.models.ensemble") is None, reason="no ensembles here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("segpipe.models.providers.ensemble") is None, reason="no ensembles here"
+)
 def test_an_ensemble_gives_the_mean_of_its_members_probabilities(two_folds: Trained) -> None:
     members = [load_model(load_card(two_folds.fold(n) / "card.yaml"), "cpu", 1, "fp32") for n in (0, 1)]
     together = load_model(load_card(two_folds.result.folder / "card.yaml"), "cpu", 1, "fp32")

@@ -12,11 +12,11 @@ import torch
 from scipy.stats import binomtest
 from world import write_raster
 
-from segpipe.boxes import Box
+from segpipe.config.losses import IGNORE
+from segpipe.config.recipe import Recipe, Split
 from segpipe.errors import RequestError
-from segpipe.training.border import border_weights
-from segpipe.training.loss_terms import IGNORE
-from segpipe.training.recipe import Recipe, Split
+from segpipe.geometry.box import Box
+from segpipe.training.losses.border import border_weights
 from segpipe.training.sampler import Sampler
 from segpipe.training.split import Fold
 from tests.training.conftest import CLASSES, VALUES, fold_of, merged, prepared, recipe_of

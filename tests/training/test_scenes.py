@@ -13,10 +13,10 @@ from scipy.stats import chisquare
 from torch.nn.functional import interpolate
 from world import write_raster
 
-from segpipe.boxes import Box
+from segpipe.config.losses import IGNORE
 from segpipe.errors import SceneError
+from segpipe.geometry.box import Box
 from segpipe.training import scenes as module
-from segpipe.training.loss_terms import IGNORE
 from segpipe.training.scenes import POSITIONS, Drawn, TrainScene
 from tests.training.conftest import (
     COUNTS,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_cdt
 
-from segpipe.boxes import Box
+from segpipe.config.recipe import Split, SplitBy
 from segpipe.errors import RequestError
-from segpipe.training.recipe import Split, SplitBy
+from segpipe.geometry.box import Box
 from segpipe.training.split import Fold
 
 Shapes = dict[str, tuple[int, ...]]

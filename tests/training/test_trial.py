@@ -12,9 +12,9 @@ from sklearn.metrics import confusion_matrix
 from torch.nn.functional import conv2d
 from world import write_raster
 
-from segpipe.boxes import Box
-from segpipe.training.recipe import Recipe
-from segpipe.training.trial import try_model
+from segpipe.config.recipe import Recipe
+from segpipe.geometry.box import Box
+from segpipe.training.validation import try_model
 from tests.training.conftest import CLASSES, RasterFolder, fold_of, prepared, recipe_of, write_scene
 
 CPU = torch.device("cpu")

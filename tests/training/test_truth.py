@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from segpipe.models.card import Card
-from segpipe.training.loss_terms import IGNORE
-from segpipe.training.truth import number_pairs, pairs_of, window_truth
+from segpipe.config.card import Card
+from segpipe.config.losses import IGNORE
+from segpipe.training.instance_targets import number_pairs, pairs_of, window_truth
 
 LARGE = 2**40 + 1
 """float32 does not hold it."""

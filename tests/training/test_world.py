@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from segpipe.training.distributed import World
 from segpipe.training.run import SILENT, train
-from segpipe.training.world import World
 from tests.training.conftest import RasterFolder, recipe_data, recipe_of, write_recipe
 
 PROGRAM = """
 import sys
-from segpipe.training.recipe import load_recipe
+from segpipe.config.recipe import load_recipe
 from segpipe.training.run import SILENT, train
 train(load_recipe(sys.argv[1]), SILENT)
 """

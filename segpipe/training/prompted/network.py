@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from segpipe.errors import RequestError
-from segpipe.prompts.looknet import LookNet
+from segpipe.prompts.segmenters.looknet import LookNet
 
 
 def build(arguments: dict[str, Any], seed: int) -> LookNet:

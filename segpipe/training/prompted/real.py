@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage
 from torch.nn import functional
 
-from segpipe.boxes import Box
 from segpipe.errors import RequestError
+from segpipe.geometry.box import Box
 from segpipe.sources import discover, open_source
 from segpipe.training.prompted.recipe import PromptedRecipe, Raster, Volumes
 from segpipe.training.prompted.synthetic import Drawn, Groups

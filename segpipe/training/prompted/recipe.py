@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from segpipe.fields import Strict, Text
-from segpipe.validate import load
+from segpipe.config.loading import load
+from segpipe.config.types import Strict, Text
 
 
 class Raster(Strict):
@@ -128,7 +128,7 @@ class PromptedRecipe(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Of the model that is made.")
     network: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of `segpipe.prompts.looknet.LookNet`."
+        default_factory=dict, description="Arguments of `segpipe.prompts.segmenters.looknet.LookNet`."
     )
     data: Data = Field(description="What the model learns from.")
     sampling: Sampling = Field(default_factory=Sampling, description="Which windows and prompts are shown.")
@@ -148,5 +148,5 @@ class PromptedRecipe(Strict):
 
 
 def load_prompted_recipe(path: str | Path, overrides: Sequence[str] = ()) -> PromptedRecipe:
-    """Read and validate a recipe: see `segpipe.validate.load`."""
+    """Read and validate a recipe: see `segpipe.config.loading.load`."""
     return load(PromptedRecipe, path, overrides)

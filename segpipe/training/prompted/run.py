@@ -15,10 +15,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segpipe.errors import RequestError
-from segpipe.inference.overlap import Prefetch
-from segpipe.training.prompted.looking import Looks, corrected, look
+from segpipe.inference.queues import Prefetch
 from segpipe.training.prompted.network import build, save
 from segpipe.training.prompted.objective import judge
+from segpipe.training.prompted.prompt_sampling import Looks, corrected, look
 from segpipe.training.prompted.real import read_scenes
 from segpipe.training.prompted.recipe import PromptedRecipe
 from segpipe.training.prompted.samples import Batch, Samples

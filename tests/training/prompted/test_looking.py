@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from segpipe.prompts.looks import LOOK, laid
-from segpipe.training.prompted.looking import Looks, corrected, look
+from segpipe.prompts.segmenters.rois import LOOK, laid
+from segpipe.training.prompted.prompt_sampling import Looks, corrected, look
 from segpipe.training.prompted.real import read_scenes
 from segpipe.training.prompted.recipe import PromptedRecipe
 from segpipe.training.prompted.samples import Batch, Samples

@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
+from segpipe.config.card import load_card
 from segpipe.errors import RequestError
-from segpipe.models.card import load_card
-from segpipe.prompts.looks import LOOKS, Asked, drawn, laid, looks_at
-from segpipe.prompts.segmenter_registry import load_segmenter
-from segpipe.prompts.segmenters import Prompt
+from segpipe.prompts.segmenters.base import Prompt
+from segpipe.prompts.segmenters.registry import load_segmenter
+from segpipe.prompts.segmenters.rois import LOOKS, Asked, drawn, laid, looks_at
 from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
 from segpipe.training.prompted.run import Line, PromptedTraining
 

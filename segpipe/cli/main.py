@@ -1,0 +1,328 @@
+"""The command line. Fast to answer: torch and prefect are loaded only when a command needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segpipe import __version__
+from segpipe.cli.doctor import doctor_command
+from segpipe.cli.lake import quarantine_command, scan_command
+from segpipe.cli.models import models_app
+from segpipe.errors import RequestError, SegpipeError
+
+if TYPE_CHECKING:
+    from segpipe.config.job import Job
+    from segpipe.export.run_folder import Run
+    from segpipe.inference.settings import Settings
+    from segpipe.sources import SceneRef
+    from segpipe.tables.record import RunRecord
+
+app = typer.Typer(
+    help="Segment satellite rasters and 3D medical volumes, and report areas, volumes and overlap "
+    "per region. Start with `segpipe plan JOB.yaml`, then `segpipe run JOB.yaml`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(models_app, name="models")
+app.command("doctor")(doctor_command)
+app.command("scan")(scan_command)
+app.command("quarantine")(quarantine_command)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file; see configs/jobs/.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe for training; see configs/train/.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=value", help="Override a key of the job; may be repeated."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"segpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(job_file: JobFile, overrides: Overrides = None) -> None:
+    """Run a job as a Prefect flow; run it again to resume, or to find it done.
+
+    Uses the server of PREFECT_API_URL where that is set, else a temporary one of its own.
+    Exit code 0: all scenes done; 1: some failed; 2: the request is wrong.
+    """
+    from segpipe.config.job import load_job
+
+    _run_job(load_job(job_file, overrides or []))
+
+
+def _run_job(job: Job) -> None:
+    """Run a job in a flow, and print its numbers."""
+    from segpipe.runs.check import check_request
+    from segpipe.runs.run import open_run
+
+    request = check_request(job)  # a mistake is told now, before a server is started
+    found, before = open_run(job, request.mark)
+    if before is not None and len(before.done) == len(request.scenes):
+        print("nothing to do: this job is done; the results of then:")
+        _headline(found, before)
+        return
+    from flows.here import check_server, run_here
+    from flows.prompt import prompt as ask
+    from flows.runners import check_cluster, task_runner
+    from flows.segment import segment
+    from segpipe.config.prompt_form import Question
+
+    task_runner(job.compute)
+    check_server()
+    check_cluster(job.compute, request.settings)
+    state = run_here(ask, Question.of(job)) if job.prompts.asked else run_here(segment, job)
+    if state.is_cancelled():  # by Ctrl-C, or in the UI
+        print(state.message, file=sys.stderr)
+        raise typer.Exit(130)
+    found, after = open_run(job, request.mark)
+    if after is None or after == before:
+        if state.is_completed():  # another run of the same job is at the record
+            print(state.message)
+            return
+        raise SegpipeError(state.message or "the run ended without a report")
+    _headline(found, after)
+    if not state.is_completed():
+        raise typer.Exit(1)
+
+
+@app.command()
+def prompt(
+    what: Annotated[
+        str, typer.Argument(metavar="JOB.yaml|RUN", help="A job with a promptable model, or a run of one.")
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A phrase, or several as 'lake . dock . field'; may be repeated."),
+    ] = None,
+    grounder: Annotated[
+        str, typer.Option(help="Card of the model that finds phrases; left out: the job's.")
+    ] = "",
+    points: Annotated[
+        str, typer.Option(help="File of points (GeoJSON, GeoPackage, CSV): label 1 in the object, 0 beside.")
+    ] = "",
+    boxes: Annotated[str, typer.Option(help="File of boxes or polygons around objects.")] = "",
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least score of what a phrase finds.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Ask a promptable model for objects, by words, points or boxes, over scenes of any size.
+
+    What was encoded for an earlier question is read, not encoded again: ask a RUN as often as you like.
+    """
+    from segpipe.runs.reprompt import asked_job
+
+    if points and boxes:
+        raise RequestError("--points, --boxes: give one file: it may hold both")
+    asked = asked_job(what, text or [], grounder, points or boxes, threshold, overrides or [])
+    _run_job(asked)
+
+
+@app.command()
+def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a model from labelled scenes as a Prefect flow; run it again to go on where it stopped.
+
+    Leaves a card with weights, scores on scenes kept apart, and a page. Several GPUs:
+    `torchrun --nproc-per-node=N -m segpipe.cli.main train RECIPE.yaml`.
+    """
+    from segpipe.config.recipe import load_recipe
+    from segpipe.training.run import check_recipe
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    scenes = check_recipe(recipe)
+    if int(os.environ.get("RANK", "0")):
+        from segpipe.training.run import SILENT
+        from segpipe.training.run import train as take_part
+
+        take_part(recipe, SILENT)  # the first process has the flow, the others its work
+        return
+    print(f"{recipe.name}: {len(scenes)} scenes, {recipe.optimise.steps:,} steps a fold")
+    from flows.here import check_server, run_here
+    from flows.train import train_model
+
+    check_server()
+    state = run_here(train_model, str(recipe_file), overrides or [])
+    print(state.message, file=sys.stderr if not state.is_completed() else sys.stdout)
+    if not state.is_completed():
+        raise typer.Exit(130 if state.is_cancelled() else 1)
+
+
+def _headline(run: Run, record: RunRecord) -> None:
+    """The last lines: the numbers people came for, and where the page is."""
+    from segpipe.report.markdown import headline
+    from segpipe.runs.run import read_tables
+
+    for scene in record.failed:
+        print(f"failed: {scene.name}: {scene.error}", file=sys.stderr)
+    for line in headline(record, *read_tables(run)):
+        print(line)
+    print(f"report: {run.report}")
+
+
+@app.command()
+def plan(job_file: JobFile, overrides: Overrides = None) -> None:
+    """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
+    from segpipe.config.job import load_job
+    from segpipe.runs.check import check_request
+
+    job = load_job(job_file, overrides or [])
+    request = check_request(job)
+    how = f"on {request.settings.device_class}" if job.model else "with labels measured as given"
+    print(f"{job.name}: {len(request.scenes)} scenes {how}")
+    failed = []
+    for ref in request.scenes:
+        try:
+            line = _plan_line(job, ref, request.settings) if job.model else _labels_line(job, ref)
+        except SegpipeError as error:
+            failed.append(f"{ref.name}: {' '.join(str(error).split())}")
+            continue
+        print(f"  {ref.name}: {line}")
+    if job.model:
+        print("passes are an upper bound: windows without a valid element are skipped when read")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _labels_line(job: Job, ref: SceneRef) -> str:
+    """What a scene with given labels takes, in a line."""
+    from segpipe.metrics.tally import measure_tiles
+    from segpipe.pipeline.given_scene import prepare_labelled
+
+    scene = prepare_labelled(job, ref)
+    tiles = sum(1 for _ in measure_tiles(scene.geometry))
+    image = " and the image" if job.measure.intensity else ""
+    return f"{tiles:,} tiles to measure of {scene.labels}{image}"
+
+
+def _plan_line(job: Job, ref: SceneRef, settings: Settings) -> str:
+    """What a scene takes, in a line."""
+    from segpipe.pipeline.model_scene import dry_plan
+    from segpipe.tables.units import byte_size
+
+    if job.prompts.asked:
+        from segpipe.prompts.plan import prompt_line
+
+        return prompt_line(job, ref, settings)
+    s = dry_plan(job, ref, settings).summary()
+    return (
+        f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "
+        f"{s['forward_passes']:,} passes (redundancy {s['redundancy']:.3f}), "
+        f"memory {byte_size(s['memory_bytes'])}, store up to {byte_size(s['disk_bytes'])}"
+    )
+
+
+@app.command()
+def report(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
+    """Make the tables and the page of a run again, from its receipts and pictures alone."""
+    from segpipe.runs.finish import write_run
+    from segpipe.runs.run import load_run
+
+    found, record = load_run(run_folder)
+    write_run(found, record)
+    _headline(found, record)
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")],
+    after: Annotated[str, typer.Argument(metavar="RUN", help="The run to hold against it.")],
+    out: Annotated[
+        str, typer.Option(help="Folder of the files; left out: compare-<first run> in the second's folder.")
+    ] = "",
+) -> None:
+    """Tell what changed from one run to another, per scene, region and class."""
+    from segpipe.report.comparison.page import headline
+    from segpipe.runs.compare import compare_runs
+
+    found = compare_runs(before, after, out)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for line in headline(found):
+        print(line)
+
+
+@app.command()
+def check(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
+    """Hold every file of a run against the manifest: size and SHA-256. Exit code 1: some differ."""
+    from segpipe.export.manifest import check_manifest
+
+    wrong = check_manifest(run_folder)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+    print("every file is as it was written")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a job file, for editors."""
+    from segpipe.config.job import Job
+
+    print(json.dumps(Job.model_json_schema(), indent=2))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address of the Prefect server to use or start.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 4200,
+    limit: Annotated[int, typer.Option(min=1, help="Runs at once; the others wait.")] = 1,
+) -> None:
+    """Start a local Prefect server (unless one answers) and serve every flow, ready for the UI's forms."""
+    from flows.serve import serve_locally
+
+    serve_locally(host, port, limit)
+
+
+def execute(arguments: list[str] | None = None) -> int:
+    """Run a command line; errors that a user can act on are one line and an exit code.
+
+    Args:
+        arguments: default: the process's own.
+    """
+    logging.captureWarnings(True)
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    try:
+        app(arguments)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SegpipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as ended:  # how typer ends: a wrong command line is 2, an interrupt 130
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(execute())
+
+
+if __name__ == "__main__":
+    main()

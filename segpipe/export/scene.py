@@ -1,0 +1,206 @@
+"""What people open of a scene: its maps, regions and pictures as files, and its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from segpipe.config.card import Class
+from segpipe.config.job import Format, Keep
+from segpipe.export.maps import export_notes, seal_scene, why_no_file, write_maps
+from segpipe.export.regions import MOST_CLASSES, write_regions
+from segpipe.export.run_folder import Run, local_folder
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
+from segpipe.metrics.calibration import LEVELS
+from segpipe.metrics.tally import SizeScale
+from segpipe.pictures.archive import FORMAT, Previews, dump_previews, load_previews
+from segpipe.pictures.preview import raster_preview, volume_preview
+from segpipe.pipeline.measure import Measured, shown_classes
+from segpipe.pipeline.model_scene import Scene
+from segpipe.pipeline.progress import Done
+from segpipe.pipeline.scene import MeasurableScene
+from segpipe.regions import region_layer
+from segpipe.sources.base import Pixels, SceneRef
+from segpipe.sources.labels import find_reference, open_reference
+from segpipe.sources.remote import public_uri
+from segpipe.store.atomic import write_atomic
+from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
+
+
+def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[str, str]:
+    """Write a scene's files into the run's folder; those that are there already stay.
+
+    Returns:
+        What each file is, to its path relative to the run's folder.
+    """
+    previews = _previews(scene, measured)
+    base = f"scenes/{scene.ref.name}"
+    files: dict[str, str] = {}
+    with local_folder(run) as folder:
+        target = folder / base
+        target.mkdir(parents=True, exist_ok=True)
+        for name, path in write_maps(scene, measured, target).items():
+            files[name] = path.relative_to(folder).as_posix()
+        if _write_regions(scene, measured, target / "regions.gpkg"):
+            files["regions"] = f"{base}/regions.gpkg"
+        picture = target / "preview.png"
+        if not picture.exists():
+            write_atomic(picture, previews.composite)
+        files["preview"] = f"{base}/preview.png"
+        files |= seal_scene(scene, measured, run, folder, files)
+    return files
+
+
+def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bool:
+    """The polygons with their numbers, where the regions are polygons and not too many classes."""
+    classes = shown_classes(scene, measured.values)
+    layer = region_layer(scene.job.regions, scene.geometry) if scene.job.regions else None
+    if layer is None or len(classes) > MOST_CLASSES:
+        return False
+    if not path.exists():
+        scale, attempts = SizeScale.from_dict(measured.scale), scene.attempts()
+        found = SceneResult(
+            scene.ref.name, measured.regions, attempts, measured.tally, scale, measured.outside
+        )
+        metrics = metric_table([found], classes) if measured.reference else None
+        write_regions(layer, region_table([found], classes), metrics, path)
+    return True
+
+
+def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None) -> str:
+    """Object that holds a scene's pictures beside its tallies: names, colours and bands are part of it.
+
+    Args:
+        classes: as shown (`shown_classes`); left out: the model's.
+    """
+    listed = scene.classes if classes is None else classes
+    shown = [FORMAT, scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
+    if scene.finds_objects:
+        shown.append("outlined by ids")
+    if scene.prompted:
+        shown.append("a picture a phrase")
+    return f"previews-{hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]}.zip"
+
+
+def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
+    """The scene's pictures: made once per measure key, then kept beside the tallies."""
+    classes = shown_classes(scene, measured.values)
+    name = previews_name(scene, classes)
+    known = measured.stage.read_bytes(name)
+    if known is not None:
+        return load_previews(known)
+    geometry, nodata = scene.geometry, scene.nodata
+    with ExitStack() as stack:
+        store = stack.enter_context(scene.open_image())
+        labels = stack.enter_context(scene.open_labels())
+        truth = None
+        if scene.job.reference is not None:
+            uri = find_reference(scene.job.reference, scene.ref.name)
+            reference = open_reference(scene.job.reference, uri, geometry, scene.id_rule)
+            truth = stack.enter_context(reference).read
+
+        def image(box: Box, channels: tuple[int, ...] | None = None, /) -> Pixels:
+            pixels = store.read(box)
+            return pixels if channels is None else Pixels(pixels.values[list(channels)], pixels.valid)
+
+        doubt = _entropy(scene)
+        ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
+        asked = measured.found.objects if scene.prompted and measured.found else None
+        if isinstance(geometry, RasterGeometry):
+            previews = raster_preview(
+                image, labels, truth, geometry, scene.bands, classes, nodata,
+                count=len(scene.channels), read_uncertainty=doubt, read_ids=ids, asked=asked,
+            )  # fmt: skip
+        else:
+            assert isinstance(geometry, VolumeGeometry)
+            previews = volume_preview(
+                image, labels, truth, geometry, classes, nodata,
+                read_uncertainty=doubt, read_ids=ids, asked=asked,
+            )  # fmt: skip
+    measured.stage.write_bytes(name, dump_previews(previews))
+    return previews
+
+
+def _entropy(scene: MeasurableScene) -> Callable[[Box], np.ndarray] | None:
+    """A reader of the uncertainty map's entropy, a share of 1; None where there is no such map."""
+    doubt = scene.open_uncertainty()
+    if doubt is None:
+        return None
+    at = scene.uncertainty.index("entropy")
+    return lambda box: doubt(box)[at] / LEVELS
+
+
+def drop_unkept(scene: Scene) -> None:
+    """Remove the working arrays that the job does not keep."""
+    keep = scene.job.outputs.keep
+    if Keep.image not in keep and not scene.direct:
+        scene.ingest.drop()
+    if Keep.labels not in keep:
+        for stage in {scene.predict, scene.labels}:
+            stage.drop()
+
+
+def done_record(
+    scene: MeasurableScene,
+    measured: Measured,
+    files: Mapping[str, str],
+    steps: Mapping[str, Done],
+) -> SceneRecord:
+    """The record of a scene that is done.
+
+    Args:
+        steps: by stage; a stage of which nothing was computed is listed as reused.
+    """
+    classes = shown_classes(scene, measured.values)
+    notes = [*scene.notes, *measured.notes, *export_notes(scene)]
+    account = scene.account()
+    notes += account.notes
+    keys = {**account.keys, "labels": scene.labels_key, "measure": measured.stage.key}
+    keys["previews"] = previews_name(scene, classes)
+    if scene.job.outputs.formats and why_no_file(classes):
+        notes.append(f"no file of labels was written: {why_no_file(classes)}")
+    if Format.dicomseg in scene.job.outputs.formats and classes and all(c.background for c in classes):
+        notes.append("no DICOM SEG was written: no class but background")
+    if scene.job.regions and len(classes) > MOST_CLASSES:
+        notes.append(f"no regions.gpkg was written: {len(classes)} classes, over {MOST_CLASSES}")
+    return SceneRecord(
+        name=scene.ref.name,
+        uri=public_uri(scene.ref.uri),
+        state="done",
+        notes=tuple(notes),
+        geometry=geometry_summary(scene.geometry),
+        keys=keys,
+        plan=dict(account.plan),
+        timings={name: round(step.seconds, 3) for name, step in steps.items()},
+        attempts=scene.attempts(),
+        files=dict(files),
+        reused=tuple(name for name, step in steps.items() if not step.computed and step.reused),
+        asked=tuple(AskedPhrase(**row) for row in account.asked),
+        prompts=account.prompts,
+    )
+
+
+def failed_record(ref: SceneRef, error: str, attempts: int = 1) -> SceneRecord:
+    """The record of a scene that failed, with its cause in one line."""
+    line, uri = public_uri(" ".join(error.split())), public_uri(ref.uri)
+    return SceneRecord(name=ref.name, uri=uri, state="failed", error=line, attempts=attempts)
+
+
+def geometry_summary(geometry: Geometry) -> GeometrySummary:
+    """Where a scene is, in words."""
+    if isinstance(geometry, VolumeGeometry):
+        return GeometrySummary("volume", geometry.shape, None, geometry.spacing, "mm", geometry.orientation)
+    assert isinstance(geometry, RasterGeometry)
+    crs = geometry.projection
+    unit = ""
+    if crs is not None:
+        unit = crs.axis_info[0].unit_name if crs.axis_info else ""
+        unit = {"metre": "m", "degree": "°"}.get(unit, unit)
+    return GeometrySummary("raster", geometry.shape, crs.name if crs else None, geometry.spacing, unit)

@@ -1,0 +1,1 @@
+"""Where things are: boxes, affine, CRS, areas, and maps between two grids."""

@@ -1,0 +1,1 @@
+"""How far a model looks, measured, and the halo that follows from it."""

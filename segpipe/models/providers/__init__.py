@@ -1,0 +1,1 @@
+"""One adapter per library, imported when a card first needs it."""

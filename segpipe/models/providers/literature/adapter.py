@@ -1,0 +1,52 @@
+"""The provider `literature`: one of these architectures with a card's weights."""
+
+from __future__ import annotations
+
+import torch
+
+from segpipe.config.card import Card, card_error
+from segpipe.models.construct import check_stride, construct, known
+from segpipe.models.network import Network, output_channels, with_weights
+from segpipe.models.providers.literature.deeplab import DeepLabV1, DeepLabV2
+from segpipe.models.providers.literature.segnet import SegNet
+from segpipe.models.providers.literature.setr import SETRPUP, SETRNaive
+
+ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
+    cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
+}
+
+
+def check(card: Card) -> None:
+    """Whether the architecture exists.
+
+    Raises:
+        RequestError: it does not; names those that come close.
+    """
+    known(card, ARCHITECTURES)
+    if card.kind != "raster":
+        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} is for rasters")
+
+
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights.
+
+    Raises:
+        RequestError: architecture, arguments and window do not fit one another.
+    """
+    check(card)
+    arguments = {**card.arguments, "in_channels": card.channels, "classes": output_channels(card)}
+    network = construct(card, ARCHITECTURES[str(card.architecture)], arguments)
+    assert isinstance(network, torch.nn.Module)
+    stride = network.stride
+    assert isinstance(stride, int)
+    check_stride(card, stride)
+    return network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    return with_weights(card, module(card), device, channels_last=True)

@@ -1,0 +1,143 @@
+"""Networks of the transformers library, from a folder that save_pretrained wrote or a pinned hub snapshot.
+
+`config.id2label` is in the order of the card's classes. Nothing in a folder is executed: its config.json is
+read as numbers, its tensors as safetensors. With a file of tensors instead of a folder, or without weights,
+the network's configuration is the card's `arguments`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segpipe.config.card import Card, card_error
+from segpipe.models.base import ObjectNetwork
+from segpipe.models.construct import known, only_arguments
+from segpipe.models.network import Network, TorchNetwork, fill
+from segpipe.models.providers.transformers.configs import (
+    argued_config,
+    labelled,
+    network_class,
+    stored_config,
+)
+from segpipe.models.providers.transformers.families import ARCHITECTURES
+from segpipe.models.providers.transformers.folder import load_pretrained
+from segpipe.models.providers.transformers.objective import QueryLoss
+from segpipe.models.providers.transformers.queries import ClassScores, Queries, QueryObjects
+from segpipe.models.providers.transformers.task import TASK_ARGUMENTS, task_tokens
+from segpipe.models.weights import load_state, resolve_weights
+
+
+class Logits(torch.nn.Module):
+    """The logits alone, often at a fraction of the input's resolution."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """(n, k, y, x)."""
+        logits = self.network(pixel_values=batch).logits
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+
+def check(card: Card) -> None:
+    """Whether the architecture is taken, serves the card's output, and its configuration fits the card.
+
+    Raises:
+        RequestError: it does not; names what was found.
+    """
+    _config(card)
+
+
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights, configured by the card's arguments, or by its folder of weights.
+
+    For scores per class it maps images (n, c, y, x) to logits (universal networks: to scores). For objects
+    it is the library's own, which makes its own loss of `mask_labels` and `class_labels`.
+
+    Raises:
+        RequestError: as `check`.
+    """
+    network = network_class(card)(_config(card))
+    assert isinstance(network, torch.nn.Module)
+    return _scorer(card, network) if card.output.kind == "semantic" else network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
+    """The network as stored.
+
+    Raises:
+        RequestError: as `check`; or the folder is damaged, or its tensors do not fit its config.json.
+    """
+    path = resolve_weights(card)
+    if path.is_file():
+        network = module(card)
+        fill(card, network, load_state(path))
+    else:
+        network = _from_folder(card, path)
+        if card.output.kind == "semantic":
+            network = _scorer(card, network)
+    if card.output.kind == "semantic":
+        return TorchNetwork(network, device)
+    return finder(card, network.eval().requires_grad_(False).to(device), device)
+
+
+def finder(card: Card, network: torch.nn.Module, device: torch.device) -> ObjectNetwork:
+    """A network that is already on the device, e.g. one in training, as what finds objects."""
+    config: Any = network.config
+    return QueryObjects(card, _queries(card, network), labelled(card, config.num_labels), device)
+
+
+def objective(card: Card) -> QueryLoss | None:
+    """The library's own loss; None where networks are trained by losses of ours."""
+    if card.output.kind == "semantic":
+        return None
+    return QueryLoss(card, labelled(card, _config(card).num_labels))
+
+
+def _config(card: Card) -> Any:
+    family = ARCHITECTURES[known(card, ARCHITECTURES)]
+    if card.kind != "raster":
+        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} has two axes: valid: raster")
+    if card.output.kind not in family.kinds:
+        raise card_error(
+            card,
+            "output.kind",
+            f"found {card.output.kind}; valid for {card.architecture}: {', '.join(family.kinds)}",
+        )
+    if family.queries and card.output.kind == "semantic" and card.output.activation != "none":
+        raise card_error(
+            card,
+            "output.activation",
+            f"found {card.output.activation}; {card.architecture} answers with scores of masks: valid: none",
+        )
+    path = resolve_weights(card) if card.weights else None
+    own = TASK_ARGUMENTS if family.task else ()
+    if path is None or path.is_file():
+        return argued_config(card, {k: v for k, v in card.arguments.items() if k not in own})
+    only_arguments(card, own)
+    config = stored_config(card, path)
+    if family.task:
+        task_tokens(card, config)
+    return config
+
+
+def _scorer(card: Card, network: torch.nn.Module) -> torch.nn.Module:
+    if ARCHITECTURES[str(card.architecture)].queries:
+        return ClassScores(_queries(card, network))
+    return Logits(network)
+
+
+def _queries(card: Card, network: torch.nn.Module) -> Queries:
+    family = ARCHITECTURES[str(card.architecture)]
+    return Queries(network, family, task_tokens(card, network.config) if family.task else None)
+
+
+def _from_folder(card: Card, path: Path) -> torch.nn.Module:
+    return load_pretrained(
+        network_class(card), path, _config(card), lambda problem: card_error(card, "weights", problem)
+    )

@@ -1,0 +1,72 @@
+"""The table of the objects of a scene: sizes and centroids by id."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from segpipe.geometry.box import Box
+from segpipe.metrics.tally import SizeScale
+from segpipe.objects.merge import SceneObjects
+from segpipe.store.stage import Stage
+
+TABLE = "objects"
+"""Name of the part of a stage that holds the table."""
+
+
+FACTS = "facts"
+"""Name of the part with further columns of the objects, a Parquet table by ``id``; few models have any."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectTable:
+    """Every object of a scene, by id."""
+
+    objects: SceneObjects
+    size: np.ndarray
+    """(n,) area or volume, int64 in `SizeScale`'s units."""
+    sums: np.ndarray
+    """(n, axes) sum of the positions of its elements, int64: over `elements` the centroid."""
+
+    @property
+    def centroids(self) -> np.ndarray:
+        """(n, axes) mean position of the elements' centres, whole numbers at centres; float64."""
+        return np.asarray(self.sums / self.objects.elements[:, None])
+
+    def dump(self) -> bytes:
+        """All columns, exact."""
+        columns = {f.name: getattr(self.objects, f.name) for f in fields(SceneObjects)}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, size=self.size, sums=self.sums, **columns)
+        return buffer.getvalue()
+
+    @classmethod
+    def load(cls, stage: Stage) -> ObjectTable:
+        """Of a stage of joined objects.
+
+        Raises:
+            SceneError: another run dropped it.
+        """
+        return cls.of(stage.read_part(TABLE))
+
+    @classmethod
+    def of(cls, data: bytes) -> ObjectTable:
+        """The inverse of `dump`."""
+        with np.load(io.BytesIO(data)) as found:
+            objects = SceneObjects(**{f.name: found[f.name] for f in fields(SceneObjects)})
+            return cls(objects, found["size"], found["sums"])
+
+
+def add_sizes(ids: np.ndarray, box: Box, scale: SizeScale, size: np.ndarray, sums: np.ndarray) -> None:
+    """Add a block's elements to the sizes and position sums of their objects, in whole numbers.
+
+    `np.add.at` on int64 is exact for any sum and as fast as `np.bincount`, whose float64 sums are exact
+    below 2**53 only: 2048² elements of a scene of 1e6 objects take 0.2 s either way (NumPy 2.4).
+    """
+    at = np.nonzero(ids)
+    which = ids[at].astype(np.int64) - 1
+    np.add.at(size, which, scale.rows[at[0] + box.start[0]])
+    for axis, place in enumerate(at):
+        np.add.at(sums[:, axis], which, place + box.start[axis])

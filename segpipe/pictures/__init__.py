@@ -1,0 +1,1 @@
+"""Arrays to pictures: previews, slices, planes, pictures of phrases."""

@@ -1,0 +1,1 @@
+"""The steps of one scene: plan, predict, join objects, measure."""

@@ -1,0 +1,78 @@
+"""The objects of a scene: what windows found, joined block by block, written as ids and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from segpipe.geometry.box import Box
+from segpipe.inference.label_dtype import label_dtype
+from segpipe.inference.object_merger import ground_value, load_parts, stuff_values
+from segpipe.metrics.tally import SizeScale
+from segpipe.objects.edges import Overhang, PairCounts, add_pairs, overhang_boxes, window_edges
+from segpipe.objects.merge import merge_objects, relabel
+from segpipe.objects.nodes import Nodes, add_nodes
+from segpipe.objects.table import TABLE, ObjectTable, add_sizes
+from segpipe.pipeline.model_scene import Scene
+from segpipe.store.stage import ArraySpec
+from segpipe.tiling.blocks import block_id
+from segpipe.tiling.windows import Lattice
+
+
+def join_objects(scene: Scene) -> None:
+    """Join what all windows found; write class values, ids and the table into the scene's labels stage.
+
+    Streams over blocks twice: ids of a block and its neighbours' rims, then ids and classes of a block.
+    In memory are the nodes and their pairs, which follow the number of objects.
+    """
+    lattice, blocks, card = scene.plan.lattice, scene.plan.blocks, scene.card
+    raw = scene.predict.array("objects")
+    nodes: list[Nodes] = []
+    pairs: list[PairCounts] = []
+    for index in blocks.indices():
+        found, overhangs = load_parts(scene.predict.read_part(block_id(index)))
+        nodes.append(found)
+        pairs += _edges(overhangs, lattice, lambda box: np.asarray(raw[box.slices]))
+    merged, lookup = merge_objects(
+        add_nodes(nodes, len(blocks.shape)),
+        add_pairs(pairs),
+        lattice,
+        stuff=stuff_values(card),
+        minimum=scene.job.measure.smallest,
+    )
+    arrays = [
+        ArraySpec("labels", label_dtype(card), scene.nodata, labels=True),
+        ArraySpec("instances", str(lookup.dtype), 0, labels=True),
+    ]
+    in_force = scene.labels.create(scene.geometry, blocks, arrays, {})
+    scale = SizeScale.of(scene.geometry)
+    size = np.zeros(len(merged), np.int64)
+    sums = np.zeros((len(merged), len(blocks.shape)), np.int64)
+    labels = scene.predict.array("labels")
+    for index in in_force.indices():
+        box = in_force.box(index)
+        local = np.asarray(raw[box.slices])
+        ids = relabel(local, box, lattice, lookup)
+        classes = np.asarray(labels[box.slices])
+        classes[(local > 0) & (ids == 0)] = ground_value(card)  # too small to be an object
+        scene.labels.write("labels", box.slices, classes)
+        scene.labels.write("instances", box.slices, ids)
+        add_sizes(ids, box, scale, size, sums)
+    scene.labels.write_part(TABLE, ObjectTable(merged, size, sums).dump())
+    scene.labels.commit("whole", {"objects": len(merged)})
+
+
+def _edges(
+    overhangs: list[Overhang], lattice: Lattice, read: Callable[[Box], np.ndarray]
+) -> Iterator[PairCounts]:
+    """Counts of a block's windows with their neighbours, from one read of what they see."""
+    boxes = [box for o in overhangs for _, box in overhang_boxes(lattice, o.index)]
+    if not boxes:
+        return
+    hull = boxes[0]
+    for box in boxes[1:]:
+        hull = hull.hull(box)
+    near = read(hull)
+    for overhang in overhangs:
+        yield window_edges(overhang, lattice, lambda box: near[box.within(hull)])

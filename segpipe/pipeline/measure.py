@@ -1,0 +1,285 @@
+"""Labels × regions × reference (× image) → tallies: the third stage, which never runs a model.
+
+A measure stage is complete in itself: with its receipts (one tally a tile) and its ``info.json``
+(names, units) every table can be made again.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from segpipe.config.card import Class
+from segpipe.config.classes import with_found
+from segpipe.errors import StoppedError
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry, geometry_from_dict
+from segpipe.metrics import intensity
+from segpipe.metrics.calibration import CHANNELS, LEVELS, Calibration, calibrate
+from segpipe.metrics.intensity import Channel, Intensity, measure_intensity
+from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
+from segpipe.objects import overlap_table as instances
+from segpipe.objects.overlap_table import OverlapTable, overlap_tile
+from segpipe.objects.region_members import Members, members_tile
+from segpipe.objects.region_members import add as add_members
+from segpipe.objects.table import FACTS, ObjectTable
+from segpipe.pipeline.given_scene import LabelledScene
+from segpipe.pipeline.progress import Done
+from segpipe.pipeline.scene import MeasurableScene
+from segpipe.pipeline.surfaces import measure_surfaces, tolerances
+from segpipe.regions import measured_regions
+from segpipe.regions.base import RegionSet
+from segpipe.sources.base import Pixels, Scaling
+from segpipe.sources.labels import IdRule, ReferenceLabels, find_reference, one_class, open_reference
+from segpipe.store.stage import Stage, stage_key
+from segpipe.store.stops import stop_requested
+from segpipe.tiling.allocator import release
+
+SURFACES = "surfaces.json"
+FOUND = "objects.npz"
+FACTS_FILE = "facts.parquet"
+TALLY_VERSION = 2
+"""Raised when the definition of a number in a tally changes; part of every measure key."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A scene's numbers, before they become tables."""
+
+    tally: Tally
+    regions: tuple[str, ...]
+    outside: tuple[int, ...]
+    """Per region: cover beyond the scene, in 1/65536 elements."""
+    unit: str
+    scale: dict[str, Any]
+    """`SizeScale.to_dict`."""
+    reference: str | None
+    """Where the truth came from; None: not requested."""
+    notes: tuple[str, ...]
+    stage: Stage
+    intensity: Intensity | None = None
+    """None: not requested."""
+    channels: tuple[Channel, ...] = ()
+    """Of the intensities."""
+    uncertainty: Intensity | None = None
+    """Of the map's shares, in 1/65535; None: not requested."""
+    doubts: tuple[Channel, ...] = ()
+    """Channels of that map."""
+    calibration: Calibration | None = None
+    """None: no uncertainty, or no reference."""
+    objects: OverlapTable | None = None
+    """None: not requested, or no reference."""
+    found: ObjectTable | None = None
+    """What a model found; None: labels, or a model without objects."""
+    facts: pd.DataFrame | None = None
+    """Further columns of these objects, by ``id``; None: there are none."""
+    members: Members | None = None
+    """Regions of these objects."""
+    rule: IdRule | None = None
+    """What the reference's values say of objects."""
+    geometry: Geometry | None = None
+    """Of the scene, where objects were found."""
+    surfaces: dict[str, Any] | None = None
+    """See `segpipe.pipeline.surfaces`; None: not requested, or no reference."""
+
+    @property
+    def values(self) -> list[int]:
+        """Values found in the label map or its reference, ascending: a class that was missed is one too."""
+        found = np.union1d(self.tally.label, self.tally.reference)
+        return [int(v) for v in found[found >= 0]]
+
+
+def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
+    """Tally every tile of a finished label map that is not tallied yet.
+
+    Raises:
+        StoppedError: a stop was requested; the tiles tallied so far stay.
+        SceneError: regions, reference or labels do not fit the scene, or cannot be read.
+    """
+    begun = time.perf_counter()
+    computed = reused = 0
+    with ExitStack() as stack:
+        regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
+        reference = _reference(scene, stack)
+        stage = _stage(scene, regions, reference)
+        rule = scene.id_rule
+        read = stack.enter_context(scene.open_labels(ids=rule is not None and not scene.finds_objects))
+        found_ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
+        image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
+        doubt = scene.open_uncertainty()
+        done = stage.done()
+        scale = SizeScale.of(scene.geometry)
+        for number, box in enumerate(measure_tiles(scene.geometry)):
+            name = f"{number:08d}"
+            if name in done:
+                reused += 1
+                continue
+            if stop_requested(scene.job.outputs.dir, run):
+                raise StoppedError("the run was asked to stop; run it again to resume")
+            truth, true_ids = reference.read_both(box) if reference else (None, None)
+            labels = read(box)
+            ids = found_ids(box) if found_ids else labels
+            shares = doubt(box) if doubt else None
+            scene.check_labels()
+            receipt: dict[str, Any] = {}
+            if found_ids:
+                receipt["members"] = members_tile(ids, regions, box).to_json()
+            if rule is not None and true_ids is not None:
+                void = np.where(labels == scene.nodata, -1, ids.astype(np.int64)) if found_ids else ids
+                receipt["objects"] = overlap_tile(void, true_ids, box, scale).to_json()
+                labels = labels if found_ids else one_class(labels)
+            tally = measure_tile(labels, scene.nodata, truth, regions, box, scene.geometry.box, scale)
+            receipt |= tally.to_json()
+            if image is not None:
+                found = measure_intensity(image.read(box), labels, scene.nodata, regions, box)
+                receipt["intensity"] = found.to_json()
+            if shares is not None:
+                receipt |= _doubt(shares, labels, truth, scene.nodata, regions, box)
+            stage.commit(name, receipt)
+            computed += 1
+            release()
+        if (objects := scene.objects_stage) is not None:
+            stage.write_bytes(FOUND, ObjectTable.load(objects).dump())
+            if (facts := objects.find_part(FACTS)) is not None:
+                stage.write_bytes(FACTS_FILE, facts)
+        stage.write_json("info.json", _info(scene, regions, reference))
+        stage.compact()
+        if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
+            classes = shown_classes(scene, load_measured(stage).values)
+            classed = stack.enter_context(scene.open_labels())
+            stage.write_json(SURFACES, measure_surfaces(scene, classes, classed, reference, run))
+            computed += 1
+    seconds = time.perf_counter() - begun
+    return load_measured(stage), Done(computed, reused, seconds, {"measure": seconds})
+
+
+def _doubt(
+    shares: np.ndarray,
+    labels: np.ndarray,
+    truth: np.ndarray | None,
+    nodata: int,
+    regions: RegionSet,
+    box: Box,
+) -> dict[str, Any]:
+    """What a tile's receipt says of uncertainty, and of calibration where there is a reference."""
+    pixels = Pixels(shares, np.ones(box.shape, dtype=bool))
+    found: dict[str, Any] = {"uncertainty": measure_intensity(pixels, labels, nodata, regions, box).to_json()}
+    if truth is not None:
+        sure = shares[CHANNELS.index("confidence")]
+        found["calibration"] = calibrate(sure, labels, nodata, truth).to_json()
+    return found
+
+
+def shown_classes(scene: MeasurableScene, values: Sequence[int]) -> tuple[Class, ...]:
+    """The model's classes; of given labels the classes listed and the other values found."""
+    return with_found(scene.classes, values) if isinstance(scene, LabelledScene) else scene.classes
+
+
+def load_measured(stage: Stage) -> Measured:
+    """The numbers of a complete measure stage, from its receipts alone."""
+    info = stage.read_json("info.json")
+    receipts = stage.receipts().values()
+    channels, doubts = info.get("intensity"), info.get("uncertainty")
+    objects = [OverlapTable.from_json(r["objects"]) for r in receipts if "objects" in r]
+    found, facts = stage.read_bytes(FOUND), stage.read_bytes(FACTS_FILE)
+    calibrated = [Calibration.from_json(r["calibration"]) for r in receipts if "calibration" in r]
+    return Measured(
+        tally=add(Tally.from_json(r) for r in receipts),
+        regions=tuple(info["regions"]),
+        outside=tuple(info["outside"]),
+        unit=info["scale"]["unit"],
+        scale=info["scale"],
+        reference=info["reference"],
+        notes=tuple(info["notes"]),
+        stage=stage,
+        intensity=_sum(receipts, "intensity") if channels else None,
+        channels=tuple(Channel.from_json(c) for c in channels or ()),
+        uncertainty=_sum(receipts, "uncertainty") if doubts else None,
+        doubts=tuple(Channel(name, Scaling(1 / LEVELS)) for name in doubts or ()),
+        calibration=sum(calibrated, Calibration.empty()) if calibrated else None,
+        objects=instances.add(objects) if objects else None,
+        found=None if found is None else ObjectTable.of(found),
+        facts=None if facts is None else pd.read_parquet(io.BytesIO(facts)),
+        members=add_members(Members.from_columns(**r["members"]) for r in receipts) if found else None,
+        rule=IdRule(**info["rule"]) if info.get("rule") else None,
+        geometry=geometry_from_dict(info["geometry"]) if found else None,
+        surfaces=stage.read_json(SURFACES),
+    )
+
+
+def _sum(receipts: Iterable[dict[str, Any]], name: str) -> Intensity:
+    return intensity.add(Intensity.from_json(receipt[name]) for receipt in receipts)
+
+
+def check_measure(scene: MeasurableScene) -> None:
+    """Open regions and reference once, so that a mistake there is known before work starts.
+
+    Raises:
+        SceneError, RequestError: they do not fit the scene.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
+        _reference(scene, stack)
+
+
+def _reference(scene: MeasurableScene, stack: ExitStack) -> ReferenceLabels | None:
+    config = scene.job.reference
+    if config is None:
+        return None
+    uri = find_reference(config, scene.ref.name)
+    return stack.enter_context(open_reference(config, uri, scene.geometry, scene.id_rule))
+
+
+def _stage(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> Stage:
+    parts = {
+        "labels": scene.labels_key,
+        "regions": regions.identity(),
+        "reference": reference.identity if reference else None,
+        "intensity": [c.to_json() for c in _channels(scene)],
+        "uncertainty": list(scene.uncertainty),
+        "objects": scene.job.measure.objects or scene.finds_objects,
+        "surface": _surface_parts(scene) if reference else None,
+        "version": TALLY_VERSION,
+    }
+    return Stage(scene.job.outputs.dir, stage_key("measure", parts))
+
+
+def _surface_parts(scene: MeasurableScene) -> dict[str, Any] | None:
+    """What the surface metrics depend on beside labels and reference."""
+    measure = scene.job.measure
+    if not measure.surface:
+        return None
+    limits = {str(value): limit for value, limit in tolerances(measure, scene.classes).items()}
+    background = [c.value for c in scene.classes if c.background]
+    return {"tolerance": measure.tolerance, **limits, "width": measure.width, "background": background}
+
+
+def _channels(scene: MeasurableScene) -> list[Channel]:
+    """What intensities are measured of; empty where they are not requested."""
+    if not scene.job.measure.intensity:
+        return []
+    names = scene.bands or [str(c + 1) for c in scene.channels]
+    return [Channel(name, scaling) for name, scaling in zip(names, scene.scaling, strict=True)]
+
+
+def _info(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> dict[str, Any]:
+    notes = [*regions.notes, *(reference.notes if reference else ())]
+    return {
+        "scene": scene.ref.name,
+        "regions": list(regions.names),
+        "outside": [regions.outside(i) for i in range(len(regions.names))],
+        "scale": SizeScale.of(scene.geometry).to_dict(),
+        "reference": reference.uri if reference else None,
+        "intensity": [c.to_json() for c in _channels(scene)],
+        "uncertainty": list(scene.uncertainty),
+        "rule": None if scene.id_rule is None else asdict(scene.id_rule),
+        "geometry": scene.geometry.to_dict(),
+        "notes": notes,
+    }

@@ -1,0 +1,97 @@
+"""The plan of a scene under a job and a card: its grid, windows, blocks and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from segpipe.config.card import Card
+from segpipe.config.job import TTA, Blend, Job, parse_memory, parse_size
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry
+from segpipe.geometry.grid_map import GridMap, model_grid
+from segpipe.inference.label_dtype import label_dtype
+from segpipe.inference.receptive_field.halo import card_reach
+from segpipe.inference.settings import Settings
+from segpipe.inference.uncertainty import uncertainty_channels
+from segpipe.tiling.memory import Workload
+from segpipe.tiling.plan import Plan, make_plan
+from segpipe.tiling.windows import Lattice, make_lattice
+
+
+def scene_grid(card: Card, geometry: Geometry, crop: Box | None) -> GridMap:
+    """The card's grid over a scene, or over its region of interest."""
+    return model_grid(
+        geometry,
+        orientation=card.input.orientation,
+        spacing=card.input.spacing,
+        shape=card.window.shape,
+        crop=crop,
+    )
+
+
+def scene_lattice(job: Job, card: Card, grid: GridMap) -> Lattice:
+    """Windows by the job where it says so, else by the card."""
+    ndim = len(grid.axes)
+    stride = card.window.stride
+    wanted = job.tiling.window
+    if wanted == "whole" or (wanted == "auto" and card.window.size == "whole"):
+        window: Sequence[int] = [-(-n // stride) * stride for n in grid.shape]
+        return make_lattice(grid.shape, window, [0] * ndim, stride)
+    if wanted == "auto":
+        assert card.window.size != "whole"
+        window = _per_axis(card.window.size, ndim)
+    else:
+        window = parse_size(wanted, ndim, "tiling.window")
+    if job.tiling.halo != "auto":
+        halo: Sequence[int] = parse_size(job.tiling.halo, ndim, "tiling.halo")
+    elif card.halo is not None:
+        halo = card.halo
+    else:
+        halo = card_reach(card, window, job.outputs.dir).halo
+    return make_lattice(grid.shape, window, halo, stride, card.window.fixed)
+
+
+def _per_axis(sizes: Sequence[int], ndim: int) -> list[int]:
+    return list(sizes) * ndim if len(sizes) == 1 else list(sizes)
+
+
+def plan_scene(
+    job: Job, card: Card, settings: Settings, grid: GridMap, dtype: np.dtype[Any], source_cache: int
+) -> Plan:
+    """The plan of a scene under a job; see `segpipe.tiling.plan`."""
+    ndim = len(grid.axes)
+    load = Workload(
+        image_channels=card.channels,
+        image_itemsize=dtype.itemsize,
+        source_cache=source_cache,
+        channels=card.channels,
+        classes=len(card.classes),
+        label_itemsize=np.dtype(label_dtype(card)).itemsize,
+        batch=settings.batch,
+        keep_scores=job.outputs.scores,
+        uncertainty=len(doubts(job)),
+        activation_bytes=card.window.forward_bytes,
+        cleanup=any(card.cleanup.model_dump().values()),
+    )
+    block = None
+    if job.tiling.block != "auto":
+        block = parse_size(job.tiling.block, ndim, "tiling.block")
+    return make_plan(
+        grid,
+        scene_lattice(job, card, grid),
+        load,
+        blend=job.tiling.blend.value,
+        block=block,
+        memory=parse_memory(job.tiling.memory),
+        passes_per_window=2 ** len(card.mirror) if settings.tta else 1,
+    )
+
+
+def doubts(job: Job) -> tuple[str, ...]:
+    """Channels of the uncertainty map; none where it is not wanted."""
+    if not job.outputs.uncertainty:
+        return ()
+    return uncertainty_channels(job.compute.tta is not TTA.none or job.tiling.blend is not Blend.trim)

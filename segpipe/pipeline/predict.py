@@ -1,0 +1,122 @@
+"""The steps of a scene, one function each: what the tasks wrap. Every one can be run again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from segpipe.errors import SceneError
+from segpipe.geometry.box import Box
+from segpipe.pipeline.keys import labels_stage
+from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
+from segpipe.pipeline.progress import Done
+from segpipe.store.stage import ArraySpec
+from segpipe.store.stops import stop_requested
+from segpipe.tiling.windows import Index
+
+if TYPE_CHECKING:
+    from segpipe.models.base import ObjectModel, SegmentationModel
+
+
+def predict_blocks(
+    scene: Scene,
+    blocks: Sequence[Index],
+    run: str,
+    attempt: int = 1,
+    progress: Callable[[int], None] = lambda blocks: None,
+) -> Done:
+    """Compute and commit the labels of some blocks: of those without a receipt.
+
+    Receipts are looked at when it begins and again before each block: Dask sends a lost worker's batch to
+    another one as if it were new, and a flow that was killed may have left tasks at work.
+
+    Args:
+        run: name under which a stop may be requested; asked before every block.
+        attempt: recorded in the receipts.
+        progress: told the number of blocks finished, after each.
+
+    Raises:
+        StoppedError, SceneError, DeviceMemoryError.
+    """
+    from segpipe.inference.engine import Engine
+    from segpipe.inference.label_dtype import nodata_value
+    from segpipe.inference.normalise import Normaliser, Statistics
+    from segpipe.models.registry import load_model, load_object_model
+
+    begun = time.perf_counter()
+    check_worker(scene)
+    check_blocks(scene)
+    pending = set(pending_blocks(scene))
+    todo = [i for i in blocks if i in pending]
+    if not todo:
+        return Done(0, len(blocks), time.perf_counter() - begun, {})
+    computed = len(todo)
+
+    def is_done(index: Index) -> bool:
+        nonlocal computed
+        found = is_predicted(scene, index)
+        computed -= found
+        return found
+
+    card, settings = scene.card, scene.settings
+    model: SegmentationModel | ObjectModel
+    if card.output.kind == "semantic":
+        model = load_model(
+            card, settings.device, settings.threads, settings.precision, compile=settings.compile
+        )
+    else:
+        model = load_object_model(card, settings.device, settings.threads, settings.precision)
+    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    with scene.open_blocks(attempt, progress) as store:
+        engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
+        timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run), is_done)
+    seconds, elements = time.perf_counter() - begun, computed * math.prod(scene.plan.blocks.block)
+    return Done(computed, len(blocks) - computed, seconds, vars(timings).copy(), elements)
+
+
+def finish_labels(scene: Scene) -> Done:
+    """The card's clean-up, or the joining of objects, over a finished scene; compacts the receipts.
+
+    Raises:
+        SceneError: predictions are missing or were dropped, or the card's clean-up is no longer the planned.
+    """
+    from segpipe.inference.cleanup import clean_labels
+    from segpipe.inference.label_dtype import label_dtype
+    from segpipe.pipeline.join_objects import join_objects
+
+    begun = time.perf_counter()
+    scene.predict.check()
+    if labels_stage(scene.job, scene.card, scene.predict) != scene.labels:
+        raise SceneError("the card's clean-up changed since the scene was planned; run the job again")
+    missing = pending_blocks(scene)
+    if missing:
+        raise SceneError(f"{len(missing)} blocks have no prediction; run the job again")
+    scene.predict.compact()
+    if not scene.direct and scene.ingest.exists:
+        scene.ingest.compact()
+    if scene.labels == scene.predict:
+        return Done(0, 0, time.perf_counter() - begun, {})
+    if "whole" in scene.labels.done():
+        return Done(0, 1, time.perf_counter() - begun, {})
+    if scene.card.output.kind != "semantic":
+        join_objects(scene)
+        return Done(1, 0, time.perf_counter() - begun, {})
+    clean = ArraySpec("labels", label_dtype(scene.card), scene.nodata, labels=True)
+    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {})
+    labels = np.asarray(scene.predict.array("labels")[...])
+    cleaned = clean_labels(labels, scene.card)
+    for index in blocks.indices():
+        box = blocks.box(index)
+        scene.labels.write("labels", box.slices, cleaned[box.slices])
+    scene.labels.commit("whole", {})
+    return Done(1, 0, time.perf_counter() - begun, {})
+
+
+def read_labels(scene: Scene) -> Callable[[Box], np.ndarray]:
+    """A windowed reader of the finished label map."""
+    array = scene.labels.array("labels")
+    return lambda box: np.asarray(array[box.slices])

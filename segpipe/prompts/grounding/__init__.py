@@ -1,0 +1,1 @@
+"""Text to boxes: vocabularies, detectors, and merging of what they find."""

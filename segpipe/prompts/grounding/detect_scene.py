@@ -1,0 +1,200 @@
+"""A detector laid over a scene: boxes of each window in the store, merged over the scene.
+
+A stage ``detect-<key>`` holds what was found in each window, by the window's name, beside its receipt.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segpipe import ENGINE_VERSION
+from segpipe.config.card import Card, read_card
+from segpipe.config.job import Job
+from segpipe.errors import SceneError, StoppedError
+from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
+from segpipe.inference.queues import Prefetch
+from segpipe.inference.settings import Settings
+from segpipe.models.weights import resolve_weights, weights_fingerprint
+from segpipe.pipeline.keys import device_parts, model_parts
+from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
+from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, place
+from segpipe.prompts.inputs.prompts import parse_phrases
+from segpipe.prompts.masks.embedding_cache import window_id
+from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.sources import SceneRef, open_source
+from segpipe.sources.bands import match_bands
+from segpipe.sources.base import Scaling
+from segpipe.store.stage import Stage, stage_key
+from segpipe.store.stops import stop_requested
+from segpipe.tiling.blocks import Blocks
+from segpipe.tiling.pyramid import Pyramid, Window
+
+AHEAD = 2
+"""Windows read before the one that is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detecting:
+    """A scene as a detector sees it. Small and picklable."""
+
+    job: Job
+    card_path: str
+    ref: SceneRef
+    geometry: Geometry
+    channels: tuple[int, ...]
+    dtype: str
+    scaling: tuple[Scaling, ...]
+    identity: dict[str, Any]
+    statistics: tuple[tuple[tuple[float, float], ...], ...]
+    settings: Settings
+    pyramid: Pyramid
+    stage: Stage
+
+    @property
+    def card(self) -> Card:
+        """The model's card (read once per process)."""
+        return read_card(self.card_path)
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """What is looked for."""
+        return parse_phrases(self.job.prompts.text).phrases
+
+    def windows(self) -> list[Window]:
+        """All windows, the finest first."""
+        return [*detection_windows(self.pyramid, range(self.job.prompts.scales))]
+
+    def pending(self) -> list[Window]:
+        """Those that are not looked at yet."""
+        done = self.stage.done()
+        return [w for w in self.windows() if window_id(w) not in done]
+
+    def create(self) -> None:
+        """Make the stage where it is absent; it holds no arrays."""
+        self.stage.create(None, Blocks((1,), (1,), (0,)), [], {"scene": self.ref.name})
+
+
+def detecting_of(job: Job, card_path: str, ref: SceneRef, settings: Settings) -> Detecting:
+    """A scene ready for a model that looks at pictures and takes words; makes no stage.
+
+    Raises:
+        SceneError: the scene does not suit it.
+    """
+    options, card = job.prompts, read_card(card_path)
+    with open_source(ref.uri, band_names=job.bands) as source:
+        channels, _ = match_bands(card, source)
+        geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
+        scaling = tuple(source.scaling[c] for c in channels)
+    if not isinstance(geometry, RasterGeometry):
+        raise SceneError(
+            f"prompts: {card.name!r} looks at pictures; the scene is a volume: valid: a semantic model"
+        )
+    image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
+    try:
+        statistics = scene_statistics(card, geometry, scaling, image).pairs
+    finally:
+        image.close()
+    assert card.window_shape is not None
+    parts = {
+        "source": identity, "channels": channels, "engine": ENGINE_VERSION, **model_parts(card),
+        **device_parts(settings), "phrases": parse_phrases(options.text).phrases, "scales": options.scales,
+        "thresholds": [options.threshold, options.text_threshold],
+    }  # fmt: skip
+    return Detecting(
+        job=job, card_path=card_path, ref=ref, geometry=geometry, channels=channels, dtype=dtype,
+        scaling=scaling, identity=identity, statistics=statistics, settings=settings,
+        pyramid=Pyramid((geometry.shape[0], geometry.shape[1]), card.window_shape[-1], 0.0),
+        stage=Stage(job.outputs.dir, stage_key("detect", parts)),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _detector(folder: str, mark: str, device: str, threshold: float, text_threshold: float) -> Grounder:
+    """One detector a process; ``mark`` tells that its folder changed."""
+    import torch
+
+    from segpipe.prompts.grounding.detectors import load_detector
+
+    return load_detector(Path(folder), torch.device(device), threshold, text_threshold)
+
+
+def detect_windows(scene: Detecting, windows: Sequence[Window], run: str) -> int:
+    """Look at some windows and commit what was found; how many there were.
+
+    Raises:
+        StoppedError: a stop was requested; what is done stays.
+    """
+    options, card = scene.job.prompts, scene.card
+    detector = _detector(
+        str(resolve_weights(card)), weights_fingerprint(card), scene.settings.device,
+        options.threshold, options.text_threshold,
+    )  # fmt: skip
+    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    planes = Planes(scene.geometry.shape, None)
+    with SceneBlocks(
+        scene.ref.uri, scene.job.bands, scene.channels, scene.dtype, scene.geometry, None, scene.identity
+    ) as store:
+
+        def read(window: Window) -> np.ndarray:
+            return read_window(store, normaliser, planes, scene.pyramid, window, 0)[0]
+
+        pictures = ((w, read(w)) for w in windows)
+        with Prefetch(pictures, AHEAD) as ahead:
+            for window, picture in ahead:
+                if stop_requested(scene.job.outputs.dir, run):
+                    raise StoppedError("the run was asked to stop; run it again to resume")
+                found = detector.ground(picture, scene.phrases)
+                scene.stage.write_part(window_id(window), dump_grounding(found))
+                scene.stage.commit(window_id(window), {"found": len(found.detections)})
+    return len(windows)
+
+
+def detected(
+    scene: Detecting, planes: Planes, phrases: Sequence[str]
+) -> tuple[Grounding, list[tuple[str, ...]], list[int]]:
+    """What all windows found, merged over the scene.
+
+    Returns:
+        The grounding, further phrases of each object, and for each phrase how many of its boxes became
+        another phrase's object.
+    """
+    parts, accounts = [], []
+    for window in scene.windows():
+        found = load_grounding(scene.stage.read_part(window_id(window)))
+        parts.append(place(found.detections, window, scene.pyramid))
+        accounts.append(found.accounts)
+    merged = merge_detections(parts, scene.pyramid, len(phrases))
+    also = [tuple(phrases[k] for k in more) for more in merged.also]
+    told = add_accounts(accounts, merged.counts)
+    return Grounding(merged.detections, told), also, [c.also for c in merged.counts]
+
+
+def dump_grounding(found: Grounding) -> bytes:
+    """Exact, as one blob. Detectors match no vocabulary: accounts are numbers."""
+    d = found.detections
+    accounts = [{**asdict(a), "match": None} for a in found.accounts]
+    buffer = io.BytesIO()
+    np.savez(
+        buffer, start=d.start, stop=d.stop, point=d.point, phrase=d.phrase, score=d.score,
+        text=np.frombuffer(json.dumps({"label": d.label, "accounts": accounts}).encode(), np.uint8),
+    )  # fmt: skip
+    return buffer.getvalue()
+
+
+def load_grounding(data: bytes) -> Grounding:
+    """The inverse of `dump_grounding`."""
+    with np.load(io.BytesIO(data)) as f:
+        text = json.loads(f["text"].tobytes())
+        arrays = {name: f[name] for name in ("start", "stop", "point", "phrase", "score")}
+        detections = Detections(**arrays, label=tuple(text["label"]))
+        return Grounding(detections, tuple(PhraseAccount(**a) for a in text["accounts"]))

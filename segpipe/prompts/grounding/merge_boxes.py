@@ -1,0 +1,262 @@
+"""Detectors over scenes of any size: on overlapping windows at several scales, each object told once.
+
+Windows are those of `segpipe.tiling.pyramid`: every level sees the whole scene, neighbours share a half, so
+what is at most half a window long is whole in one of them. Detectors trained on photographs find what is as
+large in the window as things are in photographs: levels decide what is found. They know nothing of pixels of
+ten metres or of slices of a body; for these there is the vocabulary grounder.
+
+A box that comes within `TOUCH` of its window's border, inside the scene, is *cut*: there may be more of the
+object. Boxes become objects in this order, each phrase for itself:
+
+1. A cut box goes where a whole one, or an object already made of cut ones, holds most of it: levels are gone
+   through from the coarsest, and a holder of a coarser level is grown by its own `TOUCH`. A pond inside the
+   box of a lake is not lost by it, unless every window that shows the pond whole has missed it.
+2. The cut boxes left on a level are one object where they agree in what both of their windows see: the IoU of
+   the two boxes, both clipped to the windows' overlap. The object is the hull of all that are linked so.
+3. Of boxes that are the same by their IoU the best is kept: whole ones, then by score, then by position.
+4. Boxes of different phrases that are the same are one object: the best one's phrase, the others `also`.
+
+Nothing depends on the order of windows, and what became of every box is counted. Nested boxes are two objects
+(a pond inside the box of a winding lake) unless `MergeRules.nested` is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+import numpy as np
+
+from segpipe.errors import RequestError
+from segpipe.prompts.grounding.base import Detections, PhraseAccount
+from segpipe.prompts.grounding.cut_boxes import TOUCH, Candidates, Placed, Table, assemble, view_of
+from segpipe.prompts.grounding.nms import suppress
+from segpipe.tiling.pyramid import Pyramid, Window
+
+
+@dataclass(frozen=True)
+class MergeRules:
+    """When two boxes are one object."""
+
+    iou: float = 0.5
+    """Least IoU of two boxes of one phrase; also of two cut ones, in what both windows see."""
+    cover: float = 0.5
+    """Least share of a cut box inside a whole one that it is a part of."""
+    nested: float = math.inf
+    """Least share of the smaller of two boxes in both, for the lesser one to go; above 1: never."""
+    same: float = 0.7
+    """Least IoU of two boxes of different phrases."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0 or (value > 1 and field.name != "nested"):
+                valid = "above 0" if field.name == "nested" else "above 0, at most 1"
+                raise RequestError(f"{field.name}: found {value}; valid: {valid}")
+
+
+@dataclass(frozen=True)
+class MergeCounts:
+    """What became of one phrase's boxes: `seen` is the sum of all the others."""
+
+    seen: int
+    """In all windows."""
+    beyond: int
+    """Outside the scene, or of no area."""
+    cut: int
+    """Cut by a window's border, of an object that another window shows whole (or several together)."""
+    joined: int
+    """Cut, and one with others: pieces less objects."""
+    repeated: int
+    """The same as a better one."""
+    also: int
+    """The same as a better one of another phrase, which tells this phrase as well."""
+    best: int
+    """Objects of which this is the phrase."""
+
+    @property
+    def found(self) -> int:
+        """Objects that tell the phrase, as theirs or as well."""
+        return self.best + self.also
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The objects of a scene, by ascending first corner."""
+
+    detections: Detections
+    also: tuple[tuple[int, ...], ...]
+    """Of each object, further phrases (their numbers, ascending)."""
+    cut: np.ndarray
+    """(n,) bool: no window shows the object whole, nor do its pieces: it may go on."""
+    members: tuple[tuple[tuple[int, int], ...], ...]
+    """Of each object, the boxes it is made of, the best first: which part, and which of its detections."""
+    counts: tuple[MergeCounts, ...]
+    """Of each phrase."""
+
+    def __len__(self) -> int:
+        return len(self.detections)
+
+
+def detection_windows(pyramid: Pyramid, levels: Iterable[int]) -> Iterator[Window]:
+    """All windows of some levels, the finest level first, in C order.
+
+    Args:
+        pyramid: of a raster; its margin does not matter here.
+        levels: 0 is the finest; those above the coarsest of the scene are the coarsest.
+    """
+    for level in sorted({min(level, pyramid.levels - 1) for level in levels}):
+        for index in product(*(range(n) for n in pyramid.counts(level))):
+            yield Window(level, index)
+
+
+def place(found: Detections, window: Window, pyramid: Pyramid) -> Placed:
+    """A window's detections on the scene.
+
+    Args:
+        found: in positions of the window's W × W elements; boxes may reach beyond them.
+    """
+    low, high = view_of(window, pyramid)
+    reach = TOUCH * pyramid.edge(window.level)
+    start = np.clip(pyramid.to_scene(found.start, window), low, high)
+    stop = np.clip(pyramid.to_scene(found.stop, window), low, high)
+    there = (stop > start).all(axis=1)
+    row = np.flatnonzero(there)
+    start, stop = start[there], stop[there]
+    ends = np.array(pyramid.shape) - 0.5
+    cut = np.stack(
+        [(start <= low + reach) & (low > -0.5), (stop >= high - reach) & (high < ends)],
+        axis=1,
+    )
+    detections = Detections(
+        start,
+        stop,
+        np.clip(pyramid.to_scene(found.point[there], window), start, stop),
+        found.phrase[there],
+        found.score[there],
+        tuple(found.label[i] for i in row.tolist()),
+    )
+    return Placed(detections, window, row, cut, found.phrase[~there])
+
+
+def merge_detections(
+    parts: Sequence[Placed], pyramid: Pyramid, phrases: int, rules: MergeRules | None = None
+) -> Merged:
+    """The objects of a scene (see the module).
+
+    Args:
+        parts: every window's, in any order.
+        pyramid: that the windows are of.
+        phrases: how many were asked for.
+    """
+    rules = rules or MergeRules()
+    table = Table(parts, pyramid)
+    objects, held = assemble(table, pyramid, rules.iou, rules.cover)
+    ranked = objects.ranked(table)
+    into = suppress(ranked.boxes, rules.iou, rules.nested)
+    kept = np.flatnonzero(into < 0)
+    other = suppress(ranked.boxes.take(kept), rules.same, across=True)
+    also, doubled = _also(ranked.boxes.group[kept], other)
+    counts = _counts(parts, table, held, ranked, into, kept[other >= 0], kept[doubled], phrases)
+    final = np.flatnonzero(other < 0)
+    boxes = ranked.boxes.take(kept[final])
+    order = np.lexsort((boxes.group, *boxes.stop.T[::-1], *boxes.start.T[::-1]))
+    final = final[order]
+    places = kept[final]
+    rows = [ranked.rows[i] for i in places.tolist()]
+    best = np.array([r[0] for r in rows], np.int64)
+    detections = Detections(
+        ranked.boxes.start[places],
+        ranked.boxes.stop[places],
+        table.point[best],
+        ranked.boxes.group[places],
+        table.score[best],
+        tuple(table.label[i] for i in best.tolist()),
+    )
+    members = tuple(tuple((int(table.part[i]), int(table.row[i])) for i in r) for r in rows)
+    return Merged(
+        detections, tuple(also.get(i, ()) for i in final.tolist()), ranked.cut[places], members, counts
+    )
+
+
+def add_accounts(
+    parts: Sequence[Sequence[PhraseAccount]], counts: Sequence[MergeCounts]
+) -> tuple[PhraseAccount, ...]:
+    """What became of each phrase on the scene: found after merging, the rest summed over windows.
+
+    An object that two windows see below the threshold is counted as below in both.
+
+    Args:
+        parts: each window's accounts; at least one window.
+        counts: `Merged.counts`.
+    """
+    result = []
+    for mine, count in zip(zip(*parts, strict=True), counts, strict=True):
+        if len({account.phrase for account in mine}) > 1:
+            raise ValueError(f"accounts of different phrases: {sorted({a.phrase for a in mine})}")
+        scores = [account.best for account in mine if not math.isnan(account.best)]
+        result.append(
+            replace(
+                mine[0],
+                found=count.found,
+                below=sum(account.below for account in mine),
+                small=sum(account.small for account in mine),
+                best=max(scores, default=math.nan),
+            )
+        )
+    return tuple(result)
+
+
+def _also(phrase: np.ndarray, into: np.ndarray) -> tuple[dict[int, tuple[int, ...]], np.ndarray]:
+    """The further phrases of each kept box, and places (m,) of boxes whose phrase it tells already."""
+    further: dict[int, set[int]] = {}
+    doubled = []
+    for place in np.flatnonzero(into >= 0).tolist():
+        told = further.setdefault(int(into[place]), set())
+        if int(phrase[place]) in told:
+            doubled.append(place)
+        told.add(int(phrase[place]))
+    return {k: tuple(sorted(v)) for k, v in further.items()}, np.array(doubled, np.int64)
+
+
+def _counts(
+    parts: Sequence[Placed],
+    table: Table,
+    held: np.ndarray,
+    objects: Candidates,
+    into: np.ndarray,
+    also: np.ndarray,
+    doubled: np.ndarray,
+    phrases: int,
+) -> tuple[MergeCounts, ...]:
+    """Per phrase.
+
+    Args:
+        held: rows of the table that are parts of others.
+        objects: all boxes that may be objects.
+        into: (n,) of each, the better one of its phrase, or −1.
+        also: those that are the same as one of another phrase.
+        doubled: those of ``also`` whose phrase that one tells already.
+    """
+
+    def per_phrase(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(values, weights, phrases).astype(np.int64)
+
+    group = objects.boxes.group
+    pieces = np.array([len(r) for r in objects.rows], np.int64)
+    beyond = np.concatenate([np.zeros(0, np.int64), *(p.beyond for p in parts)])
+    gone = into >= 0
+    lost = per_phrase(group[gone], pieces[gone]) + per_phrase(group[doubled])
+    alive, as_well = per_phrase(group[~gone]), per_phrase(group[also])
+    columns = (
+        per_phrase(table.boxes.group) + per_phrase(beyond),
+        per_phrase(beyond),
+        per_phrase(table.boxes.group[held]),
+        per_phrase(group[~gone], pieces[~gone] - 1),
+        lost,
+        as_well - per_phrase(group[doubled]),
+        alive - as_well,
+    )
+    return tuple(MergeCounts(*row) for row in np.stack(columns, axis=1).tolist())

@@ -1,0 +1,1 @@
+"""Files and labels to prompts on the grid of a scene."""

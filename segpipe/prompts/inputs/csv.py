@@ -1,0 +1,228 @@
+"""Prompts from CSV: what the coordinates are is said by the columns' names.
+
+| columns | are |
+|---|---|
+| ``x``, ``y`` | coordinates of a raster, in the CRS that a column ``crs`` or the request names |
+| ``lon``, ``lat`` | degrees on WGS 84 |
+| ``i``, ``j``, ``k`` | voxels of a volume as its file counts them, from 0, whole numbers at centres |
+| ``x_ras``, ``y_ras``, ``z_ras`` or ``r``, ``a``, ``s`` | mm toward right, front, head (NIfTI) |
+| ``x_lps``, ``y_lps``, ``z_lps`` or ``l``, ``p``, ``s`` | mm toward left, back, head (DICOM) |
+
+A row is a point, or a box if it has ``<axis>_min`` and ``<axis>_max``; both may be in one file. A box of a
+volume may have one plain axis, which is its slice: ``i_min,i_max,j_min,j_max,k``.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import shapely
+from pyproj import CRS
+from pyproj.exceptions import CRSError
+
+from segpipe.errors import RequestError
+from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.prompts.inputs.prompts import Prompts
+from segpipe.prompts.inputs.rows import Account, Collector, read_attributes
+from segpipe.prompts.inputs.to_grid import Placer, world_to_elements
+
+WGS84 = "OGC:CRS84"
+SLICE_TOLERANCE = 1e-6
+"""In voxels: what rounding leaves of the thickness of a slice that is given in millimetres."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What three or two columns mean."""
+
+    axes: tuple[str, ...]
+    kind: str
+    """Of the scenes that it is for."""
+    signs: tuple[int, int, int] | None = None
+    """From its millimetres to RAS; None: no millimetres."""
+
+
+SYSTEMS = (
+    System(("x", "y"), "raster"),
+    System(("lon", "lat"), "raster"),
+    System(("i", "j", "k"), "volume"),
+    System(("x_ras", "y_ras", "z_ras"), "volume", (1, 1, 1)),
+    System(("r", "a", "s"), "volume", (1, 1, 1)),
+    System(("x_lps", "y_lps", "z_lps"), "volume", (-1, -1, 1)),
+    System(("l", "p", "s"), "volume", (-1, -1, 1)),
+)
+"""In every one the first axis is the array's last."""
+
+
+def read_table(path: Path, geometry: Geometry, crs: str, outlines: bool) -> tuple[Prompts, Account]:
+    """The prompts of a CSV; see `segpipe.prompts.inputs.files.read_prompts`.
+
+    Separated by commas, semicolons or tabs, whichever the first line has most of; UTF-8.
+
+    Raises:
+        RequestError: the columns say no coordinates or several, or none for such a scene; a value is no
+            number; x and y are in no CRS.
+        SceneError: the scene has no CRS and the file has, or the other way round.
+    """
+    columns = _read_columns(path)
+    count = len(next(iter(columns.values())))
+    system = _system(columns, geometry, path.name)
+    attributes = read_attributes(columns, count, path.name)
+    collector = Collector(path.name, geometry, attributes, outlines)
+    if isinstance(geometry, RasterGeometry):
+        placer = Placer(geometry, _crs(columns, system, geometry, crs, path.name), path.name)
+    elif crs:
+        raise RequestError(f"prompts.crs: found {crs!r}; a volume has no CRS, its columns say what they are")
+    for row in range(count):
+        low, high = _row(columns, system, row, path.name)
+        if low is None or high is None:
+            collector.add_empty(row)
+        elif isinstance(geometry, RasterGeometry):
+            _add_to_raster(collector, row, low, high, placer)
+        else:
+            _add_to_volume(collector, row, low, high, system)
+    return collector.result()
+
+
+def _read_columns(path: Path) -> dict[str, list[str]]:
+    """Columns by name in small letters, cells as text."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"prompts.path: {path} is not UTF-8 text ({error.reason}); give a CSV") from error
+    lines = text.splitlines()
+    head = lines[0] if lines else ""
+    separator = max(",;\t", key=head.count)
+    rows = [row for row in csv.reader(lines, delimiter=separator) if any(cell.strip() for cell in row)]
+    if len(rows) < 2:
+        raise RequestError(
+            f"prompts.path: {path} has no rows; give a line of column names, then one line a prompt"
+        )
+    names = [name.strip().lower() for name in rows[0]]
+    if len(set(names)) < len(names):
+        raise RequestError(f"{path.name}: columns: found {', '.join(names)}; valid: every name once")
+    for number, row in enumerate(rows[1:], 1):
+        if len(row) != len(names):
+            raise RequestError(
+                f"{path.name}: number {number} has {len(row)} cells; valid: {len(names)}, as the first line"
+            )
+    return {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
+
+
+def _system(columns: dict[str, list[str]], geometry: Geometry, source: str) -> System:
+    """The one whose columns are there."""
+
+    def there(axis: str) -> bool:
+        return axis in columns or (f"{axis}_min" in columns and f"{axis}_max" in columns)
+
+    found = [s for s in SYSTEMS if all(there(axis) for axis in s.axes)]
+    fitting = [s for s in found if s.kind == geometry.kind]
+    if len(fitting) != 1:
+        valid = " or ".join(",".join(s.axes) for s in SYSTEMS if s.kind == geometry.kind)
+        several = "coordinates in several ways in " if fitting else ""
+        raise RequestError(
+            f"{source}: columns: found {several}{', '.join(columns)}; "
+            f"valid for a {geometry.kind}: {valid}, each also as _min and _max"
+        )
+    return fitting[0]
+
+
+def _crs(
+    columns: dict[str, list[str]], system: System, geometry: RasterGeometry, crs: str, source: str
+) -> CRS | None:
+    """The CRS of a raster's prompts; None where neither they nor the raster have one."""
+    named = {v for v in columns.get("crs", []) if v} | ({crs} if crs else set())
+    if system.axes == ("lon", "lat"):
+        named.add(WGS84)
+    if len(named) > 1:
+        raise RequestError(f"{source}: crs: found {', '.join(sorted(named))}; valid: one for the whole file")
+    if named == {"scene"}:
+        return geometry.projection
+    if not named:
+        if geometry.projection is None:
+            return None
+        raise RequestError(
+            f"{source}: crs: none is named for x and y; valid: a column crs or prompts.crs, such as "
+            f"EPSG:32617, or scene ({geometry.projection.name})"
+        )
+    try:
+        return CRS.from_user_input(named.pop())
+    except CRSError as error:
+        raise RequestError(f"{source}: crs: {error}; valid: such as EPSG:32617, or scene") from error
+
+
+def _row(
+    columns: dict[str, list[str]], system: System, row: int, source: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Smallest and greatest coordinates of a row, axes in the system's order; None where it has none."""
+    low, high = [], []
+    for axis in system.axes:
+        cells = [_number(columns, name, row, source) for name in (axis, f"{axis}_min", f"{axis}_max")]
+        at, least, most = cells
+        if (least is None) != (most is None) or (at is not None and least is not None):
+            raise RequestError(
+                f"{source}: number {row + 1} has {axis}, {axis}_min, {axis}_max = {cells}; valid: the "
+                "first alone (a point or slice), or the other two (a box)"
+            )
+        if least is not None and most is not None and least >= most:
+            raise RequestError(
+                f"{source}: {axis}_min: found {least:g} in number {row + 1}; valid: below {most:g}"
+            )
+        low.append(at if least is None else least)
+        high.append(at if most is None else most)
+    if all(v is None for v in low):
+        return None, None
+    if any(v is None for v in low):
+        missing = [a for a, v in zip(system.axes, low, strict=True) if v is None]
+        raise RequestError(f"{source}: number {row + 1} has no {', '.join(missing)}; valid: a number")
+    return np.array(low, np.float64), np.array(high, np.float64)
+
+
+def _number(columns: dict[str, list[str]], name: str, row: int, source: str) -> float | None:
+    cell = columns[name][row] if name in columns else ""
+    if not cell:
+        return None
+    try:
+        value = float(cell)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise RequestError(
+            f"{source}: {name}: found {cell!r} in number {row + 1}; valid: a number such as 431.5"
+        )
+    return value
+
+
+def _add_to_raster(collector: Collector, row: int, low: np.ndarray, high: np.ndarray, placer: Placer) -> None:
+    if (low == high).all():
+        collector.add_points(row, placer.positions(low))
+    elif (low == high).any():
+        raise RequestError(
+            f"{collector.source}: number {row + 1} is a line; valid: a point, or a box in x and y"
+        )
+    else:
+        collector.add_polygon(row, placer.polygon(shapely.box(*low, *high)))
+
+
+def _add_to_volume(collector: Collector, row: int, low: np.ndarray, high: np.ndarray, system: System) -> None:
+    """A point, a box, or a box on one slice; the box of mm is the envelope of its corners."""
+    if (low == high).sum() == 2:
+        raise RequestError(
+            f"{collector.source}: number {row + 1} is a line; valid: a point, a box, or a box on one slice"
+        )
+    corners = np.array(list(product(*zip(low, high, strict=True))))
+    if system.signs is None:
+        positions = corners[:, ::-1]
+    else:
+        positions = world_to_elements(collector.geometry, corners * system.signs)
+    if (low == high).all():
+        collector.add_points(row, positions[:1])
+        return
+    start, stop = positions.min(axis=0), positions.max(axis=0)
+    thin = stop - start < SLICE_TOLERANCE
+    middle = (start + stop) / 2
+    collector.add_box(row, np.where(thin, middle, start), np.where(thin, middle, stop))

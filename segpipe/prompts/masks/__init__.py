@@ -1,0 +1,1 @@
+"""Embeddings of windows and prompts to the masks of a scene."""

@@ -1,0 +1,1 @@
+"""From slices to solids: masks propagated through a volume."""

@@ -1,0 +1,307 @@
+"""From prompts on some slices of a volume to masks on the others: the rules that all ways of going share.
+
+Slices are cut across one axis. First every prompted slice is answered; then masks go from slice to slice
+away from it, in both directions. The way from one prompted slice in one direction is a chain. A slice
+between two prompted ones of an object is the nearer one's, of two as near the lower one's, so a correction
+on a later slice takes over half way to it. Chains of different objects know nothing of each other. All
+chains that go up are walked together, slice after slice, then all that go down: what is held is one mask a
+chain, however deep the volume is. Every chain says where it ended and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+
+from segpipe.prompts.masks.candidates import measure
+from segpipe.prompts.masks.decode import Answer, view_of
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.segmenters.base import Embedding
+from segpipe.prompts.volumes.slices import SlicePrompt, Tracked, mask_box, overlaps, placed
+from segpipe.tiling.pyramid import Pyramid, Window
+
+Embedder = Callable[[int, Window], Embedding]
+"""The embedding of a window of slice i, encoded or out of a cache."""
+
+RECENT = 4
+"""Embeddings that are kept at hand, for objects that ask for the same one after another."""
+
+
+class How(str, Enum):
+    """How a mask on a slice came about."""
+
+    prompted = "prompted"
+    forward = "forward"
+    backward = "backward"
+
+
+class Why(str, Enum):
+    """Why a chain ended."""
+
+    end = "the volume ends"
+    box = "the object's box ends"
+    reach = "as far as asked"
+    met = "another prompted slice is as near"
+    empty = "no mask"
+    iou = "low predicted IoU"
+    overlap = "little overlap with the slice before"
+    change = "area changed too much"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a chain stops, and how it goes on."""
+
+    least_iou: float = 0.5
+    """Least IoU that the model predicts of a mask."""
+    least_overlap: float = 0.3
+    """Least IoU of the masks of neighbouring slices."""
+    change: float = 3.0
+    """Most times that the area grows or shrinks from slice to slice; 1 or more."""
+    reach: int = 0
+    """Slices at most on each side of a prompted one; 0: as far as the other rules let it."""
+
+
+@dataclass(frozen=True, eq=False)
+class SliceAnswer:
+    """One object on one slice."""
+
+    answer: Answer
+    """Without a patch: a prompted slice shows nothing; elsewhere the chain would have ended."""
+    index: int
+    """Of the slice along the axis."""
+    origin: int
+    """The prompted slice from which it was reached: itself, if prompted."""
+    how: How
+    overlap: float
+    """IoU with the mask of the slice before; NaN on a prompted slice."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The end of one chain."""
+
+    object: int
+    origin: int
+    """The prompted slice from which the chain went."""
+    how: How
+    """forward or backward."""
+    last: int
+    """The last slice that it answered: ``origin``, if none."""
+    why: Why
+    value: float
+    """What was held against the rule; NaN where the rule compares nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """What a model answers for one object on one slice, and in which window."""
+
+    window: Window
+    answer: Answer
+
+
+@dataclass(eq=False)
+class Chain:
+    """The way of one object from one prompted slice in one direction; moves on as it is walked."""
+
+    asked: Tracked
+    origin: int
+    step: int
+    """1: forward; −1: backward."""
+    limit: int
+    """The last slice that is its own."""
+    limited: Why
+    """By what."""
+    patch: Patch
+    """The mask of the slice before."""
+    window: Window
+    """In which it was answered."""
+
+    @property
+    def how(self) -> How:
+        return how_of(self.step)
+
+
+class Tracker(Protocol):
+    """A way of going from slice to slice."""
+
+    def begin(self, asked: Sequence[Tracked]) -> Iterator[tuple[SlicePrompt, Section]]:
+        """Masks of all prompted slices."""
+
+    def follow(self, index: int, chains: Sequence[Chain]) -> list[Section]:
+        """The next mask of each chain, on the slice that follows its last one, in their order."""
+
+    def drop(self, chain: Chain) -> None:
+        """Forget what is held for a chain that ended."""
+
+
+def how_of(step: int) -> How:
+    """The direction of a step."""
+    return How.forward if step > 0 else How.backward
+
+
+def propagate(
+    asked: Sequence[Tracked],
+    axis: int,
+    shape: Sequence[int],
+    pyramid: Pyramid,
+    tracker: Tracker,
+    rules: Rules,
+) -> Iterator[SliceAnswer | Stop]:
+    """Masks of every object on every slice that its chains reach, and the end of every chain.
+
+    Prompted slices come first, then all chains forward, then all backward. Every prompted slice has two
+    chains; an object on it that has no mask there has two that end at once.
+
+    Args:
+        asked: one an object.
+        axis: across which the slices are cut.
+        shape: of the volume.
+        pyramid: of a slice.
+        tracker: how a mask goes on.
+        rules: when it does not.
+    """
+    known = {a.object: a for a in asked}
+    chains: list[Chain] = []
+    for prompt, section in tracker.begin(asked):
+        number, index, patch = prompt.object, prompt.index, section.answer.patch
+        yield SliceAnswer(section.answer, index, index, How.prompted, np.nan)
+        for step in (1, -1):
+            if patch is None:
+                yield Stop(number, index, how_of(step), index, Why.empty, np.nan)
+                continue
+            limit = _limit(known[number], index, step, shape[axis], rules.reach)
+            chains.append(Chain(known[number], index, step, *limit, patch, section.window))
+    for step in (1, -1):
+        yield from _sweep([c for c in chains if c.step == step], step, pyramid, tracker, rules)
+
+
+def _sweep(
+    chains: Sequence[Chain], step: int, pyramid: Pyramid, tracker: Tracker, rules: Rules
+) -> Iterator[SliceAnswer | Stop]:
+    """All chains of one direction, slice after slice."""
+    waiting = sorted(chains, key=lambda c: (c.origin * step, c.asked.object), reverse=True)
+    active: list[Chain] = []
+    index = 0
+    while waiting or active:
+        if not active:
+            index = waiting[-1].origin + step
+        while waiting and waiting[-1].origin + step == index:
+            active.append(waiting.pop())
+        active.sort(key=lambda c: (c.asked.object, c.origin))
+        for chain in [c for c in active if (c.limit - index) * step < 0]:
+            active.remove(chain)
+            tracker.drop(chain)
+            yield _stop(chain, index, chain.limited, np.nan)
+        sections = tracker.follow(index, active) if active else []
+        for chain, section in zip(list(active), sections, strict=True):
+            overlap, broken = _held_against(chain.patch, section, pyramid, rules)
+            patch = section.answer.patch
+            if broken or patch is None:
+                active.remove(chain)
+                tracker.drop(chain)
+                yield _stop(chain, index, *(broken or (Why.empty, np.nan)))
+                continue
+            chain.patch, chain.window = patch, section.window
+            yield SliceAnswer(section.answer, index, chain.origin, chain.how, overlap)
+        index += step
+
+
+def _stop(chain: Chain, index: int, why: Why, value: float) -> Stop:
+    return Stop(chain.asked.object, chain.origin, chain.how, index - chain.step, why, value)
+
+
+def _held_against(
+    before: Patch, section: Section, pyramid: Pyramid, rules: Rules
+) -> tuple[float, tuple[Why, float] | None]:
+    """IoU of a mask with the one before, and the first rule that it breaks, and by what."""
+    answer = section.answer
+    if answer.patch is None:
+        return 0.0, (Why.empty, np.nan)
+    masks = placed(answer.patch, section.window, pyramid)[None]
+    overlap = float(overlaps(before, masks, section.window, pyramid)[0])
+    ratio = _area(answer.patch) / _area(before)
+    # A comparison with NaN is False: a model that predicts none does not go on.
+    if not answer.iou >= rules.least_iou:
+        return overlap, (Why.iou, answer.iou)
+    if overlap < rules.least_overlap:
+        return overlap, (Why.overlap, overlap)
+    if max(ratio, 1 / ratio) > rules.change:
+        return overlap, (Why.change, ratio)
+    return overlap, None
+
+
+def _limit(asked: Tracked, origin: int, step: int, depth: int, reach: int) -> tuple[int, Why]:
+    """The last slice of a chain, and what ends it there."""
+    ends = [(0 if step < 0 else depth - 1, Why.end), (asked.first if step < 0 else asked.last, Why.box)]
+    if reach:
+        ends.append((origin + step * reach, Why.reach))
+    others = [p.index for p in asked.prompted]
+    if step > 0 and (later := [i for i in others if i > origin]):
+        ends.append(((origin + min(later)) // 2, Why.met))
+    if step < 0 and (earlier := [i for i in others if i < origin]):
+        ends.append(((origin + max(earlier)) // 2 + 1, Why.met))
+    # The nearest; where two are as near, the volume's own end says most.
+    return min(ends, key=lambda e: e[0] * step)
+
+
+def _area(patch: Patch) -> int:
+    """Elements of the plane."""
+    return int(np.count_nonzero(patch.logits > 0)) * patch.scale**2
+
+
+def answer_of(
+    number: int, logits: np.ndarray, iou: np.ndarray, taken: int, reason: str, window: Window,
+    pyramid: Pyramid, plane: tuple[int, int],
+) -> Answer:  # fmt: skip
+    """The answer that one of k masks is, as `segpipe.prompts.masks.decode.answer_window` makes it.
+
+    Args:
+        number: of the object.
+        logits: (k, y, x) of the window.
+        iou: (k,) as the model predicts it.
+        taken: which is the answer.
+        reason: why, in words.
+        window: of the pyramid.
+        pyramid: of a slice.
+        plane: axis and index of the slice.
+    """
+    view = view_of(window, pyramid)
+    seen = view.only(logits)
+    found = measure(seen, iou)
+    return Answer(
+        number, view.patch(logits[taken], plane), taken, float(found.iou[taken]),
+        float(found.stability[taken]), found.iou, found.stability, found.elements, reason,
+        bool(view.cut(seen[taken : taken + 1] > 0)[0]),
+    )  # fmt: skip
+
+
+def wider(
+    sections: Sequence[Section], needed: Sequence[np.ndarray], pyramid: Pyramid, tried: set[Window]
+) -> Window | None:
+    """The next window for masks of an object of which one is cut by its window; None: none is.
+
+    It is the one that the pyramid gives the masks and all that is said of the object: of the same level, if
+    only one of this level was tried, else one coarser. The coarsest sees everything, and cuts nothing.
+
+    Args:
+        sections: masks of one window.
+        needed: boxes, (2, 2) positions, of what is said.
+        pyramid: of a slice.
+        tried: windows that were.
+    """
+    if not any(s.answer.cut for s in sections):
+        return None
+    patches = [s.answer.patch for s in sections if s.answer.patch is not None]
+    boxes = np.stack([*needed, *(mask_box(p, pyramid.shape) for p in patches)])
+    start, stop = boxes[:, 0].min(axis=0).tolist(), boxes[:, 1].max(axis=0).tolist()
+    for level in range(sections[0].window.level, pyramid.levels):
+        window = pyramid.window_of(start, stop, level)
+        if window not in tried and sum(w.level == window.level for w in tried) < 2:
+            return window
+    return None

@@ -1,0 +1,202 @@
+"""Volumes slice by slice: the mask on one slice is the prompt on the next.
+
+For promptable models without a memory of frames. The next slice is asked with the box of the mask before,
+a little grown, and the mask's deepest element as a point; of the candidates the one is taken that overlaps
+most with the mask before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+
+from segpipe.config.prompts import Choice
+from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
+from segpipe.prompts.masks.decode import answer_window, view_of
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.segmenters.base import Prompt, Segmenter, mask_logits
+from segpipe.prompts.volumes.propagate import (
+    RECENT,
+    Chain,
+    Embedder,
+    Rules,
+    Section,
+    SliceAnswer,
+    Stop,
+    answer_of,
+    propagate,
+    wider,
+)
+from segpipe.prompts.volumes.slices import (
+    SlicePrompt,
+    Tracked,
+    ask_by_slice,
+    deepest_point,
+    holds,
+    mask_box,
+    overlaps,
+    placed,
+    window_prompt,
+)
+from segpipe.tiling.pyramid import Pyramid, Window
+
+Answering = Callable[[Sequence[int], Window], list[Section]]
+"""Answers questions, by their numbers, in a window of a slice."""
+
+
+@dataclass(frozen=True)
+class Linking:
+    """How a mask becomes the prompt of the next slice."""
+
+    choice: Choice = Choice.score
+    """Which candidate is taken on prompted slices."""
+    grow: float = 0.05
+    """By which the box grows on every side, as a share of its edge."""
+    mask: bool = False
+    """Whether the mask before is a prompt too."""
+    at_once: int = 16
+    """Prompts decoded in one call."""
+
+
+def link(
+    prompts: Prompts,
+    axis: int,
+    shape: Sequence[int],
+    pyramid: Pyramid,
+    segmenter: Segmenter,
+    embed: Embedder,
+    rules: Rules,
+    linking: Linking | None = None,
+) -> Iterator[SliceAnswer | Stop]:
+    """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
+
+    Each object keeps its window while this holds the box before, grown, and is of the level that the pyramid
+    gives this box; else it takes the pyramid's. A mask that reaches its window's border inside the scene is
+    asked for again: in another window of the level, then one level coarser, until it is whole.
+
+    The embedding of a window of a slice is asked for once for the prompted slices, once for all chains
+    forward and once for all backward; for one object on one prompted slice that is once in all. With more
+    than `RECENT` windows on a slice, some that are asked for again count twice.
+
+    Args:
+        prompts: of the volume.
+        axis: across which it is cut.
+        shape: of the volume.
+        pyramid: of a slice.
+        segmenter: of the pyramid's window.
+        embed: gives embeddings.
+        rules: when a chain stops.
+        linking: how it goes on.
+
+    Raises:
+        RequestError: as `ask_by_slice`.
+    """
+    recent = lru_cache(RECENT)(embed)
+    linker = _Linker(axis, pyramid, segmenter, recent, linking or Linking())
+    yield from propagate(ask_by_slice(prompts, axis, shape), axis, shape, pyramid, linker, rules)
+
+
+@dataclass(frozen=True, eq=False)
+class _Linker:
+    """A `Tracker`."""
+
+    axis: int
+    pyramid: Pyramid
+    segmenter: Segmenter
+    embed: Embedder
+    linking: Linking
+
+    def begin(self, asked: Sequence[Tracked]) -> Iterator[tuple[SlicePrompt, Section]]:
+        """As `Tracker.begin`, ascending by slice."""
+        every = sorted((p for a in asked for p in a.prompted), key=lambda p: (p.index, p.object))
+        for index in sorted({p.index for p in every}):
+            here = [p for p in every if p.index == index]
+            windows = [self.pyramid.window_of(*p.extent.tolist()) for p in here]
+            extents = [p.extent for p in here]
+            sections = self._ask(windows, extents, partial(self._said, index, here))
+            yield from zip(here, sections, strict=True)
+
+    def follow(self, index: int, chains: Sequence[Chain]) -> list[Section]:
+        """As `Tracker.follow`."""
+        windows, boxes = [], []
+        for chain in chains:
+            box = mask_box(chain.patch, self.pyramid.shape, self.linking.grow)
+            start, stop = box.tolist()
+            wanted = self.pyramid.window_of(start, stop)
+            same = wanted.level == chain.window.level and holds(self.pyramid, chain.window, box)
+            windows.append(chain.window if same else wanted)
+            boxes.append(box)
+        return self._ask(windows, boxes, partial(self._next, index, chains))
+
+    def drop(self, chain: Chain) -> None:
+        """Nothing is held."""
+
+    def _ask(
+        self, windows: Sequence[Window], needed: Sequence[np.ndarray], answer: Answering
+    ) -> list[Section]:
+        """Answers on one slice, window by window; those that are cut are asked again in another."""
+        sections: dict[int, Section] = {}
+        tried: list[set[Window]] = [set() for _ in windows]
+        pending = dict(enumerate(windows))
+        while pending:
+            for window in sorted(set(pending.values())):
+                numbers = [n for n, w in pending.items() if w == window]
+                sections.update(zip(numbers, answer(numbers, window), strict=True))
+                for n in numbers:
+                    tried[n].add(window)
+            others = {n: wider([sections[n]], [needed[n]], self.pyramid, tried[n]) for n in pending}
+            pending = {n: w for n, w in others.items() if w is not None}
+        return [sections[n] for n in range(len(windows))]
+
+    def _said(
+        self, index: int, said: Sequence[SlicePrompt], numbers: Sequence[int], window: Window
+    ) -> list[Section]:
+        """Masks of what people say on a slice."""
+        some = [said[n] for n in numbers]
+        points = [
+            (p.object, xy, s) for p in some for xy, s in zip(p.points, p.positive.tolist(), strict=True)
+        ]
+        boxes = [(p.object, *p.box) for p in some if p.box is not None]
+        prompts, _ = make_prompts(make_points(points, 2), make_boxes(boxes, 2), make_outlines([]), {})
+        answers = answer_window(
+            self.segmenter, self.embed(index, window), window, self.pyramid, prompts, self.linking.choice,
+            self.linking.at_once, (self.axis, index),
+        )  # fmt: skip
+        return [Section(window, a) for a in answers]
+
+    def _next(
+        self, index: int, chains: Sequence[Chain], numbers: Sequence[int], window: Window
+    ) -> list[Section]:
+        """Masks of what the masks before say on a slice."""
+        embedding, sections = self.embed(index, window), []
+        for begin in range(0, len(numbers), self.linking.at_once):
+            some = [chains[n] for n in numbers[begin : begin + self.linking.at_once]]
+            found = self.segmenter.decode(embedding, [self._prompt(c, index, window) for c in some])
+            for chain, logits, iou in zip(some, found.logits, found.iou, strict=True):
+                taken, reason = self._choose(chain.patch, logits, iou, window)
+                answer = answer_of(
+                    chain.asked.object, logits, iou, taken, reason, window, self.pyramid, (self.axis, index)
+                )
+                sections.append(Section(window, answer))
+        return sections
+
+    def _prompt(self, chain: Chain, index: int, window: Window) -> Prompt:
+        """What the mask before says on the next slice."""
+        beside = chain.asked.hints.get(index, np.empty((0, 2)))
+        points = np.concatenate((deepest_point(chain.patch)[None], beside))
+        box = mask_box(chain.patch, self.pyramid.shape, self.linking.grow)
+        mask = None
+        if self.linking.mask:
+            mask = mask_logits(placed(chain.patch, window, self.pyramid), self.segmenter.mask_shape)
+        return window_prompt(window, self.pyramid, points, np.arange(len(points)) == 0, box, mask)
+
+    def _choose(self, before: Patch, logits: np.ndarray, iou: np.ndarray, window: Window) -> tuple[int, str]:
+        """The candidate that overlaps most with the mask before; of several the one of best predicted IoU, of
+        these the first."""
+        masks = view_of(window, self.pyramid).only(logits) > 0
+        overlap = overlaps(before, masks, window, self.pyramid)
+        best = int(np.lexsort((-np.arange(len(iou)), iou, overlap))[-1])
+        return best, f"overlaps most with the slice before, IoU {overlap[best]:.2f}, of {len(iou)}"

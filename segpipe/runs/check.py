@@ -1,0 +1,157 @@
+"""A job held against the world before any work starts: card, weights, scenes, outputs, device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from glob import has_magic
+from pathlib import Path
+
+from segpipe.config.classes import load_classes
+from segpipe.config.job import (TTA, Blend, Job, parse_size)
+from segpipe.errors import RequestError
+from segpipe.runs.fingerprint import fingerprint
+from segpipe.config.groups import load_groups
+from segpipe.store.location import (check_writable, is_url)
+from segpipe.config.card import (Card, WindowZscore, read_card)
+from segpipe.models.registry import check_card
+from segpipe.prompts.phrase_classes import phrase_classes
+from segpipe.regions import is_grid, parse_grid
+from segpipe.inference.settings import (NO_MODEL, Settings, resolve_settings)
+from segpipe.sources import (SceneRef, discover)
+from segpipe.pipeline.surfaces import tolerances
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job that can run."""
+
+    job: Job
+    settings: Settings
+    scenes: tuple[SceneRef, ...]
+    mark: str
+    """Fingerprint of everything the results depend on."""
+
+
+def check_request(job: Job) -> Request:
+    """Find the scenes and refuse, now, whatever can be known to be wrong.
+
+    Raises:
+        RequestError: naming the field, what was found and what would be valid.
+    """
+    settings, card = check_job(job)
+    scenes = tuple(discover(job.scenes))
+    if job.measure.groups:
+        load_groups(job.measure.groups, [scene.name for scene in scenes])
+    check_writable(job.outputs.dir)
+    return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+
+
+def check_job(job: Job) -> tuple[Settings, Card | None]:
+    """Refuse what is wrong with a job whatever its scenes; what `auto` is here, and the model's card.
+
+    Raises:
+        RequestError: naming the field, what was found and what would be valid.
+    """
+    _check_paths(job)
+    card, settings = None, NO_MODEL
+    classes = load_classes(job.classes) if job.classes else ()
+    if job.model and job.prompts.asked:
+        from segpipe.prompts.check import check_prompts  # loads torch
+
+        card = check_prompts(job)
+        settings = resolve_settings(job.compute, card)
+        classes = phrase_classes(job.prompts)
+    elif job.model:
+        card = read_card(job.model)
+        _check_kind(card)
+        check_card(card)
+        _check_tiling(job, card)
+        _check_objects(job, card)
+        settings = resolve_settings(job.compute, card)
+        classes = tuple(card.classes)
+    tolerances(job.measure, classes)
+    return settings, card
+
+
+def _check_kind(card: Card) -> None:
+    """A job without prompts needs a model that answers without."""
+    if card.output.kind == "prompted":
+        raise RequestError(
+            f"prompts: {card.name!r} answers prompts: give it `prompts.text`, `path`, `earlier` or "
+            "`everything`"
+        )
+    if card.output.kind == "boxes":
+        raise RequestError(
+            f"model: {card.name!r} finds boxes of phrases: give it as `prompts.grounder`, and a promptable "
+            "model"
+        )
+
+
+def _check_objects(job: Job, card: Card) -> None:
+    """A reference of objects needs a model that finds some."""
+    divisor = job.reference.divisor if job.reference else 0
+    asked = {"measure.objects": job.measure.objects, "reference.divisor": bool(divisor)}
+    if card.output.kind == "semantic":
+        for field in [name for name, value in asked.items() if value]:
+            raise RequestError(
+                f"{field}: {card.name!r} yields a class for every element, no objects: leave it out, or "
+                "give a card whose output.kind is instance or panoptic"
+            )
+    objects = [c.name for c in card.classes if not c.background]
+    if job.measure.objects and not divisor and len(objects) > 1:
+        raise RequestError(
+            f"measure.objects: ids alone do not say which of {', '.join(objects)} an object is: give a "
+            "reference whose values are class × divisor + number, and `reference.divisor`"
+        )
+
+
+def _check_tiling(job: Job, card: Card) -> None:
+    """Sizes that suit no scene of the card's kind, or that the card forbids."""
+    tiling, stride = job.tiling, card.window.stride
+    if card.output.kind != "semantic":
+        in_vain = {
+            "tiling.blend": tiling.blend is not Blend.trim,
+            "compute.tta": job.compute.tta is not TTA.none,
+            "compute.compile": job.compute.compile,
+            "outputs.scores": job.outputs.scores,
+            "outputs.uncertainty": job.outputs.uncertainty,
+        }
+        for field in [name for name, asked in in_vain.items() if asked]:
+            raise RequestError(f"{field}: {card.name!r} finds objects, not scores by class: leave it out")
+        if tiling.halo != "auto" and 0 in parse_size(tiling.halo, card.ndim, "tiling.halo"):
+            raise RequestError(
+                f"tiling.halo: found {tiling.halo}; {card.name!r} finds objects, which are joined by what "
+                "neighbouring windows both see: valid: auto, or elements above 0"
+            )
+    if tiling.window != "auto":
+        by_window = any(isinstance(s, WindowZscore) for s in card.input.normalisation)
+        if card.window.fixed or by_window:
+            why = "takes its own size only" if card.window.fixed else "normalises by the whole scene"
+            raise RequestError(f"tiling.window: found {tiling.window}; {card.name!r} {why}: valid: auto")
+    for field in ("window", "halo", "block"):
+        value = getattr(tiling, field)
+        if value in ("auto", "whole"):
+            continue
+        sizes = parse_size(value, card.ndim, f"tiling.{field}")
+        if field == "window" and any(n % stride for n in sizes):
+            raise RequestError(
+                f"tiling.window: found {value}; valid: multiples of {stride}, the model's total stride"
+            )
+
+
+def _check_paths(job: Job) -> None:
+    """What every scene is measured with; what lies behind a URL or in a glob shows when it is read."""
+    paths = {
+        "labels": job.labels,
+        "regions.path": job.regions.path if job.regions else "",
+        "reference.path": job.reference.path if job.reference else "",
+        "prompts.earlier": job.prompts.earlier,
+    }
+    if job.regions and is_grid(job.regions.path):
+        parse_grid(job.regions)
+        del paths["regions.path"]
+    for field, path in paths.items():
+        if not path or is_url(path) or has_magic(path) or path.startswith("/vsi"):
+            continue
+        if not Path(path).exists():
+            raise RequestError(f"{field}: {path} does not exist (seen from the working folder)")

@@ -1,0 +1,96 @@
+"""A run: its folder, what happened to each scene, and the report made of it.
+
+``<out>/<job>/<run>/`` is a view of the stages in the store: it can be made again from them. The
+run's name is the time it began and a fingerprint of everything it depends on, so the same request
+finds its own folder again, and a finished one is not done twice.
+"""
+
+from __future__ import annotations
+
+import io
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+import obstore
+import pandas as pd
+
+from segpipe.config.job import Job
+from segpipe.errors import RequestError
+from segpipe.store.location import (is_url, join, open_store)
+from segpipe.report.page import page_paths
+from segpipe.tables.record import (RunRecord, load_record)
+from segpipe.export.run_folder import (Run, now)
+
+T = TypeVar("T")
+
+
+def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
+    """The run of this fingerprint: a new one, or the folder of the same request before.
+
+    Returns:
+        The run, and its record where it has ended and its files are still there.
+    """
+    store = open_store(join(job.outputs.dir, job.name))
+    found = obstore.list_with_delimiter(store)["common_prefixes"]
+    for folder in sorted(found, reverse=True):
+        name = folder.rstrip("/")
+        if name.endswith(f"-{mark}"):
+            record = _read_record(store, name)
+            started = record.started if record else now()
+            if record is not None and not _files_are_there(store, name, record):
+                record = None
+            return Run(job.outputs.dir, job.name, name, started), record
+    started = now()
+    stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
+    return Run(job.outputs.dir, job.name, f"{stamp}-{mark}", started), None
+
+
+def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | None:
+    try:
+        return load_record(bytes(obstore.get(store, f"{name}/run.json").bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRecord) -> bool:
+    """Whether nobody took a page, table or picture out of a run's folder."""
+    there = {meta["path"] for chunk in obstore.list(store, f"{name}/") for meta in chunk}
+    files = {*page_paths(record), "results.json", "regions.csv", "regions.parquet"}
+    files |= {file for scene in record.done for file in scene.files.values()}
+    return {f"{name}/{file}" for file in files} <= there
+
+
+def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
+    """Regions, metrics and summary of a finished run; the latter two None without a reference."""
+    store = open_store(run.location)
+    tables: list[pd.DataFrame | None] = []
+    for name in ("regions", "metrics", "summary"):
+        try:
+            data = bytes(obstore.get(store, f"{name}.parquet").bytes())
+        except FileNotFoundError:
+            tables.append(None)
+            continue
+        tables.append(pd.read_parquet(io.BytesIO(data)))
+    regions, metrics, summary = tables
+    assert regions is not None
+    return regions, metrics, summary
+
+
+def load_run(location: str) -> tuple[Run, RunRecord]:
+    """A run by its folder or URL, with its record.
+
+    Raises:
+        RequestError: no run lies there.
+    """
+    base = location.rstrip("/")
+    out, job, name = base.rsplit("/", 2) if base.count("/") >= 2 else ("", "", base)
+    record = None
+    if is_url(base) or Path(base).is_dir():
+        record = _read_record(open_store(join(out, job) if job else str(Path(base).parent)), name)
+    if record is None:
+        raise RequestError(f"{location}: no run here (no run.json); give a folder <out>/<job>/<run>")
+    if not job:
+        folder = Path(base).absolute()
+        out, job = str(folder.parent.parent), folder.parent.name
+    return Run(out, job, name, record.started), record

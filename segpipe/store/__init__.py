@@ -1,0 +1,1 @@
+"""The working store: stages, receipts, locations, requests to stop."""

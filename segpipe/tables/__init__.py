@@ -1,0 +1,1 @@
+"""Data frames of a run and their files."""

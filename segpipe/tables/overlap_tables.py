@@ -1,0 +1,319 @@
+"""The tables: regions, metrics and confusion, as data frames and as files.
+
+Counts are in elements of the scene, areas and volumes in SI. A number that is not there is empty,
+and `state` says why; 0 is only ever a measured 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from segpipe.metrics.overlap import Counts, RegionCounts, class_counts, is_compared, ratio, reasons, totals
+from segpipe.metrics.tally import NODATA, NOT_REQUESTED, SizeScale, Tally
+from segpipe.regions.base import FULL
+from segpipe.tables.frames import (
+    FAILED,
+    MEASURED,
+    NO_DATA,
+    NO_REFERENCE,
+    NOT_A_CLASS,
+    NOT_REQUESTED_STATE,
+    NOTHING_COMPARED,
+    SIZE_COLUMNS,
+    ClassLike,
+    Piece,
+    frame,
+    text_of,
+)
+
+_HEAD = {"scene": "str", "region": "str"}
+_CLASS = {"class": "str", "value": "Int64"}
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class SceneResult:
+    """What measuring left of one scene."""
+
+    scene: str
+    regions: tuple[str, ...]
+    """Names, by index; of a failed scene as far as they are known."""
+    attempts: int
+    """How often the scene's hardest batch was tried; 1: at once."""
+    tally: Tally | None = None
+    """Sum over the scene's tiles; None: the scene failed."""
+    scale: SizeScale | None = None
+    """Of the scene; None with ``tally`` None."""
+    outside: tuple[int, ...] = ()
+    """Fixed-point cover of each region beyond the scene; left out: none."""
+    reason: str = ""
+    """Why it failed, in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The regions of all scenes one after the other, *groups*, so that a table is made at once."""
+
+    results: Sequence[SceneResult]
+    scene: np.ndarray
+    """Of each group: index of its scene."""
+    regions: list[str]
+    """Of each group: the region's name."""
+    tally: Tally
+    """Of all scenes, its region a group."""
+
+    @classmethod
+    def of(cls, results: Iterable[SceneResult]) -> _Batch:
+        """The groups in the order given; a failed scene has at least one, without a name."""
+        results = list(results)
+        names = [r.regions if r.tally is not None else r.regions or ("",) for r in results]
+        number = np.array([len(n) for n in names], dtype=np.int64)
+        first = np.cumsum(number) - number
+        tallies = [(r.tally, begin) for r, begin in zip(results, first, strict=True) if r.tally is not None]
+        region = [tally.region + begin for tally, begin in tallies]
+        others = {
+            name: np.concatenate([getattr(tally, name) for tally, _ in tallies] or [_NONE])
+            for name in ("label", "reference", "cover", "size", "edge")
+        }
+        tally = Tally(region=np.concatenate(region or [_NONE]), **others)
+        scene = np.repeat(np.arange(len(results)), number)
+        return cls(results, scene, [name for part in names for name in part], tally)
+
+    @property
+    def units(self) -> list[str]:
+        """Units of size that scenes have, in the columns' order."""
+        found = {r.scale.unit for r in self.results if r.scale is not None}
+        return [unit for unit in SIZE_COLUMNS if unit in found]
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Of each group: whether its scene failed."""
+        return np.asarray(np.array([r.tally is None for r in self.results], dtype=bool)[self.scene])
+
+    @property
+    def asked(self) -> np.ndarray:
+        """Of each group: whether its scene was to be compared with a reference."""
+        without = self.scene[self.tally.region[self.tally.reference == NOT_REQUESTED]]
+        return ~np.isin(self.scene, without)
+
+    def sizes(self, group: np.ndarray, units: np.ndarray, unit: str) -> np.ndarray:
+        """`SizeScale.size` of each row; NaN where its scene has another unit."""
+        scales = [r.scale if r.scale and r.scale.unit == unit else None for r in self.results]
+        steps = np.array([1 << scale.bits if scale else 1 for scale in scales])[self.scene]
+        largest = np.array([scale.largest if scale else np.nan for scale in scales])[self.scene]
+        return np.asarray(units / steps[group] * largest[group])
+
+    def head(self, group: np.ndarray) -> dict[str, np.ndarray]:
+        """Scene and region of rows."""
+        scenes = text_of([r.scene for r in self.results], self.scene[group])
+        return {"scene": scenes, "region": text_of(self.regions, group)}
+
+    def attempts(self, group: np.ndarray) -> np.ndarray:
+        """Of the scenes of rows."""
+        return np.asarray(np.array([r.attempts for r in self.results], dtype=np.int64)[self.scene[group]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a table: in each group the classes, then other values that occur there."""
+
+    group: np.ndarray
+    value: np.ndarray
+    place: np.ndarray
+    """Where the sums of group and value are; -1: nothing was counted."""
+    names: np.ndarray
+    """Of the class, or the value as text."""
+    stranger: np.ndarray
+    """Whether the value is no class of the model."""
+
+    @classmethod
+    def of(cls, groups: int, classes: Sequence[ClassLike], group: np.ndarray, value: np.ndarray) -> _Rows:
+        """Rows for sums by (group, value), which are sorted so; negative values get none."""
+        known = {c.value: c.name for c in classes}
+        own = np.fromiter(known, dtype=np.int64, count=len(known))
+        values = np.union1d(own, value)
+        strange = np.flatnonzero((value >= 0) & ~np.isin(value, own))
+        rows = np.r_[np.repeat(np.arange(groups), len(own)), group[strange]]
+        each = np.r_[np.tile(own, groups), value[strange]]
+        order = np.argsort(rows, kind="stable")
+        rows, each, stranger = rows[order], each[order], order >= groups * len(own)
+        rank = np.asarray(np.searchsorted(values, each))
+        there = group * len(values) + np.searchsorted(values, value)
+        key = rows * len(values) + rank
+        place = np.searchsorted(there, key)
+        found = np.append(there, -1)[place] == key
+        names = text_of([known.get(v, str(v)) for v in values.tolist()], rank)
+        return cls(rows, each, np.where(found, place, -1), names, stranger)
+
+    def take(self, sums: np.ndarray) -> np.ndarray:
+        """A column of sums for the rows; 0 where nothing was counted."""
+        return np.asarray(np.append(sums, np.zeros(1, dtype=sums.dtype))[self.place])
+
+    def head(self, batch: _Batch) -> dict[str, np.ndarray]:
+        """The columns that say what the rows are of."""
+        head = batch.head(self.group)
+        return {**head, "class": self.names, "value": self.value, "attempts": batch.attempts(self.group)}
+
+
+def region_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
+    """Area or volume by scene, region and class, in the order given.
+
+    Every class has a row in every region. Columns: ``count``, elements, a share of those on a
+    polygon's edge; ``area_m2``, ``volume_mm3`` or ``area_px``, whichever the scenes have;
+    ``share`` of the seen part of the region, by size; ``seen``, share of the region with valid
+    pixels; ``touches_edge``, whether elements of the class lie on the scene's border.
+    """
+    batch = _Batch.of(results)
+    types: dict[str, str] = {
+        **_HEAD,
+        **_CLASS,
+        "count": "float64",
+        **{SIZE_COLUMNS[unit]: "float64" for unit in batch.units},
+        "share": "float64",
+        "state": "str",
+        "seen": "float64",
+        "touches_edge": "boolean",
+        "attempts": "Int64",
+    }
+    group, label, (cover, size, edge) = _by_label(batch.tally)
+    groups, failed = len(batch.scene), batch.failed
+    rows = _Rows.of(groups, classes, group, label)
+    valid = label != NODATA
+    covered = totals(group, np.where(valid, cover, 0), groups)
+    seen_size = totals(group, np.where(valid, size, 0), groups)
+    whole = totals(group, cover, groups) + _outside(batch)
+    seen = np.where(failed, np.nan, np.nan_to_num(ratio(covered, whole)))
+    measured = (covered > 0)[rows.group]
+    states = np.where(failed, 0, np.where(covered > 0, 1, 2))[rows.group]
+    numbers = {
+        "count": rows.take(cover) / FULL,
+        **{SIZE_COLUMNS[unit]: batch.sizes(rows.group, rows.take(size), unit) for unit in batch.units},
+        "share": ratio(rows.take(size), seen_size[rows.group]),
+        "touches_edge": rows.take(edge) > 0,
+    }
+    columns = {name: np.where(measured, values, np.nan) for name, values in numbers.items()}
+    columns |= {"state": text_of((FAILED, MEASURED, NO_DATA), states), "seen": seen[rows.group]}
+    return frame([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
+
+
+def _outside(batch: _Batch) -> np.ndarray:
+    """Of each group its fixed-point cover beyond the scene."""
+    result = np.zeros(len(batch.scene), dtype=np.int64)
+    first = np.searchsorted(batch.scene, np.arange(len(batch.results)))
+    for scene, begin in zip(batch.results, first.tolist(), strict=True):
+        if scene.tally is not None and scene.outside:
+            result[begin : begin + len(scene.regions)] = scene.outside
+    return result
+
+
+def _by_label(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Region, label and sums (cover, size, edge) over all reference classes, by region, then label."""
+    sums = np.stack([tally.cover, tally.size, tally.edge])
+    region, label = tally.region, tally.label
+    if not len(tally):
+        return region, label, sums
+    first = np.flatnonzero(np.r_[True, (region[1:] != region[:-1]) | (label[1:] != label[:-1])])
+    return region[first], label[first], np.add.reduceat(sums, first, axis=1)
+
+
+def metric_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
+    """Overlap with the reference by scene, region and class, in the order given.
+
+    ``tp``, ``fp``, ``fn`` and ``tn`` are elements with a valid pixel and a reference; over the same
+    elements are the sizes ``predicted_*`` and ``reference_*`` (in m2, mm3 or px, whichever the
+    scenes have), ``difference_*``, predicted - reference, and ``size_ratio``, predicted / reference.
+    So ``predicted_*`` is less than the region table's size where the reference says nothing. A ratio
+    over zero is empty, and ``reason`` says why. A value that the reference has and the model has not
+    gets a row too: it counts as wrong in what is over all classes at once (`agreement_table`), and
+    not in any mean of IoU or Dice.
+    """
+    batch = _Batch.of(results)
+    sizes = [f"{what}_{unit}" for unit in batch.units for what in ("predicted", "reference", "difference")]
+    numbers = (
+        "tp",
+        "fp",
+        "fn",
+        "tn",
+        "iou",
+        "dice",
+        "precision",
+        "recall",
+        "specificity",
+        *sizes,
+        "size_ratio",
+    )
+    types: dict[str, str] = {
+        **_HEAD,
+        **_CLASS,
+        **dict.fromkeys(numbers, "float64"),
+        "reason": "str",
+        "state": "str",
+        "attempts": "Int64",
+    }
+    found = class_counts(batch.tally)
+    groups = len(batch.scene)
+    rows = _Rows.of(groups, classes, found.group, found.value)
+    compared = np.bincount(found.group, minlength=groups) > 0
+    case = np.select([batch.failed, compared, batch.asked], [0, 1, 2], 3)[rows.group]
+    full = RegionCounts(
+        rows.group,
+        rows.value,
+        Counts(*(rows.take(v) for v in (found.counts.tp, found.counts.fp, found.counts.fn))),
+        groups,
+        rows.take(found.predicted_size),
+        rows.take(found.reference_size),
+    )
+    failures = text_of([r.reason for r in batch.results], batch.scene[rows.group])
+    why = np.where(case == 0, failures, text_of(("", "", NOTHING_COMPARED, NO_REFERENCE), case))
+    columns = {name: np.where(case == 1, v, np.nan) for name, v in _overlap(batch, full).items()}
+    columns["reason"] = np.where(case == 1, reasons(full, rows.stranger, NOT_A_CLASS), why)
+    columns["state"] = text_of((FAILED, MEASURED, NO_DATA, NOT_REQUESTED_STATE), case)
+    return frame([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
+
+
+def _overlap(batch: _Batch, rows: RegionCounts) -> dict[str, np.ndarray]:
+    """The numbers of the metric table's rows."""
+    counts = rows.counts
+    numbers = {name: getattr(counts, name) / FULL for name in ("tp", "fp", "fn")}
+    numbers |= {name: getattr(counts, name) for name in ("iou", "dice", "precision", "recall")}
+    numbers |= {"tn": rows.tn / FULL, "specificity": rows.specificity, "size_ratio": rows.size_ratio}
+    sizes = {
+        "predicted": rows.predicted_size,
+        "reference": rows.reference_size,
+        "difference": rows.predicted_size - rows.reference_size,
+    }
+    for unit in batch.units:
+        numbers |= {f"{what}_{unit}": batch.sizes(rows.group, size, unit) for what, size in sizes.items()}
+    return numbers
+
+
+def confusion_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
+    """The confusion matrices as one long table: scene × region × reference class × predicted class.
+
+    Only pairs that occur have a row: in a region that has any, a pair without one is a measured 0;
+    one that has none was not compared, and the metric table says why. ``count`` is in elements with
+    a valid pixel and a reference, their size in ``area_m2``, ``volume_mm3`` or ``area_px``.
+    """
+    batch = _Batch.of(results)
+    types: dict[str, str] = {
+        **_HEAD,
+        **{"reference": "str", "reference_value": "Int64", "predicted": "str", "predicted_value": "Int64"},
+        "count": "float64",
+        **{SIZE_COLUMNS[unit]: "float64" for unit in batch.units},
+    }
+    tally, known = batch.tally, {c.value: c.name for c in classes}
+    kept = np.flatnonzero(is_compared(tally))
+    order = kept[np.lexsort((tally.label[kept], tally.reference[kept], tally.region[kept]))]
+    group = tally.region[order]
+    columns = batch.head(group)
+    for what, values in (("reference", tally.reference[order]), ("predicted", tally.label[order])):
+        distinct, code = np.unique(values, return_inverse=True)
+        columns[what] = text_of([known.get(v, str(v)) for v in distinct.tolist()], code)
+        columns[f"{what}_value"] = values
+    columns["count"] = tally.cover[order] / FULL
+    columns |= {SIZE_COLUMNS[unit]: batch.sizes(group, tally.size[order], unit) for unit in batch.units}
+    return frame([Piece(len(order), columns)], types)

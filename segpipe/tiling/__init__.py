@@ -1,0 +1,1 @@
+"""Windows, blocks, plan and memory: pure functions on integers."""

@@ -1,0 +1,147 @@
+"""The windows of a scene: one lattice on the model grid.
+
+Along one axis, cells of ``step = window − 2·halo`` partition the
+scene. Cell ``i`` is answered by the window that begins at ``i·step − halo``, shifted to stay inside
+the scene (padded at its trailing edge to the network's total stride). Cells that would be
+answered by the same window share it. So every element comes from the window whose nominal centre is
+nearest, has at least ``halo`` elements of context unless the scene ends before, every origin is a
+multiple of the stride, and a block that is a multiple of the step never shares a window with the
+next one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from segpipe.errors import RequestError
+from segpipe.geometry.box import Box
+
+Index = tuple[int, ...]
+"""Position of a window in the lattice, or of a block in the block grid."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The windows along one axis of the model grid."""
+
+    size: int
+    """Elements of the scene."""
+    padded: int
+    """The same, up to the next multiple of the stride (or to a fixed window)."""
+    window: int
+    """Elements of a window: never more than ``padded``."""
+    origins: tuple[int, ...]
+    """First element of each window, ascending."""
+    cuts: tuple[int, ...]
+    """Window ``i`` answers for [cuts[i], cuts[i + 1]); one more than origins."""
+
+    def owners(self, start: int, stop: int) -> range:
+        """Windows that answer for a part of [start, stop)."""
+        return _span(self.cuts[:-1], self.cuts[1:], start, stop)
+
+    def covering(self, start: int, stop: int) -> range:
+        """Windows that see a part of [start, stop)."""
+        return _span(self.origins, [o + self.window for o in self.origins], start, stop)
+
+
+def _span(lows: Sequence[int], highs: Sequence[int], start: int, stop: int) -> range:
+    """Ascending intervals [low, high) that meet [start, stop), as a range of their indices."""
+    if start >= stop:
+        return range(0)
+    hits = [i for i, (a, b) in enumerate(zip(lows, highs, strict=True)) if a < stop and start < b]
+    return range(hits[0], hits[-1] + 1) if hits else range(0)
+
+
+def lattice_axis(size: int, window: int, halo: int, stride: int, fixed: bool = False) -> Axis:
+    """Windows along one axis; see the module's text.
+
+    Args:
+        size: elements of the scene, at least 1.
+        window: elements seen at once, a multiple of ``stride``.
+        halo: margin wanted; rounded up to a multiple of ``stride``, so that origins stay aligned.
+        stride: total stride of the network.
+        fixed: the network takes exactly ``window``; a smaller scene is padded up to it.
+    """
+    padded = -(-size // stride) * stride
+    if fixed:
+        padded = max(padded, window)
+    seen = min(window, padded)
+    if seen == padded:
+        return Axis(size, padded, seen, (0,), (0, size))
+    margin = -(-halo // stride) * stride
+    step = window - 2 * margin
+    origins: list[int] = []
+    cuts: list[int] = []
+    for cell in range(-(-size // step)):
+        origin = min(max(cell * step - margin, 0), padded - seen)
+        if not origins or origin != origins[-1]:
+            origins.append(origin)
+            cuts.append(cell * step)
+    return Axis(size, padded, seen, tuple(origins), (*cuts, size))
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """All windows of a scene: the product of its axes."""
+
+    axes: tuple[Axis, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return math.prod(len(a.origins) for a in self.axes)
+
+    @property
+    def window_shape(self) -> tuple[int, ...]:
+        return tuple(a.window for a in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(a.size for a in self.axes)
+
+    def window(self, index: Index) -> Box:
+        """What a window sees; at the trailing edge it may reach into the padding."""
+        return Box.at([a.origins[i] for a, i in zip(self.axes, index, strict=True)], self.window_shape)
+
+    def owned(self, index: Index) -> Box:
+        """What a window answers for under `trim`; these boxes partition the model grid."""
+        return Box(
+            tuple(a.cuts[i] for a, i in zip(self.axes, index, strict=True)),
+            tuple(a.cuts[i + 1] for a, i in zip(self.axes, index, strict=True)),
+        )
+
+    def needed(self, box: Box, blend: str) -> list[range]:
+        """Windows needed for a box of the model grid: per axis, a range of lattice positions."""
+        pick = Axis.owners if blend == "trim" else Axis.covering
+        return [pick(a, s, e) for a, s, e in zip(self.axes, box.start, box.stop, strict=True)]
+
+    def windows(self, box: Box, blend: str) -> Iterator[Index]:
+        """The same as indices, in C order: the order in which blended scores are added."""
+        yield from product(*self.needed(box, blend))
+
+
+def make_lattice(
+    shape: Sequence[int],
+    window: Sequence[int],
+    halo: Sequence[int],
+    stride: int,
+    fixed: bool = False,
+) -> Lattice:
+    """The lattice over a model grid of this shape.
+
+    Raises:
+        RequestError: a window is no multiple of the stride, or its halo leaves nothing of it.
+    """
+    axes = []
+    for size, w, h in zip(shape, window, halo, strict=True):
+        if w % stride or w < 1:
+            raise RequestError(f"window: found {w}; valid: a multiple of the model's total stride {stride}")
+        if w < size and w - 2 * (-(-h // stride) * stride) < stride:
+            raise RequestError(
+                f"halo: found {h} for a window of {w} (stride {stride}); valid: less than half the window"
+            )
+        axes.append(lattice_axis(size, w, h, stride, fixed))
+    return Lattice(tuple(axes))

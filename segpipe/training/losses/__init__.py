@@ -1,0 +1,1 @@
+"""Losses by name, built from the terms of a recipe."""
