@@ -188,7 +188,7 @@ def weights_fingerprint(card: Card) -> str:
 
 
 def _members(card: Card) -> list[Card]:
-    from segpipe.models.providers.ensemble_members import (
+    from segpipe.models.ensemble_members import (
         member_cards,  # which tells its mistakes with this module
     )
 

@@ -14,9 +14,9 @@ import torch
 from torch.nn.modules.dropout import _DropoutNd
 
 from segpipe.config.card import Card, card_error
+from segpipe.models.ensemble_members import check_members, dropout_passes, member_cards
 from segpipe.models.network import Network, TorchNetwork, at_resolution, output_channels
 from segpipe.models.outputs import activate
-from segpipe.models.providers.ensemble_members import check_members, dropout_passes, member_cards
 from segpipe.models.registry import build_network, check_card
 
 
