@@ -27,7 +27,7 @@ import torch
 from benchmarks import classical, networks, object_files, object_networks, other_networks
 from benchmarks.fresh import run_fresh
 from benchmarks.rows import ALL_BANDS, Made, Row, Segments, unlike
-from segpipe.config.card import load_card
+from segpipe.config.card import load_card, read_card
 from segpipe.config.job import Job
 from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics
@@ -104,10 +104,12 @@ def measure(row: Row) -> tuple[str, ...]:
         )
         card = load_card(made.card)
         scene = create_stages(
-            prepare_scene(job, discover(job.scenes)[0], resolve_settings(job.compute, card))
+            prepare_scene(
+                job, read_card(job.model), discover(job.scenes)[0], resolve_settings(job.compute, card)
+            )
         )
         begun = time.perf_counter()
-        predict_blocks(scene, pending_blocks(scene), "benchmark")
+        predict_blocks(scene, pending_blocks(scene))
         finish_labels(scene)
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -208,7 +210,7 @@ def _windows(scene: Scene) -> Iterator[tuple[torch.Tensor, tuple[slice, ...], tu
     """Normalised windows (1, c, …), and what each owns: within itself, and within the model's grid."""
     lattice, whole = scene.plan.lattice, Box.whole(scene.plan.lattice.shape)
     with scene.open_blocks() as store:
-        normaliser = Normaliser(scene.card, scene.scaling, Statistics(scene.statistics))
+        normaliser = Normaliser(scene.card, scene.pixels.scaling, Statistics(scene.statistics))
         native = normaliser.elementwise(store.read(Box.whole(scene.geometry.shape)))
     image = np.stack([_turned(scene, channel) for channel in native])
     for index in lattice.windows(whole, "trim"):

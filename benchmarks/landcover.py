@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from segpipe.config.card import Card, load_card
+from segpipe.config.card import Card, load_card, read_card
 from segpipe.config.job import Job
 from segpipe.config.losses import IGNORE
 from segpipe.config.recipe import Recipe, load_recipe
@@ -129,8 +129,8 @@ def predicted(recipe: Recipe, card: Path) -> np.ndarray:
         {"scenes": recipe.data.scenes, "bands": recipe.data.bands, "model": str(card), "outputs": outputs}
     )
     settings = resolve_settings(job.compute, load_card(card))
-    scene = create_stages(prepare_scene(job, discover(job.scenes)[0], settings))
-    predict_blocks(scene, pending_blocks(scene), "benchmark")
+    scene = create_stages(prepare_scene(job, read_card(job.model), discover(job.scenes)[0], settings))
+    predict_blocks(scene, pending_blocks(scene))
     finish_labels(scene)
     return np.asarray(scene.labels.array("labels")[...])
 

@@ -21,7 +21,7 @@ from segpipe.config.job import Job
 def one(path: str, card: str, out: str) -> None:
     """Run a scene in this process; print predicted and measured peak in MiB."""
     from segpipe.config.card import read_card
-    from segpipe.export.run_folder import Run
+    from segpipe.export.run_folder import RunFolder
     from segpipe.export.scene import export_scene
     from segpipe.inference.settings import resolve_settings
     from segpipe.pipeline.measure import measure_scene
@@ -31,11 +31,13 @@ def one(path: str, card: str, out: str) -> None:
 
     job = Job.model_validate({"scenes": [path], "model": card, "outputs": {"dir": out}})
     ref = discover(job.scenes)[0]
-    scene = create_stages(prepare_scene(job, ref, resolve_settings(job.compute, read_card(card))))
-    predict_blocks(scene, pending_blocks(scene), "benchmark")
+    scene = create_stages(
+        prepare_scene(job, read_card(job.model), ref, resolve_settings(job.compute, read_card(card)))
+    )
+    predict_blocks(scene, pending_blocks(scene))
     finish_labels(scene)
-    measured, _ = measure_scene(scene, "benchmark")
-    export_scene(scene, measured, Run(out, "memory", "benchmark", ""))
+    measured, _ = measure_scene(scene)
+    export_scene(scene, measured, RunFolder(out, "memory", "benchmark", ""))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{scene.plan.memory.total / 2**20:.0f} {peak:.0f}")
 

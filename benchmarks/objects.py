@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from segpipe.config.card import load_card
+from segpipe.config.card import load_card, read_card
 from segpipe.config.job import Job
 from segpipe.config.recipe import load_recipe
 from segpipe.inference.settings import resolve_settings
@@ -127,8 +127,8 @@ def run(card: Path, folder: Path, block: int = BLOCK) -> tuple[np.ndarray, np.nd
     }
     job = Job.model_validate(fields)
     settings = resolve_settings(job.compute, load_card(card))
-    scene = create_stages(prepare_scene(job, discover(job.scenes)[0], settings))
-    predict_blocks(scene, pending_blocks(scene), "benchmark")
+    scene = create_stages(prepare_scene(job, read_card(job.model), discover(job.scenes)[0], settings))
+    predict_blocks(scene, pending_blocks(scene))
     join_objects(scene)
     with rasterio.open(folder / "judged_truth.tif") as truth:
         return truth.read(1), np.asarray(scene.labels.array("instances")[...])

@@ -18,12 +18,13 @@ import rasterio
 import torch
 import yaml
 
+from segpipe.config.card import read_card
 from segpipe.config.job import Job
 from segpipe.pipeline.model_scene import Scene, create_stages, is_predicted, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
 from segpipe.store.location import join
-from segpipe.store.stops import request_stop, stop_requested
+from segpipe.store.stops import StopToken
 
 EDGE = 64
 ROWS, COLUMNS = 20, 25
@@ -69,26 +70,26 @@ def make_world(folder: Path) -> dict[str, object]:
 def prepared(job: Job) -> Scene:
     """The one scene of a job, its stages made."""
     request = check_request(job)
-    return create_stages(prepare_scene(job, request.scenes[0], request.settings))
+    return create_stages(prepare_scene(job, read_card(job.model), request.scenes[0], request.settings))
 
 
 def stage_alone(asked: dict[str, object], out: str) -> None:
     """The predict stage in this thread, without Prefect; then what one look at the store costs."""
     scene = prepared(Job.model_validate({**asked, "outputs": {"dir": out, "formats": []}}))
     first, *blocks = scene.plan.blocks.indices()
-    predict_blocks(scene, [first], "run")  # loads the model
+    predict_blocks(scene, [first])  # loads the model
     begun, busy = time.perf_counter(), time.process_time()
-    done = predict_blocks(scene, blocks, "run")
+    done = predict_blocks(scene, blocks)
     busy = 1000 * (time.process_time() - busy) / len(blocks)
     each = 1000 * (time.perf_counter() - begun) / len(blocks)
     shares = ", ".join(f"{k} {1000 * v / len(blocks):.1f}" for k, v in done.timings.items() if k != "passes")
     print(f"predict stage alone: {each:.1f} ms a block, {busy:.1f} of processors ({shares})")
-    request_stop(out, "another")
+    StopToken(out, "another").request()
     missing = tuple(n + 1000 for n in first)
     looks: tuple[tuple[str, Callable[[], bool]], ...] = (
         ("is_predicted, not there", lambda: is_predicted(scene, missing)),  # two reads
         ("is_predicted, there", lambda: is_predicted(scene, first)),
-        ("stop_requested", lambda: stop_requested(out, "run")),
+        ("stop_requested", lambda: StopToken(out, "run").requested),
     )
     for name, look in looks:
         begun = time.perf_counter()

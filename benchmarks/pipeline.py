@@ -19,7 +19,7 @@ import torch
 from benchmarks import scenes
 from segpipe.config.card import read_card
 from segpipe.config.job import Job
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import export_scene
 from segpipe.inference.settings import resolve_settings
 from segpipe.models.registry import load_model
@@ -56,7 +56,7 @@ def measure(job: Job) -> None:
     assert job.model is not None
     ref = discover(job.scenes)[0]
     settings = resolve_settings(job.compute, read_card(job.model))
-    preview = prepare_scene(job, ref, settings)
+    preview = prepare_scene(job, read_card(job.model), ref, settings)
     count = preview.plan.lattice.count
     forward = bare(preview, count // 2)
     steps: dict[str, float] = {}
@@ -67,14 +67,14 @@ def measure(job: Job) -> None:
         return now
 
     begin = mark = time.perf_counter()
-    scene = create_stages(prepare_scene(job, ref, settings))
+    scene = create_stages(prepare_scene(job, read_card(job.model), ref, settings))
     mark = timed("plan", mark)
-    done = predict_blocks(scene, pending_blocks(scene), "benchmark")
+    done = predict_blocks(scene, pending_blocks(scene))
     finish_labels(scene)
     mark = timed("predict (read, forward, stitch, write overlapped)", mark)
-    measured, _ = measure_scene(scene, "benchmark")
+    measured, _ = measure_scene(scene)
     mark = timed("measure", mark)
-    export_scene(scene, measured, Run(job.outputs.dir, job.name, "benchmark", ""))
+    export_scene(scene, measured, RunFolder(job.outputs.dir, job.name, "benchmark", ""))
     timed("export and pictures", mark)
     wall = time.perf_counter() - begin
     forward += bare(scene, count - count // 2)

@@ -131,12 +131,12 @@ def ask(scene_path: Path, card: str, out: Path, block: str, prompts: dict[str, A
     scene = prepare_prompts(job, request.scenes[0], request.settings)
     if isinstance(scene.grounder, Scene):
         grounder = create_stages(scene.grounder)
-        predict_blocks(grounder, pending_blocks(grounder), "bench")
+        predict_blocks(grounder, pending_blocks(grounder))
     settle(scene)
     create_answers(scene)
     number = 0
     while (here := next_round(scene, number)) is not None:
-        answer_windows(scene, number, here.windows, "bench")
+        answer_windows(scene, number, here.windows)
         number += 1
     find_prompted(scene)
     return scene

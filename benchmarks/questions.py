@@ -87,7 +87,7 @@ def ask(card: Path, folder: Path, centres: np.ndarray, name: str, threads: int) 
     # one round: masks that reach a window's border would be asked again in other windows
     here = next_round(scene, number)
     assert here is not None
-    passes += int(answer_windows(scene, number, here.windows, name).timings["encoder passes"])
+    passes += int(answer_windows(scene, number, here.windows).timings["encoder passes"])
     windows += here.total
     return time.perf_counter() - begun, passes, windows
 

@@ -32,7 +32,7 @@ from segpipe.config.card import Card, load_card
 from segpipe.config.prompts import Choice, PlaneOf
 from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
-from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.masks.patches import patch_cover
 from segpipe.prompts.masks.read_planes import Planes, read_window
@@ -59,8 +59,9 @@ class Slices:
 
     def __init__(self, path: Path, card: Card, segmenter: Segmenter) -> None:
         with open_source(str(path)) as source:
-            geometry, scaling, dtype = source.geometry, tuple(source.scaling[:1]), str(source.dtype)
-        self.store = SceneBlocks(str(path), (), (0,), dtype, geometry, None)
+            pixels = ScenePixels.of(source, channels=(0,))
+        geometry, scaling = pixels.geometry, pixels.scaling
+        self.store = SceneBlocks(pixels)
         statistics = scene_statistics(card, geometry, scaling, self.store)
         self.normaliser = Normaliser(card, scaling, Statistics(statistics.pairs))
         self.planes = Planes.of(geometry, PlaneOf.axial)

@@ -16,23 +16,21 @@ from prefect.task_runners import TaskRunner
 
 from flows.runners import placed
 from flows.watch import Watch
-from segpipe.config.job import Job
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import failed_record
-from segpipe.inference.settings import Settings
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.progress import Done, Pace, batches_of
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_windows import Round
+from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
+from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
 from tasks.prompts import (
     answer_batch,
     answer_solid,
     detect_batch,
-    finish_prompts,
-    plan_prompts,
     plan_round,
     settle_prompts,
 )
@@ -70,7 +68,7 @@ class _Started:
     """A scene on its way."""
 
     ref: SceneRef
-    settings: Settings
+    resolved: ResolvedJob
     futures: tuple[PrefectFuture[Any], ...]
     """Its tasks; the last one's result is the scene's next form."""
 
@@ -79,13 +77,18 @@ class Dispatch:
     """Sends the tasks of a run's scenes to the workers, a bounded number of batches in flight."""
 
     def __init__(
-        self, job: Job, settings: Settings, run: Run, stop: str, runner: TaskRunner[Any], watch: Watch
+        self,
+        resolved: ResolvedJob,
+        run: RunFolder,
+        stop: StopToken,
+        runner: TaskRunner[Any],
+        watch: Watch,
     ) -> None:
-        self.job = job
-        self.settings = settings
+        self.resolved = resolved
+        self.job = job = resolved.job
         self.run = run
         self.stop = stop
-        """Name under which the workers are asked to stop."""
+        """By which the workers are asked to stop."""
         self.runner = runner
         self.watch = watch
         self.pace = Pace()
@@ -101,15 +104,14 @@ class Dispatch:
         Raises:
             StoppedError: the flow run was cancelled.
         """
-        plans = (self._plan(ref, self.settings) for ref in refs)
+        plans = (self._plan(ref, self.resolved) for ref in refs)
         started = (self._predict(plan) for plan in ahead(plans, PLANNED_AHEAD))
         for scene in ahead(started, self.job.compute.workers):
             yield self._record(scene)
 
-    def _plan(self, ref: SceneRef, settings: Settings) -> _Started:
-        parameters = {"job": self.job, "ref": ref, "settings": settings}
-        step = plan_prompts if self.job.prompts.asked else plan_scene
-        return _Started(ref, settings, (self.runner.submit(step, parameters),))
+    def _plan(self, ref: SceneRef, resolved: ResolvedJob) -> _Started:
+        planned = self.runner.submit(plan_scene, {"resolved": resolved, "ref": ref})
+        return _Started(ref, resolved, (planned,))
 
     def _predict(self, planned: _Started) -> _Started:
         """Send a planned scene's batches as places come free, and behind them what finishes it."""
@@ -124,7 +126,7 @@ class Dispatch:
         reused = 0
         if isinstance(scene, Scene):
             futures, reused = self._blocks(scene)
-        parameters = {"scene": scene, "run": self.run, "predicted": futures, "reused": reused}
+        parameters = {"scene": scene, "run": self.run, "computed": futures, "reused": reused}
         finished = self.runner.submit(finish_scene, {**parameters, "stop": self.stop})
         return replace(planned, futures=(*futures, finished))
 
@@ -165,8 +167,8 @@ class Dispatch:
             for future in sent:
                 self.watch.wait(future)
         futures += [f for f in answered if f not in futures]
-        parameters = {"scene": scene, "run": self.run, "answered": answered, "stop": self.stop}
-        return [*futures, self.runner.submit(finish_prompts, parameters)]
+        parameters = {"scene": scene, "run": self.run, "computed": answered, "stop": self.stop}
+        return [*futures, self.runner.submit(finish_scene, {**parameters, "reused": 0})]
 
     def _ground(self, scene: PromptScene) -> list[PrefectFuture[Any]]:
         """Send the batches of what finds phrases."""
@@ -219,19 +221,19 @@ class Dispatch:
 
     def submit_batch(self, step: Task[..., Any], parameters: dict[str, Any]) -> PrefectFuture[Any]:
         """Send a task that needs the device."""
-        with placed(self.job.compute, self.settings):
+        with placed(self.job.compute, self.resolved.settings):
             future: PrefectFuture[Any] = self.runner.submit(step, parameters)
         return future
 
     def _record(self, started: _Started) -> SceneRecord:
         """What became of a scene; one that did not fit the device begins again in smaller batches."""
-        ref, batch = started.ref, started.settings.batch
+        ref, batch = started.ref, started.resolved.settings.batch
         for future in started.futures:
             self.watch.wait(future)
         bad = [f.state for f in started.futures if not f.state.is_completed() and f.state.name != NOT_READY]
         if batch > 1 and any(state.name == OUT_OF_MEMORY for state in bad):
             get_run_logger().warning("%s: out of memory, again with batches of %d", ref.name, batch // 2)
-            return self._record(self._predict(self._plan(ref, replace(started.settings, batch=batch // 2))))
+            return self._record(self._predict(self._plan(ref, started.resolved.with_batch(batch // 2))))
         if bad:
             failed = failed_record(ref, bad[0].message or "failed")
             return replace(failed, may_pass=any(passes(state) for state in bad))

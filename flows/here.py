@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 from prefect import State
@@ -13,7 +14,9 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows.server import free_port, local_server
+from segpipe.config.job import Job
 from segpipe.errors import RequestError
+from segpipe.runs.check import ResolvedJob
 
 DRAIN_SECONDS = 10.0
 
@@ -35,8 +38,26 @@ def check_server() -> None:
             )
 
 
-def run_here(flow: Callable[..., Any], *parameters: object) -> State[Any]:
-    """Run a flow on the server that settings name, or on one that ends with the run."""
+_HANDED_ON: ContextVar[ResolvedJob | None] = ContextVar("handed on", default=None)
+
+
+def handed_on(job: Job) -> ResolvedJob | None:
+    """The job as it was resolved in this process before its flow began; None where it was not."""
+    resolved = _HANDED_ON.get()
+    return resolved if resolved is not None and resolved.job == job else None
+
+
+def run_here(
+    flow: Callable[..., Any], *parameters: object, resolved: ResolvedJob | None = None
+) -> State[Any]:
+    """Run a flow on the server that settings name, or on one that ends with the run.
+
+    Args:
+        flow: to be called.
+        parameters: of the flow.
+        resolved: its job, where that is checked already; the flow does not check it again (`handed_on`).
+    """
+    _HANDED_ON.set(resolved)
     with nullcontext() if get_current_settings().api.url is not None else _own_server():
         state: State[Any] = flow(*parameters, return_state=True)
     return state

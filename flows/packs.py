@@ -84,7 +84,7 @@ class Packs:
 
     def _submit(self, refs: list[SceneRef]) -> _Pack:
         dispatch = self.dispatch
-        parameters = {"job": dispatch.job, "refs": refs, "settings": dispatch.settings, "run": dispatch.run}
+        parameters = {"resolved": dispatch.resolved, "refs": refs, "run": dispatch.run}
         parameters |= {"stop": dispatch.stop, "receipts": self.receipts(refs) if self.receipts else None}
         parameters |= {"first": refs[0].name, "more": len(refs) - 1}
         dispatch.take_place()

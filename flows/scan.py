@@ -22,7 +22,7 @@ from flows.watch import Watch
 from segpipe.config.loading import as_request
 from segpipe.config.scan import Identity, Scan
 from segpipe.errors import SegpipeError, StoppedError
-from segpipe.export.run_folder import Run, now
+from segpipe.export.run_folder import RunFolder, now
 from segpipe.lake.content import content_hash
 from segpipe.lake.entry import Found
 from segpipe.lake.lease import Holder
@@ -38,6 +38,7 @@ from segpipe.lake.scan import (
     take_scenes,
 )
 from segpipe.sources import SceneRef
+from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
 from tasks.events import tell_scene
 from tasks.report import write_report
@@ -65,7 +66,7 @@ def scan(scan: Scan) -> State[Any]:
         if scan.dry_run:
             return _dry_run(request)
         runner = task_runner(scan.compute)
-        check_cluster(scan.compute, request.settings)
+        check_cluster(scan.compute, request.resolved.settings)
         return _Scanning(request, UUID(runtime.flow_run.get_id())).go(runner)
     except (StoppedError, KeyboardInterrupt):
         return Cancelled(message="stopped; what is done stays, the next scan goes on from there")
@@ -108,10 +109,10 @@ class _Scanning:
         with Holder(ledger.objects, str(self.run_id), scan.lease_seconds).alive() as holder:
             run = self._run(holder)
             self.records = {record.name: record for record in ledger.records(run.name)}
-            name = attempt_name(self.run_id, runtime.flow_run.get_run_count())
-            with runner, stop_on_error(scan.outputs.dir, name) as stop, ledger.known() as known:
+            token = StopToken(scan.outputs.dir, attempt_name(self.run_id, runtime.flow_run.get_run_count()))
+            with runner, stop_on_error(token) as stop, ledger.known() as known:
                 watch = Watch(self.run_id, None)
-                dispatch = Dispatch(self.request.job, self.request.settings, run, stop, runner, watch)
+                dispatch = Dispatch(self.request.resolved, run, stop, runner, watch)
                 new = new_scenes(scan, known, self.looked, lambda: self.seconds)
                 taken = take_scenes(scan, ledger, holder, new, known, self.looked)
                 packs = Packs(dispatch, partial(self._receipts, run))
@@ -123,26 +124,26 @@ class _Scanning:
                 get_run_logger().info("%s: %s", scan.lake.location, self.looked)
                 if not self.records:
                     return Completed(message=f"nothing to do: {self.looked}")
-                parameters = {"run": run, "job": self.request.job, "settings": self.request.settings}
                 records = sorted(self.records.values(), key=lambda r: r.name)
-                runner.submit(write_report, {**parameters, "scenes": records}).result()
+                parameters = {"run": run, "resolved": self.request.resolved, "scenes": records}
+                runner.submit(write_report, parameters).result()
             ledger.end_run(run.name)
             return self._end(run)
 
-    def _run(self, holder: Holder) -> Run:
+    def _run(self, holder: Holder) -> RunFolder:
         """The run of this scan: one that was left, by another scan or by this one before; else a new one."""
-        out, job, ledger = self.request.job.outputs.dir, self.request.job.name, self.request.ledger
+        out, job, ledger = self.request.scan.outputs.dir, self.request.scan.name, self.request.ledger
         for name in ledger.open_runs():
             if holder.take(f"run-{name}"):
                 get_run_logger().info("going on with run %s, which was left", name)
-                return Run(out, job, name, ledger.started(name))
+                return RunFolder(out, job, name, ledger.started(name))
         started = now()
         stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
-        run = Run(out, job, f"{stamp}-{str(self.run_id)[:8]}", started)
+        run = RunFolder(out, job, f"{stamp}-{str(self.run_id)[:8]}", started)
         holder.take(f"run-{run.name}")
         return run
 
-    def _refs(self, founds: Iterator[Found], run: Run) -> Iterator[SceneRef]:
+    def _refs(self, founds: Iterator[Found], run: RunFolder) -> Iterator[SceneRef]:
         """The scenes under names of their own; the run is begun with the first one."""
         names = Names({record.name for record in self.records.values() if record.state == "done"})
         for found in founds:
@@ -152,11 +153,11 @@ class _Scanning:
             self.founds[ref.name] = found
             yield ref
 
-    def _receipts(self, run: Run, refs: Sequence[SceneRef]) -> Receipts:
+    def _receipts(self, run: RunFolder, refs: Sequence[SceneRef]) -> Receipts:
         """What finishes scenes of a pack where they are done."""
         return Receipts(self.request.ledger, run.name, {ref.name: self.founds[ref.name] for ref in refs})
 
-    def _settle(self, record: SceneRecord, run: Run, holder: Holder) -> None:
+    def _settle(self, record: SceneRecord, run: RunFolder, holder: Holder) -> None:
         """What became of a scene, for the next scans."""
         scan, ledger = self.request.scan, self.request.ledger
         found = self.founds.pop(record.name)
@@ -172,7 +173,7 @@ class _Scanning:
         self.records[record.name] = record
         holder.give_back(found.digest)
 
-    def _end(self, run: Run) -> State[Any]:
+    def _end(self, run: RunFolder) -> State[Any]:
         records = self.records.values()
         failed = [r for r in records if r.state == "failed"]
         told = f"{len(records) - len(failed):,} done, {self.looked}; report: {run.report}"

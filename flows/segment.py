@@ -12,6 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.dispatch import Dispatch
+from flows.here import handed_on
 from flows.names import run_name
 from flows.packs import Packs
 from flows.runners import check_cluster, task_runner
@@ -19,10 +20,10 @@ from flows.watch import Watch
 from segpipe.config.job import Job, Outputs
 from segpipe.config.loading import as_request
 from segpipe.errors import RequestError, SegpipeError, StoppedError
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.runs.check import check_request
 from segpipe.runs.run import open_run
-from segpipe.store.stops import forget_stop, request_stop
+from segpipe.store.stops import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 from tasks.events import tell_scene
 from tasks.report import write_report
@@ -36,7 +37,7 @@ def stop_workers(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
     """Cancelled or crashed: ask every worker of this run, wherever it is, to stop before its next block."""
     [asked] = flow_run.parameters.values()
     outputs = Outputs.model_validate(asked.get("outputs", {}))
-    request_stop(outputs.dir, attempt_name(flow_run.id, flow_run.run_count))
+    StopToken(outputs.dir, attempt_name(flow_run.id, flow_run.run_count)).request()
 
 
 OF_REQUEST: dict[str, Any] = {
@@ -68,27 +69,27 @@ def segment(job: Job) -> State[Any]:
 def carry_out(job: Job) -> State[Any]:
     """The body of a flow over scenes: from the request to the report."""
     try:
-        request = check_request(job)
+        resolved = handed_on(job) or check_request(job)
         runner = task_runner(job.compute)
-        check_cluster(job.compute, request.settings)
+        check_cluster(job.compute, resolved.settings)
     except SegpipeError as error:
         return refused(error)
-    run, before = open_run(job, request.mark)
-    if before is not None and not before.failed and len(before.done) == len(request.scenes):
+    run, before = open_run(job, resolved.fingerprint)
+    if before is not None and not before.failed and len(before.done) == len(resolved.scenes):
         return Completed(message=f"nothing to do: {_scenes(len(before.done))} done, see {run.report}")
-    get_run_logger().info("%s, results in %s", _scenes(len(request.scenes)), run.location)
+    get_run_logger().info("%s, results in %s", _scenes(len(resolved.scenes)), run.location)
     run_id, attempt = UUID(runtime.flow_run.get_id()), runtime.flow_run.get_run_count()
     try:
-        with runner, stop_on_error(job.outputs.dir, attempt_name(run_id, attempt)) as stop:
-            watch = Watch(run_id, len(request.scenes))
-            dispatch = Dispatch(job, request.settings, run, stop, runner, watch)
+        with runner, stop_on_error(StopToken(job.outputs.dir, attempt_name(run_id, attempt))) as stop:
+            watch = Watch(run_id, len(resolved.scenes))
+            dispatch = Dispatch(resolved.without_scenes(), run, stop, runner, watch)
             found: dict[str, SceneRecord] = {}
-            for record in Packs(dispatch).scenes(request.scenes):
+            for record in Packs(dispatch).scenes(resolved.scenes):
                 watch.end(record)
                 tell_scene(run, record)
                 found[record.name] = record
-            records = [found[ref.name] for ref in request.scenes]
-            parameters = {"run": run, "job": job, "settings": request.settings, "scenes": records}
+            records = [found[ref.name] for ref in resolved.scenes]
+            parameters = {"run": run, "resolved": resolved.without_scenes(), "scenes": records}
             record = runner.submit(write_report, parameters).result()
     except (StoppedError, KeyboardInterrupt):
         return Cancelled(message="stopped; what is done stays, run the same job again to go on from there")
@@ -101,19 +102,19 @@ def attempt_name(run_id: UUID, attempt: int) -> str:
 
 
 @contextmanager
-def stop_on_error(out: str, name: str) -> Iterator[str]:
+def stop_on_error(token: StopToken) -> Iterator[StopToken]:
     """Ask the workers to stop if the block is left by any error, Ctrl-C and SIGTERM included.
 
     Inside the runner's own block: it waits for what is in flight when it is left.
     """
-    forget_stop(out, name)
+    token.forget()
     with ExitStack() as unless_done:
-        unless_done.callback(request_stop, out, name)
-        yield name
+        unless_done.callback(token.request)
+        yield token
         unless_done.pop_all()
 
 
-def _end(run: Run, record: RunRecord) -> State[Any]:
+def _end(run: RunFolder, record: RunRecord) -> State[Any]:
     if not record.failed:
         return Completed(message=f"{_scenes(len(record.done))} done; report: {run.report}")
     told = [f"{scene.name}: {scene.error}" for scene in record.failed[:FAILURES_TOLD]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from prefect.events import emit_event
 
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.store.location import join
 from segpipe.tables.record import SceneRecord
 
 
-def tell_scene(run: Run, record: SceneRecord) -> None:
+def tell_scene(run: RunFolder, record: SceneRecord) -> None:
     """Emit ``segpipe.scene.done`` or ``segpipe.scene.failed``, with the run and the files."""
     scene = {"prefect.resource.id": f"segpipe.scene.{record.name}", "prefect.resource.name": record.name}
     folder = {"prefect.resource.id": f"segpipe.run.{run.name}", "prefect.resource.role": "run"}

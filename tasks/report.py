@@ -14,11 +14,10 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from segpipe.config.job import Job
-from segpipe.export.run_folder import Run
-from segpipe.inference.settings import Settings
+from segpipe.export.run_folder import RunFolder
 from segpipe.pictures.archive import load_previews
 from segpipe.report.markdown import plain_text, run_markdown
+from segpipe.runs.check import ResolvedJob
 from segpipe.runs.finish import finish_run
 from segpipe.runs.run import read_tables
 from segpipe.store.location import is_url, join
@@ -47,9 +46,9 @@ TABLE_COLUMNS = {
 
 @task(name="write report", task_run_name="write report", cache_policy=NO_CACHE)
 @told
-def write_report(run: Run, job: Job, settings: Settings, scenes: Sequence[SceneRecord]) -> RunRecord:
+def write_report(run: RunFolder, resolved: ResolvedJob, scenes: Sequence[SceneRecord]) -> RunRecord:
     """Write tables, ``run.json`` and ``report.html``; publish summary and regions as artifacts."""
-    record = finish_run(run, job, settings, scenes)
+    record = finish_run(run, resolved, scenes)
     regions, metrics, summary = read_tables(run)
     text = (
         run_markdown(record, regions, metrics, summary, run.report)
@@ -75,7 +74,7 @@ def artifact_key(job: str, what: str) -> str:
     return f"{name}-{what}"
 
 
-def _pictures(run: Run, scenes: Sequence[SceneRecord]) -> str:
+def _pictures(run: RunFolder, scenes: Sequence[SceneRecord]) -> str:
     """Thumbnails side by side, embedded: the UI's reader has no access to the run's folder."""
     found = []
     for scene in scenes[:PICTURES]:
@@ -92,7 +91,7 @@ def _pictures(run: Run, scenes: Sequence[SceneRecord]) -> str:
     return "\n".join(lines)
 
 
-def _files(run: Run, record: RunRecord) -> str:
+def _files(run: RunFolder, record: RunRecord) -> str:
     """Where the files are: links where they have a URL, else paths."""
     rows = [("report", run.report)]
     rows += [(name, join(run.location, name)) for name in ("regions.csv", "results.json", "run.json")]

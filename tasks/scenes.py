@@ -10,19 +10,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
-from segpipe.config.job import Job
 from segpipe.errors import SegpipeError, StoppedError
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import failed_record
 from segpipe.inference.engine import DeviceMemoryError
-from segpipe.inference.settings import Settings
 from segpipe.lake.ledger import Receipts
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.pipeline.progress import Done, Pace, together
 from segpipe.pipeline.scene import MeasurableScene
-from segpipe.runs.scene import begin_scene, complete_scene, whole_scene
+from segpipe.runs.check import ResolvedJob
+from segpipe.runs.scene import begin_scene, complete_scene, run_small_scene
 from segpipe.sources import SceneRef
+from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe.tiling.windows import Index
 from tasks.told import PASSING, passing_fault, told
@@ -44,9 +44,9 @@ LARGE = 0.25
     cache_policy=NO_CACHE,
 )
 @told
-def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> MeasurableScene:
+def plan_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
     """Open, check and plan a scene, regions and reference too; make the stages of a model."""
-    return begin_scene(job, ref, settings)
+    return begin_scene(resolved, ref)
 
 
 @task(
@@ -56,7 +56,7 @@ def plan_scene(job: Job, ref: SceneRef, settings: Settings) -> MeasurableScene:
     cache_policy=NO_CACHE,
 )
 @told
-def predict_batch(scene: Scene, blocks: Sequence[Index], part: str, stop: str) -> Done:
+def predict_batch(scene: Scene, blocks: Sequence[Index], part: str, stop: StopToken) -> Done:
     """Compute a batch of blocks: read, forward, stitch, write."""
     return predict_blocks(scene, blocks, stop, task_run.get_run_count() or 1)
 
@@ -76,20 +76,19 @@ def retried(step: Task[..., Any], retries: int) -> Task[..., Any]:
 )
 @told
 def finish_scene(
-    scene: MeasurableScene, run: Run, predicted: Sequence[Done], reused: int, stop: str
+    scene: MeasurableScene, run: RunFolder, computed: Sequence[Done], reused: int, stop: StopToken
 ) -> SceneRecord:
-    """Clean up, measure and export a scene whose blocks are all predicted, or whose labels are given."""
-    return complete_scene(scene, run, together(predicted, reused), stop)
+    """Finish the labels of a scene, measure and export it."""
+    return complete_scene(scene, run, together(computed, reused), stop)
 
 
 @task(name="do scenes", task_run_name="{first} and {more} more", cache_policy=NO_CACHE)
 @told
 def do_scenes(
-    job: Job,
+    resolved: ResolvedJob,
     refs: Iterable[SceneRef],
-    settings: Settings,
-    run: Run,
-    stop: str,
+    run: RunFolder,
+    stop: StopToken,
     receipts: Receipts | None,
     first: str,
     more: int,
@@ -102,13 +101,13 @@ def do_scenes(
         receipts: of a scan, written as scenes are done.
         first: name of the first, and `more`: how many others, both for the task run's name.
     """
-    pace, most = Pace(), LARGE * 60 * job.compute.batch_minutes
+    pace, most = Pace(), LARGE * 60 * resolved.job.compute.batch_minutes
     records: list[SceneRecord | None] = []
     for ref in refs:
         try:
             record = receipts.of(ref.name) if receipts else None  # Dask sent a lost worker's pack again
             if record is None:
-                record = whole_scene(job, ref, settings, run, stop, pace, most)
+                record = run_small_scene(resolved, ref, run, stop, pace, most)
                 if receipts and record:
                     receipts.finish(record)
             records.append(record)

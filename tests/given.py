@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from segpipe.config.job import Job
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import done_record, export_scene
 from segpipe.pipeline.given_scene import prepare_labelled
 from segpipe.pipeline.measure import measure_scene
@@ -23,14 +23,14 @@ def read(path: Path) -> pd.DataFrame:
 def run_all(job: Job) -> tuple[Path, list[str]]:
     """A job's steps in this process, as the tasks call them: the run's folder and notes of its scenes."""
     request = check_request(job)
-    run = Run(job.outputs.dir, job.name, f"run-{request.mark}", "2024-05-06T07:08:09+00:00")
+    run = RunFolder(job.outputs.dir, job.name, f"run-{request.fingerprint}", "2024-05-06T07:08:09+00:00")
     records = []
     for ref in request.scenes:
         scene = prepare_labelled(job, ref)
-        measured, done = measure_scene(scene, "test")
+        measured, done = measure_scene(scene)
         files = export_scene(scene, measured, run)
-        records.append(done_record(scene, measured, files, {"measure": done}, 1))
-    finish_run(run, job, request.settings, records)
+        records.append(done_record(scene, measured, files, {"measure": done}))
+    finish_run(run, request, records)
     return Path(run.location), [note for r in records for note in r.notes]
 
 

@@ -50,8 +50,8 @@ def segment(path: Path, card: str, out: Path, **keys: object) -> np.ndarray:
         }
     )
     resolved = resolve_settings(job.compute, read_card(str(job.model)))
-    scene = create_stages(prepare_scene(job, SceneRef(path.stem, str(path)), resolved))
-    predict_blocks(scene, pending_blocks(scene), "test")
+    scene = create_stages(prepare_scene(job, read_card(job.model), SceneRef(path.stem, str(path)), resolved))
+    predict_blocks(scene, pending_blocks(scene))
     return np.asarray(scene.predict.array("labels")[...])
 
 

@@ -28,8 +28,12 @@ LANDSAT = Path(__file__).parents[1].parent / "shared" / "data" / "nc_landsat"
 def segmented(**keys: object) -> Scene:
     job = Job.model_validate(keys)
     ref = discover(job.scenes)[0]
-    scene = create_stages(prepare_scene(job, ref, resolve_settings(job.compute, read_card(str(job.model)))))
-    predict_blocks(scene, pending_blocks(scene), "test")
+    scene = create_stages(
+        prepare_scene(
+            job, read_card(job.model), ref, resolve_settings(job.compute, read_card(str(job.model)))
+        )
+    )
+    predict_blocks(scene, pending_blocks(scene))
     finish_labels(scene)
     return scene
 
@@ -51,7 +55,7 @@ def test_brain_equals_deepbet_voxel_by_voxel(tmp_path: Path) -> None:
     # Threads differ: of nine million voxels, one whose probability is ½ but for rounding may change sides.
     assert np.count_nonzero((ours == 1) != theirs) <= 2
     assert round(millilitres) == 1953
-    measured, _ = measure_scene(scene, "test")
+    measured, _ = measure_scene(scene)
     assert measured.regions == ("scene", "grey matter", "white matter", "elsewhere")
     counts = class_counts(measured.tally)[(0, 1)]
     reference = nib.load(tmp_path / "reference.nii.gz").get_fdata() > 0
@@ -76,7 +80,7 @@ def test_landcover_scores_what_its_card_says(tmp_path: Path) -> None:
         reference={"path": str(tmp_path / "east.tif")},
         outputs={"dir": str(tmp_path / "out")},
     )
-    measured, _ = measure_scene(scene, "test")
+    measured, _ = measure_scene(scene)
     counts = class_counts(measured.tally)
     published = json.loads(Path("configs/models/landcover-unet/scores.json").read_text())
     east = published["east"]

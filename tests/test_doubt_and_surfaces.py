@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from segpipe.config.job import Job
 from segpipe.errors import RequestError
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import export_scene
 from segpipe.metrics.calibration import LEVELS
 from segpipe.pipeline.given_scene import prepare_labelled
@@ -100,7 +100,7 @@ def test_the_map_does_not_depend_on_blocks(lab: Lab, keys: dict[str, Any]) -> No
 def test_asking_for_the_map_later_is_another_run(lab: Lab) -> None:
     ref, card = lab.raster(patches(SHAPE)), lab.card(2, **INPUT)
     without = lab.job(ref, card, "out", scores=True)
-    assert check_request(without).mark != check_request(uncertain(lab, "out", ref, card)).mark
+    assert check_request(without).mark != check_request(uncertain(lab, "out", ref, card)).fingerprint
 
 
 def test_labels_are_the_same_with_and_without_the_map(lab: Lab) -> None:
@@ -121,7 +121,7 @@ def test_means_by_class_calibration_and_the_file(lab: Lab) -> None:
     path = lab.raster(truth[None]).uri
     scene = prepared(uncertain(lab, "out", ref, card, reference={"path": path}), ref)
     predict(scene)
-    measured, _ = measure_scene(scene, "test")
+    measured, _ = measure_scene(scene)
 
     labels, shares, valid = labels_of(scene), doubt_of(scene) / LEVELS, values[0] > 0
     found = SceneIntensity("scene", measured.regions, measured.doubts, measured.uncertainty)
@@ -144,7 +144,7 @@ def test_means_by_class_calibration_and_the_file(lab: Lab) -> None:
     )
     np.testing.assert_allclose(measured.calibration.error, float(oracle), atol=1e-5)
 
-    run = Run(str(lab.folder / "out"), "job", "run", "2024-05-06T07:08:09+00:00")
+    run = RunFolder(str(lab.folder / "out"), "job", "run", "2024-05-06T07:08:09+00:00")
     files = export_scene(scene, measured, run)
     with rasterio.open(Path(run.location) / files["uncertainty"]) as file:
         assert file.descriptions == scene.uncertainty
@@ -180,7 +180,7 @@ def surfaces(lab: Lab, measure: dict[str, Any], **profile: Any) -> tuple[dict[st
     )
     check_request(job)
     scene = prepare_labelled(job, discover(job.scenes)[0])
-    measured, _ = measure_scene(scene, "test")
+    measured, _ = measure_scene(scene)
     assert measured.surfaces is not None
     classes = [ClassInfo(v, str(v), "#000000", v == 0) for v in (0, 1, 2)]
     return measured.surfaces, surface_table([SceneSurfaces("scene", measured.surfaces)], classes)

@@ -38,8 +38,8 @@ def dice(names: list[str], out: Path) -> np.ndarray:
     settings, rows = resolve_settings(job.compute, read_card(job.model)), []
     for name in names:
         ref = SceneRef(name, str(DATA / "images" / f"{name}.nii.gz"))
-        scene = create_stages(prepare_scene(job, ref, settings))
-        predict_blocks(scene, list(scene.plan.blocks.indices()), "test")
+        scene = create_stages(prepare_scene(job, read_card(job.model), ref, settings))
+        predict_blocks(scene, list(scene.plan.blocks.indices()))
         finish_labels(scene)
         found = np.asarray(scene.labels.array("labels")[...])
         assert job.reference is not None

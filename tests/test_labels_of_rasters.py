@@ -13,9 +13,10 @@ import rasterio
 import shapely
 from world import NODATA, PIXEL, World, write_raster, write_volume
 
+from segpipe.config.card import read_card
 from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import export_scene, failed_record
 from segpipe.pipeline.given_scene import find_labels, prepare_labelled
 from segpipe.pipeline.measure import measure_scene
@@ -211,8 +212,8 @@ def test_a_class_that_only_the_reference_has_was_missed(world: World, tmp_path: 
 def test_a_run_of_which_nothing_is_left_has_a_page(world: World, tmp_path: Path) -> None:
     job = job_of(tmp_path / "out", world / "scene1.tif", world / "truth", measure={"intensity": True})
     request = check_request(job)
-    run = Run(job.outputs.dir, job.name, "run", "2024-05-06T07:08:09+00:00")
-    finish_run(run, job, request.settings, [failed_record(request.scenes[0], "damaged")])
+    run = RunFolder(job.outputs.dir, job.name, "run", "2024-05-06T07:08:09+00:00")
+    finish_run(run, request, [failed_record(request.scenes[0], "damaged")])
     folder = Path(run.location)
     assert len(read(folder / "regions.csv")) == len(read(folder / "intensity.csv")) == 0
     assert "damaged" in (folder / "report.html").read_text()
@@ -232,16 +233,15 @@ def test_the_model_and_its_own_labels_measure_the_same(world: World, tmp_path: P
     )
     request = check_request(job)
     (ref,) = request.scenes
-    scene = create_stages(prepare_scene(job, ref, request.settings))
-    predict_blocks(scene, pending_blocks(scene), "test")
+    scene = create_stages(prepare_scene(job, read_card(job.model), ref, request.settings))
+    predict_blocks(scene, pending_blocks(scene))
     finish_labels(scene)
-    first, _ = measure_scene(scene, "test")
-    files = export_scene(scene, first, Run(job.outputs.dir, job.name, "run", ""))
+    first, _ = measure_scene(scene)
+    files = export_scene(scene, first, RunFolder(job.outputs.dir, job.name, "run", ""))
     pattern = f"{tmp_path}/out/segment/*/scenes/*/labels.tif"
     assert find_labels(pattern, "scene1").endswith(files["labels"])
     second, _ = measure_scene(
         prepare_labelled(job_of(tmp_path / "two", world / "scene1.tif", pattern, measure=measure), ref),
-        "test",
     )
     assert second.tally == first.tally
     assert [c.name for c in first.channels] == ["nir", "red"]  # the model's order
@@ -293,20 +293,20 @@ def test_labels_that_change_are_measured_again_and_never_half(
     job = job_of(tmp_path / "out", world / "scene1.tif", maps)
     scene = prepare_labelled(job, ref)
     assert pickle.loads(pickle.dumps(scene)) == scene  # as it travels to workers
-    first, done = measure_scene(scene, "test")
+    first, done = measure_scene(scene)
     assert (done.computed, done.reused) == (1, 0)
-    _, done = measure_scene(prepare_labelled(job, ref), "test")
+    _, done = measure_scene(prepare_labelled(job, ref))
     assert (done.computed, done.reused) == (0, 1)
-    mark = check_request(job).mark
+    mark = check_request(job).fingerprint
     write_raster(maps / "scene1_labels.tif", np.ones((1, 72, 96), np.uint8))
     with pytest.raises(SceneError, match="changed since it was planned"):
-        measure_scene(scene, "test")
-    assert check_request(job).mark != mark
-    second, done = measure_scene(prepare_labelled(job, ref), "test")
+        measure_scene(scene)
+    assert check_request(job).fingerprint != mark
+    second, done = measure_scene(prepare_labelled(job, ref))
     assert done.computed == 1
     assert second.values == [1]
     assert first.stage != second.stage
     asked = prepare_labelled(
         job_of(tmp_path / "out", world / "scene1.tif", maps, measure={"intensity": True}), ref
     )
-    assert measure_scene(asked, "test")[1].computed == 1
+    assert measure_scene(asked)[1].computed == 1

@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_refused(world: World, tmp_path: Path) -> None:
         find_labels(str(tmp_path / "many"), "another")
     negative = write_raster(tmp_path / "negative.tif", np.full((1, 72, 96), -3, np.int16))
     with pytest.raises(SceneError, match="holds -3; labels are 0 or more"):
-        measure_scene(prepare_labelled(job_of(tmp_path, scene, negative), ref), "test")
+        measure_scene(prepare_labelled(job_of(tmp_path, scene, negative), ref))
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_torch_and_prefect_stay_out(world: World, tmp_path: Path) -> None:
         f"job = Job.model_validate({job!r})\n"
         "request = check_request(job)\n"
         "scene = prepare_labelled(job, request.scenes[0])\n"
-        "measured, done = measure_scene(scene, 'test')\n"
-        "run = Run(job.outputs.dir, job.name, 'run', '2024-05-06T07:08:09+00:00')\n"
+        "measured, done = measure_scene(scene)\n"
+        "run = RunFolder(job.outputs.dir, job.name, 'run', '2024-05-06T07:08:09+00:00')\n"
         "files = export_scene(scene, measured, run)\n"
         "record = done_record(scene, measured, files, {'measure': done})\n"
-        "finish_run(run, job, request.settings, [record])\n"
+        "finish_run(run, request, [record])\n"
         "print(json.dumps([name in sys.modules for name in ('torch', 'prefect')]))\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -305,7 +305,7 @@ def test_receipts_are_complete_while_another_run_compacts_them(tmp_path: Path) -
 def mark(world: World, folder: Path, **fields: Any) -> str:
     fields = {"reference": {"path": f"{folder}/truth/*.tif"}, "scenes": [f"{folder}/scene*.tif"], **fields}
     fields.setdefault("model", str(folder / "models" / "nearest.yaml"))
-    return check_request(load_job(world.job(folder / "out", **fields))).mark
+    return check_request(load_job(world.job(folder / "out", **fields))).fingerprint
 
 
 @pytest.fixture

@@ -46,8 +46,9 @@ def wanted(job: Job) -> Wanted:
     request = check_request(job)
     at_once = job.compute.workers if job.compute.runner is Runner.threads else 1
     most = Wanted(0, 0, 0, "")
+    assert request.card is not None
     for ref in request.scenes:
-        each = dry_plan(job, ref, request.settings).memory
+        each = dry_plan(job, request.card, ref, request.settings).memory
         memory = each.libraries + at_once * (each.total - each.libraries)
         if memory > most.memory:
             gpus = int(request.settings.device.startswith("cuda"))

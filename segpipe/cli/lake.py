@@ -45,7 +45,7 @@ def scan_command(
 
     task_runner(scan.compute)
     check_server()
-    check_cluster(scan.compute, request.settings)
+    check_cluster(scan.compute, request.resolved.settings)
     state = run_here(scan_flow, scan)
     if state.is_cancelled():
         typer.echo(state.message, err=True)

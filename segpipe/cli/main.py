@@ -19,9 +19,7 @@ from segpipe.errors import RequestError, SegpipeError
 
 if TYPE_CHECKING:
     from segpipe.config.job import Job
-    from segpipe.export.run_folder import Run
-    from segpipe.inference.settings import Settings
-    from segpipe.sources import SceneRef
+    from segpipe.export.run_folder import RunFolder
     from segpipe.tables.record import RunRecord
 
 app = typer.Typer(
@@ -78,7 +76,7 @@ def _run_job(job: Job) -> None:
     from segpipe.runs.run import open_run
 
     request = check_request(job)  # a mistake is told now, before a server is started
-    found, before = open_run(job, request.mark)
+    found, before = open_run(job, request.fingerprint)
     if before is not None and len(before.done) == len(request.scenes):
         print("nothing to do: this job is done; the results of then:")
         _headline(found, before)
@@ -92,11 +90,14 @@ def _run_job(job: Job) -> None:
     task_runner(job.compute)
     check_server()
     check_cluster(job.compute, request.settings)
-    state = run_here(ask, Question.of(job)) if job.prompts.asked else run_here(segment, job)
+    if job.prompts.asked:
+        state = run_here(ask, Question.of(job), resolved=request)
+    else:
+        state = run_here(segment, job, resolved=request)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
         print(state.message, file=sys.stderr)
         raise typer.Exit(130)
-    found, after = open_run(job, request.mark)
+    found, after = open_run(job, request.fingerprint)
     if after is None or after == before:
         if state.is_completed():  # another run of the same job is at the record
             print(state.message)
@@ -169,7 +170,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         raise typer.Exit(130 if state.is_cancelled() else 1)
 
 
-def _headline(run: Run, record: RunRecord) -> None:
+def _headline(run: RunFolder, record: RunRecord) -> None:
     """The last lines: the numbers people came for, and where the page is."""
     from segpipe.report.markdown import headline
     from segpipe.runs.run import read_tables
@@ -186,53 +187,24 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
     """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
     from segpipe.config.job import load_job
     from segpipe.runs.check import check_request
+    from segpipe.runs.plan import plan_scenes
 
     job = load_job(job_file, overrides or [])
     request = check_request(job)
     how = f"on {request.settings.device_class}" if job.model else "with labels measured as given"
     print(f"{job.name}: {len(request.scenes)} scenes {how}")
     failed = []
-    for ref in request.scenes:
-        try:
-            line = _plan_line(job, ref, request.settings) if job.model else _labels_line(job, ref)
-        except SegpipeError as error:
-            failed.append(f"{ref.name}: {' '.join(str(error).split())}")
-            continue
-        print(f"  {ref.name}: {line}")
+    for scene in plan_scenes(request):
+        if scene.failed:
+            failed.append(f"{scene.scene}: {scene.text}")
+        else:
+            print(f"  {scene.scene}: {scene.text}")
     if job.model:
         print("passes are an upper bound: windows without a valid element are skipped when read")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
-
-
-def _labels_line(job: Job, ref: SceneRef) -> str:
-    """What a scene with given labels takes, in a line."""
-    from segpipe.metrics.tally import measure_tiles
-    from segpipe.pipeline.given_scene import prepare_labelled
-
-    scene = prepare_labelled(job, ref)
-    tiles = sum(1 for _ in measure_tiles(scene.geometry))
-    image = " and the image" if job.measure.intensity else ""
-    return f"{tiles:,} tiles to measure of {scene.labels}{image}"
-
-
-def _plan_line(job: Job, ref: SceneRef, settings: Settings) -> str:
-    """What a scene takes, in a line."""
-    from segpipe.pipeline.model_scene import dry_plan
-    from segpipe.tables.units import byte_size
-
-    if job.prompts.asked:
-        from segpipe.prompts.plan import prompt_line
-
-        return prompt_line(job, ref, settings)
-    s = dry_plan(job, ref, settings).summary()
-    return (
-        f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "
-        f"{s['forward_passes']:,} passes (redundancy {s['redundancy']:.3f}), "
-        f"memory {byte_size(s['memory_bytes'])}, store up to {byte_size(s['disk_bytes'])}"
-    )
 
 
 @app.command()

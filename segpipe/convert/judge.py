@@ -30,7 +30,6 @@ from segpipe.pipeline.predict import finish_labels
 from segpipe.sources import discover
 from segpipe.tiling.windows import Index
 
-NAME = "convert"
 T = TypeVar("T")
 
 
@@ -69,7 +68,7 @@ def judge(job: Job, card_path: str | Path, model: SegmentationModel | None = Non
         for scene in scenes:
             _predict(scene, pending_blocks(scene), model)
             finish_labels(scene)
-            rows = class_counts(measure_scene(scene, NAME)[0].tally)
+            rows = class_counts(measure_scene(scene)[0].tally)
             found = np.stack([rows.counts.tp, rows.counts.fp, rows.counts.fn], axis=1)
             for value, row in zip(rows.value.tolist(), found, strict=True):
                 total[value] = total.get(value, np.int64(0)) + row
@@ -129,15 +128,17 @@ def _scenes(job: Job, card_path: str | Path, most: int | None = None) -> Iterato
         here = job.model_copy(update=changes)
         settings = resolve_settings(here.compute, card)
         refs = discover(here.scenes)
-        yield (create_stages(prepare_scene(here, r, settings)) for r in _spread(refs, most or len(refs)))
+        yield (
+            create_stages(prepare_scene(here, card, r, settings)) for r in _spread(refs, most or len(refs))
+        )
 
 
 def _predict(scene: Scene, blocks: Sequence[Index], model: SegmentationModel | None) -> None:
     card, settings = scene.card, scene.settings
     model = model or load_model(card, settings.device, settings.threads, settings.precision)
-    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
     with scene.open_blocks() as store:
-        Engine(scene.plan, card, normaliser, model, store, nodata_value(card)).run(blocks, lambda: False)
+        Engine(scene.plan, card, normaliser, model, store, nodata_value(card)).run(blocks)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

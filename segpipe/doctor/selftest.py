@@ -89,12 +89,12 @@ def check_engine() -> Finding:
             }
         )
         request = check_request(job)
-        scene = begin_scene(job, request.scenes[0], request.settings)
+        scene = begin_scene(request, request.scenes[0])
         assert isinstance(scene, Scene)
-        done = predict_blocks(scene, list(scene.plan.blocks.indices()), "doctor")
+        done = predict_blocks(scene, list(scene.plan.blocks.indices()))
         finish_labels(scene)
         labels = read_labels(scene)(Box.whole((EDGE, EDGE)))
-        measured, _ = measure_scene(scene, "doctor")
+        measured, _ = measure_scene(scene)
     scale = SizeScale.from_dict(measured.scale)
     area = scale.size(sum(size for _, label, _, _, size, _ in measured.tally.rows() if label == 1))
     seconds, device = time.perf_counter() - begun, request.settings.device_class

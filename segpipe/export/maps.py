@@ -40,7 +40,7 @@ from segpipe.tables.found_objects import SceneFound, found_table
 
 if TYPE_CHECKING:
     from segpipe.export.dicom_seg import Algorithm
-    from segpipe.export.run_folder import Run
+    from segpipe.export.run_folder import RunFolder
 
 LARGEST_EXPORTED = 65534
 """Greatest label that the files of people's tools are written with."""
@@ -179,7 +179,7 @@ def _write_segments(scene: MeasurableScene, classes: Sequence[Class], target: Pa
     with open_source(scene.ref.uri) as source, scene.open_labels() as read:
         if not isinstance(source, DicomSource):
             return {}
-        if source.identity != scene.identity:
+        if source.identity != scene.pixels.identity:
             raise SceneError(f"{scene.ref.uri}: changed since it was planned; run the job again")
         write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), written["dicomseg"])
     return written
@@ -272,7 +272,7 @@ def _nifti_header(uri: str) -> Iterator[str | None]:
 
 
 def seal_scene(
-    scene: MeasurableScene, measured: Measured, run: Run, folder: Path, files: Mapping[str, str]
+    scene: MeasurableScene, measured: Measured, run: RunFolder, folder: Path, files: Mapping[str, str]
 ) -> dict[str, str]:
     """Write what a scene's finished files are: a STAC item of a raster, and their checksums, last.
 
@@ -296,7 +296,7 @@ def seal_scene(
         item = scene_item(
             identifier=f"{run.job}-{run.name}-{scene.ref.name}",
             uri=scene.ref.uri,
-            identity=scene.identity,
+            identity=scene.pixels.identity,
             geometry=scene.geometry,
             classes=classes,
             nodata=_nodata(scene, measured, classes) if classes else None,
@@ -311,7 +311,7 @@ def seal_scene(
         write_atomic(folder / base / ITEM, item.encode())
         sealed["item"] = f"{base}/{ITEM}"
         marks |= hash_files(folder, [sealed["item"]])
-    write_seal(folder, scene.ref.name, scene.ref.uri, scene.identity, marks)
+    write_seal(folder, scene.ref.name, scene.ref.uri, scene.pixels.identity, marks)
     return sealed
 
 

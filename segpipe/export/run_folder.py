@@ -16,7 +16,7 @@ from segpipe.store.location import is_url, join, open_store
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One application of a job to scenes. Small and picklable."""
 
     out: str
@@ -36,7 +36,7 @@ class Run:
 
 
 @contextmanager
-def local_folder(run: Run) -> Iterator[Path]:
+def local_folder(run: RunFolder) -> Iterator[Path]:
     """The run's folder to write files into; for a URL a temporary one that is uploaded at the end."""
     if not is_url(run.location):
         folder = Path(run.location)

@@ -14,7 +14,7 @@ from segpipe.config.card import Class
 from segpipe.config.job import Format, Keep
 from segpipe.export.maps import export_notes, seal_scene, why_no_file, write_maps
 from segpipe.export.regions import MOST_CLASSES, write_regions
-from segpipe.export.run_folder import Run, local_folder
+from segpipe.export.run_folder import RunFolder, local_folder
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.metrics.calibration import LEVELS
@@ -34,7 +34,7 @@ from segpipe.tables.overlap_tables import SceneResult, metric_table, region_tabl
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
 
 
-def export_scene(scene: MeasurableScene, measured: Measured, run: Run) -> dict[str, str]:
+def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> dict[str, str]:
     """Write a scene's files into the run's folder; those that are there already stay.
 
     Returns:
@@ -81,7 +81,7 @@ def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None
         classes: as shown (`shown_classes`); left out: the model's.
     """
     listed = scene.classes if classes is None else classes
-    shown = [FORMAT, scene.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
+    shown = [FORMAT, scene.pixels.bands, [c.model_dump(include={"value", "name", "color"}) for c in listed]]
     if scene.finds_objects:
         shown.append("outlined by ids")
     if scene.prompted:
@@ -115,8 +115,8 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
         asked = measured.found.objects if scene.prompted and measured.found else None
         if isinstance(geometry, RasterGeometry):
             previews = raster_preview(
-                image, labels, truth, geometry, scene.bands, classes, nodata,
-                count=len(scene.channels), read_uncertainty=doubt, read_ids=ids, asked=asked,
+                image, labels, truth, geometry, scene.pixels.bands, classes, nodata,
+                count=len(scene.pixels.channels), read_uncertainty=doubt, read_ids=ids, asked=asked,
             )  # fmt: skip
         else:
             assert isinstance(geometry, VolumeGeometry)

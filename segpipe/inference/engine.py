@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from segpipe.config.card import Card, Interpolation
-from segpipe.errors import SceneError, StoppedError
+from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import onto_model
 from segpipe.inference.block_result import BlockResult, BlockStore, Timings
@@ -112,23 +112,23 @@ class Engine:
     def run(
         self,
         blocks: Sequence[Index],
-        should_stop: Callable[[], bool],
+        check_stop: Callable[[], None] = lambda: None,
         is_done: Callable[[Index], bool] = lambda index: False,
     ) -> Timings:
         """Compute blocks and hand each to the store.
 
         Args:
             blocks: in the plan's order, for reads that follow one another.
-            should_stop: asked before every block.
+            check_stop: called before every block; raises StoppedError where the run is to stop.
             is_done: asked just before a block is read: whether somebody else computed it meanwhile.
 
         Raises:
-            StoppedError: `should_stop` said so; the blocks finished so far are committed.
+            StoppedError: as `check_stop`; the blocks finished so far are committed.
             DeviceMemoryError: the accelerator is too small for the batch.
         """
         began = time.perf_counter()
         with Writer(WRITE_BEHIND) as writer:
-            source = self._batches(blocks, writer, should_stop, is_done)
+            source = self._batches(blocks, writer, check_stop, is_done)
             with Prefetch(source, READ_AHEAD) as batches:
                 self._consume(iter(batches), writer)
         self.timings.wall = time.perf_counter() - began
@@ -160,14 +160,13 @@ class Engine:
         self,
         blocks: Sequence[Index],
         writer: Writer,
-        should_stop: Callable[[], bool],
+        check_stop: Callable[[], None],
         is_done: Callable[[Index], bool],
     ) -> Iterator[_Batch]:
         torch.set_num_threads(1)  # this thread's own: its sums must not depend on the machine
         batch = self._empty()
         for index in blocks:
-            if should_stop():
-                raise StoppedError("the run was asked to stop; run it again to resume")
+            check_stop()
             if is_done(index):
                 continue
             for item, window in self._open(index, writer):

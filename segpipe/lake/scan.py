@@ -20,7 +20,7 @@ from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Known, Ledger
 from segpipe.lake.listing import list_lake
 from segpipe.report.markdown import plain_text
-from segpipe.runs.check import check_job
+from segpipe.runs.check import ResolvedJob, check_job
 from segpipe.runs.fingerprint import fingerprint
 from segpipe.sources.base import SceneRef
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
@@ -44,9 +44,8 @@ class ScanRequest:
     """A scan that can run."""
 
     scan: Scan
-    job: Job
-    """Of its scenes, listed by where they are: the lake's location."""
-    settings: Settings
+    resolved: ResolvedJob
+    """The job of its scenes, which are listed by where they are: the lake's location."""
     ledger: Ledger
 
 
@@ -60,9 +59,10 @@ def check_scan(scan: Scan) -> ScanRequest:
         raise RequestError("measure.groups: a scan's scenes are not known before; valid: leave it out")
     _check_apart(scan)
     job = scan.job([scan.lake.location])
-    settings, card = check_job(job)
+    resolved = check_job(job)
     check_writable(job.outputs.dir)
-    return ScanRequest(scan, job, settings, Ledger(job.outputs.dir, f"{scan.name}-{_mark(scan, card)}"))
+    ledger = Ledger(job.outputs.dir, f"{scan.name}-{_mark(scan, resolved.card)}")
+    return ScanRequest(scan, resolved, ledger)
 
 
 def _check_apart(scan: Scan) -> None:

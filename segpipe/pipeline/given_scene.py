@@ -18,6 +18,7 @@ from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import same_grid
 from segpipe.geometry.box import Box
 from segpipe.pipeline.scene import MeasurableScene, open_scene
+from segpipe.pipeline.scene_io import ScenePixels
 from segpipe.sources import SceneRef
 from segpipe.sources.labels import LabelFile, find_reference, one_class
 from segpipe.store.stage import stage_key
@@ -47,7 +48,7 @@ class LabelledScene(MeasurableScene):
     @property
     def labels_key(self) -> str:
         """Of the file, and of the scene, whose pixels the pictures and intensities are made of."""
-        return stage_key("labels", {"file": self.labels_identity, "scene": self.identity})
+        return stage_key("labels", {"file": self.labels_identity, "scene": self.pixels.identity})
 
     @contextmanager
     def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
@@ -94,12 +95,7 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
         return LabelledScene(
             ref=ref,
             job=job,
-            geometry=source.geometry,
-            dtype=str(source.dtype),
-            channels=tuple(range(source.count)),
-            bands=source.bands,
-            scaling=source.scaling,
-            identity=source.identity,
+            pixels=ScenePixels.of(source, job.bands),
             notes=(*source.notes, *(f"labels: {n}" for n in notes), f"labels measured as given: {labels}"),
             listed=listed,
             labels=labels,

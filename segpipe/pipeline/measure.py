@@ -18,7 +18,6 @@ import pandas as pd
 
 from segpipe.config.card import Class
 from segpipe.config.classes import with_found
-from segpipe.errors import StoppedError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, geometry_from_dict
 from segpipe.metrics import intensity
@@ -39,7 +38,7 @@ from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.sources.labels import IdRule, ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.store.stage import Stage, stage_key
-from segpipe.store.stops import stop_requested
+from segpipe.store.stops import StopToken
 from segpipe.tiling.allocator import release
 
 SURFACES = "surfaces.json"
@@ -96,7 +95,7 @@ class Measured:
         return [int(v) for v in found[found >= 0]]
 
 
-def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
+def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tuple[Measured, Done]:
     """Tally every tile of a finished label map that is not tallied yet.
 
     Raises:
@@ -121,8 +120,8 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
             if name in done:
                 reused += 1
                 continue
-            if stop_requested(scene.job.outputs.dir, run):
-                raise StoppedError("the run was asked to stop; run it again to resume")
+            if stop is not None:
+                stop.check()
             truth, true_ids = reference.read_both(box) if reference else (None, None)
             labels = read(box)
             ids = found_ids(box) if found_ids else labels
@@ -154,7 +153,7 @@ def measure_scene(scene: MeasurableScene, run: str) -> tuple[Measured, Done]:
         if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
             classes = shown_classes(scene, load_measured(stage).values)
             classed = stack.enter_context(scene.open_labels())
-            stage.write_json(SURFACES, measure_surfaces(scene, classes, classed, reference, run))
+            stage.write_json(SURFACES, measure_surfaces(scene, classes, classed, reference, stop))
             computed += 1
     seconds = time.perf_counter() - begun
     return load_measured(stage), Done(computed, reused, seconds, {"measure": seconds})
@@ -265,8 +264,8 @@ def _channels(scene: MeasurableScene) -> list[Channel]:
     """What intensities are measured of; empty where they are not requested."""
     if not scene.job.measure.intensity:
         return []
-    names = scene.bands or [str(c + 1) for c in scene.channels]
-    return [Channel(name, scaling) for name, scaling in zip(names, scene.scaling, strict=True)]
+    names = scene.pixels.bands or [str(c + 1) for c in scene.pixels.channels]
+    return [Channel(name, scaling) for name, scaling in zip(names, scene.pixels.scaling, strict=True)]
 
 
 def _info(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> dict[str, Any]:

@@ -11,20 +11,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from segpipe import ENGINE_VERSION
-from segpipe.config.card import Card, Class, Interpolation, read_card
+from segpipe.config.card import Card, Class, Interpolation
 from segpipe.config.job import Job, StoreMode, parse_memory
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
-from segpipe.geometry.geometry import Geometry
 from segpipe.geometry.grid_map import GridMap
 from segpipe.inference.label_dtype import label_dtype, nodata_value
 from segpipe.inference.settings import Settings, resolve_settings
 from segpipe.pipeline.keys import device_parts, labels_stage, model_parts, predict_key
 from segpipe.pipeline.plan_scene import doubts, plan_scene, scene_grid
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
-from segpipe.pipeline.scene_io import SceneBlocks, ingest_all
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels, ingest_all
 from segpipe.sources.bands import match_bands
-from segpipe.sources.base import Scaling, SceneRef
+from segpipe.sources.base import SceneRef
 from segpipe.store.stage import ArraySpec, Stage, stage_key
 from segpipe.tiling.blocks import BLOCK_EDGE, Blocks, block_id
 from segpipe.tiling.plan import Plan, check_memory
@@ -41,11 +40,6 @@ class Scene(PredictedScene):
     plan: Plan
     ingest: Stage
     predict: Stage
-
-    @property
-    def card(self) -> Card:
-        """The model's card (read once per process)."""
-        return read_card(self.job.model)
 
     @property
     def classes(self) -> tuple[Class, ...]:
@@ -89,18 +83,8 @@ class Scene(PredictedScene):
             attempt: recorded in the receipts.
             progress: told the number of blocks finished, after each.
         """
-        return SceneBlocks(
-            self.ref.uri,
-            self.job.bands,
-            self.channels,
-            self.dtype,
-            self.geometry,
-            None if self.direct else self.ingest,
-            self.identity,
-            self.predict,
-            attempt,
-            progress,
-        )
+        ingest = None if self.direct else self.ingest
+        return SceneBlocks(self.pixels, ingest, self.predict, attempt, progress)
 
     def account(self) -> SceneAccount:
         """Keys of ingest and predict, the plan, and how the scene was resampled."""
@@ -120,7 +104,7 @@ class Scene(PredictedScene):
         return self.job.tiling.store is StoreMode.direct
 
 
-def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
+def prepare_scene(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Scene:
     """Open, check, plan and key a scene; make its stages.
 
     A card that needs the scene's statistics or a region of interest makes this a first streaming
@@ -130,36 +114,34 @@ def prepare_scene(job: Job, ref: SceneRef, settings: Settings) -> Scene:
         SceneError: the scene does not suit the card, or cannot be read.
         RequestError: the plan cannot be met (memory, window, halo).
     """
-    card = read_card(job.model)
     with open_scene(job, ref) as source:
-        channels, bands = match_bands(card, source)
-        geometry = source.geometry
-        notes = list(source.notes)
-        parts = {"source": source.identity, "channels": channels, "engine": ENGINE_VERSION}
-        ingest = Stage(job.outputs.dir, stage_key("ingest", parts))
-        first = SceneBlocks(
-            source.uri, job.bands, channels, str(source.dtype), geometry,
-            None if job.tiling.store is StoreMode.direct else ingest, source.identity,
-        )  # fmt: skip
-        scaling = tuple(source.scaling[c] for c in channels)
-        identity, dtype, cache = source.identity, str(source.dtype), source.cache_bytes
-    try:
-        findings = _first_pass(job, card, settings, geometry, scaling, first, ingest)
-    finally:
-        first.close()
-    grid, statistics = findings
+        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source))
+        notes, cache = source.notes, source.cache_bytes
+    parts = {"source": pixels.identity, "channels": pixels.channels, "engine": ENGINE_VERSION}
+    ingest = Stage(job.outputs.dir, stage_key("ingest", parts))
+    direct = job.tiling.store is StoreMode.direct
+    with SceneBlocks(pixels, None if direct else ingest) as first:
+        grid, statistics = _first_pass(job, card, settings, first, ingest)
     if card.output.kind != "semantic" and not grid.identity:
         raise SceneError(
             f"the card {card.name!r} finds objects on the scene's own grid; this scene would have to be "
             "resampled or turned for it: leave out its input.spacing and orientation, or resample the scene"
         )
-    plan = plan_scene(job, card, settings, grid, np.dtype(dtype), cache)
+    plan = plan_scene(job, card, settings, grid, np.dtype(pixels.dtype), cache)
     predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
     return Scene(
-        ref=ref, job=job, settings=settings, geometry=geometry, dtype=dtype, channels=channels, bands=bands,
-        scaling=scaling, statistics=statistics, plan=plan, ingest=ingest, predict=predict,
-        labels=labels_stage(job, card, predict), identity=identity, notes=tuple(notes),
-    )  # fmt: skip
+        ref=ref,
+        job=job,
+        pixels=pixels,
+        notes=notes,
+        card=card,
+        settings=settings,
+        statistics=statistics,
+        labels=labels_stage(job, card, predict),
+        plan=plan,
+        ingest=ingest,
+        predict=predict,
+    )
 
 
 def create_stages(scene: Scene) -> Scene:
@@ -169,12 +151,12 @@ def create_stages(scene: Scene) -> Scene:
         The scene with the blocks of the stages as they are, where an earlier run made them.
     """
     card, job = scene.card, scene.job
-    info = {"scene": scene.ref.name, "identity": scene.identity}
+    info = {"scene": scene.ref.name, "identity": scene.pixels.identity}
     blocks = scene.predict.create(scene.geometry, scene.plan.blocks, label_arrays(card, job), info)
     scene = replace(scene, plan=replace(scene.plan, blocks=blocks))
     if scene.direct or not pending_blocks(scene):
         return scene
-    arrays = image_arrays(len(scene.channels), scene.dtype)
+    arrays = image_arrays(scene.pixels)
     in_force = scene.ingest.create(scene.geometry, blocks, arrays, info)
     check_memory(scene.plan, parse_memory(job.tiling.memory))
     if in_force != blocks:
@@ -223,22 +205,21 @@ def _wanted(job: Job) -> list[str]:
     return [name for name in ("scores", "uncertainty") if getattr(job.outputs, name)]
 
 
-def dry_plan(job: Job, ref: SceneRef, settings: Settings) -> Plan:
+def dry_plan(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Plan:
     """The plan of a scene without touching the store.
 
     A card with a region of interest is planned over the whole scene: the region is not known yet.
     """
-    card = read_card(job.model)
     with open_scene(job, ref) as source:
         match_bands(card, source)
         grid = scene_grid(card, source.geometry, None)
         return plan_scene(job, card, settings, grid, source.dtype, source.cache_bytes)
 
 
-def image_arrays(channels: int, dtype: str) -> list[ArraySpec]:
+def image_arrays(pixels: ScenePixels) -> list[ArraySpec]:
     """Arrays of the ingest stage."""
     return [
-        ArraySpec("image", dtype, 0, channels=channels),
+        ArraySpec("image", pixels.dtype, 0, channels=len(pixels.channels)),
         ArraySpec("valid", "bool", False),
     ]
 
@@ -256,18 +237,13 @@ def label_arrays(card: Card, job: Job) -> list[ArraySpec]:
 
 
 def _first_pass(
-    job: Job,
-    card: Card,
-    settings: Settings,
-    geometry: Geometry,
-    scaling: tuple[Scaling, ...],
-    store: SceneBlocks,
-    ingest: Stage,
+    job: Job, card: Card, settings: Settings, store: SceneBlocks, ingest: Stage
 ) -> tuple[GridMap, tuple[tuple[tuple[float, float], ...], ...]]:
     """The model grid and the scene's statistics; streams the scene only where the card needs it."""
     from segpipe.inference.normalise import Statistics, needs_statistics, scene_statistics
     from segpipe.inference.roi import find_crop
 
+    geometry, scaling = store.pixels.geometry, store.pixels.scaling
     whole = needs_statistics(card)
     if not whole and card.roi is None:
         return scene_grid(card, geometry, None), ()
@@ -279,8 +255,7 @@ def _first_pass(
             edge = BLOCK_EDGE[geometry.ndim]
             shape = tuple(min(edge, n) for n in geometry.shape)
             blocks = Blocks(geometry.shape, shape, (0,) * geometry.ndim)
-            arrays = image_arrays(len(store.channels), store.dtype)
-            ingest.create(geometry, blocks, arrays, {"scene": store.uri})
+            ingest.create(geometry, blocks, image_arrays(store.pixels), {"scene": store.pixels.uri})
             ingest_all(store, ingest)
         statistics = scene_statistics(card, geometry, scaling, store)
         crop = find_crop(card, settings, geometry, scaling, store) if card.roi else None

@@ -15,7 +15,7 @@ from segpipe.pipeline.keys import labels_stage
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
 from segpipe.store.stage import ArraySpec
-from segpipe.store.stops import stop_requested
+from segpipe.store.stops import StopToken
 from segpipe.tiling.windows import Index
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def predict_blocks(
     scene: Scene,
     blocks: Sequence[Index],
-    run: str,
+    stop: StopToken | None = None,
     attempt: int = 1,
     progress: Callable[[int], None] = lambda blocks: None,
 ) -> Done:
@@ -35,7 +35,7 @@ def predict_blocks(
     another one as if it were new, and a flow that was killed may have left tasks at work.
 
     Args:
-        run: name under which a stop may be requested; asked before every block.
+        stop: looked at before every block; None: nobody asks for a stop.
         attempt: recorded in the receipts.
         progress: told the number of blocks finished, after each.
 
@@ -70,10 +70,10 @@ def predict_blocks(
         )
     else:
         model = load_object_model(card, settings.device, settings.threads, settings.precision)
-    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
     with scene.open_blocks(attempt, progress) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
-        timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run), is_done)
+        timings = engine.run(todo, stop.check if stop else lambda: None, is_done)
     seconds, elements = time.perf_counter() - begun, computed * math.prod(scene.plan.blocks.block)
     return Done(computed, len(blocks) - computed, seconds, vars(timings).copy(), elements)
 

@@ -20,9 +20,9 @@ from segpipe.config.job import Format, Job
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, VolumeGeometry
 from segpipe.inference.settings import Settings
-from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.sources import SceneRef, open_source
-from segpipe.sources.base import Scaling, Source
+from segpipe.sources.base import Source
 from segpipe.sources.labels import IdRule
 from segpipe.store.stage import Stage
 
@@ -53,18 +53,13 @@ class MeasurableScene(ABC):
 
     ref: SceneRef
     job: Job
-    geometry: Geometry
-    dtype: str
-    """Of the stored pixels."""
-    channels: tuple[int, ...]
-    """The source's channels that are read, in this order."""
-    bands: tuple[str, ...]
-    """Names of those channels; empty where the file has none."""
-    scaling: tuple[Scaling, ...]
-    """One per channel."""
-    identity: dict[str, Any]
-    """Of the source."""
+    pixels: ScenePixels
     notes: tuple[str, ...]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The native grid."""
+        return self.pixels.geometry
 
     @property
     @abstractmethod
@@ -132,25 +127,20 @@ class MeasurableScene(ABC):
 
     def open_image(self) -> SceneBlocks:
         """A reader of the scene's own pixels, as stored: straight from the source."""
-        return SceneBlocks(
-            self.ref.uri, self.job.bands, self.channels, self.dtype, self.geometry, None, self.identity
-        )
+        return SceneBlocks(self.pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedScene(MeasurableScene):
     """A scene whose label map a model makes: classes, and ids where objects are found, in the store."""
 
+    card: Card
+    """The model's card, as it was planned with."""
     settings: Settings
     statistics: tuple[tuple[tuple[float, float], ...], ...]
     """Of the model's channels, for the steps of its card that need them; else empty."""
     labels: Stage
     """Where the finished label map is."""
-
-    @property
-    @abstractmethod
-    def card(self) -> Card:
-        """The model's card."""
 
     @property
     def labels_key(self) -> str:

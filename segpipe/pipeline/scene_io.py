@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 from segpipe.sources import Source, open_source
-from segpipe.sources.base import Pixels
+from segpipe.sources.base import Pixels, Scaling
 from segpipe.store.stage import Stage
 from segpipe.tiling.blocks import Blocks, block_id
 from segpipe.tiling.windows import Index
@@ -27,6 +28,66 @@ if TYPE_CHECKING:
     from segpipe.inference.block_result import BlockResult
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScenePixels:
+    """The pixels of a scene: its source as it was when it was planned, and the channels that are read."""
+
+    uri: str
+    names: tuple[str, ...]
+    """Given to the bands of the source, in file order; empty: the file's own."""
+    geometry: Geometry
+    dtype: str
+    """Of the stored pixels."""
+    channels: tuple[int, ...]
+    """The channels of the source that are read, in this order."""
+    bands: tuple[str, ...]
+    """Names of those channels; empty where the file has none."""
+    scaling: tuple[Scaling, ...]
+    """One per channel."""
+    identity: dict[str, Any]
+    """A JSON object that changes when the source does."""
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        names: Sequence[str] = (),
+        channels: Sequence[int] | None = None,
+        bands: Sequence[str] | None = None,
+    ) -> ScenePixels:
+        """The pixels of an open source.
+
+        Args:
+            source: open.
+            names: given to its bands.
+            channels: that are read; None: all.
+            bands: names of those; None: the source's.
+        """
+        read = tuple(range(source.count) if channels is None else channels)
+        return cls(
+            uri=source.uri,
+            names=tuple(names),
+            geometry=source.geometry,
+            dtype=str(source.dtype),
+            channels=read,
+            bands=tuple(source.bands if bands is None else bands),
+            scaling=tuple(source.scaling[c] for c in read),
+            identity=source.identity,
+        )
+
+    def open(self) -> Source:
+        """Open the source again.
+
+        Raises:
+            SceneError: the file changed meanwhile: its pixels would go under the old one's key.
+        """
+        source = open_source(self.uri, band_names=self.names)
+        if source.identity != self.identity:
+            source.close()
+            raise SceneError(f"{self.uri}: changed since it was planned; run the job again")
+        return source
+
+
 class SceneBlocks:
     """Reads a scene from its ingest where that is there, else from the source; writes both stages.
 
@@ -35,24 +96,23 @@ class SceneBlocks:
 
     def __init__(
         self,
-        uri: str,
-        band_names: Sequence[str],
-        channels: tuple[int, ...],
-        dtype: str,
-        geometry: Geometry,
-        ingest: Stage | None,
-        identity: dict[str, Any] | None = None,
+        pixels: ScenePixels,
+        ingest: Stage | None = None,
         predict: Stage | None = None,
         attempt: int = 1,
         progress: Callable[[int], None] = lambda blocks: None,
     ) -> None:
-        self.uri = uri
-        self.band_names = tuple(band_names)
-        self.channels = channels
-        self.dtype = dtype
-        self.geometry = geometry
+        """Open nothing yet.
+
+        Args:
+            pixels: of the scene.
+            ingest: stage that keeps them; None: the source is read in place.
+            predict: stage of the labels; None: nothing is predicted.
+            attempt: recorded in the receipts.
+            progress: told the number of blocks finished, after each.
+        """
+        self.pixels = pixels
         self.ingest_stage = ingest
-        self.identity = identity
         self.predict_stage = predict
         self.attempt = attempt
         self.progress = progress
@@ -74,17 +134,8 @@ class SceneBlocks:
             self._blocks, self._ingested = blocks, done
 
     def _open(self) -> Source:
-        """The source, held against what was planned.
-
-        Raises:
-            SceneError: the file changed meanwhile: its pixels would go under the old one's key.
-        """
         if self._source is None:
-            source = open_source(self.uri, band_names=self.band_names)
-            if self.identity is not None and source.identity != self.identity:
-                source.close()
-                raise SceneError(f"{self.uri}: changed since it was planned; run the job again")
-            self._source = source
+            self._source = self.pixels.open()
         return self._source
 
     def _is_ingested(self, box: Box) -> bool:
@@ -114,7 +165,7 @@ class SceneBlocks:
                 if stage.current:
                     return pixels
             self._forget_ingest()
-        return self._open().read(box, self.channels)
+        return self._open().read(box, self.pixels.channels)
 
     def ingest(self, index: Index, box: Box, pixels: Pixels) -> None:
         """Write a block through to the ingest, unless it is there or the source is read in place."""

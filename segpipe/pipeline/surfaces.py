@@ -11,7 +11,7 @@ import numpy as np
 
 from segpipe.config.card import Class
 from segpipe.config.job import Measure
-from segpipe.errors import RequestError, StoppedError
+from segpipe.errors import RequestError
 from segpipe.geometry.areas import horizontal_crs, is_mercator
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
@@ -19,7 +19,7 @@ from segpipe.metrics.surface import SurfaceCollector
 from segpipe.metrics.tally import measure_tiles
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.sources.labels import ReferenceLabels
-from segpipe.store.stops import stop_requested
+from segpipe.store.stops import StopToken
 from segpipe.tiling.allocator import release
 
 ORTHOGONAL = 1e-4
@@ -78,7 +78,7 @@ def measure_surfaces(
     classes: Sequence[Class],
     labels: Callable[[Box], np.ndarray],
     reference: ReferenceLabels,
-    run: str,
+    stop: StopToken | None,
 ) -> dict[str, Any]:
     """Metrics of every class but the background, as a JSON object.
 
@@ -96,8 +96,8 @@ def measure_surfaces(
         [c.value for c in wanted], scene.geometry.box, spacing, limits, measure.width, scene.nodata
     )
     for box in measure_tiles(scene.geometry):
-        if stop_requested(scene.job.outputs.dir, run):
-            raise StoppedError("the run was asked to stop; run it again to resume")
+        if stop is not None:
+            stop.check()
         part = collector.reads(box)
         found = labels(part)
         scene.check_labels()

@@ -7,7 +7,7 @@ any scene.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,13 @@ from segpipe.config.card import Card, Class, read_card
 from segpipe.config.job import Job
 from segpipe.config.prompts import PromptOptions
 from segpipe.errors import SceneError
-from segpipe.geometry.geometry import Geometry
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
 from segpipe.inference.settings import Settings, resolve_settings
 from segpipe.pipeline.given_scene import find_labels, labels_identity
 from segpipe.pipeline.keys import device_parts, model_parts
-from segpipe.pipeline.model_scene import Scene, prepare_scene
+from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
-from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.detect_scene import Detecting, detecting_of
 from segpipe.prompts.masks.embedding_cache import PREFIX, Embeddings
 from segpipe.prompts.masks.read_planes import Planes
@@ -32,7 +31,6 @@ from segpipe.prompts.prompt_set import Asked
 from segpipe.prompts.segmenters.registry import check_segmenter
 from segpipe.sources import SceneRef
 from segpipe.sources.bands import match_bands
-from segpipe.sources.base import Scaling
 from segpipe.store.stage import Stage, stage_key
 from segpipe.tiling.pyramid import Pyramid
 
@@ -54,11 +52,6 @@ class PromptScene(PredictedScene):
     """What finds the phrases: a semantic model over the scene, or a detector."""
     labeller: Detecting | None
     """What names masks of a grid."""
-
-    @property
-    def card(self) -> Card:
-        """The promptable model's card (read once per process), with the bands that are shown."""
-        return prompted_card(self.job)
 
     @property
     def options(self) -> PromptOptions:
@@ -133,7 +126,7 @@ class PromptScene(PredictedScene):
     @property
     def normaliser(self) -> Normaliser:
         """The card's steps, bound to this scene."""
-        return Normaliser(self.card, self.scaling, Statistics(self.statistics))
+        return Normaliser(self.card, self.pixels.scaling, Statistics(self.statistics))
 
 
 def prompted_card(job: Job) -> Card:
@@ -173,19 +166,18 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
     options, card = job.prompts, prompted_card(job)
     shapes = check_segmenter(card)
     with open_scene(job, ref) as source:
-        channels, bands = match_bands(card, source)
-        geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
-        scaling, notes = tuple(source.scaling[c] for c in channels), tuple(source.notes)
-    planes = Planes.of(geometry, options.volume.plane)
+        pixels, notes = ScenePixels.of(source, job.bands, *match_bands(card, source)), source.notes
+    planes = Planes.of(pixels.geometry, options.volume.plane)
     if planes.axis is not None and options.everything:
         raise SceneError("prompts.everything: found true; the scene is a volume, and a grid is for rasters")
     assert card.window_shape is not None
     pyramid = Pyramid(planes.plane_shape, card.window_shape[-1], options.margin)
-    source_key = stage_key("ingest", {"source": identity, "channels": channels, "engine": ENGINE_VERSION})
-    image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
-    with image:
+    source_key = stage_key(
+        "ingest", {"source": pixels.identity, "channels": pixels.channels, "engine": ENGINE_VERSION}
+    )
+    with SceneBlocks(pixels) as image:
         look = Stage(job.outputs.dir, stage_key("look", {"source": source_key, **model_parts(card)}))
-        statistics = known_statistics(look, card, geometry, scaling, image)
+        statistics = known_statistics(look, card, image)
     encoded = {
         "source": source_key, **model_parts(card), **device_parts(settings), "batch": settings.batch,
         "axis": planes.axis, "window": pyramid.window,
@@ -207,22 +199,31 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
         "names": labeller.stage.key if labeller else "",
     }  # fmt: skip
     return PromptScene(
-        ref=ref, job=job, geometry=geometry, dtype=dtype, channels=channels, bands=bands, scaling=scaling,
-        identity=identity, notes=notes, settings=settings, statistics=statistics, planes=planes,
+        ref=ref, job=job, pixels=pixels, notes=notes, card=card, settings=settings, statistics=statistics,
+        planes=planes,
         embeddings=Embeddings(embed, pyramid, planes, shapes), ask=ask, answers=answers,
         labels=Stage(job.outputs.dir, stage_key("objects", joined)), grounder=grounder, labeller=labeller,
     )  # fmt: skip
 
 
+def create_grounder(scene: PromptScene) -> PromptScene:
+    """Make the stages of what finds phrases."""
+    if isinstance(scene.grounder, Detecting):
+        scene.grounder.create()
+    elif isinstance(scene.grounder, Scene):
+        return replace(scene, grounder=create_stages(scene.grounder))
+    return scene
+
+
 def known_statistics(
-    look: Stage, card: Card, geometry: Geometry, scaling: tuple[Scaling, ...], image: SceneBlocks
+    look: Stage, card: Card, image: SceneBlocks
 ) -> tuple[tuple[tuple[float, float], ...], ...]:
     """The scene's statistics for the card's steps: found once, then read from the store."""
     if not needs_statistics(card):
         return ()
     known = look.read_json("look.json")
     if known is None:
-        known = scene_statistics(card, geometry, scaling, image).to_json()
+        known = scene_statistics(card, image.pixels.geometry, image.pixels.scaling, image).to_json()
         look.write_json("look.json", known)
     return Statistics.from_json(known).pairs
 
@@ -232,7 +233,7 @@ def _grounder(job: Job, ref: SceneRef) -> Scene | Detecting:
     mine = resolve_settings(job.compute, card)
     if card.output.kind == "boxes":
         return detecting_of(job, job.prompts.grounder, ref, mine)
-    return prepare_scene(grounding_job(job), ref, mine)
+    return prepare_scene(grounding_job(job), card, ref, mine)
 
 
 def ask_parts(job: Job, ref: SceneRef, source_key: str, grounder: Scene | Detecting | None) -> dict[str, Any]:

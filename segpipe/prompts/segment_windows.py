@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from segpipe.config.job import parse_memory
-from segpipe.errors import SceneError, StoppedError
+from segpipe.errors import SceneError
 from segpipe.inference.queues import Prefetch
 from segpipe.inference.settings import Settings
 from segpipe.models.registry import device_of
@@ -36,7 +36,7 @@ from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import Asked, take
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.store.stops import stop_requested
+from segpipe.store.stops import StopToken
 from segpipe.tiling.blocks import Blocks
 from segpipe.tiling.pyramid import Window
 
@@ -88,7 +88,7 @@ def _at_once(settings: Settings) -> int:
 
 def create_answers(scene: PromptScene) -> None:
     """Make the stages of embeddings and answers where they are absent."""
-    info = {"scene": scene.ref.name, "identity": scene.identity}
+    info = {"scene": scene.ref.name, "identity": scene.pixels.identity}
     scene.embeddings.create(info)
     scene.answers.create(None, Blocks((1,), (1,), (0,)), [], info)
 
@@ -163,7 +163,11 @@ def _grids(scene: PromptScene) -> list[Grid]:
 
 
 def answer_windows(
-    scene: PromptScene, number: int, windows: Sequence[Window], run: str, attempt: int = 1
+    scene: PromptScene,
+    number: int,
+    windows: Sequence[Window],
+    stop: StopToken | None = None,
+    attempt: int = 1,
 ) -> Done:
     """Encode some windows of a round where their embeddings are not kept, ask them, and commit the answers.
 
@@ -179,7 +183,7 @@ def answer_windows(
     segmenter, settings, at_once = segmenter_of(scene), automatic_of(scene), _at_once(scene.settings)
     grids = _grids(scene) if number == 0 and scene.options.everything else []
     encoded = 0
-    for window, embedding, valid, new in embedded(scene, segmenter, [(w, 0) for w in todo], run):
+    for window, embedding, valid, new in embedded(scene, segmenter, [(w, 0) for w in todo], stop):
         encoded += new
         mine = take(asked.prompts, objects.get(window, np.zeros(0, np.int64)))
         answers = answer_window(
@@ -199,7 +203,7 @@ def answer_windows(
 
 
 def embedded(
-    scene: PromptScene, segmenter: Segmenter, places: Sequence[tuple[Window, int]], run: str
+    scene: PromptScene, segmenter: Segmenter, places: Sequence[tuple[Window, int]], stop: StopToken | None
 ) -> Iterator[tuple[Window, Embedding, np.ndarray, bool]]:
     """The embedding of each window of a slice, as it is kept (float16), what has data, whether it is new.
 
@@ -216,7 +220,7 @@ def embedded(
 
         known = [p for p in places if window_id(*p) in kept]
         for window, index in known:
-            _go_on(scene, run)
+            _go_on(stop)
             yield window, *cache.read(window, index), False
         new = [p for p in places if window_id(*p) not in kept]
         with Prefetch(((p, pixels(*p)) for p in new), max(AHEAD, batch)) as ahead:
@@ -225,7 +229,7 @@ def embedded(
                 waiting.append(item)
                 if len(waiting) < batch and number < len(new):
                     continue
-                _go_on(scene, run)
+                _go_on(stop)
                 shown = [p for _, (p, _) in waiting]
                 shown += shown[-1:] * (batch - len(shown))
                 found = segmenter.encode_batch(np.stack(shown))
@@ -236,9 +240,9 @@ def embedded(
                 waiting = []
 
 
-def _go_on(scene: PromptScene, run: str) -> None:
-    if stop_requested(scene.job.outputs.dir, run):
-        raise StoppedError("the run was asked to stop; run it again to resume")
+def _go_on(stop: StopToken | None) -> None:
+    if stop is not None:
+        stop.check()
 
 
 def all_answers(scene: PromptScene) -> Answered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
 
@@ -21,33 +21,46 @@ from segpipe.sources import (SceneRef, discover)
 from segpipe.pipeline.surfaces import tolerances
 
 
-@dataclass(frozen=True)
-class Request:
-    """A job that can run."""
+@dataclass(frozen=True, kw_only=True)
+class ResolvedJob:
+    """A job that can run: checked once, then handed on to every step. Small and picklable."""
 
     job: Job
+    card: Card | None
+    """The model's card, with the bands that prompts show it; None: labels are measured as given."""
     settings: Settings
-    scenes: tuple[SceneRef, ...]
-    mark: str
-    """Fingerprint of everything the results depend on."""
+    """What `auto` is on this machine."""
+    scenes: tuple[SceneRef, ...] = ()
+    fingerprint: str = ""
+    """Of everything that the results depend on."""
+
+    def without_scenes(self) -> ResolvedJob:
+        """What one step of one scene needs: ten thousand references do not travel with each task."""
+        return replace(self, scenes=())
+
+    def with_batch(self, batch: int) -> ResolvedJob:
+        """The same with other batches, for a device that is too small for those planned."""
+        return replace(self, settings=replace(self.settings, batch=batch))
 
 
-def check_request(job: Job) -> Request:
-    """Find the scenes and refuse, now, whatever can be known to be wrong.
+def check_request(job: Job) -> ResolvedJob:
+    """Find the scenes and reject, before any work, whatever can be known to be wrong.
 
     Raises:
         RequestError: naming the field, what was found and what would be valid.
     """
-    settings, card = check_job(job)
+    resolved = check_job(job)
     scenes = tuple(discover(job.scenes))
     if job.measure.groups:
         load_groups(job.measure.groups, [scene.name for scene in scenes])
     check_writable(job.outputs.dir)
-    return Request(job, settings, scenes, fingerprint(job, card, settings, scenes))
+    return replace(
+        resolved, scenes=scenes, fingerprint=fingerprint(job, resolved.card, resolved.settings, scenes)
+    )
 
 
-def check_job(job: Job) -> tuple[Settings, Card | None]:
-    """Refuse what is wrong with a job whatever its scenes; what `auto` is here, and the model's card.
+def check_job(job: Job) -> ResolvedJob:
+    """Reject what is wrong with a job whatever its scenes; those are left out of what is returned.
 
     Raises:
         RequestError: naming the field, what was found and what would be valid.
@@ -70,7 +83,7 @@ def check_job(job: Job) -> tuple[Settings, Card | None]:
         settings = resolve_settings(job.compute, card)
         classes = tuple(card.classes)
     tolerances(job.measure, classes)
-    return settings, card
+    return ResolvedJob(job=job, card=card, settings=settings)
 
 
 def _check_kind(card: Card) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from segpipe.runs.check import ResolvedJob
 from segpipe.store.atomic import write_atomic
 from segpipe.config.classes import (load_classes, with_found)
 from segpipe.config.job import (Format, Job)
@@ -23,7 +24,7 @@ from segpipe.pictures.archive import (Previews, load_previews)
 from segpipe.tables.record import (ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record)
 from segpipe.tables.results import results_json
 from segpipe.tables.files import write_table
-from segpipe.export.run_folder import (Run, local_folder, now)
+from segpipe.export.run_folder import (RunFolder, local_folder, now)
 from segpipe.tables.all_tables import (read_measured, run_tables)
 from segpipe.inference.settings import Settings
 
@@ -32,10 +33,11 @@ PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy
 
 
 def finish_run(
-    run: Run, job: Job, settings: Settings, scenes: Sequence[SceneRecord], notes: Sequence[str] = ()
+    run: RunFolder, resolved: ResolvedJob, scenes: Sequence[SceneRecord], notes: Sequence[str] = ()
 ) -> RunRecord:
     """Write tables, ``run.json`` and the page of a run whose scenes have all ended."""
-    model = model_summary(read_card(job.model)) if job.model else None
+    job, settings = resolved.job, resolved.settings
+    model = model_summary(resolved.card) if resolved.card else None
     listed = _class_infos(phrase_classes(job.prompts)) if job.prompts.asked else ()
     device = {"device": settings.device_class, "precision": settings.precision} if model else {}
     given = [] if model else ["labels measured as given: no model was run"]
@@ -64,12 +66,12 @@ def _given_classes(job: Job, measured: Mapping[str, Measured]) -> tuple[ClassInf
     return _class_infos(with_found((), {v for m in measured.values() for v in m.values}))
 
 
-def write_run(run: Run, record: RunRecord) -> None:
+def write_run(run: RunFolder, record: RunRecord) -> None:
     """Tables, page and record of a run, from its stages alone; the record last."""
     _write(run, record, read_measured(run.out, record.scenes))
 
 
-def _write(run: Run, record: RunRecord, measured: Mapping[str, Measured]) -> None:
+def _write(run: RunFolder, record: RunRecord, measured: Mapping[str, Measured]) -> None:
     tables = run_tables(record, measured)
     keys = {s.name: s.keys["previews"] for s in record.done}
 
@@ -91,7 +93,7 @@ def _write(run: Run, record: RunRecord, measured: Mapping[str, Measured]) -> Non
 
 
 def _write_account(
-    run: Run, folder: Path, record: RunRecord, measured: Mapping[str, Measured], written: Sequence[str]
+    run: RunFolder, folder: Path, record: RunRecord, measured: Mapping[str, Measured], written: Sequence[str]
 ) -> None:
     """Catalogue and derivatives, where the run has any, and the manifest of all its files.
 

@@ -20,12 +20,12 @@ from segpipe.errors import RequestError
 from segpipe.store.location import (is_url, join, open_store)
 from segpipe.report.page import page_paths
 from segpipe.tables.record import (RunRecord, load_record)
-from segpipe.export.run_folder import (Run, now)
+from segpipe.export.run_folder import (RunFolder, now)
 
 T = TypeVar("T")
 
 
-def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
+def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
     """The run of this fingerprint: a new one, or the folder of the same request before.
 
     Returns:
@@ -40,10 +40,10 @@ def open_run(job: Job, mark: str) -> tuple[Run, RunRecord | None]:
             started = record.started if record else now()
             if record is not None and not _files_are_there(store, name, record):
                 record = None
-            return Run(job.outputs.dir, job.name, name, started), record
+            return RunFolder(job.outputs.dir, job.name, name, started), record
     started = now()
     stamp = datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S")
-    return Run(job.outputs.dir, job.name, f"{stamp}-{mark}", started), None
+    return RunFolder(job.outputs.dir, job.name, f"{stamp}-{mark}", started), None
 
 
 def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | None:
@@ -61,7 +61,7 @@ def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRec
     return {f"{name}/{file}" for file in files} <= there
 
 
-def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
+def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
     """Regions, metrics and summary of a finished run; the latter two None without a reference."""
     store = open_store(run.location)
     tables: list[pd.DataFrame | None] = []
@@ -77,7 +77,7 @@ def read_tables(run: Run) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFra
     return regions, metrics, summary
 
 
-def load_run(location: str) -> tuple[Run, RunRecord]:
+def load_run(location: str) -> tuple[RunFolder, RunRecord]:
     """A run by its folder or URL, with its record.
 
     Raises:
@@ -93,4 +93,4 @@ def load_run(location: str) -> tuple[Run, RunRecord]:
     if not job:
         folder = Path(base).absolute()
         out, job = str(folder.parent.parent), folder.parent.name
-    return Run(out, job, name, record.started), record
+    return RunFolder(out, job, name, record.started), record

@@ -1,47 +1,90 @@
-"""A scene from the plan to the files, in one call or in the three that large scenes are done by."""
+"""Run one scene: begin, compute, complete. What kind of scene it is, is decided once, when it begins."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-from segpipe.config.job import Job
-from segpipe.export.scene import (done_record, drop_unkept, export_scene)
+from segpipe.export.run_folder import RunFolder
+from segpipe.export.scene import done_record, drop_unkept, export_scene
 from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.measure import check_measure, measure_scene
+from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
+from segpipe.pipeline.predict import finish_labels, predict_blocks
+from segpipe.pipeline.progress import Done, Pace, together
 from segpipe.pipeline.scene import MeasurableScene
-from segpipe.pipeline.measure import (check_measure, measure_scene)
-from segpipe.pipeline.progress import (Done, Pace, together)
-from segpipe.tables.record import SceneRecord
-from segpipe.export.run_folder import Run
-from segpipe.pipeline.model_scene import (Scene, create_stages, pending_blocks, prepare_scene)
-from segpipe.inference.settings import Settings
+from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
-from segpipe.pipeline.predict import (finish_labels, predict_blocks)
+from segpipe.store.stops import StopToken
+from segpipe.tables.record import SceneRecord
+
+Progress = Callable[[int, int], None]
+"""Told the blocks (or windows) of the scene that are done, and how many there are."""
 
 
-def begin_scene(job: Job, ref: SceneRef, settings: Settings) -> MeasurableScene:
-    """Open, check and plan a scene, regions and reference too; make the stages of a model.
+def begin_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
+    """Open, check and plan a scene, regions and reference too; make the stages of its model.
 
     Raises:
         SceneError, RequestError.
     """
-    if job.labels:
+    job, card = resolved.job, resolved.card
+    if card is None:
         given = prepare_labelled(job, ref)
         check_measure(given)
         return given
-    scene = prepare_scene(job, ref, settings)
+    if card.answers_prompts:
+        from segpipe.prompts.prompt_scene import create_grounder, prepare_prompts  # loads torch
+
+        prompted = prepare_prompts(job, ref, resolved.settings)
+        check_measure(prompted)
+        return create_grounder(prompted)
+    scene = prepare_scene(job, card, ref, resolved.settings)
     check_measure(scene)
     return create_stages(scene)
 
 
-def complete_scene(scene: MeasurableScene, run: Run, predicted: Done, stop: str) -> SceneRecord:
-    """Clean up, measure and export a scene whose blocks are all predicted, or whose labels are given.
+def compute_scene(
+    scene: MeasurableScene, stop: StopToken | None = None, progress: Progress = lambda done, total: None
+) -> Done:
+    """Compute what a scene lacks before its labels are finished, in this process; given labels lack nothing.
+
+    Raises:
+        SceneError, StoppedError, DeviceMemoryError.
+    """
+    if isinstance(scene, Scene):
+        todo, total = pending_blocks(scene), scene.plan.blocks.count
+        reused = total - len(todo)
+        parts = []
+        if todo:
+            parts.append(predict_blocks(scene, todo, stop, progress=lambda n: progress(reused + n, total)))
+        return together(parts, reused)
+    if scene.prompted:
+        from segpipe.prompts.prompt_scene import PromptScene  # loads torch
+        from segpipe.prompts.run_prompts import answer_scene
+
+        assert isinstance(scene, PromptScene)
+        return answer_scene(scene, stop, progress)
+    return Done(0, 0, 0.0, {})
+
+
+def complete_scene(
+    scene: MeasurableScene, run: RunFolder, computed: Done, stop: StopToken | None = None
+) -> SceneRecord:
+    """Finish the labels of a scene whose blocks or prompts are all computed; measure and export it.
 
     Raises:
         SceneError, StoppedError.
     """
     steps: dict[str, Done] = {}
     if isinstance(scene, Scene):
-        steps = {"predict": predicted, "clean-up": finish_labels(scene)}
+        steps = {"predict": computed, "clean-up": finish_labels(scene)}
+    elif scene.prompted:
+        from segpipe.prompts.build_objects import find_prompted  # loads torch
+        from segpipe.prompts.prompt_scene import PromptScene
+
+        assert isinstance(scene, PromptScene)
+        steps = {"answer": computed, "objects": find_prompted(scene)}
     measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
@@ -52,27 +95,30 @@ def complete_scene(scene: MeasurableScene, run: Run, predicted: Done, stop: str)
     return record
 
 
-def whole_scene(
-    job: Job, ref: SceneRef, settings: Settings, run: Run, stop: str, pace: Pace, most: float
+def run_small_scene(
+    resolved: ResolvedJob,
+    ref: SceneRef,
+    run: RunFolder,
+    stop: StopToken | None,
+    pace: Pace,
+    most: float,
 ) -> SceneRecord | None:
-    """Do a scene if it is small.
+    """Run a scene from the plan to its files if it is small; else make only its plan and return None.
 
     Args:
-        pace: of blocks so far; this scene's are noted.
-        most: seconds that its blocks may take; None is answered for larger ones, of which only the
-            plan is made.
+        resolved: the job.
+        ref: the scene.
+        run: where its files go.
+        stop: looked at before every block.
+        pace: throughput of blocks so far; this scene's are noted.
+        most: seconds that its blocks may take.
 
     Raises:
         SceneError, RequestError, StoppedError, DeviceMemoryError.
     """
-    scene = begin_scene(job, ref, settings)
-    predicted = Done(0, 0, 0.0, {})
-    if isinstance(scene, Scene):
-        todo = pending_blocks(scene)
-        if pace.of(scene, len(todo)) > most:
-            return None
-        parts = [predict_blocks(scene, todo, stop)] if todo else []
-        for part in parts:
-            pace.note(part)
-        predicted = together(parts, scene.plan.blocks.count - len(todo))
-    return complete_scene(scene, run, predicted, stop)
+    scene = begin_scene(resolved, ref)
+    if isinstance(scene, Scene) and pace.of(scene, len(pending_blocks(scene))) > most:
+        return None
+    computed = compute_scene(scene, stop)
+    pace.note(computed)
+    return complete_scene(scene, run, computed, stop)

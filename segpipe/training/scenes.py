@@ -23,7 +23,7 @@ from segpipe.geometry.geometry import Geometry, VolumeGeometry
 from segpipe.geometry.grid_map import GridMap, onto_model
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
 from segpipe.pipeline.plan_scene import scene_grid
-from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.bands import match_bands
 from segpipe.sources.labels import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
@@ -98,13 +98,12 @@ def prepare(recipe: Recipe, refs: Iterable[SceneRef], told: Callable[[int], None
 def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
     card, data = recipe.card, recipe.data
     with open_source(ref.uri, band_names=data.bands) as source:
-        channels, _ = match_bands(card, source)
-        geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
-        scaling = tuple(source.scaling[c] for c in channels)
+        pixels = ScenePixels.of(source, data.bands, *match_bands(card, source))
+    geometry, scaling = pixels.geometry, pixels.scaling
     with _open_labels(card, data, ref, geometry) as labels:
         parts = {
-            "source": identity,
-            "channels": channels,
+            "source": pixels.identity,
+            "channels": pixels.channels,
             "labels": labels.identity,
             "input": card.input.model_dump(mode="json", exclude={"modality"}),
             "values": card.values,
@@ -115,7 +114,7 @@ def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
         found = stage.receipts().get("whole") if stage.exists else None
         grid = scene_grid(card, geometry, None)
         if found is None:
-            with SceneBlocks(ref.uri, data.bands, channels, dtype, geometry, None, identity) as reader:
+            with SceneBlocks(pixels) as reader:
                 statistics = Statistics()
                 if needs_statistics(card):
                     statistics = scene_statistics(card, geometry, scaling, reader)

@@ -21,7 +21,7 @@ from world import OBLIQUE, World, nearest_label, write_volume
 from segpipe.config.job import Job
 from segpipe.export.bids import parse_bids
 from segpipe.export.manifest import check_manifest
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.store.location import open_store
 
 NAMES = (
@@ -74,11 +74,11 @@ def job_file(world: World, source: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(world: World, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(world: World, source: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return finish(job_file(world, source, tmp_path_factory.mktemp("run") / "out"))[0]
 
 
-def base(run: Run) -> Path:
+def base(run: RunFolder) -> Path:
     return Path(run.location) / "derivatives" / "segpipe-trial"
 
 
@@ -93,7 +93,7 @@ STEMS = (
 )
 
 
-def test_the_validator_accepts_them(run: Run, tmp_path: Path) -> None:
+def test_the_validator_accepts_them(run: RunFolder, tmp_path: Path) -> None:
     assert validated(base(run), tmp_path) == []
     wrong = base(run) / "sub-01" / "anat" / "sub-01_model-x_dseg.nii.gz"
     wrong.write_bytes((base(run) / f"{STEMS[0]}_dseg.nii.gz").read_bytes())
@@ -103,7 +103,7 @@ def test_the_validator_accepts_them(run: Run, tmp_path: Path) -> None:
         wrong.unlink()
 
 
-def test_every_volume_has_its_labels_under_its_name(run: Run) -> None:
+def test_every_volume_has_its_labels_under_its_name(run: RunFolder) -> None:
     made = sorted(p.relative_to(base(run)).as_posix() for p in base(run).rglob("*.nii.gz"))
     assert made == sorted(f"{stem}_dseg.nii.gz" for stem in STEMS)
     for number, stem in enumerate(STEMS):
@@ -113,7 +113,7 @@ def test_every_volume_has_its_labels_under_its_name(run: Run) -> None:
         assert (base(run) / f"{stem}_dseg.nii.gz").stat().st_nlink == 2  # written once
 
 
-def test_sidecars_lead_to_the_source_and_tables_name_the_classes(source: Path, run: Run) -> None:
+def test_sidecars_lead_to_the_source_and_tables_name_the_classes(source: Path, run: RunFolder) -> None:
     about = json.loads((base(run) / "dataset_description.json").read_text())
     assert about["DatasetType"] == "derivative"
     assert about["GeneratedBy"][0]["Name"] == "segpipe"
@@ -127,7 +127,7 @@ def test_sidecars_lead_to_the_source_and_tables_name_the_classes(source: Path, r
         assert table["name"].to_list() == ["ground", "crop", "water"]
 
 
-def test_a_file_without_a_bids_name_is_done_and_noted(run: Run) -> None:
+def test_a_file_without_a_bids_name_is_done_and_noted(run: RunFolder) -> None:
     record = json.loads((Path(run.location) / "run.json").read_text())
     (plain,) = (s for s in record["scenes"] if s["uri"].endswith("sub-04.nii.gz"))
     assert plain["state"] == "done"

@@ -18,11 +18,11 @@ from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, generate_uid
 from world import World, nearest_label
 
-from segpipe.config.card import Class
+from segpipe.config.card import Class, read_card
 from segpipe.config.job import load_job
 from segpipe.errors import SceneError
 from segpipe.export.dicom_seg import Algorithm, concept_of, write_dicom_seg
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import export_scene
 from segpipe.geometry.box import Box
 from segpipe.inference.settings import resolve_settings
@@ -258,10 +258,12 @@ def test_a_run_of_a_model_writes_it_beside_the_other_formats(
     path = world.job(tmp_path / "out", card="nearest-volume", scenes=[str(tmp_path / "ct")], outputs=formats)
     job = load_job(path)
     [ref] = check_request(job).scenes
-    scene = create_stages(prepare_scene(job, ref, resolve_settings(job.compute, volume_card(world))))
-    predict_blocks(scene, pending_blocks(scene), "test")
-    measured, _ = measure_scene(scene, "test")
-    run = Run(job.outputs.dir, job.name, "run-1", "2024-05-06T07:08:09+00:00")
+    scene = create_stages(
+        prepare_scene(job, read_card(job.model), ref, resolve_settings(job.compute, volume_card(world)))
+    )
+    predict_blocks(scene, pending_blocks(scene))
+    measured, _ = measure_scene(scene)
+    run = RunFolder(job.outputs.dir, job.name, "run-1", "2024-05-06T07:08:09+00:00")
     files = export_scene(scene, measured, run)
     assert files["dicomseg"] == f"scenes/{ref.name}/labels.dcm"
     seg = hd.seg.segread(Path(run.location) / files["dicomseg"])

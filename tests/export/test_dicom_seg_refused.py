@@ -12,6 +12,7 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 from world import World
 
+from segpipe.config.card import read_card
 from segpipe.config.job import load_job
 from segpipe.errors import SceneError
 from segpipe.inference.settings import resolve_settings
@@ -55,7 +56,10 @@ def test_a_series_that_cannot_be_referred_to_is_refused_at_planning(
         prepare_labelled(given, ref)
     assert not (tmp_path / "out" / ".store").exists()
     prepare_scene(
-        job.model_copy(update={"outputs": job.outputs.model_copy(update={"formats": []})}), ref, settings
+        job.model_copy(update={"outputs": job.outputs.model_copy(update={"formats": []})}),
+        read_card(job.model_copy(update={"outputs": job.outputs.model_copy(update={"formats": []})}).model),
+        ref,
+        settings,
     )
 
 

@@ -17,12 +17,12 @@ from world import World
 from segpipe.cli.main import execute
 from segpipe.errors import RequestError
 from segpipe.export.manifest import check_manifest, hash_file
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.store.location import open_store
 
 
 @pytest.fixture
-def run(world: World, tmp_path: Path) -> Run:
+def run(world: World, tmp_path: Path) -> RunFolder:
     return finish(two_scenes(world, tmp_path))[0]
 
 
@@ -31,12 +31,12 @@ def two_scenes(world: World, tmp_path: Path) -> Path:
     return world.job(tmp_path / "out", scenes=scenes, outputs={"formats": ["cog", "ome-zarr"]})
 
 
-def listed(run: Run) -> dict[str, Any]:
+def listed(run: RunFolder) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(bytes(open_store(run.location).get("manifest.json").bytes()))
     return found
 
 
-def test_it_lists_every_file_as_sha256sum_does(run: Run) -> None:
+def test_it_lists_every_file_as_sha256sum_does(run: RunFolder) -> None:
     folder = Path(run.location)
     there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     found = listed(run)
@@ -52,7 +52,7 @@ def test_it_lists_every_file_as_sha256sum_does(run: Run) -> None:
     assert check_manifest(run.location) == []
 
 
-def test_it_says_which_scene_and_stages_the_files_are_of(world: World, run: Run) -> None:
+def test_it_says_which_scene_and_stages_the_files_are_of(world: World, run: RunFolder) -> None:
     first = listed(run)["scenes"][0]
     assert first["name"] == "scene1"
     assert first["uri"] == str(world / "scene1.tif")
@@ -63,7 +63,7 @@ def test_it_says_which_scene_and_stages_the_files_are_of(world: World, run: Run)
     assert {"ingest", "predict", "labels", "measure"} <= set(first["keys"])
 
 
-def test_what_is_missing_or_changed_is_named_and_a_new_report_does_not_hide_it(run: Run) -> None:
+def test_what_is_missing_or_changed_is_named_and_a_new_report_does_not_hide_it(run: RunFolder) -> None:
     folder = Path(run.location)
     (folder / "scenes/scene1/preview.png").unlink()
     with (folder / "scenes/scene2/labels.tif").open("r+b") as file:
@@ -82,7 +82,7 @@ def test_what_is_missing_or_changed_is_named_and_a_new_report_does_not_hide_it(r
     assert check_manifest(run.location) == [preview, labels]
 
 
-def test_other_peoples_files_are_no_part_of_it(run: Run) -> None:
+def test_other_peoples_files_are_no_part_of_it(run: RunFolder) -> None:
     folder = Path(run.location)
     (folder / "compare-other").mkdir()
     (folder / "compare-other" / "report.html").write_text("x")

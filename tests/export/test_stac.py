@@ -22,7 +22,7 @@ from pystac.extensions.raster import RasterExtension
 from pystac.validation.stac_validator import JsonSchemaSTACValidator
 from world import CLASSES, World, raster_pixels, write_raster
 
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.stac import capture_time
 from segpipe.sources.remote import public_uri
 from segpipe.store.location import open_store
@@ -42,7 +42,7 @@ def validate_core(item: pystac.STACObject) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Two rasters, scores and uncertainty, polygons; the second says when it was taken."""
     folder = tmp_path_factory.mktemp("stac")
     write_raster(folder / "dated.tif", world.pixels(2), names=("red", "nir"), nodata=0)
@@ -58,7 +58,7 @@ def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def catalog(run: Run) -> pystac.Catalog:
+def catalog(run: RunFolder) -> pystac.Catalog:
     return pystac.Catalog.from_file(f"{run.location}/catalog.json")
 
 
@@ -67,7 +67,7 @@ def item_of(catalog: pystac.Catalog, scene: str) -> pystac.Item:
     return item
 
 
-def test_catalogue_and_items_are_valid_and_linked_relatively(run: Run, catalog: pystac.Catalog) -> None:
+def test_catalogue_and_items_are_valid_and_linked_relatively(run: RunFolder, catalog: pystac.Catalog) -> None:
     validate_core(catalog)
     items = list(catalog.get_items())
     assert len(items) == 2
@@ -85,7 +85,7 @@ def test_catalogue_and_items_are_valid_and_linked_relatively(run: Run, catalog: 
             assert all(href.startswith(".") for href in hrefs), hrefs
 
 
-def test_assets_say_what_rasterio_reads(run: Run, catalog: pystac.Catalog) -> None:
+def test_assets_say_what_rasterio_reads(run: RunFolder, catalog: pystac.Catalog) -> None:
     item = item_of(catalog, "scene1")
     assert set(item.assets) == {"labels", "scores", "uncertainty", "regions", "ome-zarr", "preview"}
     assert item.assets["labels"].roles == ["data", "labels"]
@@ -123,7 +123,7 @@ def test_bounds_are_those_of_the_raster(world: World, catalog: pystac.Catalog) -
     assert np.allclose(item.bbox, bounds, atol=1e-7)
 
 
-def test_time_is_the_scenes_own_or_an_interval_that_says_why(run: Run, catalog: pystac.Catalog) -> None:
+def test_time_is_the_scenes_own_or_an_interval_that_says_why(run: RunFolder, catalog: pystac.Catalog) -> None:
     dated, other = item_of(catalog, "dated"), item_of(catalog, "scene1")
     assert dated.datetime == datetime(2021, 7, 9, 10, 11, 12, tzinfo=UTC)
     assert "TIFFTAG_DATETIME" in dated.properties["segpipe:datetime_from"]
@@ -135,7 +135,7 @@ def test_time_is_the_scenes_own_or_an_interval_that_says_why(run: Run, catalog: 
     assert other.common_metadata.created == datetime.fromisoformat(run.started)
 
 
-def test_it_says_what_made_the_labels(world: World, run: Run, catalog: pystac.Catalog) -> None:
+def test_it_says_what_made_the_labels(world: World, run: RunFolder, catalog: pystac.Catalog) -> None:
     item = item_of(catalog, "scene1")
     assert item.properties["segpipe:model"] == "nearest"
     weights = hashlib.sha256((world.models / "nearest.pt").read_bytes()).hexdigest()
@@ -203,7 +203,7 @@ def test_times_in_tags(tmp_path: Path, tags: dict[str, str], known: str | None) 
     assert (found and found[0].isoformat()) == known
 
 
-def test_in_a_bucket_it_is_the_same(world: World, bucket: str, tmp_path: Path, run: Run) -> None:
+def test_in_a_bucket_it_is_the_same(world: World, bucket: str, tmp_path: Path, run: RunFolder) -> None:
     path = world.job(tmp_path / "out", regions={"path": str(world / "districts.geojson"), "name": "district"})
     job = yaml.safe_load(path.read_text())
     job["outputs"]["dir"] = f"{bucket}/stac"

@@ -21,7 +21,8 @@ from skimage.measure import regionprops_table
 from torchmetrics.detection import PanopticQuality
 
 from flows.segment import segment
-from segpipe.export.run_folder import Run
+from segpipe.config.card import read_card
+from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import done_record, export_scene
 from segpipe.inference.engine import Engine
 from segpipe.inference.label_dtype import nodata_value
@@ -30,6 +31,7 @@ from segpipe.objects.window import WindowObjects
 from segpipe.pipeline.measure import measure_scene
 from segpipe.pipeline.model_scene import pending_blocks
 from segpipe.pipeline.predict import finish_labels
+from segpipe.runs.check import ResolvedJob
 from segpipe.runs.finish import finish_run
 from tests.flows.conftest import load, run_folder
 from tests.flows.object_world import (
@@ -100,14 +102,18 @@ def panoptic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     scene = prepared(job, ref)
     with scene.open_blocks() as store:
-        normaliser = Normaliser(scene.card, scene.scaling, Statistics())
+        normaliser = Normaliser(scene.card, scene.pixels.scaling, Statistics())
         engine = Engine(scene.plan, scene.card, normaliser, Panoptic(), store, nodata_value(scene.card))
-        engine.run(pending_blocks(scene), lambda: False)
+        engine.run(pending_blocks(scene))
     finish_labels(scene)
-    measured, done = measure_scene(scene, "test")
-    run = Run(job.outputs.dir, job.name, "run", "2024-05-06T07:08:09+00:00")
+    measured, done = measure_scene(scene)
+    run = RunFolder(job.outputs.dir, job.name, "run", "2024-05-06T07:08:09+00:00")
     files = export_scene(scene, measured, run)
-    finish_run(run, job, scene.settings, [done_record(scene, measured, files, {"measure": done}, 1)])
+    finish_run(
+        run,
+        ResolvedJob(job=job, card=read_card(job.model), settings=scene.settings),
+        [done_record(scene, measured, files, {"measure": done})],
+    )
     return Path(run.location)
 
 

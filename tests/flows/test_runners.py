@@ -17,9 +17,10 @@ from prefect_dask.task_runners import DaskTaskRunner
 from flows.runners import task_runner
 from flows.segment import segment
 from segpipe.cli.main import execute
+from segpipe.config.card import read_card
 from segpipe.config.job import Compute, Runner
 from segpipe.errors import RequestError
-from segpipe.export.run_folder import Run
+from segpipe.export.run_folder import RunFolder
 from segpipe.pipeline.model_scene import create_stages, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
@@ -83,12 +84,12 @@ def test_no_pixels_travel(flow_job: JobMaker) -> None:
     """What goes to a worker and comes back is a few kilobytes, whatever the scene's size."""
     job = load(flow_job("small"))
     request = check_request(job)
-    scene = create_stages(prepare_scene(job, request.scenes[0], request.settings))
+    scene = create_stages(prepare_scene(job, read_card(job.model), request.scenes[0], request.settings))
     blocks = list(scene.plan.blocks.indices())
-    done = predict_blocks(scene, blocks, "nobody-stops-this")
+    done = predict_blocks(scene, blocks)
     assert len(pickle.dumps((scene, blocks))) < 10_000
     assert len(pickle.dumps(done)) < 1_000
-    assert len(pickle.dumps(Run("out", "job", "run", "now"))) < 1_000
+    assert len(pickle.dumps(RunFolder("out", "job", "run", "now"))) < 1_000
 
 
 def test_dask_without_a_server_is_refused_in_one_line(

@@ -26,13 +26,14 @@ from pydantic import ValidationError
 from flows import runners
 from flows.runners import check_cluster, placed, task_runner
 from flows.server import free_port
+from segpipe.config.card import read_card
 from segpipe.config.job import Compute, Runner
 from segpipe.errors import RequestError, StoppedError
 from segpipe.inference.settings import Settings
 from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
-from segpipe.store.stops import request_stop
+from segpipe.store.stops import StopToken
 from segpipe.tiling.blocks import block_id
 from tests.flows.conftest import JobMaker, load
 from tests.flows.nets import object_store, started
@@ -236,7 +237,7 @@ def scene(flow_job: JobMaker) -> Callable[[str], Scene]:
         job = load(flow_job("job"))
         job = job.model_copy(update={"outputs": job.outputs.model_copy(update={"dir": out})})
         request = check_request(job)
-        return create_stages(prepare_scene(job, request.scenes[0], request.settings))
+        return create_stages(prepare_scene(job, read_card(job.model), request.scenes[0], request.settings))
 
     return make
 
@@ -248,9 +249,9 @@ def test_a_batch_that_is_sent_again_keeps_what_has_a_receipt(
     s = scene(str(tmp_path / "runs"))
     blocks = list(s.plan.blocks.indices())
     begun = time.time()
-    assert predict_blocks(s, blocks[:5], "run").computed == 5
+    assert predict_blocks(s, blocks[:5]).computed == 5
     before = s.predict.receipts()
-    done = predict_blocks(s, blocks[:9], "run")
+    done = predict_blocks(s, blocks[:9])
     assert (done.computed, done.reused) == (4, 5)
     after = s.predict.receipts()
     assert {name: after[name] for name in before} == before
@@ -259,7 +260,7 @@ def test_a_batch_that_is_sent_again_keeps_what_has_a_receipt(
         assert begun - 0.01 <= receipt["begun"] <= receipt["time"] <= time.time() + 0.01
     seconds = sum(after[block_id(i)]["seconds"] for i in blocks[5:9])
     assert seconds == pytest.approx(done.timings["forward"], rel=0.5)
-    again = predict_blocks(s, blocks[:9], "run")
+    again = predict_blocks(s, blocks[:9])
     assert (again.computed, again.reused) == (0, 9)
 
 
@@ -273,16 +274,16 @@ def test_a_block_that_somebody_computes_meanwhile_is_not_computed_again(
 
     def meanwhile(finished: int) -> None:
         if finished == 1:
-            assert predict_blocks(s, blocks[-3:], "other").computed == 3
+            assert predict_blocks(s, blocks[-3:]).computed == 3
             between.update(s.predict.receipts())
 
-    done = predict_blocks(s, blocks, "run", progress=meanwhile)
+    done = predict_blocks(s, blocks, progress=meanwhile)
     assert (done.computed, done.reused) == (13, 3)
     after = s.predict.receipts()
     assert len(after) == 16
     assert {name: after[name] for name in between} == between
     s.predict.compact()
-    assert predict_blocks(s, blocks, "run").computed == 0
+    assert predict_blocks(s, blocks).computed == 0
 
 
 def test_a_stop_in_a_bucket(
@@ -298,11 +299,11 @@ def test_a_stop_in_a_bucket(
 
         def stop(finished: int) -> None:
             if finished == 2:
-                request_stop(out, "run")
+                StopToken(out, "run").request()
 
         with pytest.raises(StoppedError):
-            predict_blocks(s, blocks, "run", progress=stop)
+            predict_blocks(s, blocks, StopToken(out, "run"), progress=stop)
         kept = s.predict.receipts()
         assert 2 <= len(kept) < len(blocks)
-        done = predict_blocks(s, blocks, "run-2")
+        done = predict_blocks(s, blocks)
         assert (done.computed, done.reused) == (16 - len(kept), len(kept))

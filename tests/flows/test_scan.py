@@ -20,14 +20,14 @@ from prefect.client.orchestration import SyncPrefectClient
 from flows.scan import scan
 from segpipe.cli.main import execute
 from segpipe.config.scan import Scan
-from segpipe.export.run_folder import Run, now
+from segpipe.export.run_folder import RunFolder, now
 from segpipe.lake.entry import Found
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
 from segpipe.lake.scan import check_scan
 from segpipe.sources import SceneRef
-from segpipe.store.stops import request_stop
+from segpipe.store.stops import StopToken
 from segpipe.tables.record import RunRecord, load_record
 from tasks.scenes import do_scenes
 from tests.flows.conftest import wait_until
@@ -221,18 +221,20 @@ def test_a_pack_that_is_stopped_keeps_what_it_has_done(on_server: SyncPrefectCli
     asked = make()
     request = check_scan(asked)
     founds = {found.name: found for found in list_lake(asked.lake)}
-    run = Run(asked.outputs.dir, asked.name, "20260101-000000-left", now())
+    run = RunFolder(asked.outputs.dir, asked.name, "20260101-000000-left", now())
     request.ledger.begin_run(run.name, run.started)
 
     def stopped_after_one() -> Iterator[SceneRef]:
         one, two, *_ = founds.values()
         yield SceneRef(one.name, one.uri)
-        request_stop(asked.outputs.dir, "left")
+        StopToken(asked.outputs.dir, "left").request()
         yield SceneRef(two.name, two.uri)
 
     receipts = Receipts(request.ledger, run.name, founds)
     scenes = stopped_after_one()
-    ended = do_scenes.fn(request.job, scenes, request.settings, run, "left", receipts, "one", 1)
+    ended = do_scenes.fn(
+        request.resolved, scenes, run, StopToken(asked.outputs.dir, "left"), receipts, "one", 1
+    )
     assert isinstance(ended, State)
     assert ended.is_cancelled()
     done = [name for name in founds if receipts.of(name)]
@@ -240,7 +242,9 @@ def test_a_pack_that_is_stopped_keeps_what_it_has_done(on_server: SyncPrefectCli
     before = predictions(asked)
     assert len(before) == 1
     again = [SceneRef(name, founds[name].uri) for name in done]
-    kept = do_scenes.fn(request.job, again, request.settings, run, "again", receipts, "one", 0)
+    kept = do_scenes.fn(
+        request.resolved, again, run, StopToken(asked.outputs.dir, "again"), receipts, "one", 0
+    )
     assert kept == [receipts.of(name) for name in done]
     assert predictions(asked) == before
     state = scan(asked, return_state=True)

@@ -144,12 +144,12 @@ def prepared(job: Job, ref: SceneRef) -> Scene:
 
     assert job.model is not None
     settings = resolve_settings(job.compute, read_card(job.model))
-    return create_stages(prepare_scene(job, ref, settings))
+    return create_stages(prepare_scene(job, read_card(job.model), ref, settings))
 
 
 def predict(scene: Scene, blocks: Sequence[Index] | None = None) -> Done:
     """Compute blocks (all that are pending) and clean up."""
-    done = predict_blocks(scene, pending_blocks(scene) if blocks is None else blocks, "test")
+    done = predict_blocks(scene, pending_blocks(scene) if blocks is None else blocks)
     if not pending_blocks(scene):
         finish_labels(scene)
     return done
@@ -223,11 +223,11 @@ def compute(
     scene: Scene,
     model: SegmentationModel,
     store: BlockStore | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Engine:
     """All pending blocks of a scene by another network than its card's, through the engine itself."""
     card = scene.card
-    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
+    normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
     with scene.open_blocks() as real:
         engine = Engine(
             scene.plan,
@@ -238,5 +238,5 @@ def compute(
             nodata_value(card),
             scene.settings.tta,
         )
-        engine.run(pending_blocks(scene), should_stop)
+        engine.run(pending_blocks(scene), check_stop)
     return engine

@@ -20,7 +20,7 @@ from segpipe.inference.engine import DeviceMemoryError
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import SceneRef
-from segpipe.store.stops import request_stop
+from segpipe.store.stops import StopToken
 from segpipe.tiling.blocks import block_id
 from tests.inference.lab import (
     CENTRED,
@@ -84,7 +84,7 @@ def test_blocks_without_data_do_not_pile_up(lab: Lab, corner: str, batch: int) -
     with scene.open_blocks() as real:
         watched = Watched(real)
         # asked before each block is read: what the store itself says is committed then
-        compute(scene, network, watched, lambda: bool(committed.append(len(scene.predict.done()))))
+        compute(scene, network, watched, lambda: committed.append(len(scene.predict.done())))
     assert len(committed) == watched.seen.count("read") == watched.seen.count("finish") == total
     assert watched.ahead <= AHEAD
     assert all(done >= n - AHEAD for n, done in enumerate(committed))
@@ -289,10 +289,15 @@ def test_a_stop_keeps_what_was_finished_and_a_resume_adds_the_rest(
     blocks = pending_blocks(scene)
     asked = itertools.count()
     network = Network()
+
+    def check_stop() -> None:
+        if next(asked) >= stop:
+            raise StoppedError("stop")
+
     with scene.open_blocks() as real:
         # a slow store: at the stop, writes are still waiting
         watched = Watched(real, {"finish": lambda: time.sleep(0.02)})
-        error = ends_with(lambda: compute(scene, network, watched, lambda: next(asked) >= stop))
+        error = ends_with(lambda: compute(scene, network, watched, check_stop))
     assert isinstance(error, StoppedError)
     done = scene.predict.done()
     assert next(asked) == stop + 1
@@ -323,10 +328,10 @@ def test_a_stop_that_was_asked_for_through_the_store(lab: Lab, ref: SceneRef) ->
 
     def progress(n: int) -> None:
         if n == 2:
-            request_stop(scene.predict.out, "run-1")
+            StopToken(scene.predict.out, "run-1").request()
 
     with pytest.raises(StoppedError, match="run it again to resume"):
-        predict_blocks(scene, blocks, "run-1", progress=progress)
+        predict_blocks(scene, blocks, StopToken(scene.predict.out, "run-1"), progress=progress)
     assert threads() == []
     done = len(scene.predict.done())
     assert 2 <= done <= 2 + 8

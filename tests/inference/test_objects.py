@@ -55,10 +55,10 @@ def segmented(lab: Lab, truth: np.ndarray, out: str, **tiling: object) -> Scene:
     else:
         ref = lab.volume(truth.astype(np.float32), np.diag([1.0, 1, 1, 1]))
     scene = prepared(lab.job(ref, card, out, tiling=tiling), ref)
-    normaliser = Normaliser(scene.card, scene.scaling, Statistics())
+    normaliser = Normaliser(scene.card, scene.pixels.scaling, Statistics())
     with scene.open_blocks() as store:
         engine = Engine(scene.plan, scene.card, normaliser, Oracle(), store, nodata_value(scene.card))
-        engine.run(pending_blocks(scene), lambda: False)
+        engine.run(pending_blocks(scene))
     finish_labels(scene)
     return scene
 

@@ -106,7 +106,7 @@ def test_a_job_survives_that_another_drops_their_common_ingest(
                 assert scene.ingest.exists
                 assert not scene.ingest.current
 
-    predict_blocks(scene, blocks, "test", progress=progress)
+    predict_blocks(scene, blocks, progress=progress)
     finish_labels(scene)
     assert finished == list(range(1, len(blocks) + 1))
     np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
@@ -148,13 +148,13 @@ def test_a_batch_that_begins_after_the_drop_reads_the_source(
     job = job_of(lab, ref, lab.card(2, input=INPUT), "shared")
     scene = prepared(job, ref)
     blocks = pending_blocks(scene)
-    predict_blocks(scene, blocks[:7], "test")
+    predict_blocks(scene, blocks[:7])
     Stage(scene.ingest.out, scene.ingest.key).drop()
     if again:
         prepared(job_of(lab, ref, lab.card(2, input=OTHER_INPUT), "shared"), ref)
-    predict_blocks(scene, blocks[7:14], "test")
+    predict_blocks(scene, blocks[7:14])
     fresh = replace(scene, ingest=Stage(scene.ingest.out, scene.ingest.key))
-    predict_blocks(fresh, blocks[14:], "test")
+    predict_blocks(fresh, blocks[14:])
     finish_labels(scene)
     np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
 
@@ -171,7 +171,7 @@ def test_predictions_dropped_by_another_run_are_an_error_that_says_so(
             Stage(scene.predict.out, scene.predict.key).drop()
 
     with pytest.raises(SceneError, match=r"predict-\w+ was dropped by another run; run the job again"):
-        predict_blocks(scene, blocks, "test", progress=progress)
+        predict_blocks(scene, blocks, progress=progress)
     with pytest.raises(SceneError, match="was dropped by another run"):
         finish_labels(scene)
     resumed = prepared(job, ref)
@@ -193,16 +193,16 @@ def test_receipts_of_other_blocks_are_not_taken_for_ones_own(lab: Lab, ref: Scen
     assert other.predict == scene.predict
     late = pickle.loads(travelled)
     with pytest.raises(SceneError, match="made again with other blocks; run the job again"):
-        predict_blocks(late, list(late.plan.blocks.indices())[:3], "test")
+        predict_blocks(late, list(late.plan.blocks.indices())[:3])
     assert Stage(other.predict.out, other.predict.key).receipts() == {}
-    predict_blocks(other, pending_blocks(other), "test")
+    predict_blocks(other, pending_blocks(other))
     with pytest.raises(SceneError, match="made again with other blocks; run the job again"):
         finish_labels(pickle.loads(travelled))
 
 
 def test_labels_are_not_finished_while_a_block_is_missing(lab: Lab, ref: SceneRef) -> None:
     scene = prepared(job_of(lab, ref, lab.card(2, input=INPUT)), ref)
-    predict_blocks(scene, pending_blocks(scene)[1:], "test")
+    predict_blocks(scene, pending_blocks(scene)[1:])
     with pytest.raises(SceneError, match="1 blocks have no prediction"):
         finish_labels(scene)
     assert len(scene.predict.receipts()) == COUNT - 1
@@ -221,8 +221,8 @@ def test_scores_asked_for_later_are_computed_also_by_a_retry(
     assert len(blocks) == scene.plan.blocks.count == COUNT
     with pytest.raises(SceneError, match=f"{COUNT} blocks have no prediction"):
         finish_labels(scene)
-    first = predict_blocks(scene, blocks[:10], "test")
-    second = predict_blocks(scene, blocks, "test", attempt=2)
+    first = predict_blocks(scene, blocks[:10])
+    second = predict_blocks(scene, blocks, attempt=2)
     assert (first.computed, second.computed, second.reused) == (10, COUNT - 10, 10)
     assert pending_blocks(scene) == []
     finish_labels(scene)
@@ -249,7 +249,7 @@ def test_a_source_that_changes_after_planning_is_an_error(lab: Lab, ref: SceneRe
     scene = prepared(job, ref)
     lab.raster(patches(SHAPE, 5), nodata=0, path=ref.uri)
     with pytest.raises(SceneError, match=r"scene-\d+\.tif: changed since it was planned; run the job again"):
-        predict_blocks(scene, pending_blocks(scene), "test")
+        predict_blocks(scene, pending_blocks(scene))
     assert_nothing_committed(scene)
     again = prepared(job, ref)
     assert again.predict.key != scene.predict.key
@@ -265,7 +265,7 @@ def test_weights_that_change_after_planning_are_an_error(lab: Lab, ref: SceneRef
         module.last.bias += 1
     torch.jit.script(module).save(str(lab.folder / "pyramid2d1.pt"))
     with pytest.raises(SceneError, match="other bits than were planned"):
-        predict_blocks(scene, pending_blocks(scene), "test")
+        predict_blocks(scene, pending_blocks(scene))
     assert_nothing_committed(scene)
     again = prepared(job, ref)
     assert again.predict.key != scene.predict.key
@@ -290,7 +290,7 @@ def test_a_card_that_changes_after_planning_is_an_error(
     scene = prepared(job_of(lab, ref, card), ref)
     edit(card, **change)
     with pytest.raises(SceneError, match="other bits than were planned"):
-        predict_blocks(scene, pending_blocks(scene), "test")
+        predict_blocks(scene, pending_blocks(scene))
     assert_nothing_committed(scene)
 
 
@@ -301,7 +301,7 @@ def test_a_clean_up_that_changes_after_planning_is_not_stored_under_the_old_key(
     card = lab.card(2, input=INPUT, cleanup=keep)
     job = job_of(lab, ref, card)
     scene = prepared(job, ref)
-    predict_blocks(scene, pending_blocks(scene), "test")
+    predict_blocks(scene, pending_blocks(scene))
     edit(card, cleanup=fill)
     with pytest.raises(SceneError, match="clean-up"):
         finish_labels(scene)

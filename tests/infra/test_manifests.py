@@ -18,6 +18,7 @@ import pytest
 import yaml
 from world import Ended, World, write_yaml
 
+from segpipe.config.card import read_card
 from segpipe.config.job import Tiling, load_job, parse_memory
 from segpipe.pipeline.model_scene import dry_plan
 from segpipe.runs.check import check_request
@@ -248,7 +249,9 @@ def test_the_patch_asks_for_what_the_plan_says(
     path = world.job(tmp_path / "out", scenes=scenes, compute={"threads": 3})
     request = check_request(load_job(path, []))
     planned = {
-        ref.name: dry_plan(request.job, ref, request.settings).summary()["memory_bytes"]
+        ref.name: dry_plan(request.job, read_card(request.job.model), ref, request.settings).summary()[
+            "memory_bytes"
+        ]
         for ref in request.scenes
     }
     assert len(set(planned.values())) == 2
@@ -279,7 +282,7 @@ def test_batches_at_once_share_their_libraries(
 ) -> None:
     path = world.job(tmp_path / "out")
     request = check_request(load_job(path, []))
-    memory = dry_plan(request.job, request.scenes[0], request.settings).memory
+    memory = dry_plan(request.job, read_card(request.job.model), request.scenes[0], request.settings).memory
     done = resources(str(path), "--plain", "--set", "compute.workers=4")
     assert done.code == 0, done.err
     asked = yaml.safe_load(done.out)["resources"]["requests"]

@@ -29,7 +29,7 @@ from segpipe.prompts.segment_windows import (
     next_round,
 )
 from segpipe.runs.check import check_request
-from segpipe.store.stops import request_stop
+from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.asked_world import make_card, make_job, pixels
 
@@ -94,7 +94,7 @@ def test_boxes_are_those_of_the_windows_merged(card: Path, detector: Path, tmp_p
     looking.create()
     windows = looking.windows()
     assert {w.level for w in windows} == {0, 1}
-    assert detect_windows(looking, windows[::-1], "run") == len(windows)
+    assert detect_windows(looking, windows[::-1]) == len(windows)
     asked = settle(scene)
     network = load_detector(detector.parent / "owl", torch.device("cpu"), 0.0)
     parts = [
@@ -115,10 +115,10 @@ def test_what_is_looked_at_is_not_looked_at_again(card: Path, detector: Path, tm
     assert isinstance(looking, Detecting)
     looking.create()
     windows = looking.windows()
-    detect_windows(looking, windows[:3], "run")
-    request_stop(scene.job.outputs.dir, "run")
+    detect_windows(looking, windows[:3])
+    StopToken(scene.job.outputs.dir, "run").request()
     with pytest.raises(StoppedError):
-        detect_windows(looking, windows[3:], "run")
+        detect_windows(looking, windows[3:], StopToken(scene.job.outputs.dir, "run"))
     assert looking.pending() == windows[3:]
     other = prepared(tmp_path, card, detector, threshold=0.1)
     assert isinstance(other.grounder, Detecting)
@@ -200,7 +200,7 @@ def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:
     create_answers(scene)
     here = next_round(scene, 0)
     assert here is not None
-    answer_windows(scene, 0, here.windows, "run")
+    answer_windows(scene, 0, here.windows)
     masks, _ = merge_masks(grid_masks(scene), automatic_of(scene))
     assert len(masks) > 1
     assert scene.labeller is not None

@@ -120,6 +120,6 @@ def test_a_plan_says_what_a_question_encodes(tmp_path: Path) -> None:
     here = next_round(scene, 0)
     assert here is not None
     assert line.startswith(f"{here.total} windows of 64 to encode (0 are kept)")
-    answer_windows(scene, 0, here.windows[:2], "run")
+    answer_windows(scene, 0, here.windows[:2])
     again = prompt_line(job, request.scenes[0], request.settings)
     assert again.startswith(f"{here.total - 2} windows of 64 to encode (2 are kept)")

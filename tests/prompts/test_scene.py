@@ -28,7 +28,7 @@ from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import SliceAnswer
 from segpipe.prompts.volumes.propagate_prompts import link
 from segpipe.prompts.volumes.segment_volume import answer_volume, rules_of
-from segpipe.store.stops import request_stop
+from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.asked_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny
@@ -47,7 +47,7 @@ def answer(scene: PromptScene, backwards: bool = False, run: str = "run") -> int
     while (here := next_round(scene, number)) is not None:
         windows = here.windows[::-1] if backwards else here.windows
         for part in [[w] for w in windows] if backwards else [windows]:
-            passes += answer_windows(scene, number, part, run).timings["encoder passes"]
+            passes += answer_windows(scene, number, part).timings["encoder passes"]
         number += 1
     return int(passes)
 
@@ -161,10 +161,10 @@ def test_a_stop_keeps_what_is_encoded_and_the_rest_goes_on(card: Path, tmp_path:
     scene = planned(job)
     here = next_round(scene, 0)
     assert here is not None and len(here.windows) > 3
-    answer_windows(scene, 0, here.windows[:2], "run")
-    request_stop(job.outputs.dir, "run")
+    answer_windows(scene, 0, here.windows[:2])
+    StopToken(job.outputs.dir, "run").request()
     with pytest.raises(StoppedError, match="resume"):
-        answer_windows(scene, 0, here.windows[2:], "run")
+        answer_windows(scene, 0, here.windows[2:], StopToken(job.outputs.dir, "run"))
     assert len(scene.embeddings.stage.done()) == 2
     left = next_round(scene, 0)
     assert left is not None and left.windows == here.windows[2:]
@@ -250,7 +250,7 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
     )
     scene = planned(job)
     assert scene.planes.axis == 0
-    done = answer_volume(scene, "run")
+    done = answer_volume(scene)
     _, ids, _ = results(scene)
     prompts, _ = read_prompts(tmp_path / "box.csv", scene.geometry)
     segmenter = segmenter_of(scene)
@@ -268,8 +268,8 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
     assert expected.any(axis=(1, 2)).sum() > 1
     np.testing.assert_array_equal(ids > 0, expected)
     assert done.timings["encoder passes"] == len(scene.embeddings.stage.done())
-    assert answer_volume(scene, "run").computed == 0
+    assert answer_volume(scene).computed == 0
     other = planned(
         Job.model_validate({**job.model_dump(), "prompts": {**job.prompts.model_dump(), "choice": "large"}})
     )
-    assert answer_volume(other, "run").timings["encoder passes"] == 0
+    assert answer_volume(other).timings["encoder passes"] == 0

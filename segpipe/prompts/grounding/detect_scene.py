@@ -11,21 +11,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from segpipe import ENGINE_VERSION
 from segpipe.config.card import Card, read_card
 from segpipe.config.job import Job
-from segpipe.errors import SceneError, StoppedError
-from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.errors import SceneError
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.inference.queues import Prefetch
 from segpipe.inference.settings import Settings
 from segpipe.models.weights import resolve_weights, weights_fingerprint
 from segpipe.pipeline.keys import device_parts, model_parts
-from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, place
 from segpipe.prompts.inputs.prompts import parse_phrases
@@ -33,9 +32,8 @@ from segpipe.prompts.masks.embedding_cache import window_id
 from segpipe.prompts.masks.read_planes import Planes, read_window
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.bands import match_bands
-from segpipe.sources.base import Scaling
 from segpipe.store.stage import Stage, stage_key
-from segpipe.store.stops import stop_requested
+from segpipe.store.stops import StopToken
 from segpipe.tiling.blocks import Blocks
 from segpipe.tiling.pyramid import Pyramid, Window
 
@@ -48,22 +46,13 @@ class Detecting:
     """A scene as a detector sees it. Small and picklable."""
 
     job: Job
-    card_path: str
+    card: Card
     ref: SceneRef
-    geometry: Geometry
-    channels: tuple[int, ...]
-    dtype: str
-    scaling: tuple[Scaling, ...]
-    identity: dict[str, Any]
+    pixels: ScenePixels
     statistics: tuple[tuple[tuple[float, float], ...], ...]
     settings: Settings
     pyramid: Pyramid
     stage: Stage
-
-    @property
-    def card(self) -> Card:
-        """The model's card (read once per process)."""
-        return read_card(self.card_path)
 
     @property
     def phrases(self) -> tuple[str, ...]:
@@ -92,27 +81,22 @@ def detecting_of(job: Job, card_path: str, ref: SceneRef, settings: Settings) ->
     """
     options, card = job.prompts, read_card(card_path)
     with open_source(ref.uri, band_names=job.bands) as source:
-        channels, _ = match_bands(card, source)
-        geometry, identity, dtype = source.geometry, source.identity, str(source.dtype)
-        scaling = tuple(source.scaling[c] for c in channels)
+        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source))
+    geometry = pixels.geometry
     if not isinstance(geometry, RasterGeometry):
         raise SceneError(
             f"prompts: {card.name!r} looks at pictures; the scene is a volume: valid: a semantic model"
         )
-    image = SceneBlocks(ref.uri, job.bands, channels, dtype, geometry, None, identity)
-    try:
-        statistics = scene_statistics(card, geometry, scaling, image).pairs
-    finally:
-        image.close()
+    with SceneBlocks(pixels) as image:
+        statistics = scene_statistics(card, geometry, pixels.scaling, image).pairs
     assert card.window_shape is not None
     parts = {
-        "source": identity, "channels": channels, "engine": ENGINE_VERSION, **model_parts(card),
+        "source": pixels.identity, "channels": pixels.channels, "engine": ENGINE_VERSION, **model_parts(card),
         **device_parts(settings), "phrases": parse_phrases(options.text).phrases, "scales": options.scales,
         "thresholds": [options.threshold, options.text_threshold],
     }  # fmt: skip
     return Detecting(
-        job=job, card_path=card_path, ref=ref, geometry=geometry, channels=channels, dtype=dtype,
-        scaling=scaling, identity=identity, statistics=statistics, settings=settings,
+        job=job, card=card, ref=ref, pixels=pixels, statistics=statistics, settings=settings,
         pyramid=Pyramid((geometry.shape[0], geometry.shape[1]), card.window_shape[-1], 0.0),
         stage=Stage(job.outputs.dir, stage_key("detect", parts)),
     )  # fmt: skip
@@ -128,7 +112,7 @@ def _detector(folder: str, mark: str, device: str, threshold: float, text_thresh
     return load_detector(Path(folder), torch.device(device), threshold, text_threshold)
 
 
-def detect_windows(scene: Detecting, windows: Sequence[Window], run: str) -> int:
+def detect_windows(scene: Detecting, windows: Sequence[Window], stop: StopToken | None = None) -> int:
     """Look at some windows and commit what was found; how many there were.
 
     Raises:
@@ -139,11 +123,9 @@ def detect_windows(scene: Detecting, windows: Sequence[Window], run: str) -> int
         str(resolve_weights(card)), weights_fingerprint(card), scene.settings.device,
         options.threshold, options.text_threshold,
     )  # fmt: skip
-    normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
-    planes = Planes(scene.geometry.shape, None)
-    with SceneBlocks(
-        scene.ref.uri, scene.job.bands, scene.channels, scene.dtype, scene.geometry, None, scene.identity
-    ) as store:
+    normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
+    planes = Planes(scene.pixels.geometry.shape, None)
+    with SceneBlocks(scene.pixels) as store:
 
         def read(window: Window) -> np.ndarray:
             return read_window(store, normaliser, planes, scene.pyramid, window, 0)[0]
@@ -151,8 +133,8 @@ def detect_windows(scene: Detecting, windows: Sequence[Window], run: str) -> int
         pictures = ((w, read(w)) for w in windows)
         with Prefetch(pictures, AHEAD) as ahead:
             for window, picture in ahead:
-                if stop_requested(scene.job.outputs.dir, run):
-                    raise StoppedError("the run was asked to stop; run it again to resume")
+                if stop is not None:
+                    stop.check()
                 found = detector.ground(picture, scene.phrases)
                 scene.stage.write_part(window_id(window), dump_grounding(found))
                 scene.stage.commit(window_id(window), {"found": len(found.detections)})

@@ -45,10 +45,7 @@ def name_masks(
     names: list[str] = []
     scores = [np.zeros(0)]
     accounts = tuple(PhraseAccount(phrase, 0, 0, math.nan) for phrase in looking.phrases)
-    with SceneBlocks(
-        looking.ref.uri, looking.job.bands, looking.channels, looking.dtype, looking.geometry, None,
-        looking.identity,
-    ) as store:  # fmt: skip
+    with SceneBlocks(looking.pixels) as store:
         for first in range(0, len(patches), TOGETHER):
             crops = [*_crops(looking, store, patches[first : first + TOGETHER])]
             found = labeller.label(crops, looking.phrases, (OTHER,))
@@ -66,8 +63,8 @@ def _labeller(folder: str, mark: str, device: str, threshold: float) -> ClipLabe
 
 def _crops(looking: Detecting, store: SceneBlocks, patches: Sequence[Patch]) -> Iterator[np.ndarray]:
     """Each mask and what is around it, as large as its own window showed it."""
-    normaliser = Normaliser(looking.card, looking.scaling, Statistics(looking.statistics))
-    planes = Planes(looking.geometry.shape, None)
+    normaliser = Normaliser(looking.card, looking.pixels.scaling, Statistics(looking.statistics))
+    planes = Planes(looking.pixels.geometry.shape, None)
     for patch in patches:
         height, width = patch.logits.shape
         around = math.ceil(MARGIN * max(height, width)) + 1

@@ -96,7 +96,7 @@ def read_box(
     # squares begin where the box does, also before the plane
     lead = [(a - b) % step for a, b in zip(box.start, whole.start, strict=True)]
     shape = tuple(n // step for n in whole.shape)
-    out = np.zeros((len(store.channels), *shape), np.float32)
+    out = np.zeros((len(store.pixels.channels), *shape), np.float32)
     known = np.zeros(shape, bool)
     left = (box.start[1] - whole.start[1]) // step
     rows = max(1, STRIP // max(1, box.shape[1] * step)) * step

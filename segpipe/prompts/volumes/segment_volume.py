@@ -24,6 +24,7 @@ from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import Rules, SliceAnswer, Stop
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, has_memory, track
 from segpipe.prompts.volumes.propagate_prompts import Linking, link
+from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
 
 VOLUME = "volume"
@@ -44,7 +45,7 @@ class _Solid:
     ends: list[str] = field(default_factory=list)
 
 
-def answer_volume(scene: PromptScene, run: str) -> Done:
+def answer_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
     """Ask the prompted slices of a volume, follow every object both ways, and commit the answers.
 
     Raises:
@@ -59,7 +60,7 @@ def answer_volume(scene: PromptScene, run: str) -> Done:
 
     def embed(index: int, window: Window) -> Embedding:
         nonlocal passes
-        [(_, embedding, _, new)] = embedded(scene, segmenter, [(window, index)], run)
+        [(_, embedding, _, new)] = embedded(scene, segmenter, [(window, index)], stop)
         passes += new
         return embedding
 
