@@ -15,3 +15,11 @@ class SceneError(SegpipeError):
 
 class StoppedError(SegpipeError):
     """The run was asked to stop. Everything committed so far stays; running again resumes."""
+
+
+class DeviceMemoryError(Exception):
+    """The device ran out of memory at this batch size; the scene restarts under half of it."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(f"out of device memory with {batch} windows in a batch")
+        self.batch = batch

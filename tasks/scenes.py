@@ -10,10 +10,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
-from segpipe.errors import SegpipeError, StoppedError
+from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import failed_record
-from segpipe.inference.engine import DeviceMemoryError
 from segpipe.lake.ledger import Receipts
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.predict import predict_blocks

@@ -11,8 +11,7 @@ from prefect import State, Task
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Cancelled, Failed
 
-from segpipe.errors import SegpipeError, StoppedError
-from segpipe.inference.engine import DeviceMemoryError
+from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
 from segpipe.sources.remote import public_uri
 
 P = ParamSpec("P")

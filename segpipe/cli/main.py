@@ -146,7 +146,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Train a model from labelled scenes as a Prefect flow; run it again to go on where it stopped.
 
     Leaves a card with weights, scores on scenes kept apart, and a page. Several GPUs:
-    `torchrun --nproc-per-node=N -m segpipe.cli.main train RECIPE.yaml`.
+    `torchrun --nproc-per-node=N -m segpipe.cli train RECIPE.yaml`.
     """
     from segpipe.config.recipe import load_recipe
     from segpipe.training.run import check_recipe

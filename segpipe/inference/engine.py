@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from segpipe.config.card import Card, Interpolation
-from segpipe.errors import SceneError
+from segpipe.errors import DeviceMemoryError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import onto_model
 from segpipe.inference.block_result import BlockResult, BlockStore, Timings
@@ -40,14 +40,6 @@ READ_AHEAD = 2
 """Batches prepared ahead of the network."""
 WRITE_BEHIND = 2
 """Writes that may wait."""
-
-
-class DeviceMemoryError(Exception):
-    """The device ran out of memory at this batch size; the scene restarts under half of it."""
-
-    def __init__(self, batch: int) -> None:
-        super().__init__(f"out of device memory with {batch} windows in a batch")
-        self.batch = batch
 
 
 @dataclass

@@ -63,18 +63,18 @@ def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRec
 
 def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
     """Regions, metrics and summary of a finished run; the latter two None without a reference."""
-    store = open_store(run.location)
-    tables: list[pd.DataFrame | None] = []
-    for name in ("regions", "metrics", "summary"):
-        try:
-            data = bytes(obstore.get(store, f"{name}.parquet").bytes())
-        except FileNotFoundError:
-            tables.append(None)
-            continue
-        tables.append(pd.read_parquet(io.BytesIO(data)))
-    regions, metrics, summary = tables
+    regions = read_table(run, "regions")
     assert regions is not None
-    return regions, metrics, summary
+    return regions, read_table(run, "metrics"), read_table(run, "summary")
+
+
+def read_table(run: RunFolder, name: str) -> pd.DataFrame | None:
+    """A table of a finished run, by the name of its file; None where the run has none."""
+    try:
+        data = bytes(obstore.get(open_store(run.location), f"{name}.parquet").bytes())
+    except FileNotFoundError:
+        return None
+    return pd.read_parquet(io.BytesIO(data))
 
 
 def load_run(location: str) -> tuple[RunFolder, RunRecord]:

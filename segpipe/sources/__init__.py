@@ -8,6 +8,7 @@ from pathlib import Path
 from segpipe.errors import SceneError
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
 from segpipe.sources.discover import discover
+from segpipe.sources.memory import MEMORY, MemorySource
 from segpipe.sources.mosaic import MOSAIC, open_mosaic
 from segpipe.sources.raster import RasterSource
 from segpipe.sources.remote import is_remote
@@ -40,8 +41,9 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
 
     Args:
         uri: a raster, NIfTI file or DICOM series folder; a URL of a raster or NIfTI file; ``mosaic:GLOB``;
-            ``stack:FILE|FILE``; ``pkg://distribution/path``; with ``#frame=N`` (from 0) for one frame of a
-            4D file, ``#series=UID`` for one DICOM series of a folder that holds several.
+            ``stack:FILE|FILE``; ``memory://…`` (`segpipe.sources.memory.hold`);
+            ``pkg://distribution/path``; with ``#frame=N`` (from 0) for one frame of a 4D file,
+            ``#series=UID`` for one DICOM series of a folder that holds several.
         band_names: names of the channels in file order, over those of the file.
 
     Raises:
@@ -50,6 +52,8 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     """
     if uri.startswith(MOSAIC):
         return open_mosaic(uri, band_names=band_names)
+    if uri.startswith(MEMORY):
+        return MemorySource(uri, band_names=band_names)
     if uri.startswith(STACK):
         return StackSource(uri, band_names=band_names)
     location, frame = parse_frame(uri)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,29 @@ class Source(ABC):
             RequestError: a name is not among `bands`, or several bands bear it.
         """
         return tuple(_channel_named(self, name) for name in names)
+
+    def to_xarray(self) -> xarray.DataArray:
+        """The stored values as (band, y, x) or (band, z, y, x), read when they are asked for.
+
+        Returns:
+            A DataArray with the coordinate `valid` and the geometry as `segpipe.sources.arrays`
+            describes. The source must stay open for as long as it is read from.
+        """
+        from segpipe.sources.arrays import lazy_array  # here: xarray is needed by few
+
+        bands = self.bands or [str(c + 1) for c in range(self.count)]
+        return lazy_array(
+            lambda box: self.read(box).values,
+            self.geometry,
+            self.dtype,
+            bands,
+            self.uri,
+            lambda box: self.read(box).valid,
+        )
+
+    def _repr_html_(self) -> str:
+        """What it is, for a notebook."""
+        return str(self.to_xarray()._repr_html_())  # type: ignore[no-untyped-call]
 
     def close(self) -> None:  # noqa: B027  a source without handles has nothing to release
         """Release file handles."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from segpipe.errors import RequestError
 from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
+from segpipe.sources.memory import MEMORY
 from segpipe.sources.mosaic import MOSAIC, mosaic_files
 from segpipe.sources.remote import is_remote
 from segpipe.sources.stack import SEPARATOR, STACK, stack_files
@@ -116,6 +117,8 @@ def _entry(pattern: str) -> list[_Found]:
         return [_mosaic(pattern)]
     if pattern.startswith(STACK):
         return [_stack(pattern)]
+    if pattern.startswith(MEMORY):
+        return [_Found(pattern, pattern.removeprefix(MEMORY), "")]
     if is_remote(pattern):
         return [_remote(pattern)]
     path, series = parse_series(pattern.removeprefix("file://"))

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from segpipe.config.job import Job
-from segpipe.errors import SceneError, StoppedError
+from segpipe.errors import DeviceMemoryError, SceneError, StoppedError
 from segpipe.geometry.box import Box
-from segpipe.inference.engine import DeviceMemoryError
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import SceneRef
