@@ -1,0 +1,1 @@
+"""Tools that measure the repository: its structure, its outputs and its start-up time."""
