@@ -65,9 +65,9 @@ def skip_other_drivers() -> None:
     os.environ["GDAL_VRT_ENABLE_RAWRASTERBAND"] = "NO"  # GDAL 3.12 and later know it
 
 
-def skip_list(names: tuple[str, ...]) -> str:
-    """Return the value of ``GDAL_SKIP`` that has the user's names and these, each once."""
-    found = os.environ.get("GDAL_SKIP", "")
+def skip_list(names: tuple[str, ...], variable: str = "GDAL_SKIP") -> str:
+    """Return the value of a skip list that has the names of the environment's and these, each once."""
+    found = os.environ.get(variable, "")
     # GDAL separates by spaces unless there is a comma: "ESRI Shapefile" has a space in it.
     given = [name.strip() for name in (found.split(",") if "," in found else found.split())]
     return ",".join(dict.fromkeys([*filter(None, given), *names]))

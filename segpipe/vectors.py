@@ -12,7 +12,7 @@ from typing import Any
 import geopandas
 import pyogrio
 
-from segpipe.drivers import OWN_DRIVERS, VECTOR_DRIVERS
+from segpipe.drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
 from segpipe.errors import RequestError
 
 
@@ -27,10 +27,11 @@ def _keep_allowed_drivers() -> None:
     """
     others = set(pyogrio.list_drivers()) - {*VECTOR_DRIVERS, *OWN_DRIVERS}
     if others:
-        # GDAL applies its skip lists whenever it is told to register its drivers.
-        pyogrio.set_gdal_config_options({"GDAL_SKIP": ",".join(sorted(others)), "OGR_SKIP": ""})
+        # GDAL registers all drivers anew and then applies both lists; a name in both would be a warning.
+        names = tuple(sorted(others - set(SKIPPED_DRIVERS)))
+        pyogrio.set_gdal_config_options({"OGR_SKIP": skip_list(names, "OGR_SKIP")})
         pyogrio._ogr._register_drivers()
-        others &= set(pyogrio.list_drivers())
+        others = set(pyogrio.list_drivers()) - {*VECTOR_DRIVERS, *OWN_DRIVERS}
     if others:
         raise ImportError(f"pyogrio {pyogrio.__version__} keeps the drivers {', '.join(sorted(others))}")
 

@@ -14,7 +14,8 @@ ELEMENTS = frozenset(
     (
         "VRTDataset", "SRS", "GeoTransform", "GCPList", "GCP", "Metadata", "MDI", "MaskBand",
         "VRTRasterBand", "Description", "NoDataValue", "HideNoDataValue", "ColorInterp", "ColorTable",
-        "Entry", "CategoryNames", "Category", "UnitType", "Offset", "Scale", "OverviewList", "SimpleSource", "ComplexSource",
+        "Entry", "CategoryNames", "Category", "UnitType", "Offset", "Scale", "OverviewList", "SimpleSource",
+        "ComplexSource",
         "SourceFilename", "SourceBand", "SourceProperties", "SrcRect", "DstRect", "NODATA", "UseMaskBand",
         "ScaleOffset", "ScaleRatio", "ColorTableComponent", "LUT",
     )
