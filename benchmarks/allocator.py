@@ -2,7 +2,7 @@
 
     python -m benchmarks.allocator [--passes 15]
 
-U-Net on ResNet-18, one window of 4 × 512². See `segpipe.tiling.allocator`.
+U-Net on ResNet-18, one window of 4 × 512². See `segpipe.process.allocator`.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def run(card: Path, folder: Path, block: int = BLOCK) -> tuple[np.ndarray, np.nd
     scene = create_stages(prepare_scene(job, read_card(job.model), discover(job.scenes)[0], settings))
     predict_blocks(scene, pending_blocks(scene))
     join_objects(scene)
-    with rasterio.open(folder / "judged_truth.tif") as truth:
+    with rasterio.open(folder / "judged_truth.tif", driver="GTiff") as truth:
         return truth.read(1), np.asarray(scene.labels.array("instances")[...])
 
 

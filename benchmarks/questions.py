@@ -54,7 +54,7 @@ def vit_b(folder: Path) -> Path:
 
 def ask(card: Path, folder: Path, centres: np.ndarray, name: str, threads: int) -> tuple[float, int, int]:
     """Seconds, encoder passes and windows of one question."""
-    with rasterio.open(SCENE) as file:
+    with rasterio.open(SCENE, driver="GTiff") as file:
         to_world = file.transform
     table = folder / f"{name}.csv"
     with table.open("w", newline="") as file:

@@ -70,7 +70,7 @@ class Soak:
 
     def drop_in(self, count: int) -> None:
         """Some more pieces arrive."""
-        with rasterio.open(SCENE) as scene:
+        with rasterio.open(SCENE, driver="GTiff") as scene:
             for _ in range(count):
                 name = f"piece_{len(self.good) + len(self.bad):05}"
                 row, column = self.dice.randrange(347), self.dice.randrange(393)

@@ -75,7 +75,7 @@ def with_segpipe(labels: str, districts: str) -> np.ndarray:
     from segpipe.metrics.tally import SizeScale, add, measure_tile, measure_tiles
     from segpipe.regions import FULL, load_regions
 
-    with rasterio.open(labels) as source:
+    with rasterio.open(labels, driver="GTiff") as source:
         geometry = RasterGeometry(source.shape, source.transform[:6], source.crs.to_wkt())
         regions = load_regions(Regions(path=districts), geometry)
         scale = SizeScale.of(geometry)

@@ -53,7 +53,7 @@ def _prepare_landsat(folder: Path, landsat: Path) -> None:
     scene = landsat / "landsat7_2000.tif"
     scene.unlink(missing_ok=True)
     scene.symlink_to((data / "landsat_multiband.tif").resolve())
-    with rasterio.open(data / "strata.tif") as strata:
+    with rasterio.open(data / "strata.tif", driver="GTiff") as strata:
         labels = strata.read(1)
         known = strata.read_masks(1) > 0
         profile = {k: strata.profile[k] for k in ("driver", "width", "height", "count", "crs", "transform")}

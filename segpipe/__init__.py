@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import Any
 
-from segpipe.tiling.allocator import use_huge_pages
+from segpipe.process.allocator import use_huge_pages
+from segpipe.process.gdal_drivers import skip_other_drivers
 
 __version__ = "0.2.0"
 
@@ -13,6 +14,7 @@ ANSWER_VERSION = 2
 """The same of answers to prompts and the objects they become."""
 
 use_huge_pages()
+skip_other_drivers()
 
 __all__ = [
     "RequestError",

@@ -9,8 +9,6 @@ each ``rasterio.open`` or ``nibabel.load`` of it. No name of segpipe's own is pa
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -79,23 +77,15 @@ def _text(given: Any) -> str:
 
 
 def entry(command: Command) -> Callable[[], None]:
-    """Return the library's own way to run a job file in this process: `segpipe.run`, or its flow."""
-    if importlib.util.find_spec("segpipe.api"):
-        door: Any = importlib.import_module("segpipe")
-        return lambda: print(door.run(command.file), file=sys.stderr)
-    from flows.here import run_here
-    from flows.prompt import prompt
-    from flows.segment import segment
-    from segpipe.config import load_job
-    from segpipe.prompts.question import Question
+    """Return the library's own way to run a job file in this process."""
+    import segpipe
 
-    def by_flow() -> None:
-        job = load_job(command.file)
-        state = run_here(prompt, Question.of(job)) if job.prompts.asked else run_here(segment, job)
-        if not state.is_completed():
-            raise RuntimeError(f"{command.name}: {state.message}")
+    def run() -> None:
+        ended = segpipe.run(command.file)
+        if ended.failed:
+            raise RuntimeError(f"{command.name}: {ended.failed}")
 
-    return by_flow
+    return run
 
 
 def main() -> None:

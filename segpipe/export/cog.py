@@ -228,7 +228,7 @@ def _crs_lost(final: Path, geometry: RasterGeometry) -> CRS | None:
     Raises:
         SceneError: the affine itself was not kept.
     """
-    with rasterio.open(final) as file:
+    with rasterio.open(final, driver="GTiff") as file:
         if tuple(file.transform)[:6] != geometry.transform:
             raise SceneError(
                 f"{final.name}: the affine {geometry.transform} cannot be kept in a GeoTIFF "

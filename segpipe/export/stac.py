@@ -28,6 +28,7 @@ from segpipe.export.manifest import ITEM, Mark
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.gdal import Handles
 from segpipe.sources.remote import is_remote, public_uri
+from segpipe.sources.vrt import SUFFIX as VRT
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord
@@ -132,9 +133,9 @@ def run_catalog(record: RunRecord) -> str:
 def capture_time(uri: str) -> tuple[datetime, str] | None:
     """When a raster says it was taken, in UTC where it names no zone, and the tag that says so; or None."""
     uri = uri.removeprefix("file://")
-    if ":" in uri.split("/")[0] and not is_remote(uri):
+    if (":" in uri.split("/")[0] and not is_remote(uri)) or uri.lower().endswith(VRT):
         return None  # a mosaic has many times, a package's file and others none that we look for
-    handles = Handles(uri, uri, remote=is_remote(uri))
+    handles = Handles(uri, remote=is_remote(uri))
     try:
         with handles.borrow() as dataset:
             tags = {(domain, tag): dataset.tags(ns=domain).get(tag, "") for domain, tag in TIMES}
@@ -229,7 +230,7 @@ def _add_asset(item: pystac.Item, name: str, path: str, folder: Path, mark: Mark
 
 def _describe_bands(asset: pystac.Asset, path: Path) -> None:
     """STAC 1.1's ``bands``, and ``raster:bands`` for the readers that know only these."""
-    with rasterio.open(path) as file:
+    with rasterio.open(path, driver="GTiff") as file:
         names = [text or str(number) for number, text in enumerate(file.descriptions, start=1)]
         kinds = list(zip(file.dtypes, file.nodatavals, strict=True))
     bands = []

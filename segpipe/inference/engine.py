@@ -30,8 +30,8 @@ from segpipe.inference.queues import Prefetch, Writer
 from segpipe.inference.to_native import NativeAnswer, native_answer
 from segpipe.models.base import ObjectModel, SegmentationModel
 from segpipe.models.outputs import activate, all_finite, best_class
+from segpipe.process.allocator import release
 from segpipe.sources.base import Pixels
-from segpipe.tiling.allocator import release
 from segpipe.tiling.blocks import block_id
 from segpipe.tiling.plan import Plan
 from segpipe.tiling.windows import Index

@@ -33,13 +33,13 @@ from segpipe.pipeline.given_scene import LabelledScene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.pipeline.surfaces import measure_surfaces, tolerances
+from segpipe.process.allocator import release
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.sources.labels import IdRule, ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.store.stage import Stage, stage_key
 from segpipe.store.stops import StopToken
-from segpipe.tiling.allocator import release
 
 SURFACES = "surfaces.json"
 FOUND = "objects.npz"

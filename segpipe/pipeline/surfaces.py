@@ -18,9 +18,9 @@ from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.metrics.surface import SurfaceCollector
 from segpipe.metrics.tally import measure_tiles
 from segpipe.pipeline.scene import MeasurableScene
+from segpipe.process.allocator import release
 from segpipe.sources.labels import ReferenceLabels
 from segpipe.store.stops import StopToken
-from segpipe.tiling.allocator import release
 
 ORTHOGONAL = 1e-4
 """Greatest cosine between two axes that counts as a right angle."""

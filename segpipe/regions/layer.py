@@ -20,6 +20,7 @@ from segpipe.config.job import Regions
 from segpipe.errors import RequestError
 from segpipe.geometry.areas import horizontal_crs
 from segpipe.regions.base import different
+from segpipe.sources import vectors
 
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 """GeoParquet is read by pyarrow: pyogrio's wheels come without GDAL's driver for it."""
@@ -118,16 +119,16 @@ def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: obje
 
 
 def _read_vector(path: str, name: str | None) -> geopandas.GeoDataFrame:
-    """A layer of any format that GDAL reads."""
+    """A layer of any format that `segpipe.sources.vectors` reads."""
     try:
-        layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+        layers = vectors.list_layers(path)
     except pyogrio.errors.DataSourceError as error:
         raise _unreadable(path, error) from error
     if name is not None and name not in layers:
         raise RequestError(f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}")
     if name is None and len(layers) != 1:
         raise RequestError(f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}")
-    return geopandas.read_file(path, layer=name or layers[0], engine="pyogrio")
+    return vectors.read_layer(path, name or layers[0])
 
 
 def _read_parquet(path: str, name: str | None) -> geopandas.GeoDataFrame:

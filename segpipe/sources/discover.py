@@ -33,9 +33,10 @@ from segpipe.sources.uri import (
     parse_series,
     series_label,
 )
+from segpipe.sources.vrt import SUFFIX as VRT
 
-FOLDER_SUFFIXES = (*RASTER_SUFFIXES, *NIFTI_SUFFIXES)
-"""Files that are taken from a folder."""
+FOLDER_SUFFIXES = (*(s for s in RASTER_SUFFIXES if s != VRT), *NIFTI_SUFFIXES)
+"""Files that are taken from a folder; a VRT only where it is named, because it reads other files."""
 LONGEST_NAME = 100
 """Characters of a scene's name: it becomes a folder, with files of longer names inside."""
 WILDCARDS = frozenset("*?[")

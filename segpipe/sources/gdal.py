@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import rasterio
-from rasterio.env import Env
+from rasterio._path import _parse_path
+from rasterio.env import Env, ensure_env_with_credentials
 from rasterio.errors import (
     CRSError,
     NotGeoreferencedWarning,
     RasterioError,
 )
+from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
+from segpipe.process.gdal_drivers import RASTER_DRIVERS, RASTERIO_DRIVERS, skip_list
 from segpipe.sources.common import reason
 
 # A raster without a position is a note of its source: the report shows it, a warning is lost.
 # Filtered once and for all because warnings.catch_warnings is not safe among threads.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+# GDAL registers its drivers in the first environment of a process, and never again.
+with Env(GDAL_SKIP=skip_list(RASTERIO_DRIVERS)):
+    pass
 
 GDAL_ERRORS = (RasterioError, CRSError, OSError)
 """What opening or reading a damaged file raises."""
@@ -40,6 +49,14 @@ REMOTE_OPTIONS = {
     "GDAL_HTTP_LOW_SPEED_TIME": "60",
 }
 """GDAL options for files behind a URL."""
+
+LOCAL_OPTIONS = {"CPL_VSIL_CURL_ALLOWED_FILENAME": "none"}
+"""GDAL options for local files: no metadata of a file makes GDAL read a URL."""
+
+SIDECARS = (".msk", ".MSK", ".ovr", ".OVR", ".msk.ovr")
+"""Suffixes of files that GDAL opens beside a raster, with any driver."""
+TIFF_SIGNATURES = (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+")
+"""First bytes of TIFF and BigTIFF, which masks and overviews are."""
 
 _TRUE = ("1", "true", "yes", "on")
 
@@ -80,6 +97,44 @@ def cache_for_strips(row_bytes: int) -> int:
     return min(max(row_bytes * CACHED_ROWS, CACHE_BYTES), CACHE_LIMIT)
 
 
+def open_raster(path: str) -> Any:
+    """Open a raster for reading, by a driver that decodes the file's own pixels.
+
+    Args:
+        path: of a local file, or a URL.
+
+    Raises:
+        RasterioError: no such driver opens it.
+        SceneError: a mask or overviews beside it are no TIFF, or its metadata name overviews elsewhere.
+    """
+    for sidecar in (Path(path + suffix) for suffix in SIDECARS):
+        if sidecar.is_file() and not _first_bytes(sidecar).startswith(TIFF_SIGNATURES):
+            raise SceneError(f"{sidecar}: is no TIFF, as the mask and the overviews of a raster are")
+    dataset = _open_dataset(path)
+    if dataset.tags(ns="OVERVIEWS"):
+        dataset.close()
+        raise SceneError(f"{path}: its metadata have OVERVIEW_FILE, a file that is not opened; remove it")
+    return dataset
+
+
+@ensure_env_with_credentials  # type: ignore[untyped-decorator]  # rasterio has no types
+def _open_dataset(path: str) -> Any:
+    """Do what `rasterio.open` does, which takes one driver and no list of them."""
+    return DatasetReader(_parse_path(path), driver=list(RASTER_DRIVERS))
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1024)
+
+
+def _what_it_holds(path: str) -> str:
+    """Say what a local text file holds that names other data, or nothing."""
+    start = _first_bytes(Path(path)) if Path(path).is_file() else b""
+    tag = re.match(rb"\s*(?:<[?!][^>]*>\s*)*<(\w+)", start.removeprefix(b"\xef\xbb\xbf"))
+    return f" (it holds <{tag[1].decode()}>: a scene has pixels of its own)" if tag else ""
+
+
 def gdal_reason(error: BaseException) -> str:
     """What GDAL said: rasterio keeps it in the cause of "Read failed. See previous exception"."""
     cause: BaseException = error
@@ -102,9 +157,16 @@ class Handles:
     time: opened when first needed, reused, closed by `close`.
     """
 
-    def __init__(self, uri: str, target: str, *, remote: bool = False) -> None:
+    def __init__(self, uri: str, vrt: str | None = None, *, remote: bool = False) -> None:
+        """Open nothing yet.
+
+        Args:
+            uri: path or URL; stands in every message.
+            vrt: the text of a VRT that we wrote, which GDAL opens instead.
+            remote: whether ``uri`` is a URL.
+        """
         self._uri = uri
-        self._target = target
+        self._vrt = vrt
         self._remote = remote
         self.cache_bytes = CACHE_BYTES
         self._idle: list[Any] = []
@@ -137,17 +199,18 @@ class Handles:
         for dataset in idle:
             dataset.close()
 
-    def _options(self) -> AbstractContextManager[Any]:
-        options: dict[str, Any] = {**REMOTE_OPTIONS, **store_options()} if self._remote else {}
+    def _options(self) -> Env:
+        options: dict[str, Any] = {**REMOTE_OPTIONS, **store_options()} if self._remote else {**LOCAL_OPTIONS}
         if "GDAL_CACHEMAX" not in os.environ:
             options["GDAL_CACHEMAX"] = self.cache_bytes
-        return Env(**options) if options else nullcontext()
+        return Env(**options)
 
     def _open(self) -> Any:
         try:
-            return rasterio.open(self._target)
+            return open_raster(self._uri) if self._vrt is None else rasterio.open(self._vrt, driver="VRT")
         except GDAL_ERRORS as error:
-            raise SceneError(f"{self._uri}: cannot be opened: {gdal_reason(error)}") from error
+            found = "" if self._remote else _what_it_holds(self._uri)
+            raise SceneError(f"{self._uri}: cannot be opened: {gdal_reason(error)}{found}") from error
 
     def _give_back(self, dataset: Any) -> None:
         with self._lock:

@@ -177,7 +177,7 @@ def _tile(path: str) -> Tile:
         SceneError: it is missing, damaged, complex or without a position.
     """
     require_file(Path(path))
-    handles = Handles(path, path)
+    handles = Handles(path)
     try:
         with handles.borrow() as dataset:
             return _described(path, dataset)

@@ -26,6 +26,7 @@ from segpipe.sources.common import (
 )
 from segpipe.sources.gdal import Handles, cache_for_strips, window_of
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.vrt import SUFFIX, read_vrt
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""
@@ -76,7 +77,7 @@ class RasterSource(Source):
         Args:
             uri: path or URL; stands in every message.
             band_names: names of the channels in file order, over those of the file.
-            target: what GDAL opens where that is not ``uri`` (the text of a VRT).
+            target: the text of a VRT that we wrote, which GDAL opens instead of ``uri``.
             files: the files that hold the content, where GDAL cannot tell.
             notes: what is known already.
 
@@ -88,7 +89,9 @@ class RasterSource(Source):
         remote = target is None and is_remote(uri)
         if target is None and not remote:
             require_file(Path(uri))
-        self._handles = Handles(uri, uri if target is None else target, remote=remote)
+            if uri.lower().endswith(SUFFIX):
+                target, files = _own_vrt(uri)
+        self._handles = Handles(uri, target, remote=remote)
         with ExitStack() as unless_open:
             unless_open.callback(self.close)
             with self._handles.borrow() as dataset:
@@ -208,6 +211,26 @@ class RasterSource(Source):
             "nodata": [repr(b.nodata) for b in self._bands],
             "scaling": [[s.scale, s.offset] for s in self.scaling],
         }
+
+
+def _own_vrt(uri: str) -> tuple[str, list[str]]:
+    """The text of a VRT file for GDAL, and all files that hold its content.
+
+    GDAL opens the sources of a VRT with any driver, so each is opened first as a scene would be.
+
+    Raises:
+        SceneError: the VRT or one of its sources is no data.
+    """
+    text, sources = read_vrt(Path(uri))
+    files = [uri]
+    for source in sources:
+        handles = Handles(source)
+        try:
+            with handles.borrow() as dataset:
+                files += dataset.files
+        finally:
+            handles.close()
+    return text, files
 
 
 def differs(values: np.ndarray, nodata: float) -> np.ndarray:

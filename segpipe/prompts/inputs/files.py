@@ -16,6 +16,7 @@ from segpipe.prompts.inputs.csv import read_table
 from segpipe.prompts.inputs.prompts import Prompts
 from segpipe.prompts.inputs.rows import Account, Collector, read_attributes
 from segpipe.prompts.inputs.to_grid import Placer
+from segpipe.sources import vectors
 
 Use = Literal["box", "outline"]
 """What a polygon is: a box around an object (its envelope), or also its coarse mask."""
@@ -29,7 +30,7 @@ def read_prompts(
     Columns or properties ``object``, ``label`` and ``phrase``: `segpipe.prompts.inputs.rows.read_attributes`.
 
     Args:
-        path: ``.csv`` (`prompts.inputs.csv`), or any vector layer of points and polygons that GDAL reads.
+        path: ``.csv`` (`prompts.inputs.csv`), or any vector layer of points and polygons.
             GeoJSON is longitude and latitude on WGS 84 (RFC 7946), unless it has a ``crs`` member as
             of 2008. A feature of several points has them all in one object.
         geometry: of the scene.
@@ -85,7 +86,7 @@ def _add(collector: Collector, row: int, shape: shapely.Geometry | None, placer:
 def read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
     """A layer with at least one feature."""
     try:
-        layers = [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+        layers = vectors.list_layers(path)
     except pyogrio.errors.DataSourceError as error:
         raise RequestError(
             f"prompts.path: {path} cannot be read ({' '.join(str(error).split())}); "
@@ -95,7 +96,7 @@ def read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
         raise RequestError(
             f"prompts.layer: found {layer or 'none'}; layers of {path}: {', '.join(layers) or 'none'}"
         )
-    frame = geopandas.read_file(path, layer=layer or layers[0], engine="pyogrio")
+    frame = vectors.read_layer(path, layer or layers[0])
     if not len(frame):
         raise RequestError(f"prompts.path: {path} has no features; give points or polygons")
     return frame

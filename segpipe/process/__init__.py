@@ -1,0 +1,1 @@
+"""What the libraries of this process must be told before they load: memory, drivers."""

@@ -1,0 +1,109 @@
+"""Vector files, opened only by the drivers that `segpipe.process.gdal_drivers` allows."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import pyogrio
+
+from segpipe.errors import RequestError
+from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
+
+
+def _keep_allowed_drivers() -> None:
+    """Remove every other driver from pyogrio's GDAL: it takes no list of drivers where it opens a file.
+
+    `skip_other_drivers` cannot do that alone: pyogrio may have been imported before, and
+    rasterio warns of each name in the environment that only pyogrio's GDAL has.
+
+    Raises:
+        ImportError: some stay.
+    """
+    others = set(pyogrio.list_drivers()) - {*VECTOR_DRIVERS, *OWN_DRIVERS}
+    if others:
+        # GDAL registers all drivers anew and then applies both lists; a name in both would be a warning.
+        names = tuple(sorted(others - set(SKIPPED_DRIVERS)))
+        pyogrio.set_gdal_config_options({"OGR_SKIP": skip_list(names, "OGR_SKIP")})
+        pyogrio._ogr._register_drivers()
+        others = set(pyogrio.list_drivers()) - {*VECTOR_DRIVERS, *OWN_DRIVERS}
+    if others:
+        raise ImportError(f"pyogrio {pyogrio.__version__} keeps the drivers {', '.join(sorted(others))}")
+
+
+_keep_allowed_drivers()
+
+
+def list_layers(path: str) -> list[str]:
+    """Return the names of a file's layers that have a geometry.
+
+    Raises:
+        pyogrio.errors.DataSourceError: no allowed driver opens the file.
+        RequestError: the file names a URL that GDAL would read.
+    """
+    _require_no_links(path)
+    return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+
+
+def read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
+    """Return a layer of a file that `list_layers` has checked."""
+    return geopandas.read_file(path, layer=layer, engine="pyogrio")
+
+
+def _require_no_links(path: str) -> None:
+    """Reject GeoJSON whose CRS is a link: GDAL fetches it.
+
+    Raises:
+        RequestError: the file has such a CRS, or may have and is no valid JSON.
+    """
+    for text in _texts(path):
+        if text.lstrip(b"\x1e\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b"/"):
+            continue
+        plain = re.sub(rb"\\u00([0-9a-fA-F]{2})", lambda m: bytes([int(m[1], 16)]), text).lower()
+        # Most files have no such words, and are not parsed twice.
+        if b"crs" in plain and (b"link" in plain or b"url" in plain) and _has_link(text):
+            raise RequestError(f"{path}: its CRS is a link, which is not followed; state the CRS by its name")
+
+
+def _texts(path: str) -> Iterator[bytes]:
+    """The bytes of a file, or of each member of a zip file."""
+    if not Path(path).is_file():
+        return
+    if not zipfile.is_zipfile(path):
+        yield Path(path).read_bytes()
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            yield archive.read(member)
+
+
+def _has_link(text: bytes) -> bool:
+    """Whether JSON, or JSON by lines, has a ``crs`` of type link or URL; True where it is no JSON."""
+    try:
+        try:
+            return _links(json.loads(text))
+        except ValueError:
+            rows = (line.strip(b"\x1e \t\r") for line in text.split(b"\n"))
+            return any(_links(json.loads(row)) for row in rows if row)
+    except (ValueError, RecursionError):
+        return True
+
+
+def _links(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_links(v) for v in value)
+    if not isinstance(value, dict):
+        return False
+    return any(
+        (key.lower() == "crs" and isinstance(v, dict) and _type(v) in ("link", "url")) or _links(v)
+        for key, v in value.items()
+    )
+
+
+def _type(crs: dict[str, Any]) -> str:
+    return next((str(v).lower() for key, v in crs.items() if key.lower() == "type"), "")
