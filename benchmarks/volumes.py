@@ -41,7 +41,7 @@ from segpipe.prompts.pyramid import Pyramid, Window
 from segpipe.prompts.request import Prompts, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters import Embedding, Segmenter, load_segmenter
 from segpipe.prompts.slices import ask_by_slice
-from segpipe.prompts.video import VideoNetwork, VideoTracker, held_bytes
+from segpipe.prompts.video import VideoNetwork, VideoTracker
 from segpipe.prompts.volumes import How, Rules, SliceAnswer, Stop, propagate
 from segpipe.sources import open_source
 
@@ -232,7 +232,15 @@ def by_library(slices: Slices, card: Card) -> int:
         for reverse in (False, True):
             for _ in network.propagate_in_video_iterator(session, middle, reverse=reverse):
                 pass
-    return held_bytes(session)
+    return held_bytes([vars(session), vars(session.cache)])
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of all tensors inside mappings and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(held_bytes, parts)) if isinstance(parts, (list, tuple)) else 0
 
 
 def memory(depths: list[int], fresh: Callable[..., list[str]] = run_fresh) -> None:
