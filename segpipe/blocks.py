@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +45,6 @@ class SceneBlocks:
         identity: dict[str, Any] | None = None,
         predict: Stage | None = None,
         attempt: int = 1,
-        progress: Callable[[int], None] = lambda blocks: None,
     ) -> None:
         self.uri = uri
         self.band_names = tuple(band_names)
@@ -56,8 +55,6 @@ class SceneBlocks:
         self.identity = identity
         self.predict_stage = predict
         self.attempt = attempt
-        self.progress = progress
-        self._finished = 0
         self._source: Source | None = None
         self._blocks: Blocks | None = None
         self._ingested: set[str] = set()
@@ -66,12 +63,7 @@ class SceneBlocks:
             self.refresh()
 
     @classmethod
-    def of(
-        cls,
-        scene: Scene,
-        attempt: int = 1,
-        progress: Callable[[int], None] = lambda blocks: None,
-    ) -> SceneBlocks:
+    def of(cls, scene: Scene, attempt: int = 1) -> SceneBlocks:
         """The blocks of a prepared scene."""
         return cls(
             scene.ref.uri,
@@ -83,7 +75,6 @@ class SceneBlocks:
             scene.identity,
             scene.predict,
             attempt,
-            progress,
         )
 
     def refresh(self) -> None:
@@ -193,8 +184,6 @@ class SceneBlocks:
         except (KeyError, ValueError, OSError):  # arrays that vanished
             stage.check()
             raise
-        self._finished += 1
-        self.progress(self._finished)
 
     def close(self) -> None:
         """Close the source."""

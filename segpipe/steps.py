@@ -88,7 +88,6 @@ def predict_blocks(
     blocks: Sequence[Index],
     run: str,
     attempt: int = 1,
-    progress: Callable[[int], None] = lambda blocks: None,
 ) -> Done:
     """Compute and commit the labels of some blocks: of those without a receipt.
 
@@ -98,7 +97,6 @@ def predict_blocks(
     Args:
         run: name under which a stop may be requested; asked before every block.
         attempt: recorded in the receipts.
-        progress: told the number of blocks finished, after each.
 
     Raises:
         StoppedError, SceneError, DeviceMemoryError.
@@ -132,7 +130,7 @@ def predict_blocks(
     else:
         model = load_object_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.scaling, Statistics(scene.statistics))
-    with SceneBlocks.of(scene, attempt, progress) as store:
+    with SceneBlocks.of(scene, attempt) as store:
         engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
         timings = engine.run(todo, lambda: stop_requested(scene.job.outputs.dir, run), is_done)
     seconds, elements = time.perf_counter() - begun, computed * math.prod(scene.plan.blocks.block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import rasterio
 import torch
 import yaml
@@ -63,6 +65,17 @@ def scripted(ndim: int, channels: int) -> bytes:
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(Pyramid(ndim, channels, len(CLASSES)).eval()), buffer)
     return buffer.getvalue()
+
+
+def after_each_block(monkeypatch: pytest.MonkeyPatch, told: Callable[[int], None]) -> None:
+    """Call ``told`` with the number of blocks that were committed, after each, in the middle of a run."""
+    finish, count = SceneBlocks.finish, itertools.count(1)
+
+    def finish_and_tell(store: SceneBlocks, result: BlockResult) -> None:
+        finish(store, result)
+        told(next(count))
+
+    monkeypatch.setattr(SceneBlocks, "finish", finish_and_tell)
 
 
 RADIUS = 6

@@ -28,6 +28,7 @@ from tests.inference.lab import (
     Lab,
     Network,
     Watched,
+    after_each_block,
     compute,
     labels_of,
     low_middle_high,
@@ -317,7 +318,9 @@ def test_a_stop_keeps_what_was_finished_and_a_resume_adds_the_rest(
         assert shards(resumed, name) == expected != {}
 
 
-def test_a_stop_that_was_asked_for_through_the_store(lab: Lab, ref: SceneRef) -> None:
+def test_a_stop_that_was_asked_for_through_the_store(
+    lab: Lab, ref: SceneRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same through the card's own network and the flag that another process would set."""
     scene = prepared(job_of(lab, ref), ref)
     blocks = pending_blocks(scene)
@@ -326,8 +329,9 @@ def test_a_stop_that_was_asked_for_through_the_store(lab: Lab, ref: SceneRef) ->
         if n == 2:
             request_stop(scene.predict.out, "run-1")
 
+    after_each_block(monkeypatch, progress)
     with pytest.raises(StoppedError, match="run it again to resume"):
-        predict_blocks(scene, blocks, "run-1", progress=progress)
+        predict_blocks(scene, blocks, "run-1")
     assert threads() == []
     done = len(scene.predict.done())
     assert 2 <= done <= 2 + 8

@@ -27,6 +27,7 @@ from tests.inference.lab import (
     CLASSES,
     Lab,
     Pyramid,
+    after_each_block,
     labels_of,
     patches,
     predict,
@@ -83,7 +84,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("ingested", [True, False], ids=["ingested", "writing-through"])
 @pytest.mark.parametrize("again", [False, True], ids=["dropped", "dropped-and-made-again"])
 def test_a_job_survives_that_another_drops_their_common_ingest(
-    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray], ingested: bool, again: bool
+    lab: Lab,
+    ref: SceneRef,
+    undisturbed: tuple[np.ndarray, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    ingested: bool,
+    again: bool,
 ) -> None:
     other = prepared(job_of(lab, ref, lab.card(2, input=OTHER_INPUT), "shared"), ref)
     if ingested:
@@ -106,7 +112,9 @@ def test_a_job_survives_that_another_drops_their_common_ingest(
                 assert scene.ingest.exists
                 assert not scene.ingest.current
 
-    predict_blocks(scene, blocks, "test", progress=progress)
+    with monkeypatch.context() as patch:
+        after_each_block(patch, progress)
+        predict_blocks(scene, blocks, "test")
     finish_labels(scene)
     assert finished == list(range(1, len(blocks) + 1))
     np.testing.assert_array_equal(labels_of(scene), undisturbed[0])
@@ -160,7 +168,7 @@ def test_a_batch_that_begins_after_the_drop_reads_the_source(
 
 
 def test_predictions_dropped_by_another_run_are_an_error_that_says_so(
-    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray]
+    lab: Lab, ref: SceneRef, undisturbed: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(lab, ref, lab.card(2, input=INPUT), "shared")
     scene = prepared(job, ref)
@@ -170,8 +178,12 @@ def test_predictions_dropped_by_another_run_are_an_error_that_says_so(
         if n == 4:
             Stage(scene.predict.out, scene.predict.key).drop()
 
-    with pytest.raises(SceneError, match=r"predict-\w+ was dropped by another run; run the job again"):
-        predict_blocks(scene, blocks, "test", progress=progress)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SceneError, match=r"predict-\w+ was dropped by another run; run the job again"),
+    ):
+        after_each_block(patch, progress)
+        predict_blocks(scene, blocks, "test")
     with pytest.raises(SceneError, match="was dropped by another run"):
         finish_labels(scene)
     resumed = prepared(job, ref)
