@@ -59,10 +59,10 @@ serve: $(INSTALLED)
 	$(BIN)/segpipe serve
 
 services: $(INSTALLED)
-	$(BIN)/python -m infra.services start --database $(or $(DATABASE),sqlite)
+	$(BIN)/python -m tests.services start --database $(or $(DATABASE),sqlite)
 
 services-stop:
-	@test ! -x $(BIN)/python || $(BIN)/python -m infra.services stop
+	@test ! -x $(BIN)/python || $(BIN)/python -m tests.services stop
 
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv

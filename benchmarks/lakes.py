@@ -25,7 +25,7 @@ import rasterio
 import torch
 import yaml
 
-from infra.services import Services
+from tests.services.loopback import Services
 
 EDGE = 64
 """Of a block, in pixels: one window."""

@@ -1,4 +1,4 @@
-"""Does a map lie on its image? ``python -m benchmarks.registration [RECIPE] [--set data.root=FOLDER]``.
+"""Does a map lie on its image? ``python -m benchmarks.registration [RECIPE] [--data FOLDER]``.
 
 For every labelled raster of a recipe: the share of the bands' variance that the map's classes explain (η²,
 mean over bands), with the map where its file says and moved by whole pixels. Only rows that are learned from
@@ -8,17 +8,22 @@ decide on `labels_shift`; rows that are judged are printed beside them.
 from __future__ import annotations
 
 import argparse
+import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from segpipe.geometry.box import Box
 from segpipe.sources import open_source
-from segpipe.training.prompted.real import UNKNOWN, moved
-from segpipe.training.prompted.recipe import Raster, load_prompted_recipe
 
-RECIPE = "configs/train/prompted/starter-sam.yaml"
+# This folder holds scripts and is no package.
+sys.path.append(str(Path(__file__).parents[1] / "configs/models/starter-sam/train"))
+
+from scenes import UNKNOWN, moved
+from train import RECIPE, load_recipe
+
 REACH = 3
 """Pixels that a map is moved by, at most."""
 
@@ -26,10 +31,10 @@ REACH = 3
 def main() -> None:
     """Print a row a raster and part of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", nargs="?", default=RECIPE)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value")
+    parser.add_argument("recipe", nargs="?", type=Path, default=RECIPE)
+    parser.add_argument("--data", help="folder of the scenes; left out: the recipe's")
     given = parser.parse_args()
-    recipe = load_prompted_recipe(given.recipe, given.set)
+    recipe = load_recipe(given.recipe, given.data)
     print(f"{'raster':28} {'rows':8} {'of file':>8} {'best':>8}  rows and columns moved by")
     for raster in recipe.data.rasters:
         for name, rows in (("learned", raster.learned), ("judged", raster.judged)):
@@ -40,7 +45,7 @@ def main() -> None:
             print(f"{raster.name:28} {name:8} {found[0, 0]:8.4f} {found[best]:8.4f}  {list(best)}")
 
 
-def explained(root: Path, raster: Raster, rows: list[int]) -> dict[tuple[int, int], float]:
+def explained(root: Path, raster: Any, rows: list[int]) -> dict[tuple[int, int], float]:
     """η² by how far the map is moved."""
     with open_source(str(root / raster.image), band_names=raster.bands) as source:
         box = Box((rows[0], 0), (rows[1], source.geometry.shape[1]))

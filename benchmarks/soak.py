@@ -32,10 +32,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
-from infra.services import Services
 from segpipe.config.scan import Scan
 from segpipe.lake.scan import check_scan
 from segpipe.tables.record import load_record
+from tests.services.loopback import Services
 
 ROOT = Path(__file__).parents[1]
 SCENE = ROOT / ".demo/landsat/landsat7_2000.tif"

@@ -1,6 +1,6 @@
 """What the starter promptable model finds on data that it never saw: ``python -m benchmarks.starter``.
 
-``[--card CARD] [--recipe RECIPE] [--set data.root=FOLDER] [--quick]``. Drawn scenes over textures of those
+``[--card CARD] [--recipe RECIPE] [--data FOLDER] [--quick]``. Drawn scenes over textures of those
 parts of the real scenes that are kept apart, and every set that the recipe judges by: mean IoU with a box
 around the object beside the floor, the ellipse inscribed in that box; and with one point, its deepest
 element. Of the three candidates it is the one that the model holds for the best. An object takes the window
@@ -11,10 +11,12 @@ against true IoU by Pearson's r and Spearman's rho.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,13 +27,16 @@ from segpipe.config.card import load_card
 from segpipe.prompts.segmenters.base import Prompt, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.tiling.pyramid import Pyramid, Window
-from segpipe.training.prompted.real import EMPTY, LabelledVolume, RasterPart, read_scenes
-from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
-from segpipe.training.prompted.run import CENTRE, SPREAD
-from segpipe.training.prompted.samples import box_of
-from segpipe.training.prompted.synthetic import draw_scene
+from segpipe.training.promptable.prompt_sampling import mask_box
 
-CARD, RECIPE = "configs/models/starter-sam.yaml", "configs/train/prompted/starter-sam.yaml"
+# This folder holds scripts and is no package.
+sys.path.append(str(Path(__file__).parents[1] / "configs/models/starter-sam/train"))
+
+from scenes import EMPTY, LabelledVolume, RasterPart, read_scenes
+from shapes import draw_scene
+from train import CENTRE, RECIPE, SPREAD, load_recipe
+
+CARD = "configs/models/starter-sam.yaml"
 MARGIN = 0.1
 """Around an object, as a share of its longer edge."""
 SEED = 1_000_000
@@ -57,19 +62,19 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--card", default=CARD)
-    parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--data", help="folder of the scenes; left out: the recipe's")
     parser.add_argument("--quick", action="store_true", help="a few objects of each set")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     segmenter = load_segmenter(load_card(given.card), torch.device("cpu"), given.threads)
-    recipe = load_prompted_recipe(given.recipe, given.set)
+    recipe = load_recipe(given.recipe, given.data)
     found = measured(segmenter, recipe, given.quick)
     print(table(found).to_string(index=False))
     print(f"Seed {recipe.optimise.seed}; {Path(given.card).name}; {segmenter.parameters:,} parameters.")
 
 
-def measured(segmenter: Segmenter, recipe: PromptedRecipe, quick: bool = False) -> pd.DataFrame:
+def measured(segmenter: Segmenter, recipe: Any, quick: bool = False) -> pd.DataFrame:
     """A row an object: set, size, floor, and for box and point IoU, best IoU and predicted IoU."""
     rows = []
     for case in cases(recipe, segmenter.window[0], quick):
@@ -103,14 +108,14 @@ def prompts(mask: np.ndarray, scale: int) -> dict[str, Prompt]:
         return np.asarray((xy + 0.5) / scale - 0.5, np.float32)
 
     return {
-        "box": Prompt(box_xyxy=coarse(box_of(mask))),
+        "box": Prompt(box_xyxy=coarse(mask_box(mask))),
         "point": Prompt(points_xy=coarse(np.array([[x, y]])), labels=np.ones(1, np.int64)),
     }
 
 
 def floor(mask: np.ndarray) -> float:
     """IoU of a mask with the ellipse inscribed in its box."""
-    x0, y0, x1, y1 = box_of(mask)
+    x0, y0, x1, y1 = mask_box(mask)
     y, x = np.indices(mask.shape)
     half = (y1 - y0 + 1) / 2, (x1 - x0 + 1) / 2
     inside = ((y - (y0 + y1) / 2) / half[0]) ** 2 + ((x - (x0 + x1) / 2) / half[1]) ** 2 <= 1
@@ -122,7 +127,7 @@ def iou(found: np.ndarray, mask: np.ndarray) -> float:
     return float((found & mask).sum() / (found | mask).sum())
 
 
-def cases(recipe: PromptedRecipe, edge: int, quick: bool) -> Iterator[Case]:
+def cases(recipe: Any, edge: int, quick: bool) -> Iterator[Case]:
     """Every judged window."""
     scenes = read_scenes(recipe, judged=True)
     least = recipe.sampling.smallest

@@ -39,7 +39,7 @@ from segpipe.prompts.masks.read_planes import Planes, read_window
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.prompts.volumes.propagate import How, Rules, SliceAnswer, Stop, propagate
-from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, held_bytes
+from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker
 from segpipe.prompts.volumes.propagate_prompts import Linking, link
 from segpipe.prompts.volumes.slices import ask_by_slice
 from segpipe.sources import open_source
@@ -233,7 +233,15 @@ def by_library(slices: Slices, card: Card) -> int:
         for reverse in (False, True):
             for _ in network.propagate_in_video_iterator(session, middle, reverse=reverse):
                 pass
-    return held_bytes(session)
+    return held_bytes([vars(session), vars(session.cache)])
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of all tensors inside mappings and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(held_bytes, parts)) if isinstance(parts, (list, tuple)) else 0
 
 
 def memory(depths: list[int], fresh: Callable[..., list[str]] = run_fresh) -> None:

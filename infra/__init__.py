@@ -1,1 +1,1 @@
-"""What runs around segpipe: services on this machine, images, charts, deployments."""
+"""What runs around segpipe: images, charts, deployments."""

@@ -23,8 +23,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.server import free_port
-from infra.loopback import Services
-from infra.processes import start, stop, wait_until
 from segpipe.cli.doctor import doctor_command, line_of, table_of
 from segpipe.doctor import (
     Finding,
@@ -38,6 +36,8 @@ from segpipe.doctor import (
     check_store,
     selftest,
 )
+from tests.services.loopback import Services
+from tests.services.processes import start, stop, wait_until
 
 AUTH = "operator:correct horse"
 

@@ -114,7 +114,7 @@ def test_torch_and_prefect_stay_out(world: World, tmp_path: Path) -> None:
         "from segpipe.pipeline.measure import measure_scene\n"
         "from segpipe.runs.check import check_request\n"
         "from segpipe.runs.finish import finish_run\n"
-        "from segpipe.export.run_folder import Run\n"
+        "from segpipe.export.run_folder import RunFolder\n"
         f"job = Job.model_validate({job!r})\n"
         "request = check_request(job)\n"
         "scene = prepare_labelled(job, request.scenes[0])\n"

@@ -3,7 +3,9 @@
 Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NIPS
 2011, arXiv:1210.5644, with messages from a window alone, as in Teichmann and Cipolla, "Convolutional CRFs
 for Semantic Segmentation", BMVC 2019, arXiv:1805.04777. The window is what makes tiles possible: an answer
-depends on elements at most `crf_reach` away, so a tile with that halo is answered as the whole scene is.
+depends on elements at most (iterations + 1) · radius away along each axis, for each iteration passes messages
+over the radius, and the kernels' sums look one radius further. A tile with that halo is answered as the whole
+scene is.
 
 Elements i and j at p with image values I attract one another (Potts) by
 
@@ -30,14 +32,6 @@ PROBABILITY_FLOOR = 1e-5
 
 Slices = tuple[Any, ...]
 """An index: all channels, then a slice per axis."""
-
-
-def crf_reach(iterations: int, radius: int) -> int:
-    """Elements, along each axis, that an answer of `dense_crf` can depend on.
-
-    Each iteration passes messages over the radius; the kernels' sums look one radius further.
-    """
-    return (iterations + 1) * radius
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ it, so that they have no other: the one with the better score is taken, then one
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """Average precision of one class, or a mean over classes."""
+    """Average precision of one class."""
 
     ap: float
     ap50: float
@@ -85,13 +85,6 @@ def average_precision(scenes: Iterable[dict[int, Detections]]) -> dict[int, Aver
     scenes = list(scenes)
     values = sorted({value for scene in scenes for value in scene})
     return {value: _of_class([scene[value] for scene in scenes if value in scene]) for value in values}
-
-
-def mean_average_precision(classes: Collection[AveragePrecision]) -> AveragePrecision:
-    """The mean over classes, each with the same weight, of those that are defined."""
-    ap, ap50, ap75 = (mean(getattr(c, name) for c in classes) for name in ("ap", "ap50", "ap75"))
-    reason = "no class is in the reference" if math.isnan(ap) else ""
-    return AveragePrecision(ap, ap50, ap75, reason, "; ".join(sorted({c.note for c in classes} - {""})))
 
 
 def _of_class(parts: list[Detections]) -> AveragePrecision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from segpipe import ENGINE_VERSION
-from segpipe.config.card import Card, load_card
+from segpipe.config.card import Card, read_card
 from segpipe.config.job import Job
 from segpipe.inference.object_merger import stuff_values
 from segpipe.inference.settings import Settings
@@ -29,7 +29,7 @@ def model_parts(card: Card) -> dict[str, Any]:
     """What identifies a model in keys: its card's numbers and its weights, the first model's too."""
     parts = {"card": card.prediction_fingerprint(), "weights": weights_fingerprint(card)}
     if card.roi is not None:
-        first = load_card(card.folder / card.roi.card)
+        first = read_card(str(card.folder / card.roi.card))
         parts["roi_card"] = first.prediction_fingerprint()
         parts["roi_weights"] = weights_fingerprint(first)
     return parts

@@ -272,13 +272,13 @@ def check_worker(scene: Scene) -> None:
     """Refuse to compute where the bits would differ from those that were planned.
 
     Raises:
-        SceneError: this process has another card, other weights, another device or version.
+        SceneError: this process has other weights, another device or version.
     """
     here = resolve_settings(scene.job.compute, scene.card)
     mine = replace(scene.settings, device_class=here.device_class)
     planned = scene.predict.key
     if predict_key(scene.job, scene.card, mine, scene.ingest.key, scene.plan.lattice) != planned:
         raise SceneError(
-            f"this worker would compute other bits than were planned on {scene.settings.device_class} (card, "
-            "weights, device or version of segpipe differ here); make the workers alike and run again"
+            f"this worker would compute other bits than were planned on {scene.settings.device_class} "
+            "(weights, device or version of segpipe differ here); make the workers alike and run again"
         )

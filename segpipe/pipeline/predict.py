@@ -11,7 +11,6 @@ import numpy as np
 
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
-from segpipe.pipeline.keys import labels_stage
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
 from segpipe.store.stage import ArraySpec
@@ -82,7 +81,7 @@ def finish_labels(scene: Scene) -> Done:
     """The card's clean-up, or the joining of objects, over a finished scene; compacts the receipts.
 
     Raises:
-        SceneError: predictions are missing or were dropped, or the card's clean-up is no longer the planned.
+        SceneError: predictions are missing or were dropped.
     """
     from segpipe.inference.cleanup import clean_labels
     from segpipe.inference.label_dtype import label_dtype
@@ -90,8 +89,6 @@ def finish_labels(scene: Scene) -> Done:
 
     begun = time.perf_counter()
     scene.predict.check()
-    if labels_stage(scene.job, scene.card, scene.predict) != scene.labels:
-        raise SceneError("the card's clean-up changed since the scene was planned; run the job again")
     missing = pending_blocks(scene)
     if missing:
         raise SceneError(f"{len(missing)} blocks have no prediction; run the job again")

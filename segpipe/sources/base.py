@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 
@@ -88,16 +86,6 @@ class Source(ABC):
             SceneError: the file is damaged; names file, what was found.
         """
 
-    def channels_named(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Channels (0-based, for `read`) that bear these names, in the order asked for.
-
-        Upper and lower case count as equal where no name matches exactly.
-
-        Raises:
-            RequestError: a name is not among `bands`, or several bands bear it.
-        """
-        return tuple(_channel_named(self, name) for name in names)
-
     def to_xarray(self) -> xarray.DataArray:
         """The stored values as (band, y, x) or (band, z, y, x), read when they are asked for.
 
@@ -129,21 +117,6 @@ class Source(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _channel_named(source: Source, name: str) -> int:
-    exact = [i for i, band in enumerate(source.bands) if band == name]
-    found = exact or [i for i, b in enumerate(source.bands) if b.casefold() == name.casefold()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise RequestError(f"{source.uri}: {len(found)} bands are called {name!r}")
-    if not source.bands:
-        raise RequestError(
-            f"{source.uri}: band {name!r} is wanted, but the file names none of its "
-            f"{source.count} bands; name them in file order with `bands`"
-        )
-    raise RequestError(f"{source.uri}: no band {name!r}; it has {', '.join(source.bands)}")
 
 
 class LabelReader(Protocol):

@@ -114,10 +114,6 @@ class Pyramid:
             indices[held] = np.clip(nearest, begin, end)[held].astype(np.int64)
         return levels, indices
 
-    def level_of(self, start: Sequence[float], stop: Sequence[float]) -> int:
-        """The level that one box takes; see `windows_of`."""
-        return self.window_of(start, stop).level
-
     def window_of(self, start: Sequence[float], stop: Sequence[float], least: int = 0) -> Window:
         """The window that one box takes; see `windows_of`."""
         level, index = self.windows_of(np.array([start]), np.array([stop]), least)

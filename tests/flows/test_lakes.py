@@ -20,8 +20,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from infra.services import Services
 from segpipe.tables.record import RunRecord, load_record
+from tests.services.loopback import Services
 
 ROOT = Path(__file__).parents[2]
 SCENE = ROOT.parent / "shared" / "data" / "nc_landsat" / "landsat_multiband.tif"

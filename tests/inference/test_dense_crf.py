@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from segpipe.inference.dense_crf import PROBABILITY_FLOOR, crf_reach, dense_crf
+from segpipe.inference.dense_crf import PROBABILITY_FLOOR, dense_crf
 
 KERNELS: dict[str, Any] = {
     "appearance_weight": 4.0,
@@ -167,7 +167,7 @@ def test_the_reach_is_exact(iterations, radius):
     other_image, other_p = image.copy(), p.copy()
     other_image[:, middle, middle] += 50
     other_p[:, middle, middle] = [0, 1]
-    assert distance(p, other_image) == crf_reach(iterations, radius)
+    assert distance(p, other_image) == (iterations + 1) * radius
     assert distance(other_p, image) == iterations * radius
 
 
@@ -175,7 +175,7 @@ def test_the_reach_is_exact(iterations, radius):
 def test_tiles_with_the_reach_as_halo_are_the_whole(margin):
     """And with two radii less they are not."""
     arguments = {"iterations": 3, "radius": 2}
-    halo = crf_reach(**arguments) - margin * arguments["radius"] * 2
+    halo = (arguments["iterations"] + 1 - 2 * margin) * arguments["radius"]
     p, image = scene((37, 50), seed=5)
     valid = np.random.default_rng(5).random((37, 50)) < 0.9
     whole = crf(p, image, valid, **arguments)

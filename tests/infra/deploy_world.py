@@ -77,7 +77,7 @@ class Stack:
 @contextmanager
 def stack(folder: Path) -> Iterator[Stack]:
     """A server of its own, with what `infra/pools.sh` and `prefect deploy --all` leave there."""
-    from infra.loopback import Services
+    from tests.services.loopback import Services
 
     home = folder / "home"
     home.mkdir()

@@ -19,8 +19,8 @@ import pytest
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 from obstore.store import S3Store
 
-from infra.loopback import Services
-from infra.processes import Part, ServiceError
+from tests.services.loopback import Services
+from tests.services.processes import Part, ServiceError
 
 ROOT = Path(__file__).parents[2]
 FLOW = """
@@ -168,13 +168,6 @@ def test_gdal_reads_the_store(services: Services, lake: S3Store, tmp_path: Path)
         assert int(python(services, READ, name)) == 4095 * 4096 // 2
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match=r"database: 'mysql' is none of sqlite, postgres"):
-        Services(tmp_path, database="mysql")
-    with pytest.raises(ServiceError, match="worker without prefect"):
-        Services(tmp_path, parts=("worker",))
-
-
 def test_a_service_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     services = Services(
         tmp_path, parts=("store", "prefect"), settings={"PREFECT_SERVER_LOGGING_LEVEL": "LOUD"}
@@ -191,7 +184,7 @@ def test_everything_on_postgres_from_the_command_line(tmp_path: Path) -> None:
     folder = tmp_path / "services"
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "infra.services", *arguments, "--folder", str(folder)]
+        line = [sys.executable, "-m", "tests.services", *arguments, "--folder", str(folder)]
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
     started = command("start", "--database", "postgres")
@@ -205,7 +198,7 @@ def test_everything_on_postgres_from_the_command_line(tmp_path: Path) -> None:
         environment = {**os.environ, **record["environment"]}
         done = subprocess.run([sys.executable, "-c", FLOW], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        url = f"postgresql://prefect@127.0.0.1:{record['ports']['postgres']}/prefect"
+        url = record["database"].replace("+asyncpg", "")
         rows = subprocess.run(
             ["psql", url, "-Atc", "select count(*) from flow_run"], capture_output=True, text=True
         )

@@ -264,9 +264,10 @@ print(*pyogrio.list_drivers(), sep=",")
 )
 def test_no_other_driver_stays_registered(imports: str) -> None:
     allowed = {*RASTER_DRIVERS, *VECTOR_DRIVERS, *OWN_DRIVERS}
+    loaded = f"{imports},segpipe.sources.vectors"
     environment = {k: v for k, v in os.environ.items() if k != "GDAL_SKIP"}
     done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", REGISTERED, f"{imports},segpipe.sources.vectors"],
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", REGISTERED, loaded],
         env=environment, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert done.stderr == ""

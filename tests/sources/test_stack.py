@@ -56,7 +56,7 @@ def test_every_file_keeps_its_nodata_mask_scale_and_dtype(
         assert source.dtype == np.int32  # holds uint16 and int16
         assert source.bands == ("blue", "heat", "qa")
         assert source.scaling == (Scaling(), Scaling(), Scaling(0.1, -5.0))
-        only_first = source.read(source.geometry.box, source.channels_named(["blue"]))
+        only_first = source.read(source.geometry.box, (source.bands.index("blue"),))
     np.testing.assert_array_equal(pixels.values, np.concatenate([first, second, third], dtype=np.int32))
     np.testing.assert_array_equal(pixels.valid, (first[0] != 0) & (second[0] != -999) & (mask > 0))
     np.testing.assert_array_equal(only_first.valid, first[0] != 0)

@@ -1,17 +1,19 @@
 """Volumes by the memory of a video model: slices are frames (SAM 2 and 2.1, EdgeTAM).
 
 Ravi et al., SAM 2, ICLR 2025; Zhou et al., EdgeTAM, CVPR 2025. The networks and their memory are the
-transformers library's. Here its sessions hold no frames: features come from the embeddings of the same
-folder's segmenter, one slice at a time, so no slice is encoded for this alone, and what a session remembers
-is cut to what the memory looks at: its size does not grow with the depth. Each chain has a session of its
-own with all the object's prompted slices in it, so that a chain answers what
-``propagate_in_video_iterator`` does from its slice, whatever else is tracked.
+transformers library's. Its session keeps everything that it was ever given or told, so one session lives for
+one slice here: it is handed what the network's memory looks at (`Memory`), by its own methods, and what it
+remembers of the slice is taken from it again. That is exact, for a pass looks at nothing else, and its size
+does not grow with the depth. Features come from the embeddings of the same folder's segmenter, one slice at a
+time, so no slice is encoded for this alone. Each chain has a memory of its own with all the object's prompted
+slices in it, so that a chain answers what ``propagate_in_video_iterator`` does from its slice, whatever else
+is tracked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -46,8 +48,11 @@ from segpipe.tiling.pyramid import Pyramid, Window
 FAMILIES = {"sam2_video": "Sam2Video", "edgetam_video": "EdgeTamVideo"}
 """Beginning of the library's class names, by a folder's `model_type`."""
 
-MEMORY = ("maskmem_features", "maskmem_pos_enc")
-"""What a session remembers of a slice in space; beside these, a pointer."""
+POINTER, SPACE = "object_pointer", ("maskmem_features", "maskmem_pos_enc")
+"""What a session remembers of a slice: a vector, and maps."""
+
+Outputs = dict[int, dict[str, torch.Tensor]]
+"""What is remembered, by slice."""
 
 
 def has_memory(card: Card) -> bool:
@@ -56,8 +61,8 @@ def has_memory(card: Card) -> bool:
     return data["model_type"] in FAMILIES
 
 
-ME = 1
-"""The only object of a session."""
+ME, MINE = 1, 0
+"""The only object of a session, and its index there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,22 @@ class Seen:
     logits: np.ndarray
     """(y, x) float32 of the window; −1024 throughout where the network says that there is no object."""
     iou: float
+
+
+@dataclass(eq=False)
+class Memory:
+    """What the network remembers of one object."""
+
+    depth: int
+    """Slices of the volume."""
+    prompted: Outputs = field(default_factory=dict)
+    tracked: Outputs = field(default_factory=dict)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its tensors."""
+        kept = [t for o in (self.prompted, self.tracked) for found in o.values() for t in found.values()]
+        return sum(t.numel() * t.element_size() for t in kept)
 
 
 class VideoNetwork:
@@ -114,8 +135,8 @@ class VideoNetwork:
             network, folder.path, config, lambda problem: card_error(card, "weights", problem)
         )
         self._network = loaded.to(device)
-        self._session: Any = getattr(library, f"{FAMILIES[kind]}InferenceSession")
-        self._iou = np.nan
+        self._session_class: Any = getattr(library, f"{FAMILIES[kind]}InferenceSession")
+        self._iou: Any = None
         self._network.mask_decoder.register_forward_hook(self._note_iou)
         grid = torch.Size((1, self.shapes["image"][0], folder.grid, folder.grid))
         with forward_pass(device, "fp32", threads):
@@ -126,63 +147,72 @@ class VideoNetwork:
         """The predicted IoU of the mask that is taken: of several masks the library takes the best."""
         self._iou = output[1].max()
 
-    def begin(self, depth: int, known: Any = None) -> Any:
-        """A session without frames.
+    def begin(self, depth: int, known: Memory | None = None) -> Memory:
+        """Return a memory without tracked slices.
 
         Args:
-            depth: slices of the volume.
-            known: a session whose prompted slices it remembers too; None: of none.
+            depth: Slices of the volume.
+            known: A memory whose prompted slices it has too; None: it has none.
         """
-        # The library counts the frames that it holds, to know where the video ends.
-        session = type("Session", (self._session,), {"num_frames": depth})(
+        return Memory(depth, dict(known.prompted) if known is not None else {})
+
+    def prompt(self, memory: Memory, index: int, embedding: Embedding, prompt: Prompt | np.ndarray) -> Seen:
+        """Return the mask of a prompted slice, which is remembered as such.
+
+        Args:
+            memory: Of the object.
+            index: Of the slice.
+            embedding: Of the object's window of the slice.
+            prompt: Points and a box, or the mask itself, (y, x) bool of the window.
+        """
+        session = self._session(memory, index, embedding)
+        self._ask(session, index, prompt)
+        seen = self._run(session, index, reverse=False)
+        memory.prompted[index] = self._remembered(session, index, prompted=True)
+        return seen
+
+    def track(
+        self, memory: Memory, index: int, embedding: Embedding, reverse: bool, prompt: Prompt | None = None
+    ) -> Seen:
+        """Return the mask of the next slice, by memory.
+
+        Args:
+            memory: Of the object; it has a prompted slice.
+            index: Of the slice.
+            embedding: Of the object's window of the slice.
+            reverse: Slices come in descending order.
+            prompt: Negative points, which correct what is remembered; None: none.
+        """
+        session = self._session(memory, index, embedding)
+        seen = self._run(session, index, reverse)
+        if prompt is not None and len(prompt.points_xy):
+            # On a slice that was tracked before, the library heeds points and memory together.
+            self._ask(session, index, prompt)
+            seen = self._run(session, index, reverse)
+        memory.tracked[index] = self._remembered(session, index, prompted=False)
+        self._forget(memory.tracked, index)
+        return seen
+
+    def _session(self, memory: Memory, index: int, embedding: Embedding) -> Any:
+        """Return a session that knows a memory and the features of one slice."""
+        session = self._session_class(
+            video=torch.empty(memory.depth, 0),  # it counts its frames, to know where the video ends
             inference_device=self._device,
             inference_state_device=self._device,
             dtype=torch.float32,
         )
-        own = session.obj_id_to_idx(ME)
-        if known is not None:
-            session.output_dict_per_obj[own]["cond_frame_outputs"] = dict(
-                known.output_dict_per_obj[own]["cond_frame_outputs"]
-            )
+        session.obj_id_to_idx(ME)
+        for outputs, prompted in ((memory.prompted, True), (memory.tracked, False)):
+            for other, found in outputs.items():
+                session.store_output(MINE, other, output_value=found, is_conditioning_frame=prompted)
+        session.cache.cache_vision_features(index, self._features(embedding))
         return session
-
-    def prompt(self, session: Any, index: int, embedding: Embedding, prompt: Prompt | np.ndarray) -> Seen:
-        """The mask of a prompted slice, which the session remembers as such.
-
-        Args:
-            session: of the object.
-            index: of the slice.
-            embedding: of the session's window of the slice.
-            prompt: points and a box, or the mask itself, (y, x) bool of the window.
-        """
-        self._ask(session, index, prompt)
-        return self._run(session, index, embedding, reverse=False, conditioning=True)
-
-    def track(
-        self, session: Any, index: int, embedding: Embedding, reverse: bool, prompt: Prompt | None = None
-    ) -> Seen:
-        """The mask of the next slice, by memory.
-
-        Args:
-            session: of the object; it has a prompted slice.
-            index: of the slice.
-            embedding: of the session's window of the slice.
-            reverse: slices come in descending order.
-            prompt: negative points, which correct what is remembered; None: none.
-        """
-        if prompt is not None and len(prompt.points_xy):
-            self._ask(session, index, prompt)
-            # On a slice that counts as tracked the library heeds points and memory together.
-            session.frames_tracked_per_obj[0][index] = {"reverse": reverse}
-        seen = self._run(session, index, embedding, reverse, conditioning=False)
-        self._forget(session, index)
-        return seen
 
     def _ask(self, session: Any, index: int, prompt: Prompt | np.ndarray) -> None:
         """Hand a prompt to the session, as the library's processor does."""
         if isinstance(prompt, np.ndarray):
             mask = torch.from_numpy(prompt.astype(np.float32))[None, None]
-            session.add_mask_inputs(0, index, mask)
+            session.add_mask_inputs(MINE, index, mask)
         else:
             check_prompts([prompt], self.window, self.mask_shape)
             xy, labels = prompt.points_xy, prompt.labels
@@ -193,25 +223,22 @@ class VideoNetwork:
                 "point_coords": torch.from_numpy(xy.astype(np.float32))[None, None],
                 "point_labels": torch.from_numpy(labels.astype(np.int32))[None, None],
             }
-            session.add_point_inputs(0, index, inputs)
+            session.add_point_inputs(MINE, index, inputs)
         session.obj_with_new_inputs = [ME]
 
-    def _run(self, session: Any, index: int, embedding: Embedding, reverse: bool, conditioning: bool) -> Seen:
-        """One pass of decoder and memory over one slice."""
+    def _run(self, session: Any, index: int, reverse: bool) -> Seen:
+        """Return the answer of one pass of decoder and memory over one slice."""
         with forward_pass(self._device, "fp32", self._threads):
-            session.cache.cache_vision_features(index, self._features(embedding))
             found = self._network(session, frame_idx=index, reverse=reverse)
             large = functional.interpolate(
                 found.pred_masks, self.window, mode="bilinear", align_corners=False
             )
-        session.cache.clear_all()
-        session.frames_tracked_per_obj[0].clear()
-        session.remove_point_inputs(0, index)
-        session.remove_mask_inputs(0, index)
-        kept = session.output_dict_per_obj[0][f"{'cond' if conditioning else 'non_cond'}_frame_outputs"]
-        for name in ("pred_masks", "high_res_masks"):  # large, and never looked at again
-            kept[index].pop(name, None)
         return Seen(large[0, 0].cpu().numpy(), float(self._iou))
+
+    def _remembered(self, session: Any, index: int, prompted: bool) -> dict[str, torch.Tensor]:
+        """Return what later slices look at; masks are large, and never looked at again."""
+        names = (POINTER, *SPACE)
+        return {name: session.get_output(MINE, index, name, prompted) for name in names}
 
     def _features(self, embedding: Embedding) -> dict[str, list[torch.Tensor]]:
         """An embedding as the session keeps a frame's features: (y · x, 1, c), finest first.
@@ -229,39 +256,15 @@ class VideoNetwork:
         features[-1] = features[-1] - self._network.no_memory_embedding
         return {"vision_feats": features, "vision_pos_embeds": [self._place]}
 
-    def _forget(self, session: Any, index: int) -> None:
+    def _forget(self, tracked: Outputs, index: int) -> None:
         """Drop of tracked slices what the memory will not look at from the next slice on."""
         config = self._network.config
-        tracked = session.output_dict_per_obj[0]["non_cond_frame_outputs"]
         for other in list(tracked):
             behind = abs(index - other) + 1
-            if behind >= config.num_maskmem:
-                for name in MEMORY:
-                    tracked[other].pop(name, None)
             if behind >= max(config.max_object_pointers_in_encoder, config.num_maskmem):
                 del tracked[other]
-
-
-def held_bytes(session: Any) -> int:
-    """Of all tensors that a session holds: frames, features, prompts and memory."""
-    parts = [
-        session.processed_frames or {},
-        session.cache._vision_features,
-        session.point_inputs_per_obj,
-        session.mask_inputs_per_obj,
-        session.output_dict_per_obj,
-    ]
-    return sum(t.numel() * t.element_size() for t in _tensors(parts))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
+            elif behind >= config.num_maskmem:
+                tracked[other] = {POINTER: tracked[other][POINTER]}
 
 
 def track(
@@ -298,21 +301,21 @@ def track(
 
 @dataclass(eq=False)
 class VideoTracker:
-    """A `segpipe.prompts.volumes.propagate.Tracker` with a session an object and chain."""
+    """A `segpipe.prompts.volumes.propagate.Tracker` with a memory an object and chain."""
 
     axis: int
     depth: int
     pyramid: Pyramid
     network: VideoNetwork
     embed: Embedder
-    _prompted: dict[int, Any] = field(default_factory=dict)
-    """By object: the session that knows its prompted slices."""
-    _chains: dict[Chain, Any] = field(default_factory=dict)
+    _prompted: dict[int, Memory] = field(default_factory=dict)
+    """By object: of its prompted slices."""
+    _chains: dict[Chain, Memory] = field(default_factory=dict)
 
     @property
     def held_bytes(self) -> int:
-        """Of the tensors that sessions hold; those of a prompted slice are counted in each."""
-        return sum(held_bytes(s) for s in (*self._prompted.values(), *self._chains.values()))
+        """Bytes of the tensors in memories; those of a prompted slice are counted in each."""
+        return sum(m.held_bytes for m in (*self._prompted.values(), *self._chains.values()))
 
     def begin(self, asked: Sequence[Tracked]) -> Iterator[tuple[SlicePrompt, Section]]:
         """As `Tracker.begin`."""
@@ -323,10 +326,10 @@ class VideoTracker:
             window: Window | None = self.pyramid.window_of(start, stop)
             tried: set[Window] = set()
             while window is not None:
-                session, sections = self._begin(one, window)
+                memory, sections = self._begin(one, window)
                 tried.add(window)
                 window = wider(sections, extents, self.pyramid, tried)
-            self._prompted[one.object] = session
+            self._prompted[one.object] = memory
             yield from zip(one.prompted, sections, strict=True)
 
     def follow(self, index: int, chains: Sequence[Chain]) -> list[Section]:
@@ -345,25 +348,25 @@ class VideoTracker:
         return sections
 
     def drop(self, chain: Chain) -> None:
-        """Its session."""
+        """Its memory."""
         self._chains.pop(chain, None)
 
-    def _begin(self, one: Tracked, window: Window) -> tuple[Any, list[Section]]:
-        """A session that knows an object's prompted slices in a window, and what it says of them."""
-        session, sections = self.network.begin(self.depth), []
+    def _begin(self, one: Tracked, window: Window) -> tuple[Memory, list[Section]]:
+        """Return a memory of an object's prompted slices in a window, and the masks there."""
+        memory, sections = self.network.begin(self.depth), []
         for said in one.prompted:
             prompt = window_prompt(window, self.pyramid, said.points, said.positive, said.box)
-            seen = self.network.prompt(session, said.index, self.embed(said.index, window), prompt)
+            seen = self.network.prompt(memory, said.index, self.embed(said.index, window), prompt)
             sections.append(self._section(one.object, said.index, window, seen, "prompted"))
-        return session, sections
+        return memory, sections
 
     def _restart(self, chain: Chain, index: int, window: Window) -> None:
-        """A session in another window that knows the prompted slices, and the mask of slice ``index``."""
-        session, _ = self._begin(chain.asked, window)
+        """Begin a memory in another window, of the prompted slices and the mask of slice ``index``."""
+        memory, _ = self._begin(chain.asked, window)
         if index != chain.origin:
             mask = placed(chain.patch, window, self.pyramid)
-            self.network.prompt(session, index, self.embed(index, window), mask)
-        self._chains[chain] = session
+            self.network.prompt(memory, index, self.embed(index, window), mask)
+        self._chains[chain] = memory
 
     def _track(self, chain: Chain, index: int, window: Window) -> Section:
         beside = chain.asked.hints.get(index)

@@ -9,7 +9,7 @@ from monai.losses import DiceLoss
 from sklearn.metrics import jaccard_score
 from torch.nn import functional
 
-from segpipe.training.prompted.objective import iou, jaccard_loss, judge
+from segpipe.training.promptable.objective import jaccard_loss, mask_iou, mask_loss
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_jaccard_loss_is_monais(answers: tuple[torch.Tensor, torch.Tensor]) -> N
 
 def test_iou_is_scikit_learns(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, cover = answers
-    found = iou(logits, cover, cover.sum((1, 2))).numpy()
+    found = mask_iou(logits, cover, cover.sum((1, 2))).numpy()
     for i in range(5):
         wanted = jaccard_score(cover[i].ravel().numpy(), (logits[i] > 0).ravel().numpy())
         assert found[i] == pytest.approx(wanted, abs=1e-6)
@@ -39,7 +39,7 @@ def test_what_lies_beyond_a_look_is_missed() -> None:
     cover = torch.zeros(1, 8, 8)
     cover[:, 2:6] = 1  # 32 of the object's 64 cells
     logits = torch.where(cover > 0, 6.0, -6.0)
-    assert float(iou(logits, cover, torch.tensor([64.0]))) == 0.5
+    assert float(mask_iou(logits, cover, torch.tensor([64.0]))) == 0.5
 
 
 def test_the_loss_is_entropy_jaccard_and_the_error_of_the_iou(
@@ -47,12 +47,12 @@ def test_the_loss_is_entropy_jaccard_and_the_error_of_the_iou(
 ) -> None:
     logits, cover = answers
     predicted = torch.rand(5)
-    judged = judge(logits, predicted, cover, cover.sum((1, 2)))
+    loss, iou = mask_loss(logits, predicted, cover, cover.sum((1, 2)))
     wanted = (
         functional.binary_cross_entropy_with_logits(logits, cover)
         + jaccard_loss(logits, cover).mean()
-        + ((predicted - judged.iou) ** 2).mean()
+        + ((predicted - iou) ** 2).mean()
     )
-    torch.testing.assert_close(judged.loss, wanted)
-    perfect = judge(torch.where(cover > 0, 20.0, -20.0), torch.ones(5), cover, cover.sum((1, 2)))
-    assert float(perfect.loss) < 1e-3 and np.allclose(perfect.iou, 1)
+    torch.testing.assert_close(loss, wanted)
+    loss, iou = mask_loss(torch.where(cover > 0, 20.0, -20.0), torch.ones(5), cover, cover.sum((1, 2)))
+    assert float(loss) < 1e-3 and np.allclose(iou, 1)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
+from shapes import Drawn, Groups
 from torch.nn import functional
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.sources import discover, open_source
-from segpipe.training.prompted.recipe import PromptedRecipe, Raster, Volumes
-from segpipe.training.prompted.synthetic import Drawn, Groups
 
 EMPTY = 0.5
 """Stands where a scene has no values: what normalisation maps to 0, as the padding of windows."""
@@ -61,7 +61,7 @@ class LabelledVolume:
     """Values that make an object."""
 
 
-def read_raster(root: Path, raster: Raster, rows: Sequence[int], values: Sequence[int]) -> RasterPart:
+def read_raster(root: Path, raster: Any, rows: Sequence[int], values: Sequence[int]) -> RasterPart:
     """Rows of a raster with the connected parts of some classes.
 
     Raises:
@@ -120,7 +120,7 @@ def stretched(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return out
 
 
-def read_volumes(root: Path, volumes: Volumes, judged: bool) -> list[LabelledVolume]:
+def read_volumes(root: Path, volumes: Any, judged: bool) -> list[LabelledVolume]:
     """The cases of a set that are learned from, or those that the model is judged by.
 
     Raises:
@@ -156,7 +156,7 @@ class Scenes:
         return [raster.image for raster in self.rasters]
 
 
-def read_scenes(recipe: PromptedRecipe, judged: bool = False) -> Scenes:
+def read_scenes(recipe: Any, judged: bool = False) -> Scenes:
     """The scenes of a recipe that are learned from, or that the model is judged by."""
     root = Path(recipe.data.root)
     rasters = []

@@ -1,0 +1,1 @@
+"""Prompts and the objective with which promptable models are trained."""

@@ -1,1 +1,0 @@
-"""Training of a small promptable model: drawn shapes and labelled scenes in, a folder of the library out."""

@@ -1,0 +1,1 @@
+"""Services on loopback that tests and `make services` start: Prefect, PostgreSQL, an object store, Dask."""
