@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import httpx
 from prefect import State
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
@@ -15,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 
 from flows.server import free_port, local_server
 from segpipe.config.job import Job
-from segpipe.errors import RequestError
+from segpipe.errors import RequestError, SegpipeError
 from segpipe.runs.check import ResolvedJob
 
 DRAIN_SECONDS = 10.0
@@ -26,6 +27,7 @@ def check_server() -> None:
 
     Raises:
         RequestError: nothing answers.
+        SegpipeError: it lets nobody in with these credentials.
     """
     url = get_current_settings().api.url
     if url is None:
@@ -36,6 +38,8 @@ def check_server() -> None:
                 f"PREFECT_API_URL: no Prefect server answers at {url}; start one with "
                 "`prefect server start`, or unset it for a temporary one"
             )
+        with server_in_use():
+            client.api_version()  # unlike its health, it is told to who may ask
 
 
 _HANDED_ON: ContextVar[ResolvedJob | None] = ContextVar("handed on", default=None)
@@ -56,18 +60,39 @@ def run_here(
         flow: to be called.
         parameters: of the flow.
         resolved: its job, where that is checked already; the flow does not check it again (`handed_on`).
+
+    Raises:
+        SegpipeError: the server does not start, or is gone before the end.
     """
     _HANDED_ON.set(resolved)
-    with nullcontext() if get_current_settings().api.url is not None else _own_server():
+    own = nullcontext() if get_current_settings().api.url is not None else _own_server()
+    with own, server_in_use():
         state: State[Any] = flow(*parameters, return_state=True)
     return state
+
+
+@contextmanager
+def server_in_use() -> Iterator[None]:
+    """Around what asks the server, and cannot go on without.
+
+    Raises:
+        SegpipeError: the server did not answer, or refused.
+    """
+    try:
+        yield
+    except httpx.HTTPError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SegpipeError(
+            f"the Prefect server at {get_current_settings().api.url} is gone or refuses ({reason}); what is "
+            "done stays, the same command goes on; `segpipe doctor` looks at address and credentials"
+        ) from error
 
 
 @contextmanager
 def _own_server() -> Iterator[None]:
     """Unlike Prefect's temporary server, it outlives a Ctrl-C and has the whole history in the end."""
     with (
-        local_server("127.0.0.1", free_port(), quiet=True) as api,
+        local_server("127.0.0.1", free_port()) as api,
         temporary_settings({PREFECT_API_URL: api}),
     ):
         try:

@@ -6,7 +6,8 @@ import os
 from importlib import import_module
 
 from flows.deployments import DEPLOYMENTS
-from flows.server import local_server
+from flows.server import answers, local_server
+from segpipe.errors import SegpipeError
 
 
 def serve_locally(host: str, port: int, limit: int = 1) -> None:
@@ -22,6 +23,7 @@ def serve_locally(host: str, port: int, limit: int = 1) -> None:
         prefect = import_module("prefect")
         load = import_module("prefect.flows").load_flow_from_entrypoint
         module_path = import_module("prefect.types.entrypoint").EntrypointType.MODULE_PATH
+        server_in_use = import_module("flows.here").server_in_use
         served = (
             load(each.entrypoint, use_placeholder_flow=False).to_deployment(
                 name=each.name,
@@ -33,4 +35,13 @@ def serve_locally(host: str, port: int, limit: int = 1) -> None:
             for each in DEPLOYMENTS
         )
         # schedules that somebody set in the UI stay as they are when the laptop is closed
-        prefect.serve(*served, limit=limit, pause_on_shutdown=False)
+        try:
+            with server_in_use():
+                prefect.serve(*served, limit=limit, pause_on_shutdown=False)
+        except SystemExit as ended:
+            if ended.code != 0:
+                raise  # 0 is how it ends on SIGTERM: what it was to do is done
+        except Exception as error:
+            if answers(api):
+                raise
+            raise SegpipeError(f"the Prefect server at {api} has ended, and serving with it") from error

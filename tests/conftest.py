@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ sys.path.append(str(Path(__file__).parent))  # for the tests' own modules, such 
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from world import Ended, World, environment, make_world  # noqa: E402
+
+from flows.server import free_port  # noqa: E402
 
 # A busy machine is slow: no example fails for that.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -80,9 +81,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The API of a real Prefect server on SQLite, started once."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = (HOME / "server.log").open("w")
     process = subprocess.Popen(

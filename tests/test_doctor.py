@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -267,6 +268,42 @@ def test_a_store_that_nobody_runs(on_store: Services, monkeypatch: pytest.Monkey
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     assert_failed(check_store("s3://lake"), "builder error", "AWS_ALLOW_HTTP=true")
     assert_failed(check_store("smb://lake"), "smb://lake: cannot be opened", "look at the address")
+
+
+@pytest.mark.parametrize("number", [401, 403, 404])
+def test_a_number_in_an_address_is_no_answer(
+    number: int, on_store: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = next(p for p in range(number * 10, number * 10 + 10) if nobody_has(p))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    assert_failed(check_store(f"s3://metadata-{number}"), f":{port}/", "correct AWS_ENDPOINT_URL")
+
+
+def nobody_has(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"), [(401, "wants credentials"), (403, "refuses"), (404, "make it")]
+)
+def test_a_store_that_answers_with_a_status_alone(
+    status: int, advice: str, on_store: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        finding = check_store("s3://lake")
+        server.shutdown()
+    assert_failed(finding, f"{status}", advice)
 
 
 def test_credentials_are_named_and_never_shown(tmp_path: Path) -> None:

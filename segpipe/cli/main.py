@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from segpipe import __version__
 from segpipe.cli.doctor import doctor_command
@@ -22,7 +23,25 @@ if TYPE_CHECKING:
     from segpipe.export.run_folder import RunFolder
     from segpipe.tables.record import RunRecord
 
+
+class _Commands(TyperGroup):
+    """Whose commands end by returning or by `typer.Exit`, never because a library ends the process."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command named.
+
+        Raises:
+            SegpipeError: something called `sys.exit`, be it with 0: the work is not done.
+        """
+        try:
+            return super().invoke(ctx)
+        except SystemExit as ended:
+            told = ended.code if isinstance(ended.code, str) else f"exit code {ended.code or 0}"
+            raise SegpipeError(f"ended by a library before the work was done: {told}") from ended
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Segment satellite rasters and 3D medical volumes, and report areas, volumes and overlap "
     "per region. Start with `segpipe plan JOB.yaml`, then `segpipe run JOB.yaml`.",
     no_args_is_help=True,
@@ -261,7 +280,7 @@ def schema() -> None:
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address of the Prefect server to use or start.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Its port.")] = 4200,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 4200,
     limit: Annotated[int, typer.Option(min=1, help="Runs at once; the others wait.")] = 1,
 ) -> None:
     """Start a local Prefect server (unless one answers) and serve every flow, ready for the UI's forms."""
@@ -286,9 +305,25 @@ def execute(arguments: list[str] | None = None) -> int:
     except SegpipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except SystemExit as ended:  # how typer ends: a wrong command line is 2, an interrupt 130
-        return ended.code if isinstance(ended.code, int) else 0
+    except SystemExit as ended:  # how typer ends: work done is 0, a wrong command line 2, an interrupt 130
+        return ended.code if isinstance(ended.code, int) else 1
+    except ValueError as error:
+        if (line := _setting(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _setting(error: ValueError) -> str | None:
+    """What is wrong with a setting of Prefect, which it reads when it is loaded; None: another error."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError) or not error.title.endswith("Settings"):
+        return None
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    return f"Prefect's {error.title}: {field}: {first['msg']}; see `prefect config view`"
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import re
 import struct
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,6 +233,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise RequestError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Whether it is an archive with a program in it, rather than of tensors alone."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
@@ -248,7 +257,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except _DAMAGED as error:
         hint = (
             "it is TorchScript, a program: `provider: torchscript` with `allow_torchscript: true`"
-            if "TorchScript" in str(error)
+            if _is_torchscript(path)
             else "it is damaged, or no PyTorch checkpoint"
         )
         raise RequestError(f"{path}: cannot be read; {hint}") from error

@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
 
+from segpipe.config.card import Card, WindowZscore, read_card
 from segpipe.config.classes import load_classes
-from segpipe.config.job import (TTA, Blend, Job, parse_size)
-from segpipe.errors import RequestError
-from segpipe.runs.fingerprint import fingerprint
 from segpipe.config.groups import load_groups
-from segpipe.store.location import (check_writable, is_url)
-from segpipe.config.card import (Card, WindowZscore, read_card)
+from segpipe.config.job import TTA, Blend, Job, parse_size
+from segpipe.errors import RequestError
+from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import check_card
+from segpipe.pipeline.surfaces import tolerances
 from segpipe.prompts.phrase_classes import phrase_classes
 from segpipe.regions import is_grid, parse_grid
-from segpipe.inference.settings import (NO_MODEL, Settings, resolve_settings)
-from segpipe.sources import (SceneRef, discover)
-from segpipe.pipeline.surfaces import tolerances
+from segpipe.runs.fingerprint import fingerprint
+from segpipe.sources import SceneRef, discover
+from segpipe.store.location import check_writable, is_url
 
 
 @dataclass(frozen=True, kw_only=True)

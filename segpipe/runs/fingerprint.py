@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from segpipe import ANSWER_VERSION, ENGINE_VERSION
+from segpipe.config.card import Card, read_card
 from segpipe.config.job import Job
-from segpipe.store.location import is_url
-from segpipe.pipeline.measure import TALLY_VERSION
-from segpipe.config.card import (Card, read_card)
-from segpipe.pipeline.keys import model_parts
 from segpipe.inference.settings import Settings
+from segpipe.pipeline.keys import model_parts
+from segpipe.pipeline.measure import TALLY_VERSION
 from segpipe.sources.base import SceneRef
 from segpipe.sources.common import matches
 from segpipe.sources.mosaic import MOSAIC
 from segpipe.sources.remote import is_remote, remote_identity
 from segpipe.sources.stack import STACK, stack_files
+from segpipe.store.location import is_url
 
 
 def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequence[SceneRef]) -> str:

@@ -6,27 +6,26 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from segpipe.runs.check import ResolvedJob
-from segpipe.store.atomic import write_atomic
-from segpipe.config.classes import (load_classes, with_found)
-from segpipe.config.job import (Format, Job)
+from segpipe.config.card import Card, Class
+from segpipe.config.classes import load_classes, with_found
+from segpipe.config.groups import load_groups
+from segpipe.config.job import Format, Job
 from segpipe.export.bids import write_bids
 from segpipe.export.manifest import hash_files, write_manifest
-from segpipe.config.groups import load_groups
-from segpipe.inference.label_dtype import no_data_value
 from segpipe.export.maps import has_nodata
-from segpipe.pipeline.measure import Measured
-from segpipe.config.card import (Card, Class, read_card)
+from segpipe.export.run_folder import RunFolder, local_folder, now
+from segpipe.inference.label_dtype import no_data_value
 from segpipe.models.weights import weights_fingerprint
+from segpipe.pictures.archive import Previews, load_previews
+from segpipe.pipeline.measure import Measured
 from segpipe.prompts.phrase_classes import phrase_classes
 from segpipe.report.page import render_pages
-from segpipe.pictures.archive import (Previews, load_previews)
-from segpipe.tables.record import (ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record)
-from segpipe.tables.results import results_json
+from segpipe.runs.check import ResolvedJob
+from segpipe.store.atomic import write_atomic
+from segpipe.tables.all_tables import read_measured, run_tables
 from segpipe.tables.files import write_table
-from segpipe.export.run_folder import (RunFolder, local_folder, now)
-from segpipe.tables.all_tables import (read_measured, run_tables)
-from segpipe.inference.settings import Settings
+from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record
+from segpipe.tables.results import results_json
 
 PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
 """Versions that a report names."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from segpipe.config.job import Job
+from segpipe.config.loading import apply_overrides, read_yaml, validate
 from segpipe.errors import RequestError
-from segpipe.config.loading import (apply_overrides, read_yaml, validate)
 
 QUESTION = ("text", "path", "layer", "crs", "earlier", "earlier_ids", "names", "everything")
 """Fields of `prompts` that say what is asked, not how."""

@@ -17,10 +17,10 @@ import pandas as pd
 
 from segpipe.config.job import Job
 from segpipe.errors import RequestError
-from segpipe.store.location import (is_url, join, open_store)
+from segpipe.export.run_folder import RunFolder, now
 from segpipe.report.page import page_paths
-from segpipe.tables.record import (RunRecord, load_record)
-from segpipe.export.run_folder import (RunFolder, now)
+from segpipe.store.location import is_url, join, open_store
+from segpipe.tables.record import RunRecord, load_record
 
 T = TypeVar("T")
 

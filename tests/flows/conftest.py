@@ -176,7 +176,7 @@ def flow_server(flow_home: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(flow_home))
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with local_server("127.0.0.1", free_port(), quiet=True) as api:
+        with local_server("127.0.0.1", free_port()) as api:
             yield api
             for worker in (APILogWorker, EventsWorker):  # else they look for the server for a minute at exit
                 worker.drain_all(timeout=10)

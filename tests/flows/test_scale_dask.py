@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     ):
         patch.setenv("PREFECT_HOME", str(folder / "prefect"))
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with local_server(net.host, free_port(), quiet=True) as api:
+        with local_server(net.host, free_port()) as api:
             environment = {**os.environ, **keys, "PREFECT_API_URL": api, "OMP_NUM_THREADS": "1"}
             with dask_cluster(net, WORKERS, environment, folder) as cluster:
                 print(f"scheduler {cluster.address}, networks: {net.spaces or 'loopback'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -18,11 +17,7 @@ import numpy as np
 import pytest
 import rasterio
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from flows.server import free_port
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

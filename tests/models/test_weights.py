@@ -168,3 +168,14 @@ def test_torchscript_given_as_a_checkpoint_says_which_provider_reads_it(tmp_path
     torch.jit.script(torch.nn.Conv2d(1, 1, 1)).save(str(tmp_path / "w.pt"))
     with pytest.raises(RequestError, match="provider: torchscript"):
         load_state(tmp_path / "w.pt")
+
+
+def test_a_program_is_told_by_what_is_in_it_not_by_its_name(tmp_path):
+    program = tmp_path / "program.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(program))
+    with pytest.raises(RequestError, match="it is TorchScript, a program"):
+        load_state(program)
+    damaged = tmp_path / "TorchScript.pt"
+    damaged.write_bytes(program.read_bytes()[:100])
+    with pytest.raises(RequestError, match="it is damaged"):
+        load_state(damaged)
