@@ -163,7 +163,7 @@ def test_a_run_that_was_ended_goes_on_without_encoding_again(
 ) -> None:
     boxes = [(x, y, x + 9, y + 9) for x in range(4, 1000, 64) for y in range(4, 1000, 64)]
     job = make_job(tmp_path, card, (1024, 1024), boxes)
-    command = [sys.executable, "-m", "segpipe.cli.main", "prompt", str(tmp_path / "job.yaml")]
+    command = [sys.executable, "-m", "segpipe.cli", "prompt", str(tmp_path / "job.yaml")]
     process = subprocess.Popen(
         command,
         env=server_environment,

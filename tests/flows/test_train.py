@@ -80,7 +80,7 @@ def recipe_file(few_rasters: Path, tmp_path: Path) -> RecipeMaker:
 def start(recipe: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """`segpipe train` as a terminal starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "segpipe.cli.main", "train", str(recipe)],
+        [sys.executable, "-m", "segpipe.cli", "train", str(recipe)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=enable_ctrl_c,
     )  # fmt: skip
