@@ -31,7 +31,7 @@ from segpipe.sources import discover, open_source
 from segpipe.sources.labels import IGNORED
 from segpipe.tables.overlap_tables import SceneResult, metric_table
 from segpipe.tables.summary import MIN_REFERENCE, summary_table
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.run import Told, check_recipe, mark, train
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold
@@ -65,7 +65,7 @@ def main() -> None:
     print(table(tallies, recipe.card).to_string(index=False))
 
 
-def _tell(fold: str, moment: Moment) -> None:
+def _tell(fold: str, moment: MetricsRow) -> None:
     print(
         f"  {fold}: step {moment.step} of {moment.steps}, loss {moment.loss:.3f}, mIoU {moment.miou:.3f}",
         flush=True,

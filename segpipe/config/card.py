@@ -146,7 +146,7 @@ class Input(Strict):
     normalisation: list[Step] = Field(default_factory=list)
 
 
-class Window(Strict):
+class WindowSpec(Strict):
     """How the model is laid over a scene."""
 
     size: list[int] | Literal["whole"] = Field(
@@ -177,7 +177,7 @@ class Window(Strict):
     )
 
     @model_validator(mode="after")
-    def _whole_is_whole(self) -> Window:
+    def _whole_is_whole(self) -> WindowSpec:
         if self.shape is not None and self.size != "whole":
             raise ValueError("`shape` goes with `size: whole`")
         return self
@@ -270,7 +270,7 @@ class Card(Strict):
         "where the provider needs none (classical, ensemble), and in a recipe for training.",
     )
     input: Input
-    window: Window
+    window: WindowSpec
     output: Output = Field(default_factory=Output)
     classes: list[Class] = Field(
         default_factory=list, description="Two or more; none of prompted models and of those that give boxes."

@@ -116,7 +116,7 @@ class Lake(Strict):
     bids: BidsFilter = Field(default_factory=BidsFilter, description="For kind bids.")
 
 
-class Limits(Strict):
+class ScanLimits(Strict):
     """How much one scan does; what is over waits for the next."""
 
     scenes: int = Field(10_000, ge=1, description="Most scenes.")
@@ -136,7 +136,7 @@ class Scan(Strict):
     lake: Lake = Field(description="Where scenes arrive.")
     model: Text = Field("", description="Model card (YAML).")
     dry_run: bool = Field(False, description="Only say what would be done.")
-    limits: Limits = Field(default_factory=Limits, description="How much one scan does.")
+    limits: ScanLimits = Field(default_factory=ScanLimits, description="How much one scan does.")
     regions: RegionsField = None
     outputs: OutputsField = Field(default_factory=Outputs)
     description: DescriptionField = ""

@@ -39,7 +39,7 @@ from segpipe.errors import SceneError
 from segpipe.export.common import commit, slab_boxes, staging
 from segpipe.sources.base import LabelReader
 from segpipe.sources.dicom.reader import DicomSource
-from segpipe.sources.dicom.series import DICOM_ERRORS, Slice
+from segpipe.sources.dicom.series import DICOM_ERRORS, DicomSlice
 
 PRIVATE = "99SEGPIPE"
 """Coding scheme of classes whose card names no concept: the code is made from the class's name."""
@@ -163,7 +163,7 @@ def _segment_numbers(
     return found
 
 
-def _first_header(first: Slice) -> Dataset:
+def _first_header(first: DicomSlice) -> Dataset:
     """All tags of the first slice but its pixels, as text: patient and study among them.
 
     Raises:
