@@ -1,0 +1,1 @@
+"""A run of many scenes: check, fingerprint, folder, finish, compare."""
