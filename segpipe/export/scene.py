@@ -18,7 +18,6 @@ from segpipe.export.run_folder import Run, local_folder
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.metrics.calibration import LEVELS
-from segpipe.metrics.tally import SizeScale
 from segpipe.pictures.archive import FORMAT, Previews, dump_previews, load_previews
 from segpipe.pictures.preview import raster_preview, volume_preview
 from segpipe.pipeline.measure import Measured, shown_classes
@@ -30,7 +29,7 @@ from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
 from segpipe.sources.remote import public_uri
 from segpipe.store.atomic import write_atomic
-from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
 
 
@@ -65,12 +64,9 @@ def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bo
     if layer is None or len(classes) > MOST_CLASSES:
         return False
     if not path.exists():
-        scale, attempts = SizeScale.from_dict(measured.scale), scene.attempts()
-        found = SceneResult(
-            scene.ref.name, measured.regions, attempts, measured.tally, scale, measured.outside
-        )
-        metrics = metric_table([found], classes) if measured.reference else None
-        write_regions(layer, region_table([found], classes), metrics, path)
+        tallies = [SceneTallies.of(scene.ref.name, measured, scene.attempts())]
+        metrics = metric_table(tallies, classes) if measured.reference else None
+        write_regions(layer, region_table(tallies, classes), metrics, path)
     return True
 
 

@@ -16,8 +16,8 @@ from segpipe.geometry.alignment import same_grid
 from segpipe.store.atomic import write_atomic
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.store.location import (check_writable, is_url, join, open_store)
-from segpipe.report.comparison.changes import (BOTH, KEY, NO_REGION, SIDES, Side, class_totals, compare_tables, side_by_side)
-from segpipe.report.comparison.page import (Comparison, Difference, render_comparison)
+from segpipe.report.run_changes import (BOTH, KEY, NO_REGION, SIDES, Side, class_totals, compare_tables, side_by_side)
+from segpipe.report.comparison import (Comparison, Difference, render_comparison)
 from segpipe.tables.record import (GeometrySummary, RunRecord, SceneRecord)
 from segpipe.tables.files import (csv_bytes, parquet_bytes)
 from segpipe.runs.run import (load_run, read_tables)

@@ -21,10 +21,9 @@ from segpipe.prompts.phrase_classes import phrase_classes
 from segpipe.report.page import render_pages
 from segpipe.pictures.archive import (Previews, load_previews)
 from segpipe.tables.record import (ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record)
-from segpipe.tables.results import results_json
-from segpipe.tables.files import write_table
+from segpipe.tables.files import (columns_json, results_json, write_table)
 from segpipe.export.run_folder import (Run, local_folder, now)
-from segpipe.tables.all_tables import (read_measured, run_tables)
+from segpipe.tables.run_tables import (read_measured, run_tables)
 from segpipe.inference.settings import Settings
 
 PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
@@ -78,10 +77,11 @@ def _write(run: Run, record: RunRecord, measured: Mapping[str, Measured]) -> Non
         return None if pictures is None else load_previews(pictures)
 
     with local_folder(run) as folder:
-        written = ["results.json"]
+        written = ["results.json", "columns.json"]
         for name, table in tables.items():
             written += [path.name for path in write_table(table, folder / name)]
         write_atomic(folder / "results.json", results_json(record.job_name, record.run_id, tables).encode())
+        write_atomic(folder / "columns.json", columns_json(tables).encode())
         for path, text in render_pages(record, previews, tables):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, text.encode())

@@ -17,7 +17,7 @@ from segpipe.config.card import Class
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.pictures.archive import THUMBNAIL_BYTES, Previews
 from segpipe.pictures.preview import raster_preview, volume_preview
-from segpipe.report.confusion import DARK
+from segpipe.report.charts import DARK
 from segpipe.report.page import INDEX, render_pages, scene_path
 from segpipe.sources.base import Pixels
 from segpipe.tables.files import write_table
