@@ -86,3 +86,9 @@ def test_a_table_of_ids_has_the_columns_of_the_dictionary() -> None:
     assert count is not None and (count.dtype, count.meaning) == (
         "Int64", "Elements (pixels or voxels) of the object.",
     )  # fmt: skip
+
+
+def test_the_predicted_iou_of_a_mask_is_explained_as_such() -> None:
+    column = describe_column("predicted_iou", "instances")
+    assert column is not None
+    assert definitions()[column.definition].name == "Predicted IoU, candidates and stability"
