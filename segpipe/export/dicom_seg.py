@@ -20,12 +20,7 @@ import numpy as np
 from highdicom import UID, AlgorithmIdentificationSequence
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.color import CIELabColor
-from highdicom.seg import (
-    SegmentAlgorithmTypeValues,
-    Segmentation,
-    SegmentationTypeValues,
-    SegmentDescription,
-)
+from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 from highdicom.sr.coding import CodedConcept
 from pydicom import dcmread
 from pydicom.dataset import Dataset

@@ -106,7 +106,7 @@ class Extents:
         return tuple(middle), self.classes[largest].name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VolumePictures:
     """The three planes in a row, once per kind of picture."""
 
@@ -128,7 +128,7 @@ class VolumePictures:
     extents: Extents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Cut:
     """One plane as sampled, turned upright."""
 
@@ -162,8 +162,7 @@ def volume_pictures(
     bounds, what = tissue_limits(every, seen)
     room = width - 2 * _GAP
     scale = min(
-        room / sum(c.millimetres[1] for c in cuts),
-        0.75 * width / max(c.millimetres[0] for c in cuts),
+        room / sum(c.millimetres[1] for c in cuts), 0.75 * width / max(c.millimetres[0] for c in cuts)
     )
     drawn = [_draw(cut, scale, bounds, classes, nodata) for cut in cuts]
     pictures = {key: _compose([d[key] for d in drawn], cuts, 1 / scale) for key in drawn[0]}
@@ -173,9 +172,10 @@ def volume_pictures(
         notes.append("The volume is oblique: planes follow its own axes, named for the closest.")
     arrays = [c.labels for c in cuts] + [c.reference for c in cuts if c.reference is not None]
     place = f"through the median voxel of {name}" if name else "through the middle of the volume"
-    seen_labels = tuple(a.ravel() for a in arrays)
-    axial = drawn[0]["labels"]
-    return VolumePictures(pictures, axial, centre, seen_labels, bounds, what, place, tuple(notes), extents)
+    return VolumePictures(
+        pictures=pictures, axial=drawn[0]["labels"], centre=centre, seen=tuple(a.ravel() for a in arrays),
+        bounds=bounds, range=what, place=place, notes=tuple(notes), extents=extents,
+    )  # fmt: skip
 
 
 def _draw(
@@ -234,12 +234,7 @@ def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, f
 
 
 def _cut(
-    view: View,
-    read: Readers,
-    geometry: VolumeGeometry,
-    centre: tuple[int, ...],
-    channel: int,
-    width: int,
+    view: View, read: Readers, geometry: VolumeGeometry, centre: tuple[int, ...], channel: int, width: int
 ) -> _Cut:
     anatomy = Anatomy.of(geometry)
     rows, columns = sorted((anatomy.axis[view.top], anatomy.axis[view.left]))
@@ -250,16 +245,11 @@ def _cut(
 
     values, valid = sample_image(read.image, plane, (channel,))
     return _Cut(
-        view.name,
-        (*LETTERS[view.left], *LETTERS[view.top]),
-        anatomy.millimetres(geometry, view),
-        anatomy.upright(values[0], view),
-        anatomy.upright(valid, view),
-        anatomy.upright(sample_labels(read.labels, plane), view),
-        sampled(read.reference),
-        sampled(read.uncertainty),
-        sampled(read.ids),
-    )
+        name=view.name, letters=(*LETTERS[view.left], *LETTERS[view.top]),
+        millimetres=anatomy.millimetres(geometry, view), values=anatomy.upright(values[0], view),
+        valid=anatomy.upright(valid, view), labels=anatomy.upright(sample_labels(read.labels, plane), view),
+        reference=sampled(read.reference), uncertainty=sampled(read.uncertainty), ids=sampled(read.ids),
+    )  # fmt: skip
 
 
 def _compose(planes: Sequence[np.ndarray], cuts: Sequence[_Cut], per_pixel: float) -> np.ndarray:

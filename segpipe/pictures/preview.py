@@ -43,7 +43,7 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RasterPictures:
     """A raster's pictures before they are encoded."""
 
@@ -137,7 +137,9 @@ def raster_pictures(
     ranges = "; ".join(f"{low:.4g} to {high:.4g}" for low, high in bounds)
     caption = f"{shown}, stretched from the 2nd to the 98th percentile of the scene ({ranges})."
     seen = (labels,) if reference is None else (labels, reference)
-    return RasterPictures(pictures, seen, caption, tuple(notes), tuple(phrases))
+    return RasterPictures(
+        pictures=pictures, seen=seen, caption=caption, notes=tuple(notes), phrases=tuple(phrases)
+    )
 
 
 def _notes(geometry: RasterGeometry, factor: int) -> list[str]:
@@ -286,6 +288,6 @@ def _panel(key: str, caption: str, picture: np.ndarray) -> Panel:
     high, wide = picture.shape[:2]
     flat = key == "difference"
     return Panel(
-        key, title, caption, f"{title}: {caption}", png(picture) if flat else webp(picture), wide, high,
-        "png" if flat else "webp",
+        key=key, title=title, caption=caption, alt=f"{title}: {caption}", width=wide, height=high,
+        content=png(picture) if flat else webp(picture), kind="png" if flat else "webp",
     )  # fmt: skip

@@ -71,11 +71,7 @@ class AtlasRegions(RegionSet):
 
     def identity(self) -> dict[str, Any]:
         """Of the file (size, time) and of the names."""
-        return {
-            "kind": "atlas",
-            "source": self._file.source.identity,
-            "names": self._names_digest,
-        }
+        return {"kind": "atlas", "source": self._file.source.identity, "names": self._names_digest}
 
     def close(self) -> None:
         """Release the atlas's file."""
@@ -192,10 +188,7 @@ class GridMap:
             x, y = np.broadcast_arrays(x, y)
             x, y = self._transformer.transform(x, y)
             x, y = np.where(np.isfinite(x), x, -1e15), np.where(np.isfinite(y), y, -1e15)
-            found = [
-                back.a * x + back.b * y + back.c - 0.5,
-                back.d * x + back.e * y + back.f - 0.5,
-            ]
+            found = [back.a * x + back.b * y + back.c - 0.5, back.d * x + back.e * y + back.f - 0.5]
         far = 2.0**40  # beyond any grid, and safe as an integer
         return [np.clip(np.broadcast_to(axis, box.shape), -far, far) for axis in found[::-1]]
 

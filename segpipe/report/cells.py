@@ -65,12 +65,7 @@ class PageTable:
 
 
 def page_table(
-    id: str,
-    title: str,
-    frame: pd.DataFrame,
-    classes: Sequence[ClassInfo],
-    limit: int = ROWS,
-    note: str = "",
+    id: str, title: str, frame: pd.DataFrame, classes: Sequence[ClassInfo], limit: int = ROWS, note: str = ""
 ) -> PageTable:
     """Return the first ``limit`` rows of a frame. Columns of sizes that hold nothing at all are left out."""
     shown, colors = frame.head(limit), {c.name: c for c in classes}

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from segpipe.metrics.agreement import (
-    ONE_CLASS,
-    balanced_accuracy,
-    cohen_kappa,
-    frequency_weighted_iou,
-    pixel_accuracy,
-)
 from segpipe.metrics.overlap import (
+    ONE_CLASS,
     ClassCounts,
     Counts,
     RegionCounts,
+    balanced_accuracy,
     class_counts,
+    cohen_kappa,
+    frequency_weighted_iou,
     is_compared,
+    pixel_accuracy,
     ratio,
     reasons,
     totals,

@@ -10,16 +10,19 @@ import numpy as np
 import pandas as pd
 
 from segpipe.errors import RequestError
-from segpipe.metrics.agreement import balanced_accuracy, cohen_kappa, frequency_weighted_iou, pixel_accuracy
 from segpipe.metrics.bootstrap import RESAMPLES, Intervals, Statistic, mean_intervals, pooled_intervals
 from segpipe.metrics.overlap import (
     CaseCounts,
     ClassCounts,
     Counts,
+    balanced_accuracy,
     class_counts,
+    cohen_kappa,
+    frequency_weighted_iou,
     grouped_mean,
     is_compared,
     mean,
+    pixel_accuracy,
     totals,
 )
 from segpipe.metrics.tally import Tally
