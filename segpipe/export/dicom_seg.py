@@ -31,7 +31,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from segpipe import __version__
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.common import commit, slab_boxes, staging
+from segpipe.export.staging import commit, slab_boxes, staging
 from segpipe.sources.base import LabelReader
 from segpipe.sources.dicom.reader import DicomSource
 from segpipe.sources.dicom.series import DICOM_ERRORS, Slice

@@ -17,9 +17,9 @@ import pandas as pd
 
 from segpipe.config.card import Class
 from segpipe.config.job import Format, Keep
-from segpipe.export.common import commit, staging
 from segpipe.export.maps import export_notes, seal_scene, why_no_file, write_maps
 from segpipe.export.run_folder import Run, local_folder
+from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.metrics.calibration import LEVELS

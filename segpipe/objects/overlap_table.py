@@ -145,7 +145,7 @@ class Minimum:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class ObjectSide:
     """The objects of prediction or reference that take part, by ascending id."""
 
     objects: Objects
@@ -164,8 +164,8 @@ class Side:
 class Overlaps:
     """The objects of one scene, and every pair of one class that has elements in common."""
 
-    predicted: Side
-    reference: Side
+    predicted: ObjectSide
+    reference: ObjectSide
     first: np.ndarray
     """Index of a pair's predicted object."""
     second: np.ndarray
@@ -247,11 +247,11 @@ def _large(columns: dict[str, np.ndarray], side: str, scale: SizeScale, minimum:
     return _renamed(column, ids, np.where((count >= minimum.elements) & (size >= minimum.size), ids, 0))
 
 
-def _side(objects: Objects, own: np.ndarray, other: np.ndarray, count: np.ndarray, side: str) -> Side:
+def _side(objects: Objects, own: np.ndarray, other: np.ndarray, count: np.ndarray, side: str) -> ObjectSide:
     """The objects in a column, with their elements in and outside the other side's void."""
     ids = np.unique(own[own > 0])
     areas = (_sums(own[where], count[where], ids) for where in (other >= 0, other < 0))
-    return Side(objects.take(ids, side), *areas)
+    return ObjectSide(objects.take(ids, side), *areas)
 
 
 def _renamed(column: np.ndarray, ids: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ SLAB_ELEMENTS = 2**24
 RIGHT, FRONT, UP = 0, 1, 2  # axes of RAS
 
 
-class View(NamedTuple):
+class PlaneView(NamedTuple):
     """A plane by its axes of RAS: the one cut through, of the rows (top +) and of the columns (left +)."""
 
     name: str
@@ -35,8 +35,8 @@ class View(NamedTuple):
     left: int
 
 
-AXIAL = View("Axial", UP, FRONT, RIGHT)
-_VIEWS = (AXIAL, View("Coronal", FRONT, UP, RIGHT), View("Sagittal", RIGHT, UP, FRONT))
+AXIAL = PlaneView("Axial", UP, FRONT, RIGHT)
+_VIEWS = (AXIAL, PlaneView("Coronal", FRONT, UP, RIGHT), PlaneView("Sagittal", RIGHT, UP, FRONT))
 LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))
 """Plus and minus of each axis of RAS."""
 _GAP, _FOOT = 8, 26
@@ -65,13 +65,13 @@ class Anatomy:
             axis[int(ras)], sign[int(ras)] = 2 - voxel, int(direction)
         return cls((axis[0], axis[1], axis[2]), (sign[0], sign[1], sign[2]))
 
-    def upright(self, array: np.ndarray, view: View) -> np.ndarray:
+    def upright(self, array: np.ndarray, view: PlaneView) -> np.ndarray:
         """A cut (…, rows, columns), axes in array order, with the view's top and left where they belong."""
         turned = array if self.axis[view.top] < self.axis[view.left] else array.swapaxes(-1, -2)
         # anatomical plus is up and left, so an index that grows toward it is reversed
         return turned[..., :: -self.sign[view.top], :: -self.sign[view.left]]
 
-    def millimetres(self, geometry: VolumeGeometry, view: View) -> tuple[float, float]:
+    def millimetres(self, geometry: VolumeGeometry, view: PlaneView) -> tuple[float, float]:
         """Height and width of a cut."""
         high, wide = (
             geometry.shape[a] * geometry.spacing[a] for a in (self.axis[view.top], self.axis[view.left])
@@ -80,7 +80,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True, eq=False)
-class Extents:
+class ClassExtents:
     """How many voxels the structures have at each index along each axis."""
 
     classes: tuple[Class, ...]
@@ -125,7 +125,7 @@ class VolumePictures:
     place: str
     """Where the planes are, in words."""
     notes: tuple[str, ...]
-    extents: Extents
+    extents: ClassExtents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ def _draw(
 
 def structure_extents(
     read_labels: ArrayReader, shape: tuple[int, ...], classes: Sequence[Class], nodata: int | None
-) -> Extents:
+) -> ClassExtents:
     """Where the classes are that are not background, in one pass over slabs."""
     kept = [c for c in classes if not c.background and c.value != nodata]
     counts = [np.zeros((len(kept), n), dtype=np.int64) for n in shape]
@@ -210,7 +210,7 @@ def structure_extents(
                 counts[0][index, start:stop] += mask.sum(axis=(1, 2))
                 counts[1][index] += mask.sum(axis=(0, 2))
                 counts[2][index] += mask.sum(axis=(0, 1))
-    return Extents(tuple(kept), tuple(counts))
+    return ClassExtents(tuple(kept), tuple(counts))
 
 
 def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, float], str]:
@@ -234,7 +234,12 @@ def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, f
 
 
 def _cut(
-    view: View, read: Readers, geometry: VolumeGeometry, centre: tuple[int, ...], channel: int, width: int
+    view: PlaneView,
+    read: Readers,
+    geometry: VolumeGeometry,
+    centre: tuple[int, ...],
+    channel: int,
+    width: int,
 ) -> _Cut:
     anatomy = Anatomy.of(geometry)
     rows, columns = sorted((anatomy.axis[view.top], anatomy.axis[view.left]))

@@ -53,7 +53,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Slice:
+class SlicePicture:
     """One slice of a stack."""
 
     jpeg: bytes
@@ -65,7 +65,7 @@ class Slice:
 class SliceStack:
     """Slices of a volume to leaf through, all of one size."""
 
-    slices: tuple[Slice, ...]
+    slices: tuple[SlicePicture, ...]
     """From the feet up."""
     first: int
     """Which one to show first."""
@@ -188,7 +188,7 @@ def _load_slices(archive: zipfile.ZipFile, index: dict[str, Any] | None) -> Slic
     if index is None:
         return None
     slices = tuple(
-        Slice(archive.read(f"slice-{number:03d}.jpeg"), entry["caption"])
+        SlicePicture(archive.read(f"slice-{number:03d}.jpeg"), entry["caption"])
         for number, entry in enumerate(index["slices"])
     )
     return SliceStack(**{**index, "slices": slices})

@@ -9,12 +9,12 @@ import numpy as np
 
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import VolumeGeometry
-from segpipe.pictures.anatomical_planes import UP, Anatomy, Extents
+from segpipe.pictures.anatomical_planes import UP, Anatomy, ClassExtents
 from segpipe.pictures.archive import Panel
+from segpipe.pictures.axial_slices import lettered, sample_slices, slice_name
 from segpipe.pictures.colors import rgb
 from segpipe.pictures.drawing import edges, webp
 from segpipe.pictures.sampling import Plane, Readers
-from segpipe.pictures.slices import lettered, sample_slices, slice_name
 
 if TYPE_CHECKING:
     from segpipe.objects.merge import SceneObjects
@@ -122,7 +122,7 @@ def phrase_slices(
     read: Readers,
     geometry: VolumeGeometry,
     shown: Sequence[Class],
-    extents: Extents,
+    extents: ClassExtents,
     classes: Sequence[Class],
     nodata: int | None,
     bounds: tuple[float, float],

@@ -14,6 +14,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.pictures.anatomical_planes import volume_pictures
 from segpipe.pictures.archive import LegendEntry, Panel, Previews, assemble
+from segpipe.pictures.axial_slices import axial_slices
 from segpipe.pictures.drawing import DIFFERENCE, heat, layers, limits, png, resize, scale_bar, stretch, webp
 from segpipe.pictures.phrase_pictures import (
     highlighted,
@@ -25,7 +26,6 @@ from segpipe.pictures.phrase_pictures import (
     spotted,
 )
 from segpipe.pictures.sampling import ArrayReader, ImageReader, Readers, sample_image, sample_labels, thinned
-from segpipe.pictures.slices import axial_slices
 
 if TYPE_CHECKING:
     from segpipe.objects.merge import SceneObjects

@@ -37,12 +37,12 @@ class AtlasRegions(RegionSet):
 
     def __init__(self, file: LabelFile, scene: Geometry, names: dict[int, str]) -> None:
         self._file = file
-        self._map: GridMap | None
+        self._map: AtlasMap | None
         try:
             notes = same_grid(scene, file.geometry)
             self._map = None
         except SceneError:
-            self._map = GridMap(scene, file.geometry)
+            self._map = AtlasMap(scene, file.geometry)
             notes = ["on another grid than the scene: resampled to the nearest element"]
         self.notes = tuple(f"regions: {note}" for note in notes)
         found, outside = self._scan(scene)
@@ -113,7 +113,7 @@ class AtlasRegions(RegionSet):
     def _scan(self, scene: Geometry) -> tuple[set[int], dict[int, int]]:
         """Ids in the whole atlas, and the fixed-point cover of each beyond the scene."""
         atlas = self._file.geometry
-        back = None if self._map is None else GridMap(atlas, scene)
+        back = None if self._map is None else AtlasMap(atlas, scene)
         found: set[int] = set()
         beyond: dict[int, int] = {}
         step = (2048, 2048) if atlas.ndim == 2 else (128, 128, 128)
@@ -135,7 +135,7 @@ class AtlasRegions(RegionSet):
         return found, {i: round(n * ratio) for i, n in beyond.items()}
 
 
-class GridMap:
+class AtlasMap:
     """From the elements of one grid to the indices of another, through space."""
 
     def __init__(self, start: Geometry, end: Geometry) -> None:

@@ -20,7 +20,7 @@ _TONES = {"failed": "warn", "no_data": "warn", "yes": "yes", "no": "muted"}
 
 
 @dataclass(frozen=True)
-class Cell:
+class PageCell:
     """One cell as the template shows it."""
 
     text: str
@@ -31,7 +31,7 @@ class Cell:
     """``num``, ``warn``, ``muted`` or nothing."""
 
 
-MISSING = Cell("—", tone="num muted")
+MISSING = PageCell("—", tone="num muted")
 """A number that is not there."""
 
 
@@ -57,7 +57,7 @@ class PageTable:
     file: str
     """The CSV that holds all of it, from the run's folder."""
     heads: tuple[Head, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[PageCell, ...], ...]
     total: int
     """Rows there are; those left out are in the CSV."""
     note: str = ""
@@ -95,7 +95,7 @@ def _describe(table: str, name: str, frame: pd.DataFrame) -> Column:
 
 def _column(
     column: Column, frame: pd.DataFrame, classes: Mapping[str, ClassInfo]
-) -> tuple[Head, Callable[[Any], Cell]]:
+) -> tuple[Head, Callable[[Any], PageCell]]:
     """Return the header, and what draws a value of the column."""
     meaning = column.meaning or (definitions()[column.definition].text if column.definition else "")
 
@@ -122,7 +122,7 @@ _NUMBERS: dict[str, Callable[[float], str]] = {
 }
 
 
-def number_cell(value: Any, form: Callable[[float], str]) -> Cell:
+def number_cell(value: Any, form: Callable[[float], str]) -> PageCell:
     """Return the cell of a number, sorted by its value; of one that is missing a dash."""
     if _missing(value):
         return MISSING
@@ -130,23 +130,23 @@ def number_cell(value: Any, form: Callable[[float], str]) -> Cell:
         as_float = float(value)
     except (TypeError, ValueError):
         return _plain(value)
-    return Cell(form(as_float), repr(as_float), tone="num") if math.isfinite(as_float) else MISSING
+    return PageCell(form(as_float), repr(as_float), tone="num") if math.isfinite(as_float) else MISSING
 
 
-def _class(value: Any, classes: Mapping[str, ClassInfo]) -> Cell:
+def _class(value: Any, classes: Mapping[str, ClassInfo]) -> PageCell:
     name = "" if _missing(value) else str(value)
     known = classes.get(name)
-    return Cell(name, color=known.color if known else "")
+    return PageCell(name, color=known.color if known else "")
 
 
-def _state(value: Any) -> Cell:
+def _state(value: Any) -> PageCell:
     text = "—" if _missing(value) else str(value)
     shown = {"True": "yes", "False": "no"}.get(text, text)
-    return Cell(shown, tone=_TONES.get(shown, ""))
+    return PageCell(shown, tone=_TONES.get(shown, ""))
 
 
-def _plain(value: Any) -> Cell:
-    return Cell("" if _missing(value) else str(value))
+def _plain(value: Any) -> PageCell:
+    return PageCell("" if _missing(value) else str(value))
 
 
 def _missing(value: Any) -> bool:

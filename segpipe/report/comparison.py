@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from segpipe.report.cells import ROWS, Cell, Head, PageTable, number_cell
+from segpipe.report.cells import ROWS, Head, PageCell, PageTable, number_cell
 from segpipe.report.markdown import markdown_table, plain_text
 from segpipe.report.run_changes import BOTH
 from segpipe.report.templates import render
@@ -353,7 +353,7 @@ def _table(
     )  # fmt: skip
 
 
-def _cell(value: Any, head: Head, form: Callable[[Any], str], colors: Mapping[str, str]) -> Cell:
+def _cell(value: Any, head: Head, form: Callable[[Any], str], colors: Mapping[str, str]) -> PageCell:
     if not head.numeric:
-        return Cell(str(value), color=colors.get(value, ""))
+        return PageCell(str(value), color=colors.get(value, ""))
     return number_cell(value, form)

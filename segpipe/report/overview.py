@@ -13,7 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from segpipe.regions.base import SCENE
-from segpipe.report.cells import MISSING, Cell, Head, number_cell
+from segpipe.report.cells import MISSING, Head, PageCell, number_cell
 from segpipe.report.figures import LEAST_SCENES, SizePairs, Strip, bland_altman, distribution
 from segpipe.tables import units
 from segpipe.tables.frames import SIZE_COLUMNS
@@ -32,12 +32,12 @@ class SceneRow:
     """A scene in the index."""
 
     scene: SceneRecord
-    cells: tuple[Cell, ...]
-    """Under `SceneTable.heads`."""
+    cells: tuple[PageCell, ...]
+    """Under `SceneIndex.heads`."""
 
 
 @dataclass(frozen=True)
-class SceneTable:
+class SceneIndex:
     """All scenes: failed ones first, then the worst."""
 
     heads: tuple[Head, ...]
@@ -106,14 +106,14 @@ def scene_table(
     metrics: pd.DataFrame | None,
     limit: int,
     uncertainty: pd.DataFrame | None = None,
-) -> SceneTable:
+) -> SceneIndex:
     """At most ``limit`` scenes with the numbers one looks for first.
 
     Worst first, by mIoU; without a reference the least sure first, by entropy.
     """
     scores = scene_scores(metrics, record.legend)
     whole = whole_scenes(regions)
-    columns: list[tuple[Head, Callable[[str], Cell]]] = []
+    columns: list[tuple[Head, Callable[[str], PageCell]]] = []
     if len(scores):
         columns += [
             (Head("mIoU", numeric=True, definition="miou"), _number(scores["miou"].to_dict())),
@@ -146,33 +146,33 @@ def scene_table(
     shown = (*record.failed, *order)[:limit]
     rows = tuple(SceneRow(s, tuple(draw(s.name) for _, draw in columns)) for s in shown)
     order_said = "lowest mIoU first" if len(scores) else "highest entropy first" if doubt else ""
-    return SceneTable(tuple(head for head, _ in columns), rows, order_said)
+    return SceneIndex(tuple(head for head, _ in columns), rows, order_said)
 
 
-def _number(values: Mapping[Any, Any], form: Callable[[float], str] = _THREE) -> Callable[[str], Cell]:
+def _number(values: Mapping[Any, Any], form: Callable[[float], str] = _THREE) -> Callable[[str], PageCell]:
     return lambda scene: number_cell(float(values.get(scene, math.nan)), form)
 
 
-def _phrases_found(scenes: Sequence[SceneRecord]) -> Callable[[str], Cell]:
+def _phrases_found(scenes: Sequence[SceneRecord]) -> Callable[[str], PageCell]:
     """``3 of 5`` phrases of a scene, in order of the first number."""
     asked = {s.name: [a.outcome == "found" for a in s.asked] for s in scenes if s.asked}
 
-    def draw(scene: str) -> Cell:
+    def draw(scene: str) -> PageCell:
         hits = asked.get(scene)
         if hits is None:
             return MISSING
-        return Cell(f"{sum(hits):,} of {len(hits):,}", str(sum(hits)), tone="num")
+        return PageCell(f"{sum(hits):,} of {len(hits):,}", str(sum(hits)), tone="num")
 
     return draw
 
 
-def _weakest(scores: pd.DataFrame) -> Callable[[str], Cell]:
+def _weakest(scores: pd.DataFrame) -> Callable[[str], PageCell]:
     known = {
         name: f"{weakest} {units.number(iou, 3)}"
         for name, weakest, iou in scores[["weakest", "iou"]].itertuples(name=None)
         if isinstance(weakest, str)
     }
-    return lambda scene: Cell(known.get(scene, "—"), tone="" if scene in known else "muted")
+    return lambda scene: PageCell(known.get(scene, "—"), tone="" if scene in known else "muted")
 
 
 def figures(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from segpipe.report.cells import MISSING, Cell, Head, number_cell
+from segpipe.report.cells import MISSING, Head, PageCell, number_cell
 from segpipe.tables import units
 from segpipe.tables.phrase_table import FOUND, GIVEN, PHRASE_COUNTS, SCENE_FAILED
 from segpipe.tables.record import ClassInfo, SceneRecord
@@ -62,7 +62,7 @@ class PhraseRow:
     outcome: str
     good: bool
     """Whether it was found in any scene."""
-    cells: tuple[Cell, ...]
+    cells: tuple[PageCell, ...]
     """Under `PhraseView.heads`."""
     note: str
 
@@ -179,12 +179,12 @@ def phrase_rows(table: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
     return result
 
 
-def _sum(values: pd.Series, form: Callable[[float], str]) -> Cell:
+def _sum(values: pd.Series, form: Callable[[float], str]) -> PageCell:
     known = values.dropna()
     return MISSING if known.empty else number_cell(float(known.sum()), form)
 
 
-def _score(rows: pd.DataFrame, instances: pd.DataFrame | None, phrase: str) -> Cell:
+def _score(rows: pd.DataFrame, instances: pd.DataFrame | None, phrase: str) -> PageCell:
     """Return the mean over the objects of all scenes, not of scenes."""
     scores = rows["mean_score"]
     if instances is not None and {"class", "score"} <= set(instances):

@@ -18,10 +18,10 @@ from segpipe.pipeline.measure import Measured
 from segpipe.config.card import (Card, Class, read_card)
 from segpipe.models.weights import weights_fingerprint
 from segpipe.prompts.phrase_classes import phrase_classes
-from segpipe.report.page import render_pages
+from segpipe.report.run_page import render_pages
 from segpipe.pictures.archive import (Previews, load_previews)
 from segpipe.tables.record import (ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record)
-from segpipe.tables.files import (columns_json, results_json, write_table)
+from segpipe.tables.table_files import (columns_json, results_json, write_table)
 from segpipe.export.run_folder import (Run, local_folder, now)
 from segpipe.tables.run_tables import (read_measured, run_tables)
 from segpipe.inference.settings import Settings

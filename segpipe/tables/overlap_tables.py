@@ -82,7 +82,7 @@ class SceneTallies:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class _SceneGroups:
     """The regions of all scenes one after the other, *groups*, so that a table is made at once."""
 
     results: Sequence[SceneTallies]
@@ -94,7 +94,7 @@ class _Batch:
     """Of all scenes, its region a group."""
 
     @classmethod
-    def of(cls, results: Iterable[SceneTallies]) -> _Batch:
+    def of(cls, results: Iterable[SceneTallies]) -> _SceneGroups:
         """The groups in the order given; a failed scene has at least one, without a name."""
         results = list(results)
         names = [r.regions if r.tally is not None else r.regions or ("",) for r in results]
@@ -180,7 +180,7 @@ class _Rows:
         """A column of sums for the rows; 0 where nothing was counted."""
         return np.asarray(np.append(sums, np.zeros(1, dtype=sums.dtype))[self.place])
 
-    def head(self, batch: _Batch) -> dict[str, np.ndarray]:
+    def head(self, batch: _SceneGroups) -> dict[str, np.ndarray]:
         """The columns that say what the rows are of."""
         head = batch.head(self.group)
         return {**head, "class": self.names, "value": self.value, "attempts": batch.attempts(self.group)}
@@ -191,7 +191,7 @@ def region_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
 
     Every class has a row in every region. ``count`` is in elements, a share of those on a polygon's edge.
     """
-    batch = _Batch.of(results)
+    batch = _SceneGroups.of(results)
     types = column_types("regions", batch.units)
     del types["objects"]  # `with_counts` adds them, where a model finds objects
     group, label, (cover, size, edge) = _by_label(batch.tally)
@@ -215,7 +215,7 @@ def region_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
     return table_of_pieces([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
 
 
-def _outside(batch: _Batch) -> np.ndarray:
+def _outside(batch: _SceneGroups) -> np.ndarray:
     """Of each group its fixed-point cover beyond the scene."""
     result = np.zeros(len(batch.scene), dtype=np.int64)
     first = np.searchsorted(batch.scene, np.arange(len(batch.results)))
@@ -246,7 +246,7 @@ def metric_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
     gets a row too: it counts as wrong in what is over all classes at once (`agreement_table`), and
     not in any mean of IoU or Dice.
     """
-    batch = _Batch.of(results)
+    batch = _SceneGroups.of(results)
     found = class_counts(batch.tally)
     groups = len(batch.scene)
     rows = _Rows.of(groups, classes, found.group, found.value)
@@ -270,7 +270,7 @@ def metric_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
     )
 
 
-def _overlap(batch: _Batch, rows: RegionCounts) -> dict[str, np.ndarray]:
+def _overlap(batch: _SceneGroups, rows: RegionCounts) -> dict[str, np.ndarray]:
     """The numbers of the metric table's rows."""
     counts = rows.counts
     numbers = {name: getattr(counts, name) / FULL for name in ("tp", "fp", "fn")}
@@ -335,7 +335,7 @@ def confusion_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike
     one that has none was not compared, and the metric table says why. ``count`` is in elements with
     a valid pixel and a reference, their size in ``area_m2``, ``volume_mm3`` or ``area_px``.
     """
-    batch = _Batch.of(results)
+    batch = _SceneGroups.of(results)
     tally, known = batch.tally, {c.value: c.name for c in classes}
     kept = np.flatnonzero(is_compared(tally))
     order = kept[np.lexsort((tally.label[kept], tally.reference[kept], tally.region[kept]))]

@@ -11,8 +11,8 @@ import pytest
 from world import World
 
 from segpipe.report.definitions import definitions, of_metric
-from segpipe.tables.files import columns_json
 from segpipe.tables.frames import SIZE_COLUMNS, column_types, describe_column, dictionary, table_columns
+from segpipe.tables.table_files import columns_json
 from tests.finished import finish
 
 KINDS = {"text", "class", "state", "number", "whole", "ratio", "real", "percent", "size"}

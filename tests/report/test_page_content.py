@@ -13,7 +13,7 @@ from segpipe.report.cells import page_table
 from segpipe.report.charts import class_bars
 from segpipe.report.definitions import definitions
 from segpipe.report.overview import scene_scores, scene_table
-from segpipe.report.page import FAILURES, INDEX
+from segpipe.report.run_page import FAILURES, INDEX
 from segpipe.tables import units
 from segpipe.tables.frames import SceneValue
 from segpipe.tables.overlap_tables import SceneTallies, agreement_table, metric_table, region_table

@@ -22,7 +22,6 @@ from sklearn.metrics import (
 )
 
 from segpipe.metrics.tally import FULL, IGNORED
-from segpipe.tables.files import MOST_ROWS, csv_bytes, parquet_bytes, results_json, write_table
 from segpipe.tables.overlap_tables import (
     SceneTallies,
     agreement_table,
@@ -31,6 +30,7 @@ from segpipe.tables.overlap_tables import (
     region_table,
 )
 from segpipe.tables.summary import summary_table
+from segpipe.tables.table_files import MOST_ROWS, csv_bytes, parquet_bytes, results_json, write_table
 from tests.report.scenes import CLASSES, NAMES, SIZES, result, rows
 
 INNER = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 255, 0], [0, 0, 0, 0, 0]]

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.pictures.anatomical_planes import AXIAL, CONVENTION, LETTERS, UP, Anatomy
-from segpipe.pictures.archive import Slice, SliceStack
+from segpipe.pictures.archive import SlicePicture, SliceStack
 from segpipe.pictures.drawing import jpeg, layers, resize, stretch, text_with_halo
 from segpipe.pictures.sampling import Readers, Stack, sample_image, sample_labels
 
@@ -55,7 +55,7 @@ def axial_slices(
         captions.append(slice_name(geometry, int(at[i])))
     pictures = _encoded(drawn)
     step = -(-len(drawn) // len(pictures))
-    slices = tuple(Slice(p, c) for p, c in zip(pictures, captions[::step], strict=True))
+    slices = tuple(SlicePicture(p, c) for p, c in zip(pictures, captions[::step], strict=True))
     nearest = [abs(int(at[i]) - centre[across]) for i in order][::step]
     caption = f"Axial slices from the feet up, predicted classes over the image. {CONVENTION}"
     high, wide = drawn[0].shape[:2]
@@ -110,7 +110,7 @@ def slice_name(geometry: VolumeGeometry, index: int) -> str:
     across = anatomy.axis[UP]
     number = geometry.shape[across]
     rank = index + 1 if anatomy.sign[UP] > 0 else number - index
-    return f"Slice {rank} of {number}, {_height(geometry, across, index)}"
+    return f"SlicePicture {rank} of {number}, {_height(geometry, across, index)}"
 
 
 def _height(geometry: VolumeGeometry, across: int, index: int) -> str:
