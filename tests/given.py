@@ -29,7 +29,7 @@ def run_all(job: Job) -> tuple[Path, list[str]]:
         scene = prepare_labelled(job, ref)
         measured, done = measure_scene(scene, "test")
         files = export_scene(scene, measured, run)
-        records.append(done_record(scene, measured, files, {"measure": done}, 1))
+        records.append(done_record(scene, measured, files, {"measure": done}))
     finish_run(run, job, request.settings, records)
     return Path(run.location), [note for r in records for note in r.notes]
 

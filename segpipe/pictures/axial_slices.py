@@ -110,7 +110,7 @@ def slice_name(geometry: VolumeGeometry, index: int) -> str:
     across = anatomy.axis[UP]
     number = geometry.shape[across]
     rank = index + 1 if anatomy.sign[UP] > 0 else number - index
-    return f"SlicePicture {rank} of {number}, {_height(geometry, across, index)}"
+    return f"Slice {rank} of {number}, {_height(geometry, across, index)}"
 
 
 def _height(geometry: VolumeGeometry, across: int, index: int) -> str:
