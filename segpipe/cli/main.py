@@ -245,7 +245,7 @@ def compare(
     ] = "",
 ) -> None:
     """Tell what changed from one run to another, per scene, region and class."""
-    from segpipe.report.comparison.page import headline
+    from segpipe.report.comparison import headline
     from segpipe.runs.compare import compare_runs
 
     found = compare_runs(before, after, out)

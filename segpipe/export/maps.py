@@ -36,7 +36,7 @@ from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.remote import fetch, is_remote
 from segpipe.store.atomic import write_atomic
 from segpipe.store.stage import Stage
-from segpipe.tables.found_objects import SceneFound, found_table
+from segpipe.tables.object_tables import SceneDetections, detections_table
 
 if TYPE_CHECKING:
     from segpipe.export.dicom_seg import Algorithm
@@ -109,9 +109,9 @@ def _write_objects(
 def _object_table(scene: MeasurableScene, measured: Measured) -> pd.DataFrame:
     """A row an object, as in ``instances.csv``."""
     reference = scene.job.reference
-    one = SceneFound.of(scene.ref.name, measured, reference.values if reference else {})
+    one = SceneDetections.of(scene.ref.name, measured, reference.values if reference else {})
     stuff = [c.value for c in scene.classes if not (c.thing or c.background)]
-    return found_table([one], scene.classes, scene.job.measure.smallest, stuff)
+    return detections_table([one], scene.classes, scene.job.measure.smallest, stuff)
 
 
 def _points(facts: pd.DataFrame) -> dict[int, np.ndarray]:

@@ -50,11 +50,7 @@ ASSETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "preview": ("Labels over the image", pystac.MediaType.PNG, ("thumbnail",)),
 }
 """Title, media type and roles of a scene's files, by what they are."""
-TIMES = (
-    ("IMAGERY", "ACQUISITIONDATETIME"),
-    (None, "EXIF_DateTimeOriginal"),
-    (None, "TIFFTAG_DATETIME"),
-)
+TIMES = (("IMAGERY", "ACQUISITIONDATETIME"), (None, "EXIF_DateTimeOriginal"), (None, "TIFFTAG_DATETIME"))
 """GDAL's domain and tag that say when a scene was taken, the surest first."""
 TIME_FORMATS = ("%Y:%m:%d %H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S")
 
