@@ -105,7 +105,7 @@ def onnx_graph(card: Card, opset: int = OPSET) -> tuple[onnx.ModelProto, bool]:
 
     network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
-        raise card_error(card, "provider", f"{card.provider.value} is no PyTorch network: nothing to export")
+        raise card_error(card, "provider", f"{card.provider} is no PyTorch network: nothing to export")
     example = torch.zeros(2, card.channels, *example_shape(card))
     program, open_space = _traced(card, _Scores(network), example, opset)
     graph: onnx.ModelProto = program.model_proto

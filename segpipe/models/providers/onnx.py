@@ -88,6 +88,13 @@ class OnnxNetwork:
         return scores[:count]
 
 
+def without_cuda() -> str:
+    """This onnxruntime, where it has no CUDA."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return ""
+    return f"onnxruntime {onnxruntime.__version__} (onnxruntime-gpu would)"
+
+
 def check(card: Card) -> None:
     """Whether the arguments are known, and what they ask for is installed.
 
@@ -182,7 +189,7 @@ def _providers(card: Card, device: torch.device, threads: int) -> list[Any]:
         return [(EXECUTION[wanted][0], {"device_id": device.index or 0}), "CPUExecutionProvider"]
     if device.type != "cuda":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if without_cuda():
         logger.warning(
             "%s: onnxruntime has no CUDA here (install onnxruntime-gpu): the model runs on the CPU",
             card.name,

@@ -6,10 +6,10 @@ weights: nothing is fetched. Without weights of one's own, the backbone's state 
 torchvision's or timm's, whose names it has.
 """
 
-from segpipe.models.providers.literature.adapter import ARCHITECTURES, build, check, module
-from segpipe.models.providers.literature.deeplab import DeepLabV1, DeepLabV2
-from segpipe.models.providers.literature.segnet import SegNet
-from segpipe.models.providers.literature.setr import SETRPUP, SETRNaive
+from segpipe.models.providers.builtin.adapter import ARCHITECTURES, build, check, module
+from segpipe.models.providers.builtin.deeplab import DeepLabV1, DeepLabV2
+from segpipe.models.providers.builtin.segnet import SegNet
+from segpipe.models.providers.builtin.setr import SETRPUP, SETRNaive
 
 __all__ = [
     "ARCHITECTURES",

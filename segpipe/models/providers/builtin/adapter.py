@@ -7,9 +7,9 @@ import torch
 from segpipe.config.card import Card, card_error
 from segpipe.models.construct import check_stride, construct, known
 from segpipe.models.network import Network, output_channels, with_weights
-from segpipe.models.providers.literature.deeplab import DeepLabV1, DeepLabV2
-from segpipe.models.providers.literature.segnet import SegNet
-from segpipe.models.providers.literature.setr import SETRPUP, SETRNaive
+from segpipe.models.providers.builtin.deeplab import DeepLabV1, DeepLabV2
+from segpipe.models.providers.builtin.segnet import SegNet
+from segpipe.models.providers.builtin.setr import SETRPUP, SETRNaive
 
 ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
     cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
