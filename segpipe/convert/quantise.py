@@ -27,10 +27,7 @@ METHODS = ("static", "dynamic")
 
 
 def quantise(
-    card: Card,
-    folder: str | Path,
-    method: str = "static",
-    windows: Sequence[torch.Tensor] = (),
+    card: Card, folder: str | Path, method: str = "static", windows: Sequence[torch.Tensor] = ()
 ) -> Path:
     """Write a model in 8-bit whole numbers, as an ONNX file with a card of its own.
 

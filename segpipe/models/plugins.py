@@ -111,14 +111,14 @@ BUILT_IN = SimpleNamespace(
     torchvision=ProviderSpec("segpipe.models.providers.torchvision", "segpipe[models]"),
     literature=ProviderSpec("segpipe.models.providers.builtin", "segpipe[models]"),
     classical=ProviderSpec(
-        "segpipe.models.providers.classical",
+        "segpipe.models.providers.classical.adapter",
         files=(".safetensors",),
         needs_weights=False,
         as_stored=True,
         learned=False,
     ),
     bundle=ProviderSpec(
-        "segpipe.models.providers.bundle",
+        "segpipe.models.providers.bundle.network",
         "segpipe[models]",
         files=(".zip",),
         folder=WeightsFolder(
@@ -128,7 +128,7 @@ BUILT_IN = SimpleNamespace(
         ),
     ),
     nnunet=ProviderSpec(
-        "segpipe.models.providers.nnunet",
+        "segpipe.models.providers.nnunet.network",
         "segpipe[nnunet]",
         files=(),
         folder=WeightsFolder(

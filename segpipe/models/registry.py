@@ -78,7 +78,7 @@ def load_model(
 
 def load_object_model(card: Card, device: str, threads: int, precision: str) -> ObjectModel:
     """The same for a card whose output is instance or panoptic."""
-    from segpipe.models.object_model import ReadyObjects
+    from segpipe.models.network import ReadyObjects
 
     return _loaded(card, device, threads, precision, ReadyObjects)
 
@@ -95,14 +95,7 @@ def _loaded(
         precision = "fp32"
     with _models_lock:
         # Two threads that ask at once: the second waits, then finds the first one's.
-        key = (
-            card.prediction_fingerprint(),
-            weights_fingerprint(card),
-            device,
-            precision,
-            threads,
-            compile,
-        )
+        key = (card.prediction_fingerprint(), weights_fingerprint(card), device, precision, threads, compile)
         if key not in _models:
             network = build_network(card, device_of(device), threads)
             if compile:

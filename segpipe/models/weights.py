@@ -93,9 +93,7 @@ def _from_hub(card: Card, folder: WeightsFolder | None) -> Path:
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise card_error(
-            card,
-            "weights",
-            f"{card.weights} is not in the local cache and was not fetched: {reason}",
+            card, "weights", f"{card.weights} is not in the local cache and was not fetched: {reason}"
         ) from error
 
 
@@ -105,11 +103,7 @@ def _check_file(card: Card, path: Path, endings: tuple[str, ...]) -> None:
         found = "a folder, not a file," if path.is_dir() else "no file"
         raise card_error(card, "weights", f"{found} at {path} ({card.weights}); {valid}")
     if path.suffix not in endings:
-        raise card_error(
-            card,
-            "weights",
-            f"provider {card.provider} does not read {path.name}; {valid}",
-        )
+        raise card_error(card, "weights", f"provider {card.provider} does not read {path.name}; {valid}")
 
 
 def _check_folder(card: Card, path: Path, folder: WeightsFolder) -> None:

@@ -1,4 +1,4 @@
-"""Small architectures of the literature that no kept library has, each with its paper in its docstring.
+"""The provider `literature`: small architectures that no kept library has, each with its paper.
 
 Every class takes the keywords ``in_channels`` and ``classes`` and plain values beyond; maps (n, c, y, x) to
 logits (n, classes, y, x); takes inputs whose edges are multiples of its ``stride``; and starts from random
@@ -6,19 +6,53 @@ weights: nothing is fetched. Without weights of one's own, the backbone's state 
 torchvision's or timm's, whose names it has.
 """
 
-from segpipe.models.providers.builtin.adapter import ARCHITECTURES, build, check, module
+from __future__ import annotations
+
+import torch
+
+from segpipe.config.card import Card, card_error
+from segpipe.models.construct import check_stride, construct, known
+from segpipe.models.network import Network, output_channels, with_weights
 from segpipe.models.providers.builtin.deeplab import DeepLabV1, DeepLabV2
 from segpipe.models.providers.builtin.segnet import SegNet
 from segpipe.models.providers.builtin.setr import SETRPUP, SETRNaive
 
-__all__ = [
-    "ARCHITECTURES",
-    "SETRPUP",
-    "DeepLabV1",
-    "DeepLabV2",
-    "SETRNaive",
-    "SegNet",
-    "build",
-    "check",
-    "module",
-]
+ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
+    cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)
+}
+
+
+def check(card: Card) -> None:
+    """Whether the architecture exists.
+
+    Raises:
+        RequestError: it does not; names those that come close.
+    """
+    known(card, ARCHITECTURES)
+    if card.kind != "raster":
+        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} is for rasters")
+
+
+def module(card: Card) -> torch.nn.Module:
+    """The network with random weights.
+
+    Raises:
+        RequestError: architecture, arguments and window do not fit one another.
+    """
+    check(card)
+    arguments = {**card.arguments, "in_channels": card.channels, "classes": output_channels(card)}
+    network = construct(card, ARCHITECTURES[str(card.architecture)], arguments)
+    assert isinstance(network, torch.nn.Module)
+    stride = network.stride
+    assert isinstance(stride, int)
+    check_stride(card, stride)
+    return network
+
+
+def build(card: Card, device: torch.device, threads: int) -> Network:
+    """The network with the card's weights.
+
+    Raises:
+        RequestError: architecture, arguments or weights do not fit one another.
+    """
+    return with_weights(card, module(card), device, channels_last=True)

@@ -70,13 +70,7 @@ class DeepLabV1(DeepLab):
     """
 
     def __init__(
-        self,
-        *,
-        in_channels: int,
-        classes: int,
-        width: float = 1.0,
-        dilation: int = 12,
-        dropout: float = 0.5,
+        self, *, in_channels: int, classes: int, width: float = 1.0, dilation: int = 12, dropout: float = 0.5
     ) -> None:
         super().__init__()
         positive(in_channels=in_channels, classes=classes, dilation=dilation)
