@@ -11,8 +11,8 @@ import torch
 
 from segpipe.config.card import Card, load_card
 from segpipe.convert.cards import joined, publish
-from segpipe.convert.checks import compare, noise_windows
 from segpipe.convert.onnx_file import check_graph, needs, onnx_graph, window_field
+from segpipe.convert.parity import compare, noise_windows
 from segpipe.errors import RequestError
 from segpipe.models.registry import check_card, load_model
 from segpipe.models.weights import resolve_weights

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
-from segpipe.models.base import Candidates, ObjectNetwork, SegmentationModel
+from segpipe.models.base import MaskCandidates, ObjectNetwork, SegmentationModel
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.objects.window import WindowObjects, resolve_instances, resolve_masks
 
@@ -177,7 +177,7 @@ class ReadyObjects:
             found = [window for part in parts for window in self._network.candidates(part)]
         return [self._resolved(window) for window in found]
 
-    def _resolved(self, window: Candidates) -> WindowObjects:
+    def _resolved(self, window: MaskCandidates) -> WindowObjects:
         score, mask, overlap = self._output.score, self._output.mask, self._output.overlap
         if self._output.kind == "panoptic":
             return resolve_masks(

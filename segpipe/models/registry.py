@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from segpipe.config.card import Card, card_error, load_card
 from segpipe.config.job import Precision
 from segpipe.errors import RequestError
-from segpipe.models.checks import check_input, check_objects, check_window
+from segpipe.models.card_checks import check_input, check_objects, check_window
 from segpipe.models.plugins import load_adapter, provider_spec
 from segpipe.models.weights import resolve_weights, weights_files, weights_fingerprint
 

@@ -9,7 +9,7 @@ import torch
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import Objective, ObjectModel, ObjectNetwork
-from segpipe.models.checks import check_input, check_objects, check_window
+from segpipe.models.card_checks import check_input, check_objects, check_window
 from segpipe.models.network import ReadyObjects, TorchNetwork
 from segpipe.models.plugins import Adapter, load_adapter
 from segpipe.models.registry import build_network
