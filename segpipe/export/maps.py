@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from segpipe import __version__
-from segpipe.config.card import Class, Provider
+from segpipe.config.card import Class
 from segpipe.config.job import Format
 from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
@@ -27,6 +27,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.inference.label_dtype import no_data_value
 from segpipe.metrics.calibration import LEVELS
+from segpipe.models.plugins import provider_spec
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
@@ -193,7 +194,7 @@ def _drawn_by(scene: MeasurableScene) -> Algorithm:
         return Algorithm("labels as given", scene.labels_key, automatic=False, learned=False)
     card = scene.card
     version = f"card {card.prediction_fingerprint()[:12]}, weights {weights_fingerprint(card)[:12] or 'none'}"
-    return Algorithm(card.name, version, not scene.prompted, card.provider is not Provider.classical)
+    return Algorithm(card.name, version, not scene.prompted, provider_spec(card).learned)
 
 
 def _with_nodata(read: LabelReader, before: int, after: int) -> LabelReader:

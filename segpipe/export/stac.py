@@ -152,7 +152,7 @@ def _properties(card: Card | None, weights: str, labels_key: str) -> dict[str, A
     found: dict[str, Any] = {"processing:software": {"segpipe": __version__}, "segpipe:labels": labels_key}
     if card is not None:
         found["segpipe:model"] = card.name
-        found["segpipe:architecture"] = f"{card.provider.value} {card.architecture or ''}".strip()
+        found["segpipe:architecture"] = f"{card.provider} {card.architecture or ''}".strip()
         found["segpipe:weights_sha256"] = weights
     return found
 

@@ -125,7 +125,7 @@ def model_summary(card: Card) -> ModelSummary:
     return ModelSummary(
         name=card.name,
         title=card.title,
-        provider=f"{card.provider.value} {card.architecture or ''}".strip(),
+        provider=f"{card.provider} {card.architecture or ''}".strip(),
         data=card.data,
         scores=card.scores,
         limits=card.limits,
