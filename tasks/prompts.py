@@ -17,12 +17,12 @@ from segpipe.inference.settings import Settings
 from segpipe.pipeline.measure import check_measure, measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages
 from segpipe.pipeline.progress import Done, together
-from segpipe.prompts.build_objects import find_prompted
-from segpipe.prompts.collect_prompts import settle
-from segpipe.prompts.grounding.detect_scene import Detecting, detect_windows
+from segpipe.prompts.build_objects import build_objects
+from segpipe.prompts.collect_prompts import collect_prompts
+from segpipe.prompts.grounding.detect_scene import DetectorScene, detect_windows
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import Round, answer_windows, create_answers, next_round
-from segpipe.prompts.volumes.segment_volume import answer_volume
+from segpipe.prompts.segment_windows import Round, create_mask_stages, next_round, segment_windows
+from segpipe.prompts.volumes.segment_volume import segment_volume
 from segpipe.sources import SceneRef
 from segpipe.tables.record import SceneRecord
 from segpipe.tiling.pyramid import Window
@@ -43,7 +43,7 @@ def plan_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
     """Open, check and key a scene, regions and reference too; make the stages of what finds phrases."""
     scene = prepare_prompts(job, ref, settings)
     check_measure(scene)
-    if isinstance(scene.grounder, Detecting):
+    if isinstance(scene.grounder, DetectorScene):
         scene.grounder.create()
     elif isinstance(scene.grounder, Scene):
         create_stages(scene.grounder)
@@ -52,21 +52,21 @@ def plan_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
 
 @task(name="detect batch", task_run_name="look for phrases in {scene.ref.name}, {part}", **ONE_STEP)
 @told
-def detect_batch(scene: Detecting, windows: Sequence[Window], part: str, stop: str) -> int:
+def detect_batch(scene: DetectorScene, windows: Sequence[Window], part: str, stop: str) -> int:
     """Look for the phrases in a batch of windows."""
     return detect_windows(scene, windows, stop)
 
 
-@task(name="settle prompts", task_run_name="settle prompts of {scene.ref.name}", **ONE_STEP)
+@task(name="collect_prompts prompts", task_run_name="collect_prompts prompts of {scene.ref.name}", **ONE_STEP)
 @told
-def settle_prompts(scene: PromptScene, found: Sequence[Any]) -> int:
+def collect_scene_prompts(scene: PromptScene, found: Sequence[Any]) -> int:
     """Read files, ground phrases, number everything; how many objects are asked for.
 
     Args:
         found: what the grounder's batches did: it is waited for.
     """
-    asked = settle(scene)
-    create_answers(scene)
+    asked = collect_prompts(scene)
+    create_mask_stages(scene)
     return len(asked)
 
 
@@ -84,23 +84,23 @@ def plan_round(scene: PromptScene, number: int) -> Round | None:
     cache_policy=NO_CACHE,
 )
 @told
-def answer_batch(scene: PromptScene, number: int, windows: Sequence[Window], part: str, stop: str) -> Done:
+def segment_batch(scene: PromptScene, number: int, windows: Sequence[Window], part: str, stop: str) -> Done:
     """Encode a batch of windows where that is needed, and ask them."""
-    return answer_windows(scene, number, windows, stop, task_run.get_run_count() or 1)
+    return segment_windows(scene, number, windows, stop, task_run.get_run_count() or 1)
 
 
 @task(name="answer volume", task_run_name="answer {scene.ref.name}", **ONE_STEP)
 @told
-def answer_solid(scene: PromptScene, part: str, stop: str) -> Done:
+def propagate_volume(scene: PromptScene, part: str, stop: str) -> Done:
     """Follow every object through a volume, slice by slice."""
-    return answer_volume(scene, stop)
+    return segment_volume(scene, stop)
 
 
 @task(name="finish prompts", task_run_name="finish {scene.ref.name}", **ONE_STEP)
 @told
 def finish_prompts(scene: PromptScene, run: Run, answered: Sequence[Done], stop: str) -> SceneRecord:
     """Merge and paint the objects of a scene that is answered; measure and export them."""
-    steps = {"answer": together(answered, 0), "objects": find_prompted(scene)}
+    steps = {"answer": together(answered, 0), "objects": build_objects(scene)}
     measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)

@@ -224,7 +224,7 @@ def _plan_line(job: Job, ref: SceneRef, settings: Settings) -> str:
     from segpipe.tables.units import byte_size
 
     if job.prompts.asked:
-        from segpipe.prompts.plan import prompt_line
+        from segpipe.prompts.collect_prompts import prompt_line
 
         return prompt_line(job, ref, settings)
     s = dry_plan(job, ref, settings).summary()

@@ -17,7 +17,7 @@ from segpipe.export.maps import has_nodata
 from segpipe.pipeline.measure import Measured
 from segpipe.config.card import (Card, Class, read_card)
 from segpipe.models.weights import weights_fingerprint
-from segpipe.prompts.phrase_classes import phrase_classes
+from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.page import render_pages
 from segpipe.pictures.archive import (Previews, load_previews)
 from segpipe.tables.record import (ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from segpipe.prompts.segmenters.rois import CERTAIN, LOOK, LOOKS, Asked, drawn, looks_at, resampled
+from segpipe.prompts.segmenters.looknet import CERTAIN, LOOK, LOOKS, PromptTensors, drawn, looks_at, resampled
 from segpipe.training.prompted.samples import Batch
 
 OUTLINED = 0.25
@@ -25,7 +25,7 @@ class Looks:
 
     of: torch.Tensor
     """(n,) int64: the window of each."""
-    asked: Asked
+    asked: PromptTensors
     """Prompts; each has one point at most."""
     edges: torch.Tensor
     """(n, 4) the look at each."""
@@ -47,7 +47,8 @@ def look(batch: Batch, rng: np.random.Generator) -> Looks:
     count = len(batch.of)
     by_point = torch.arange(count) % 3 == 2
     boxes = torch.from_numpy(batch.boxes).masked_fill(by_point[:, None], torch.nan)
-    asked = Asked(boxes, torch.from_numpy(batch.points)[:, None], torch.where(by_point, 1, -1)[:, None])
+    points, labels = torch.from_numpy(batch.points)[:, None], torch.where(by_point, 1, -1)[:, None]
+    asked = PromptTensors(boxes, points, labels)
     edges = looks_at(asked, torch.from_numpy(rng.integers(LOOKS, size=count)))
     masks = torch.from_numpy(batch.masks).float()
     cover = resampled(masks[:, None], torch.arange(count), edges)[:, 0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from segpipe.prompts.segmenters.rois import LOOK, laid
+from segpipe.prompts.segmenters.looknet import LOOK, laid
 from segpipe.training.prompted.prompt_sampling import Looks, corrected, look
 from segpipe.training.prompted.real import read_scenes
 from segpipe.training.prompted.recipe import PromptedRecipe

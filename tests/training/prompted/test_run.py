@@ -13,8 +13,8 @@ import yaml
 from segpipe.config.card import load_card
 from segpipe.errors import RequestError
 from segpipe.prompts.segmenters.base import Prompt
+from segpipe.prompts.segmenters.looknet import LOOKS, PromptTensors, drawn, laid, looks_at
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.segmenters.rois import LOOKS, Asked, drawn, laid, looks_at
 from segpipe.training.prompted.recipe import PromptedRecipe, load_prompted_recipe
 from segpipe.training.prompted.run import Line, PromptedTraining
 
@@ -59,7 +59,7 @@ def test_the_file_is_a_segmenters(recipe: PromptedRecipe, tmp_path: Path) -> Non
     network = training.average.module.eval()
     batch = torch.from_numpy(window)[None]
     for look in range(LOOKS):
-        asked = Asked(torch.from_numpy(box)[None], torch.zeros(1, 1, 2), torch.full((1, 1), -1))
+        asked = PromptTensors(torch.from_numpy(box)[None], torch.zeros(1, 1, 2), torch.full((1, 1), -1))
         edges = looks_at(asked, torch.tensor([look]))
         with torch.no_grad():
             logits, iou = network.decode(
