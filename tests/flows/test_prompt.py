@@ -20,12 +20,12 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.states import Cancelling
 from scipy import ndimage
-from tests.prompts.asked_world import make_card, make_job
 
 from flows.prompt import prompt
 from segpipe.config.job import Job
 from segpipe.config.prompt_form import Question
 from tests.flows.conftest import record_of, run_folder, wait_until
+from tests.prompts.prompt_world import make_card, make_job
 
 SHAPE = (200, 260)
 BOXES = [(10, 12, 40, 44), (60, 20, 95, 50), (120, 30, 131, 39), (200, 150, 250, 190), (8, 140, 70, 190)]
