@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from segpipe.config.card import load_card
-from segpipe.prompts.grounding.vocabulary import LIMITS, Limits, Match, Vocabulary, concepts, fit_limits
+from segpipe.prompts.grounding.vocabulary import (
+    LIMITS,
+    MatchLimits,
+    PhraseMatch,
+    Vocabulary,
+    concepts,
+)
 
 ROOT = Path(__file__).parents[1]
 PHRASES = ROOT / "tests" / "prompts" / "phrases.csv"
@@ -46,7 +52,7 @@ class Measured:
     """Phrases and what they are near to."""
 
     phrases: list[Phrase]
-    matches: list[Match]
+    matches: list[PhraseMatch]
 
     def half(self, fitting: bool) -> Measured:
         """Those of one half."""
@@ -70,22 +76,57 @@ class Measured:
     def anchor(self) -> np.ndarray:
         return np.array([m.anchor_similarity for m in self.matches])
 
-    def taken(self, limits: Limits) -> np.ndarray:
+    def taken(self, limits: MatchLimits) -> np.ndarray:
         """Whether a class is meant under these limits."""
         return limits.meant(self.similarity, self.anchor)
 
-    def fit(self) -> Limits:
+    def fit(self) -> MatchLimits:
         return fit_limits(self.similarity, self.anchor, self.right, self.positive)
 
-    def fit_similarity_alone(self) -> Limits:
+    def fit_similarity_alone(self) -> MatchLimits:
         """A plain threshold, without anchors, of least balanced error."""
 
-        def error(limits: Limits) -> float:
+        def error(limits: MatchLimits) -> float:
             taken = self.taken(limits)
             missed = 1 - (taken & self.right)[self.positive].mean()
             return float(missed + taken[~self.positive].mean())
 
-        return min((Limits(float(t), -2.0) for t in np.unique(self.similarity)), key=error)
+        return min((MatchLimits(float(t), -2.0) for t in np.unique(self.similarity)), key=error)
+
+
+def fit_limits(
+    similarity: np.ndarray, anchor: np.ndarray, right: np.ndarray, positive: np.ndarray
+) -> MatchLimits:
+    """The limits of least balanced error: the mean of the shares missed and wrongly taken.
+
+    A positive phrase is missed when no class or another class is meant. Of limits that are equally good the
+    middle is taken.
+
+    Args:
+        similarity: (n,) of phrases to their nearest class.
+        anchor: (n,) of phrases to their nearest anchor.
+        right: (n,) whether the nearest class is the expected one; of negatives, anything.
+        positive: (n,) whether the phrase means a class.
+    """
+    lead = similarity - anchor
+    margins, floors = _between(lead), _between(similarity)
+    taken = (similarity >= floors[:, None, None]) & (lead >= margins[:, None])  # (floors, margins, n)
+    missed = 1 - (taken & right)[..., positive].mean(axis=-1)
+    wrong = taken[..., ~positive].mean(axis=-1)
+    error = missed + wrong
+    floor, margin = np.nonzero(error <= error.min() + 1e-12)
+    middle = _middle(margin)
+    return MatchLimits(float(floors[_middle(floor[margin == middle])]), float(margins[middle]))
+
+
+def _middle(values: np.ndarray) -> int:
+    return int(np.sort(values)[len(values) // 2])
+
+
+def _between(values: np.ndarray) -> np.ndarray:
+    """Thresholds that tell the values apart: halfway between neighbours."""
+    ordered = np.unique(values)
+    return np.asarray((ordered[1:] + ordered[:-1]) / 2)
 
 
 def measure() -> Measured:
@@ -95,7 +136,7 @@ def measure() -> Measured:
     return Measured(phrases, [vocabulary.match(p.text) for p in phrases])
 
 
-def _line(name: str, limits: Limits, part: Measured) -> str:
+def _line(name: str, limits: MatchLimits, part: Measured) -> str:
     taken, positive, right = part.taken(limits), part.positive, part.right
     missed = int((positive & ~taken).sum())
     confused = int((positive & taken & ~right).sum())

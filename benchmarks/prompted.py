@@ -29,10 +29,10 @@ from segpipe.config.job import Job
 from segpipe.geometry.box import Box
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks
 from segpipe.pipeline.predict import predict_blocks
-from segpipe.prompts.build_objects import find_prompted
-from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.build_objects import build_objects
+from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import answer_windows, create_answers, next_round
+from segpipe.prompts.segment_windows import create_mask_stages, next_round, segment_windows
 from segpipe.runs.check import check_request
 
 BLOCKS = ("auto", "1024", "777x1500")
@@ -132,13 +132,13 @@ def ask(scene_path: Path, card: str, out: Path, block: str, prompts: dict[str, A
     if isinstance(scene.grounder, Scene):
         grounder = create_stages(scene.grounder)
         predict_blocks(grounder, pending_blocks(grounder))
-    settle(scene)
-    create_answers(scene)
+    collect_prompts(scene)
+    create_mask_stages(scene)
     number = 0
     while (here := next_round(scene, number)) is not None:
-        answer_windows(scene, number, here.windows)
+        segment_windows(scene, number, here.windows)
         number += 1
-    find_prompted(scene)
+    build_objects(scene)
     return scene
 
 

@@ -22,9 +22,9 @@ import yaml
 from transformers import SamConfig, SamModel
 
 from segpipe.config.job import Job
-from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.prompt_scene import prepare_prompts
-from segpipe.prompts.segment_windows import answer_windows, create_answers, next_round, segmenter_of
+from segpipe.prompts.segment_windows import create_mask_stages, next_round, segment_windows, segmenter_of
 from segpipe.runs.check import check_request
 
 SCENE = Path(".demo/landsat/landsat7_2000.tif")
@@ -81,13 +81,13 @@ def ask(card: Path, folder: Path, centres: np.ndarray, name: str, threads: int) 
     segmenter_of(prepare_prompts(job, request.scenes[0], request.settings))  # a worker has it already
     begun = time.perf_counter()
     scene = prepare_prompts(job, request.scenes[0], request.settings)
-    settle(scene)
-    create_answers(scene)
+    collect_prompts(scene)
+    create_mask_stages(scene)
     passes = windows = number = 0
     # one round: masks that reach a window's border would be asked again in other windows
     here = next_round(scene, number)
     assert here is not None
-    passes += int(answer_windows(scene, number, here.windows).timings["encoder passes"])
+    passes += int(segment_windows(scene, number, here.windows).timings["encoder passes"])
     windows += here.total
     return time.perf_counter() - begun, passes, windows
 

@@ -33,15 +33,15 @@ from segpipe.config.prompts import Choice, PlaneOf
 from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
-from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.masks.patches import patch_cover
 from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import How, Rules, SliceAnswer, Stop, propagate
+from segpipe.prompts.volumes.propagate import Direction, Rules, SliceMask, Stop, propagate
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker
-from segpipe.prompts.volumes.propagate_prompts import Linking, link
-from segpipe.prompts.volumes.slices import ask_by_slice
+from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
+from segpipe.prompts.volumes.slices import prompts_by_slice
 from segpipe.sources import open_source
 from segpipe.tiling.pyramid import Pyramid, Window
 
@@ -96,7 +96,7 @@ def box_around(mask: np.ndarray, axis: int, index: int) -> tuple[list[float], li
     return start.tolist(), stop.tolist()
 
 
-def prompts_of(boxes: list[tuple[int, list[float], list[float]]]) -> Prompts:
+def prompts_of(boxes: list[tuple[int, list[float], list[float]]]) -> PromptSet:
     """Of boxes alone."""
     return make_prompts(make_points([], 3), make_boxes(boxes, 3), make_outlines([]), {})[0]
 
@@ -107,7 +107,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * (a & b).sum() / both) if both else math.nan
 
 
-def organs(path: str, rules: Rules, linking: Linking) -> None:
+def organs(path: str, rules: Rules, linking: LinkOptions) -> None:
     """The first table."""
     card = load_card(path)
     slices = Slices(DATA / "example_ct_sm.nii.gz", card, load_segmenter(card, CPU, torch.get_num_threads()))
@@ -125,12 +125,12 @@ def organs(path: str, rules: Rules, linking: Linking) -> None:
     print(f"{card.name}, {shape[axis]} axial slices: {seconds:.1f} s, {len(slices.encoded)} encoder passes")
     print(f"{'organ':<14}{'voxels':>8}{'slices':>8}{'reached':>9}{'Dice 3D':>9}{'Dice slice':>12}  stopped")
     for name, n in ORGANS.items():
-        mine = [e for e in events if isinstance(e, SliceAnswer) and e.answer.object == n]
+        mine = [e for e in events if isinstance(e, SliceMask) and e.mask.object == n]
         stops = [e for e in events if isinstance(e, Stop) and e.object == n]
         solid = np.zeros(shape, bool)
         for e in mine:
-            if e.answer.patch is not None:
-                solid |= patch_cover(e.answer.patch, Box.whole(shape))
+            if e.mask.patch is not None:
+                solid |= patch_cover(e.mask.patch, Box.whole(shape))
         there, index = truth == n, best[n]
         alone = dice(solid.take(index, axis), there.take(index, axis))
         extent = int(there.any(axis=others).sum())
@@ -183,7 +183,7 @@ def one(way: str, path: str, volume: str) -> None:
     print(slices.planes.count, held, len(slices.encoded), different, f"{peak:.0f} {peak - loaded:.0f}")
 
 
-def middle_box(slices: Slices) -> Prompts:
+def middle_box(slices: Slices) -> PromptSet:
     """Of half the plane, on the middle slice."""
     axis, shape = slices.planes.axis or 0, slices.planes.shape
     start, stop = [n / 4 for n in shape], [3 * n / 4 for n in shape]
@@ -205,10 +205,10 @@ def by_video(slices: Slices, card: Card) -> int:
     """The most bytes that sessions held."""
     axis, shape = slices.planes.axis or 0, slices.planes.shape
     tracker = VideoTracker(axis, shape[axis], slices.pyramid, VideoNetwork(card, CPU), slices)
-    asked, most, prompted = ask_by_slice(middle_box(slices), axis, shape), 0, 0
+    asked, most, prompted = prompts_by_slice(middle_box(slices), axis, shape), 0, 0
     for event in propagate(asked, axis, shape, slices.pyramid, tracker, THROUGH):
         most = max(most, tracker.held_bytes)
-        prompted += isinstance(event, SliceAnswer) and event.how is How.prompted
+        prompted += isinstance(event, SliceMask) and event.how is Direction.prompted
     assert prompted == 1
     return most
 
@@ -285,7 +285,7 @@ def main() -> None:
     card = load_card(arguments.card)
     if (Path(card.folder) / str(card.weights)).exists():
         rules = Rules(reach=arguments.reach)
-        organs(arguments.card, rules, Linking(choice=arguments.choice, mask=arguments.mask))
+        organs(arguments.card, rules, LinkOptions(choice=arguments.choice, mask=arguments.mask))
     else:
         print(f"{arguments.card}: its weights are not here: no Dice was measured")
     if arguments.depth:

@@ -28,11 +28,11 @@ from segpipe.sources import SceneRef
 from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
 from tasks.prompts import (
-    answer_batch,
-    answer_solid,
+    collect_scene_prompts,
     detect_batch,
     plan_round,
-    settle_prompts,
+    propagate_volume,
+    segment_batch,
 )
 from tasks.scenes import finish_scene, plan_scene, predict_batch, retried
 from tasks.told import NOT_READY, OUT_OF_MEMORY, passes
@@ -94,7 +94,7 @@ class Dispatch:
         self.pace = Pace()
         """Seconds that blocks of this run take: batches are sized by it."""
         self.predict_batch = retried(predict_batch, job.compute.retries)
-        self.answer_batch = retried(answer_batch, job.compute.retries)
+        self.segment_batch = retried(segment_batch, job.compute.retries)
         # a cluster keeps one batch waiting for each worker, so that none idles between two
         self.places = BoundedSemaphore(job.compute.workers * (2 if job.compute.clustered else 1))
 
@@ -143,14 +143,14 @@ class Dispatch:
         """Ground, then ask round by round: what does not fit its window is asked again in a larger one."""
         futures = self._ground(scene)
         parameters = {"scene": scene, "found": list(futures)}
-        futures.append(self.runner.submit(settle_prompts, parameters))
+        futures.append(self.runner.submit(collect_scene_prompts, parameters))
         answered: list[PrefectFuture[Any]] = []
         for number in count():
             self.watch.wait(futures[-1])
             if any(not f.state.is_completed() for f in futures):
                 return futures
             if scene.planes.axis is not None:
-                answered += self._batches(answer_solid, [{"scene": scene}])
+                answered += self._batches(propagate_volume, [{"scene": scene}])
                 break
             planned = self.runner.submit(plan_round, {"scene": scene, "number": number})
             futures.append(planned)
@@ -160,8 +160,8 @@ class Dispatch:
             here: Round | None = planned.result()
             if here is None:
                 break
-            self.watch.begin(scene.ref.name, scene.answers, here.total, len(here.windows), "windows")
-            sent = self._batches(self.answer_batch, self._windows(scene, here))
+            self.watch.begin(scene.ref.name, scene.masks, here.total, len(here.windows), "windows")
+            sent = self._batches(self.segment_batch, self._windows(scene, here))
             answered += sent
             futures += sent
             for future in sent:
@@ -173,7 +173,7 @@ class Dispatch:
     def _ground(self, scene: PromptScene) -> list[PrefectFuture[Any]]:
         """Send the batches of what finds phrases."""
         grounder = scene.grounder
-        if scene.settled or grounder is None:
+        if scene.collected or grounder is None:
             return []
         if isinstance(grounder, Scene):
             return self._blocks(grounder)[0]

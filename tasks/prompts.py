@@ -10,11 +10,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from segpipe.pipeline.progress import Done
-from segpipe.prompts.collect_prompts import settle
-from segpipe.prompts.grounding.detect_scene import Detecting, detect_windows
+from segpipe.prompts.collect_prompts import collect_prompts
+from segpipe.prompts.grounding.detect_scene import DetectorScene, detect_windows
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_windows import Round, answer_windows, create_answers, next_round
-from segpipe.prompts.volumes.segment_volume import answer_volume
+from segpipe.prompts.segment_windows import Round, create_mask_stages, next_round, segment_windows
+from segpipe.prompts.volumes.segment_volume import segment_volume
 from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
 from tasks.scenes import BACKOFF, RETRIES
@@ -30,21 +30,21 @@ ONE_STEP: dict[str, Any] = {
 
 @task(name="detect batch", task_run_name="look for phrases in {scene.ref.name}, {part}", **ONE_STEP)
 @told
-def detect_batch(scene: Detecting, windows: Sequence[Window], part: str, stop: StopToken) -> int:
+def detect_batch(scene: DetectorScene, windows: Sequence[Window], part: str, stop: StopToken) -> int:
     """Look for the phrases in a batch of windows."""
     return detect_windows(scene, windows, stop)
 
 
-@task(name="settle prompts", task_run_name="settle prompts of {scene.ref.name}", **ONE_STEP)
+@task(name="collect_prompts prompts", task_run_name="collect_prompts prompts of {scene.ref.name}", **ONE_STEP)
 @told
-def settle_prompts(scene: PromptScene, found: Sequence[Any]) -> int:
+def collect_scene_prompts(scene: PromptScene, found: Sequence[Any]) -> int:
     """Read files, ground phrases, number everything; how many objects are asked for.
 
     Args:
         found: what the grounder's batches did: it is waited for.
     """
-    asked = settle(scene)
-    create_answers(scene)
+    asked = collect_prompts(scene)
+    create_mask_stages(scene)
     return len(asked)
 
 
@@ -62,15 +62,15 @@ def plan_round(scene: PromptScene, number: int) -> Round | None:
     cache_policy=NO_CACHE,
 )
 @told
-def answer_batch(
+def segment_batch(
     scene: PromptScene, number: int, windows: Sequence[Window], part: str, stop: StopToken
 ) -> Done:
     """Encode a batch of windows where that is needed, and ask them."""
-    return answer_windows(scene, number, windows, stop, task_run.get_run_count() or 1)
+    return segment_windows(scene, number, windows, stop, task_run.get_run_count() or 1)
 
 
 @task(name="answer volume", task_run_name="answer {scene.ref.name}", **ONE_STEP)
 @told
-def answer_solid(scene: PromptScene, part: str, stop: StopToken) -> Done:
+def propagate_volume(scene: PromptScene, part: str, stop: StopToken) -> Done:
     """Follow every object through a volume, slice by slice."""
-    return answer_volume(scene, stop)
+    return segment_volume(scene, stop)

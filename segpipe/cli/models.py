@@ -44,7 +44,7 @@ def show(
 ) -> None:
     """Show a model card with its size, window, halo and what a forward pass costs."""
     from segpipe.config.card import load_card
-    from segpipe.prompts.check import check_model, describe_model
+    from segpipe.prompts.prompt_scene import check_model, describe_model
 
     card = load_card(_card_path(name))
     check_model(card)

@@ -148,7 +148,7 @@ def describe(card: Card, parameters: int | None = None) -> ModelDescription:
     """Facts of a model that are not written on its card; builds it on the CPU.
 
     Args:
-        parameters: of a card that answers prompts, whose network is not built here (`segpipe.prompts.check`).
+        parameters: of a card that answers prompts, whose network is not built here.
 
     Raises:
         RequestError: as `load_model`.

@@ -1,7 +1,7 @@
-"""A scene ready to be asked: opened, held against the promptable model, its stages keyed.
+"""Check a request for a promptable model, and prepare its scenes: open them, key their stages.
 
-Four stages of its own, each of which can be killed and goes on: what is asked (``ask``), embeddings
-(``embed``), answers by window (``answers``), objects on the native grid (``objects``). Then it is measured as
+A scene has four stages of its own, each of which can be killed and goes on: prompts (``ask``), embeddings
+(``embed``), masks by window (``answers``), objects on the native grid (``objects``). Then it is measured as
 any scene.
 """
 
@@ -13,49 +13,51 @@ from typing import Any
 
 from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.config.card import Card, Class, read_card
-from segpipe.config.job import Job
+from segpipe.config.job import TTA, Blend, Job
 from segpipe.config.prompts import PromptOptions
-from segpipe.errors import SceneError
+from segpipe.errors import RequestError, SceneError
 from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics, scene_statistics
 from segpipe.inference.settings import Settings, resolve_settings
+from segpipe.models.registry import ModelDescription, check_card, describe
+from segpipe.models.weights import resolve_weights
 from segpipe.pipeline.given_scene import find_labels, labels_identity
 from segpipe.pipeline.keys import device_parts, model_parts
 from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
-from segpipe.prompts.grounding.detect_scene import Detecting, detecting_of
+from segpipe.prompts.grounding.detect_scene import DetectorScene, prepare_detector
 from segpipe.prompts.masks.embedding_cache import PREFIX, Embeddings
 from segpipe.prompts.masks.read_planes import Planes
-from segpipe.prompts.phrase_classes import file_mark, phrase_classes
-from segpipe.prompts.prompt_set import Asked
-from segpipe.prompts.segmenters.registry import check_segmenter
+from segpipe.prompts.phrases import file_fingerprint, parse_phrases, phrase_classes
+from segpipe.prompts.prompt_set import PromptSet
+from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 from segpipe.sources import SceneRef
 from segpipe.sources.bands import match_bands
 from segpipe.store.stage import Stage, stage_key
 from segpipe.tiling.pyramid import Pyramid
 
 ACCOUNT = "account.json"
-"""Name of what the joining of objects leaves: the account of every phrase and prompt."""
+"""Name of the file beside the objects: what became of every phrase and prompt."""
 ASKED = "asked"
-"""Name of the part of the stage `ask` that holds what is asked."""
+"""Name of the part of the stage of prompts that holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScene(PredictedScene):
-    """A scene that is asked for objects; its channels are the promptable model's."""
+    """A scene of a prompted run; its channels are the promptable model's."""
 
     planes: Planes
     embeddings: Embeddings
-    ask: Stage
-    answers: Stage
-    grounder: Scene | Detecting | None
+    prompts: Stage
+    masks: Stage
+    grounder: Scene | DetectorScene | None
     """What finds the phrases: a semantic model over the scene, or a detector."""
-    labeller: Detecting | None
+    labeller: DetectorScene | None
     """What names masks of a grid."""
 
     @property
     def options(self) -> PromptOptions:
-        """What the job asks."""
+        """The job's prompts and how they are used."""
         return self.job.prompts
 
     @property
@@ -88,40 +90,38 @@ class PromptScene(PredictedScene):
         return True
 
     @property
-    def settled(self) -> bool:
-        """Whether it is known what is asked: phrases need not be looked for again."""
-        return self.ask.exists and ASKED in self.ask.done()
+    def collected(self) -> bool:
+        """Whether the prompts are in the store: phrases need not be looked for again."""
+        return self.prompts.exists and ASKED in self.prompts.done()
 
     @property
-    def asked(self) -> Asked:
-        """The prompts that are settled.
+    def prompt_set(self) -> PromptSet:
+        """The prompts that were collected.
 
         Raises:
             SceneError: another run dropped them.
         """
-        return Asked.load(self.ask.read_part(ASKED))
+        return PromptSet.load(self.prompts.read_part(ASKED))
 
     def account(self) -> SceneAccount:
-        """Keys of the embeddings and answers, windows and encoder passes, and what became of each phrase."""
-        receipts = self.answers.receipts().values()
+        """Keys of the embeddings and masks, windows and encoder passes, and what became of each phrase."""
+        receipts = self.masks.receipts().values()
         edge = self.pyramid.window
         flat = self.planes.axis is None
         found = self.labels.read_json(ACCOUNT)
+        plan = {
+            "windows": len(receipts) if flat else len(self.embeddings.stage.done()),
+            "window": f"{edge}x{edge}", "encoder_passes": sum(int(r["encoded"]) for r in receipts),
+            "prompts": len(self.prompt_set),
+        }  # fmt: skip
+        keys = {"embed": self.embeddings.stage.key, "answers": self.masks.key}
         return SceneAccount(
-            keys={"embed": self.embeddings.stage.key, "answers": self.answers.key},
-            plan={
-                "windows": len(receipts) if flat else len(self.embeddings.stage.done()),
-                "window": f"{edge}x{edge}",
-                "encoder_passes": sum(int(r["encoded"]) for r in receipts),
-                "prompts": len(self.asked),
-            },
-            asked=tuple(found["asked"]),
-            prompts=tuple(found["prompts"]),
+            keys=keys, plan=plan, asked=tuple(found["asked"]), prompts=tuple(found["prompts"])
         )
 
     def attempts(self) -> int:
         """How often the hardest window was tried."""
-        return hardest(self.answers)
+        return hardest(self.masks)
 
     @property
     def normaliser(self) -> Normaliser:
@@ -157,7 +157,7 @@ def grounding_job(job: Job) -> Job:
 
 
 def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
-    """Open, check and key a scene that is asked for objects; makes no stage.
+    """Open, check and key a scene of a prompted run; make no stage.
 
     Raises:
         SceneError: the scene does not suit the model or the grounder, or cannot be read.
@@ -187,28 +187,28 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
     labeller = None
     if options.labeller:
         mine = resolve_settings(job.compute, read_card(options.labeller))
-        labeller = detecting_of(job, options.labeller, ref, mine)
-    ask = Stage(job.outputs.dir, stage_key("ask", ask_parts(job, ref, source_key, grounder)))
-    asked = {
-        "embed": embed.key, "ask": ask.key, "margin": options.margin, "choice": options.choice.value,
+        labeller = prepare_detector(job, options.labeller, ref, mine)
+    prompts = Stage(job.outputs.dir, stage_key("ask", prompt_parts(job, ref, source_key, grounder)))
+    decoded = {
+        "embed": embed.key, "ask": prompts.key, "margin": options.margin, "choice": options.choice.value,
         "volume": options.volume.model_dump(mode="json"), "version": ANSWER_VERSION,
     }  # fmt: skip
-    answers = Stage(job.outputs.dir, stage_key("answers", asked))
-    joined = {
-        "of": answers.key, "same": options.same, "smallest": job.measure.smallest,
+    masks = Stage(job.outputs.dir, stage_key("answers", decoded))
+    merged = {
+        "of": masks.key, "same": options.same, "smallest": job.measure.smallest,
         "names": labeller.stage.key if labeller else "",
     }  # fmt: skip
     return PromptScene(
         ref=ref, job=job, pixels=pixels, notes=notes, card=card, settings=settings, statistics=statistics,
         planes=planes,
-        embeddings=Embeddings(embed, pyramid, planes, shapes), ask=ask, answers=answers,
-        labels=Stage(job.outputs.dir, stage_key("objects", joined)), grounder=grounder, labeller=labeller,
+        embeddings=Embeddings(embed, pyramid, planes, shapes), prompts=prompts, masks=masks,
+        labels=Stage(job.outputs.dir, stage_key("objects", merged)), grounder=grounder, labeller=labeller,
     )  # fmt: skip
 
 
 def create_grounder(scene: PromptScene) -> PromptScene:
     """Make the stages of what finds phrases."""
-    if isinstance(scene.grounder, Detecting):
+    if isinstance(scene.grounder, DetectorScene):
         scene.grounder.create()
     elif isinstance(scene.grounder, Scene):
         return replace(scene, grounder=create_stages(scene.grounder))
@@ -228,35 +228,127 @@ def known_statistics(
     return Statistics.from_json(known).pairs
 
 
-def _grounder(job: Job, ref: SceneRef) -> Scene | Detecting:
+def _grounder(job: Job, ref: SceneRef) -> Scene | DetectorScene:
     card = read_card(job.prompts.grounder)
     mine = resolve_settings(job.compute, card)
     if card.output.kind == "boxes":
-        return detecting_of(job, job.prompts.grounder, ref, mine)
+        return prepare_detector(job, job.prompts.grounder, ref, mine)
     return prepare_scene(grounding_job(job), card, ref, mine)
 
 
-def ask_parts(job: Job, ref: SceneRef, source_key: str, grounder: Scene | Detecting | None) -> dict[str, Any]:
-    """Everything that what is asked depends on."""
+def prompt_parts(
+    job: Job, ref: SceneRef, source_key: str, grounder: Scene | DetectorScene | None
+) -> dict[str, Any]:
+    """Return everything that the prompts depend on."""
     options = job.prompts
     fields = ("text", "threshold", "crs", "layer", "polygons", "earlier_ids", "names", "everything", "grid")
-    earlier = find_labels(options.earlier, ref.name) if options.earlier else ""
+    labels = find_labels(options.earlier, ref.name) if options.earlier else ""
     return {
-        "options": options.model_dump(mode="json", include={*fields}),
-        "source": source_key,
-        "smallest": job.measure.smallest,
-        "file": file_mark(options.path) if options.path else "",
-        "earlier": labels_identity(earlier) if earlier else {},
-        "grounder": _grounder_key(grounder),
+        "options": options.model_dump(mode="json", include={*fields}), "source": source_key,
+        "smallest": job.measure.smallest, "file": file_fingerprint(options.path) if options.path else "",
+        "earlier": labels_identity(labels) if labels else {}, "grounder": _grounder_key(grounder),
         "version": ANSWER_VERSION,
-    }
+    }  # fmt: skip
 
 
-def _grounder_key(grounder: Scene | Detecting | None) -> str:
+def _grounder_key(grounder: Scene | DetectorScene | None) -> str:
     """What finds the phrases, its class names and synonyms included."""
     if grounder is None:
         return ""
-    if isinstance(grounder, Detecting):
+    if isinstance(grounder, DetectorScene):
         return grounder.stage.key
     words = [c.model_dump(mode="json", exclude={"color"}) for c in grounder.card.classes]
     return stage_key("words", {"of": grounder.predict.key, "classes": words})
+
+
+def check_prompts(job: Job) -> Card:
+    """Check a job with prompts before any work starts; return its model's card with the bands that are shown.
+
+    Raises:
+        RequestError: naming the field, what was found and what would be valid.
+    """
+    card, options = prompted_card(job), job.prompts
+    if card.output.kind != "prompted":
+        raise RequestError(
+            f"model: {card.name!r} is a {card.output.kind} model, which takes no prompts: give a promptable "
+            "one (output.kind: prompted), and this one as `prompts.grounder`"
+        )
+    check_segmenter(card)
+    _check_unused(job)
+    if options.text:
+        parse_phrases(options.text)
+    if options.grounder:
+        grounder = read_card(options.grounder)
+        if grounder.output.kind not in ("semantic", "boxes"):
+            raise RequestError(
+                f"prompts.grounder: {grounder.name!r} is a {grounder.output.kind} model; valid: a semantic "
+                "one, or a detector that takes text (output.kind: boxes)"
+            )
+        check_model(grounder)
+    if options.labeller:
+        names = read_card(options.labeller)
+        if names.output.kind != "names":
+            raise RequestError(
+                f"prompts.labeller: {names.name!r} is a {names.output.kind} model; valid: a CLIP "
+                "(output.kind: names)"
+            )
+        check_model(names)
+    if options.path:
+        file_fingerprint(options.path)
+    classes = phrase_classes(options)
+    objects = [c.name for c in classes if not c.background]
+    if job.measure.objects and not (job.reference and job.reference.divisor) and len(objects) > 1:
+        raise RequestError(
+            f"measure.objects: ids alone do not say which of {', '.join(objects)} an object is: give a "
+            "reference whose values are class × divisor + number, and `reference.divisor`"
+        )
+    return card
+
+
+def check_model(card: Card) -> None:
+    """Refuse a card that could not run, whether it answers prompts or not (`check_card`).
+
+    Raises:
+        RequestError: names the card, the field, what was found and what would be valid.
+    """
+    if not card.answers_prompts:
+        check_card(card)
+    elif card.output.kind == "boxes":
+        from segpipe.prompts.grounding.detectors import check_detector
+
+        check_detector(resolve_weights(card))
+    elif card.output.kind == "names":
+        from segpipe.prompts.grounding.processors import read_kind
+
+        read_kind(resolve_weights(card), ("clip",))
+    else:
+        resolve_weights(card)
+        check_segmenter(card)
+
+
+def describe_model(card: Card) -> ModelDescription:
+    """Facts of a model that are not written on its card, of those that answer prompts too.
+
+    Raises:
+        RequestError: as `segpipe.models.registry.load_model` or `load_segmenter`.
+    """
+    if card.output.kind != "prompted":
+        return describe(card)
+    import torch
+
+    return describe(card, load_segmenter(card, torch.device("cpu")).parameters)
+
+
+def _check_unused(job: Job) -> None:
+    """Reject what a promptable model has no use for; it is never ignored."""
+    for field, given in {
+        "tiling.window": job.tiling.window != "auto",
+        "tiling.halo": job.tiling.halo != "auto",
+        "tiling.blend": job.tiling.blend is not Blend.trim,
+        "compute.tta": job.compute.tta is not TTA.none,
+        "compute.compile": job.compute.compile,
+        "outputs.scores": job.outputs.scores,
+        "outputs.uncertainty": job.outputs.uncertainty,
+    }.items():
+        if given:
+            raise RequestError(f"{field}: a promptable model has no use for it: leave it out")

@@ -8,11 +8,11 @@ from itertools import count
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.pipeline.progress import Done, together
-from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.grounding.detect_scene import detect_windows
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_windows import answer_windows, create_answers, next_round
-from segpipe.prompts.volumes.segment_volume import answer_volume
+from segpipe.prompts.segment_windows import create_mask_stages, next_round, segment_windows
+from segpipe.prompts.volumes.segment_volume import segment_volume
 from segpipe.store.stops import StopToken
 
 
@@ -31,21 +31,21 @@ def answer_scene(
     Raises:
         SceneError, StoppedError, DeviceMemoryError.
     """
-    grounder = None if scene.settled else scene.grounder
+    grounder = None if scene.collected else scene.grounder
     if isinstance(grounder, Scene):
         predict_blocks(grounder, pending_blocks(grounder), stop)
     elif grounder is not None:
         detect_windows(grounder, grounder.pending(), stop)
-    settle(scene)
-    create_answers(scene)
+    collect_prompts(scene)
+    create_mask_stages(scene)
     if scene.planes.axis is not None:
-        return answer_volume(scene, stop)
+        return segment_volume(scene, stop)
     done: list[Done] = []
     for number in count():
         here = next_round(scene, number)
         if here is None:
             return together(done, 0)
         progress(here.total - len(here.windows), here.total)
-        done.append(answer_windows(scene, number, here.windows, stop))
+        done.append(segment_windows(scene, number, here.windows, stop))
         progress(here.total, here.total)
     raise AssertionError("rounds end")

@@ -14,7 +14,7 @@ from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import check_card
 from segpipe.pipeline.surfaces import tolerances
-from segpipe.prompts.phrase_classes import phrase_classes
+from segpipe.prompts.phrases import phrase_classes
 from segpipe.regions import is_grid, parse_grid
 from segpipe.runs.fingerprint import fingerprint
 from segpipe.sources import SceneRef, discover
@@ -69,7 +69,7 @@ def check_job(job: Job) -> ResolvedJob:
     card, settings = None, NO_MODEL
     classes = load_classes(job.classes) if job.classes else ()
     if job.model and job.prompts.asked:
-        from segpipe.prompts.check import check_prompts  # loads torch
+        from segpipe.prompts.prompt_scene import check_prompts  # loads torch
 
         card = check_prompts(job)
         settings = resolve_settings(job.compute, card)

@@ -18,7 +18,7 @@ from segpipe.inference.label_dtype import no_data_value
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pictures.archive import Previews, load_previews
 from segpipe.pipeline.measure import Measured
-from segpipe.prompts.phrase_classes import phrase_classes
+from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.run_page import render_pages
 from segpipe.runs.check import ResolvedJob
 from segpipe.store.atomic import write_atomic

@@ -44,7 +44,7 @@ def _plan(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
     if card is None:
         return ScenePlan(ref.name, _labels_line(job, ref))
     if card.answers_prompts:
-        from segpipe.prompts.plan import prompt_line  # loads torch
+        from segpipe.prompts.collect_prompts import prompt_line  # loads torch
 
         return ScenePlan(ref.name, prompt_line(job, ref, resolved.settings))
     return _windows(resolved, card, ref)

@@ -80,11 +80,11 @@ def complete_scene(
     if isinstance(scene, Scene):
         steps = {"predict": computed, "clean-up": finish_labels(scene)}
     elif scene.prompted:
-        from segpipe.prompts.build_objects import find_prompted  # loads torch
+        from segpipe.prompts.build_objects import build_objects  # loads torch
         from segpipe.prompts.prompt_scene import PromptScene
 
         assert isinstance(scene, PromptScene)
-        steps = {"answer": computed, "objects": find_prompted(scene)}
+        steps = {"answer": computed, "objects": build_objects(scene)}
     measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)

@@ -82,7 +82,7 @@ class Pyramid:
         """The level (n,) and the lattice position (n, axes) of the window that each box takes, int64.
 
         Args:
-            start: (n, axes) positions of the boxes' first corners (`segpipe.prompts.inputs.prompts`).
+            start: (n, axes) positions of the boxes' first corners (`segpipe.prompts.prompt_set`).
             stop: (n, axes) of the opposite ones; no box may lie wholly outside the scene, and what is
                 outside is not looked at. A point is a box of no size.
             least: the finest level that may be taken, for an object that proved larger than it was said

@@ -21,7 +21,7 @@ from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.prompts.masks.patches import Patch
-from segpipe.prompts.masks.rasterise import Masks, Painted, paint_scene
+from segpipe.prompts.masks.scene_masks import PatchIndex, RasterisedMasks, rasterise_scene
 
 NAN = float("nan")
 SHAPE = (60, 80)
@@ -34,15 +34,15 @@ CLASSES = [
 
 
 @pytest.fixture(scope="module")
-def painted() -> Painted:
+def painted() -> RasterisedMasks:
     """A pond with an islet in it, and two docks."""
     corners = (((5, 5), (40, 40)), ((10, 10), (16, 18)), ((50, 60), (60, 70)), ((50, 75), (52, 77)))
     patches = [Patch(1, a, np.ones((b[0] - a[0], b[1] - a[1]), np.float16)) for a, b in corners]
-    masks = Masks(SHAPE, tuple((p,) for p in patches))
-    return paint_scene([Box.whole(SHAPE)], masks, np.array([1, 1, 2, 2]), np.array([0.9, 0.8, NAN, 0.6]))
+    masks = PatchIndex(SHAPE, tuple((p,) for p in patches))
+    return rasterise_scene([Box.whole(SHAPE)], masks, np.array([1, 1, 2, 2]), np.array([0.9, 0.8, NAN, 0.6]))
 
 
-def table(painted: Painted) -> pd.DataFrame:
+def table(painted: RasterisedMasks) -> pd.DataFrame:
     count = painted.objects.elements
     return pd.DataFrame(
         {
@@ -59,14 +59,14 @@ def table(painted: Painted) -> pd.DataFrame:
             "count": count,
             "area_m2": count * 100.0,
             "cut": [True, False, False, False],
-            "mask_area_m2": painted.whole.elements[painted.place] * 100.0,
+            "mask_area_m2": painted.whole.elements[painted.row] * 100.0,
             "touches_edge": painted.objects.touches_edge,
             "region": ["Süd", "", "Süd", "Nord"],
         }
     )
 
 
-def test_geoparquet_is_the_geopackage(painted: Painted, tmp_path: Path) -> None:
+def test_geoparquet_is_the_geopackage(painted: RasterisedMasks, tmp_path: Path) -> None:
     rows, paths = table(painted), [tmp_path / f"instances.{suffix}" for suffix in ("gpkg", "parquet")]
     write_object_polygons(painted.ids, UTM, rows, *paths)
     package, parquet = geopandas.read_file(paths[0]), geopandas.read_parquet(paths[1])
@@ -92,7 +92,7 @@ def test_geoparquet_is_the_geopackage(painted: Painted, tmp_path: Path) -> None:
     assert not (tmp_path / "other.parquet").exists()
 
 
-def test_geoparquet_without_a_crs_and_without_objects(painted: Painted, tmp_path: Path) -> None:
+def test_geoparquet_without_a_crs_and_without_objects(painted: RasterisedMasks, tmp_path: Path) -> None:
     place = RasterGeometry(SHAPE, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None)
     write_object_polygons(painted.ids, place, table(painted), tmp_path / "some.parquet")
     some = geopandas.read_parquet(tmp_path / "some.parquet")
@@ -104,7 +104,7 @@ def test_geoparquet_without_a_crs_and_without_objects(painted: Painted, tmp_path
     assert len(none) == 0 and none.crs.to_epsg() == 32633 and "mask_area_m2" in none
 
 
-def test_coco_says_what_is_known_of_prompted_objects(painted: Painted, tmp_path: Path) -> None:
+def test_coco_says_what_is_known_of_prompted_objects(painted: RasterisedMasks, tmp_path: Path) -> None:
     points = {1: np.array([[20.0, 30.5], [8.0, 7.0]]), 4: np.zeros((0, 2))}
     facts = coco_facts(table(painted), points)
     path = tmp_path / "instances.json"

@@ -24,7 +24,7 @@ from scipy import ndimage
 from flows.prompt import prompt
 from segpipe.config.job import Job, PromptJob
 from tests.flows.conftest import record_of, run_folder, wait_until
-from tests.prompts.asked_world import make_card, make_job
+from tests.prompts.prompt_world import make_card, make_job
 
 SHAPE = (200, 260)
 BOXES = [(10, 12, 40, 44), (60, 20, 95, 50), (120, 30, 131, 39), (200, 150, 250, 190), (8, 140, 70, 190)]

@@ -19,7 +19,7 @@ from segpipe.config.card import load_card
 from segpipe.config.job import Precision
 from segpipe.errors import RequestError
 from segpipe.models.registry import check_card, describe, list_cards, load_model, resolve_precision
-from segpipe.prompts.check import check_model
+from segpipe.prompts.prompt_scene import check_model
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "models"

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from segpipe.geometry.box import Box
-from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt
-from segpipe.prompts.volumes.propagate import Embedder, SliceAnswer, Stop
+from segpipe.prompts.volumes.propagate import Embedder, SliceMask, Stop
 from segpipe.prompts.volumes.propagate_memory import Seen
 from segpipe.tiling.pyramid import Pyramid, Window
 
@@ -141,7 +141,7 @@ def embedder(
 def said(
     points: Sequence[tuple[int, Sequence[float], bool]] = (),
     boxes: Sequence[tuple[int, Sequence[float], Sequence[float]]] = (),
-) -> Prompts:
+) -> PromptSet:
     return make_prompts(make_points(points, 3), make_boxes(boxes, 3), make_outlines([]), {})[0]
 
 
@@ -156,8 +156,8 @@ def slice_box(
 
 
 def collect(
-    events: Iterable[SliceAnswer | Stop], shape: Sequence[int]
-) -> tuple[dict[int, np.ndarray], list[SliceAnswer], dict[tuple[int, int, str], Stop]]:
+    events: Iterable[SliceMask | Stop], shape: Sequence[int]
+) -> tuple[dict[int, np.ndarray], list[SliceMask], dict[tuple[int, int, str], Stop]]:
     """Solids by object; answers; stops by object, prompted slice and direction."""
     solids: dict[int, np.ndarray] = {}
     answers, stops = [], {}
@@ -168,9 +168,9 @@ def collect(
             stops[key] = event
             continue
         answers.append(event)
-        solid = solids.setdefault(event.answer.object, np.zeros(shape, bool))
-        if event.answer.patch is not None:
-            cover = patch_cover(event.answer.patch, Box.whole(shape))
+        solid = solids.setdefault(event.mask.object, np.zeros(shape, bool))
+        if event.mask.patch is not None:
+            cover = patch_cover(event.mask.patch, Box.whole(shape))
             assert not (solid & cover).any()  # a slice is answered once
             solid |= cover
     return solids, answers, stops

@@ -13,9 +13,9 @@ from transformers.models.sam.image_processing_sam import _compute_stability_scor
 
 from segpipe.config.prompts import Choice
 from segpipe.geometry.box import Box
-from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.masks.decode import Answer, answer_window, view_of
+from segpipe.prompts.masks.decode import ObjectMask, decode_window, view_of
 from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Prompt, mask_logits
 from segpipe.tiling.pyramid import Pyramid, Window
 from tests.prompts.tiny_sams import World, make_world, points
@@ -39,32 +39,34 @@ def said(
     given: Iterable[tuple[int, Sequence[float], bool]] = (),
     boxes: Iterable[tuple[int, Sequence[float], Sequence[float]]] = (),
     outlines: Iterable[tuple[int, shapely.Geometry]] = (),
-) -> Prompts:
+) -> PromptSet:
     return make_prompts(make_points(given, 2), make_boxes(boxes, 2), make_outlines(outlines), {})[0]
 
 
-def ask(world: World, pyramid: Pyramid, window: Window, prompts: Prompts, **more: object) -> list[Answer]:
+def ask(
+    world: World, pyramid: Pyramid, window: Window, prompts: PromptSet, **more: object
+) -> list[ObjectMask]:
     given = {"choice": Choice.score, **more}
-    return answer_window(world.segmenter, world.embedding, window, pyramid, prompts, **given)  # type: ignore[arg-type]
+    return decode_window(world.segmenter, world.embedding, window, pyramid, prompts, **given)  # type: ignore[arg-type]
 
 
-def check(answer: Answer, published: tuple[torch.Tensor, ...], seen: np.ndarray) -> np.ndarray:
+def check(answer: ObjectMask, published: tuple[torch.Tensor, ...], seen: np.ndarray) -> np.ndarray:
     """Numbers of all candidates, where elements are seen (y, x) bool; the mask that should be taken."""
     masks, scores, _ = published
     masks = masks.clone()
     masks[:, torch.from_numpy(~seen)] = -1e9
-    np.testing.assert_allclose(answer.all_iou, scores, atol=1e-4)
+    np.testing.assert_allclose(answer.stats.iou, scores, atol=1e-4)
     stability = _compute_stability_score(masks, 0.0, 1)
-    np.testing.assert_allclose(answer.all_stability, stability, atol=0.01)
+    np.testing.assert_allclose(answer.stats.stability, stability, atol=0.01)
     elements = (masks > 0).sum((-2, -1)).numpy()
-    np.testing.assert_allclose(answer.all_elements, elements, atol=4)
+    np.testing.assert_allclose(answer.stats.elements, elements, atol=4)
     usable = np.where(elements > 0, scores.numpy(), -np.inf)
     assert answer.candidate == int(usable.argmax())
-    assert answer.iou == answer.all_iou[answer.candidate]
+    assert answer.iou == answer.stats.iou[answer.candidate]
     return np.asarray(masks[answer.candidate].numpy() > 0)
 
 
-def differ(answer: Answer, shape: tuple[int, ...], expected: np.ndarray) -> float:
+def differ(answer: ObjectMask, shape: tuple[int, ...], expected: np.ndarray) -> float:
     """Share of the mask's elements that are not as expected, over the whole plane (y, x)."""
     assert answer.patch is not None and answer.patch.logits.dtype == np.float16
     found = patch_cover(answer.patch, Box.whole(shape))
@@ -107,11 +109,11 @@ def test_a_scene_of_one_window_is_answered_as_published(world: World) -> None:
         published = world.published(prompt, mask)
         taken = check(answer, published, np.ones(SHAPE, bool))
         assert differ(answer, SHAPE, taken) < 0.002
-        some = np.count_nonzero(answer.all_elements)
+        some = np.count_nonzero(answer.stats.elements)
         assert answer.reason == f"highest predicted IoU, of {'3' if some == 3 else '2 that are not empty'}"
         assert not answer.cut  # the window's border is the scene's
     sizes = ask(world, ONE_WINDOW, WHOLE, prompts, choice=Choice.large)
-    assert all(a.all_elements[a.candidate] == a.all_elements.max() for a in sizes)
+    assert all(a.stats.elements[a.candidate] == a.stats.elements.max() for a in sizes)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_elements_without_data_are_of_no_mask(sam: World) -> None:
     assert nothing.reason == "no element in any of 3"
 
 
-def turned(prompts: Prompts) -> Prompts:
+def turned(prompts: PromptSet) -> PromptSet:
     """The same, the other way round in every list but that of objects."""
     p, b, o = prompts.points, prompts.boxes, prompts.outlines
     return replace(
@@ -222,7 +224,9 @@ def test_neither_order_nor_company_changes_a_bit(sam: World) -> None:
             assert (a.object, a.candidate, a.iou, a.reason) == (b_.object, b_.candidate, b_.iou, b_.reason)
             assert a.patch is not None and b_.patch is not None
             assert a.patch.origin == b_.patch.origin and np.array_equal(a.patch.logits, b_.patch.logits)
-            assert np.array_equal(a.all_iou, b_.all_iou) and np.array_equal(a.all_elements, b_.all_elements)
+            assert np.array_equal(a.stats.iou, b_.stats.iou) and np.array_equal(
+                a.stats.elements, b_.stats.elements
+            )
 
 
 def test_points_outside_the_window_are_left_out_and_said(sam: World) -> None:

@@ -1,4 +1,4 @@
-"""Masks without a prompt: on one window those of the library's own generator; on a scene, one of each."""
+"""GridMasks without a prompt: on one window those of the library's own generator; on a scene, one of each."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from transformers.models.sam.image_processing_sam import _build_point_grid
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.prompts.masks.automatic import (
-    COLUMNS,
-    Automatic,
-    Masks,
-    Tally,
-    automatic_window,
+    ARRAYS,
+    AutomaticSettings,
+    GridMasks,
+    GridTally,
     grid_prompts,
-    join_masks,
-    merge_masks,
-    suppress,
+    join_grid_masks,
+    merge_grid_masks,
+    segment_grid,
 )
+from segpipe.prompts.masks.nms import keep_best
 from segpipe.prompts.masks.patches import patch_cover
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt
 from segpipe.tiling.pyramid import Pyramid, Window
@@ -110,11 +110,11 @@ def test_a_scene_of_one_window_has_the_librarys_masks(world: World, same: float)
     edge = world.segmenter.window[0]
     pyramid, window = Pyramid((edge, edge), edge, 0.25), Window(0, (0, 0))
 
-    def ours(**limits: float) -> tuple[Masks, Tally]:
-        wanted = Automatic(points_per_side=SIDE, **limits)
+    def ours(**limits: float) -> tuple[GridMasks, GridTally]:
+        wanted = AutomaticSettings(points_per_side=SIDE, **limits)
         grid = grid_prompts(pyramid, wanted, 0)
-        found = automatic_window(world.segmenter, world.embedding, window, pyramid, grid, wanted)
-        return merge_masks([found], wanted)
+        found = segment_grid(world.segmenter, world.embedding, window, pyramid, grid, wanted)
+        return merge_grid_masks([found], wanted)
 
     everything, _ = ours(pred_iou=0, stability=0, nms=1)
     score = between(everything.iou)
@@ -139,10 +139,10 @@ def test_a_scene_of_one_window_has_the_librarys_masks(world: World, same: float)
 
 def test_points_are_the_librarys_on_one_window_and_one_grid_over_all() -> None:
     for side in (5, 8, 32):
-        wanted = Automatic(points_per_side=side)
+        wanted = AutomaticSettings(points_per_side=side)
         grid = grid_prompts(Pyramid((64, 64), 64, 0.25), wanted, 0)
         np.testing.assert_allclose(grid.position[:, ::-1], _build_point_grid(side).numpy() * 64, atol=1e-5)
-    shape, wanted = (203, 130), Automatic(points_per_side=8, crop_layers=9)
+    shape, wanted = (203, 130), AutomaticSettings(points_per_side=8, crop_layers=9)
     pyramid = Pyramid(shape, 64, 0.25)
     assert wanted.levels(pyramid) == range(3)
     for level in wanted.levels(pyramid):
@@ -178,7 +178,7 @@ def test_suppression_is_torchvisions(boxes: list[tuple[int, ...]], limit: float)
     stop = start + np.array([(h, w) for _, _, h, w in boxes], float).reshape(-1, 2)
     xyxy = torch.from_numpy(np.concatenate((start[:, ::-1], stop[:, ::-1]), axis=1))
     expected = nms(xyxy, -torch.arange(len(boxes), dtype=torch.float64), limit)
-    np.testing.assert_array_equal(suppress(start, stop, limit), expected)
+    np.testing.assert_array_equal(keep_best(start, stop, limit), expected)
 
 
 class Flood:
@@ -235,15 +235,17 @@ def pixels_of(bright: np.ndarray, pyramid: Pyramid, window: Window) -> np.ndarra
     return np.nan_to_num(mean)[None].astype(np.float32)
 
 
-def everywhere(bright: np.ndarray, wanted: Automatic, at_once: int = 64) -> list[tuple[Masks, Tally]]:
-    """The parts of all windows of all levels that are asked."""
+def everywhere(
+    bright: np.ndarray, wanted: AutomaticSettings, at_once: int = 64
+) -> list[tuple[GridMasks, GridTally]]:
+    """The parts of all windows of all levels."""
     pyramid, segmenter = Pyramid(bright.shape, 64, 0.25), Flood()
     parts = []
     for level in wanted.levels(pyramid):
         grid = grid_prompts(pyramid, wanted, level)
         for window in grid.windows:
             embedding = segmenter.encode(pixels_of(bright, pyramid, window))
-            parts.append(automatic_window(segmenter, embedding, window, pyramid, grid, wanted, at_once))
+            parts.append(segment_grid(segmenter, embedding, window, pyramid, grid, wanted, at_once))
     return parts
 
 
@@ -255,9 +257,9 @@ SCENE = (201, 262)
 def test_every_object_of_a_scene_is_found_once_and_whole() -> None:
     """Disks on borders of windows, at the scene's edge, and two that nearly fill a window."""
     ids = disks(SCENE, PLACES + LARGE)
-    wanted = Automatic(points_per_side=8)
+    wanted = AutomaticSettings(points_per_side=8)
     parts = everywhere(ids > 0, wanted)
-    masks, tally = merge_masks(parts, wanted)
+    masks, tally = merge_grid_masks(parts, wanted)
     print(tally.lines())
     whole = Box.whole(SCENE)
     held = []
@@ -279,29 +281,29 @@ def test_every_object_of_a_scene_is_found_once_and_whole() -> None:
 
 def test_a_coarser_level_holds_what_the_finest_cuts() -> None:
     ids = disks((260, 262), [(128, 128, 60), (20, 30, 9), (230, 222, 9)])
-    fine = Automatic(points_per_side=8)
+    fine = AutomaticSettings(points_per_side=8)
     with_coarse = replace(fine, crop_layers=2)
-    assert len(merge_masks(everywhere(ids > 0, fine), fine)[0]) == 2
-    masks, tally = merge_masks(everywhere(ids > 0, with_coarse), with_coarse)
+    assert len(merge_grid_masks(everywhere(ids > 0, fine), fine)[0]) == 2
+    masks, tally = merge_grid_masks(everywhere(ids > 0, with_coarse), with_coarse)
     assert len(masks) == 3 and masks.level[:2].tolist() == [0, 0] and masks.level[2] > 0
     large = patch_cover(masks.patches[2], Box.whole(ids.shape))
     assert iou(large, ids == 1) > 0.97 and masks.elements[2] == pytest.approx((ids == 1).sum(), rel=0.03)
     assert tally.same_elsewhere >= 2  # the small ones, seen again
     some = replace(with_coarse, smallest=400)  # a disk of radius 9 has 253 elements
-    kept, counted = merge_masks(everywhere(ids > 0, some), some)
+    kept, counted = merge_grid_masks(everywhere(ids > 0, some), some)
     assert len(kept) == 1 and counted.small >= 2
 
 
 def test_neither_order_nor_turns_change_a_bit() -> None:
     """And what is left follows from torchvision's IoU: finer levels first, then predicted IoU."""
-    wanted = Automatic(points_per_side=8, pred_iou=0, stability=0, crop_layers=2, nms=0.5)
+    wanted = AutomaticSettings(points_per_side=8, pred_iou=0, stability=0, crop_layers=2, nms=0.5)
     bright = disks(SCENE, PLACES + LARGE) > 0
     parts = everywhere(bright, wanted)
-    masks, tally = merge_masks(parts, wanted)
+    masks, tally = merge_grid_masks(parts, wanted)
     for other in (parts[::-1], everywhere(bright, wanted, at_once=3), [(masks, tally)]):
-        again, counted = merge_masks(other, wanted)
+        again, counted = merge_grid_masks(other, wanted)
         assert same(masks, again) and tally == counted
-    joined = join_masks([part for part, _ in parts])
+    joined = join_grid_masks([part for part, _ in parts])
     rank = np.lexsort((joined.candidate, joined.number, -joined.iou, joined.level))
     xyxy = torch.from_numpy(np.concatenate((joined.start[:, ::-1], joined.stop[:, ::-1]), axis=1))
     alike = box_iou(xyxy, xyxy).numpy() > wanted.nms
@@ -313,9 +315,9 @@ def test_neither_order_nor_turns_change_a_bit() -> None:
     assert same(masks, joined.take(np.sort(kept))) and len(set(masks.level.tolist())) > 1
 
 
-def same(a: Masks, b: Masks) -> bool:
+def same(a: GridMasks, b: GridMasks) -> bool:
     """Bit for bit."""
-    arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
+    arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ARRAYS)
     return arrays and all(
         p.origin == q.origin and p.scale == q.scale and np.array_equal(p.logits, q.logits)
         for p, q in zip(a.patches, b.patches, strict=True)
@@ -324,29 +326,19 @@ def same(a: Masks, b: Masks) -> bool:
 
 def test_points_without_data_are_not_asked_and_masks_end_there() -> None:
     pyramid, window = Pyramid((64, 64), 64, 0.25), Window(0, (0, 0))
-    wanted = Automatic(points_per_side=4, nms=0.7)
+    wanted = AutomaticSettings(points_per_side=4, nms=0.7)
     grid = grid_prompts(pyramid, wanted, 0)  # at 8, 24, 40, 56
     valid = np.zeros((64, 64), bool)
     valid[:, :40] = True
     segmenter, bright = Flood(), disks((64, 64), [(24, 30, 20)]) > 0
     embedding = segmenter.encode(bright[None].astype(np.float32))
-    masks, tally = automatic_window(segmenter, embedding, window, pyramid, grid, wanted, valid=valid)
+    masks, tally = segment_grid(segmenter, embedding, window, pyramid, grid, wanted, valid=valid)
     assert (tally.no_data, tally.points) == (8, 8)
     assert "8 points not asked: no data" in tally.lines()
     cover = patch_cover(masks.patches[0], Box.whole((64, 64)))
     assert np.array_equal(cover, bright & valid) and masks.stop[0, 1] == 39.5
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"points_per_side": 0}, "automatic.points_per_side: found 0; valid: 1 or more"),
-        ({"pred_iou": 1.5}, "automatic.pred_iou: found 1.5; valid: 0 to 1"),
-        ({"crop_layers": -1}, "automatic.crop_layers: found -1; valid: 0 or more"),
-    ],
-)
-def test_wrong_settings(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
-        Automatic(**fields)
+def test_more_points_than_elements_are_rejected() -> None:
     with pytest.raises(RequestError, match="valid: up to 64"):
-        grid_prompts(Pyramid((64, 64), 64, 0.25), Automatic(points_per_side=65), 0)
+        grid_prompts(Pyramid((64, 64), 64, 0.25), AutomaticSettings(points_per_side=65), 0)

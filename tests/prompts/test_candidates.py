@@ -11,7 +11,7 @@ from skimage.measure import regionprops
 from torchvision.ops import box_iou as torchvision_box_iou
 
 from segpipe.config.prompts import Choice
-from segpipe.prompts.masks.candidates import Measured, bounds, box_iou, choose, measure
+from segpipe.prompts.masks.decode import CandidateStats, bounds, box_iou, choose_candidate, measure
 
 FIVE = st.tuples(*(st.integers(0, 6) for _ in range(4)))
 
@@ -69,30 +69,32 @@ FOUND = measure(squares(9, 2, 5), np.array([0.5, 0.4, 0.3], np.float32))
 def test_every_rule(choice: Choice, box: np.ndarray | None, index: int, reason: str) -> None:
     np.testing.assert_array_equal(FOUND.elements, [81, 4, 25])
     np.testing.assert_array_equal(FOUND.stability, [1, 1, 1])
-    assert choose(choice, FOUND, box) == (index, reason)
+    assert choose_candidate(choice, FOUND, box) == (index, reason)
 
 
 def test_an_empty_mask_is_taken_only_where_all_are() -> None:
     some = measure(squares(0, 3, 4), np.array([0.9, 0.2, 0.3]))
     assert np.isnan(some.start[0]).all() and np.isnan(some.stability[0])
-    assert choose(Choice.score, some) == (2, "highest predicted IoU, of 2 that are not empty")
-    assert [choose(c, some, BOX)[0] for c in (Choice.small, Choice.medium, Choice.large, Choice.box)] == [
+    assert choose_candidate(Choice.score, some) == (2, "highest predicted IoU, of 2 that are not empty")
+    assert [
+        choose_candidate(c, some, BOX)[0] for c in (Choice.small, Choice.medium, Choice.large, Choice.box)
+    ] == [
         1,
         1,
         2,
         2,
     ]
     none = measure(squares(0, 0, 0), np.array([0.1, 0.3, 0.2]))
-    assert choose(Choice.small, none) == (1, "no element in any of 3")
+    assert choose_candidate(Choice.small, none) == (1, "no element in any of 3")
 
 
 @pytest.mark.parametrize("choice", list(Choice))
 def test_of_equals_it_is_the_first(choice: Choice) -> None:
     same = measure(squares(4, 4, 4), np.array([0.5, 0.5, 0.5]))
-    assert choose(choice, same, BOX)[0] == 0
+    assert choose_candidate(choice, same, BOX)[0] == 0
 
 
 def test_one_candidate_is_every_size() -> None:
     one = measure(squares(4), np.array([0.5]))
-    assert isinstance(one, Measured)
-    assert {choose(choice, one, BOX)[0] for choice in Choice} == {0}
+    assert isinstance(one, CandidateStats)
+    assert {choose_candidate(choice, one, BOX)[0] for choice in Choice} == {0}

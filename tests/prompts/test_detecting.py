@@ -13,25 +13,25 @@ import yaml
 from benchmarks.detector_files import clip, owl, save
 from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError, StoppedError
-from segpipe.prompts.build_objects import find_prompted
-from segpipe.prompts.collect_prompts import settle
-from segpipe.prompts.grounding.detect_scene import Detecting, detect_windows
+from segpipe.prompts.build_objects import build_objects
+from segpipe.prompts.collect_prompts import collect_prompts
+from segpipe.prompts.grounding.clip import OTHER, label_masks
+from segpipe.prompts.grounding.detect_scene import DetectorScene, detect_windows
 from segpipe.prompts.grounding.detectors import load_detector
-from segpipe.prompts.grounding.label_masks import OTHER, name_masks
-from segpipe.prompts.grounding.merge_boxes import merge_detections, place
-from segpipe.prompts.masks.automatic import merge_masks
+from segpipe.prompts.grounding.merge_boxes import merge_detections, to_scene
+from segpipe.prompts.masks.automatic import merge_grid_masks
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
 from segpipe.prompts.segment_windows import (
-    answer_windows,
-    automatic_of,
-    create_answers,
-    grid_masks,
+    automatic_settings,
+    create_mask_stages,
     next_round,
+    read_grid_masks,
+    segment_windows,
 )
 from segpipe.runs.check import check_request
 from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
-from tests.prompts.asked_world import make_card, make_job, pixels
+from tests.prompts.prompt_world import make_card, make_job, pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (90, 150)
@@ -75,7 +75,7 @@ def prepared(folder: Path, card: Path, detector: Path, **prompts: Any) -> Prompt
     return prepare_prompts(job, request.scenes[0], request.settings)
 
 
-def windowed(window: Window, scene: Detecting) -> np.ndarray:
+def windowed(window: Window, scene: DetectorScene) -> np.ndarray:
     """A window cut and averaged by hand: zeros beyond the scene."""
     step, box = 1 << window.level, scene.pyramid.box(window)
     whole = np.zeros((3, *(max(n, e) for n, e in zip(SHAPE, box.stop, strict=True))))
@@ -90,29 +90,30 @@ def windowed(window: Window, scene: Detecting) -> np.ndarray:
 def test_boxes_are_those_of_the_windows_merged(card: Path, detector: Path, tmp_path: Path) -> None:
     scene = prepared(tmp_path, card, detector)
     looking = scene.grounder
-    assert isinstance(looking, Detecting)
+    assert isinstance(looking, DetectorScene)
     looking.create()
     windows = looking.windows()
     assert {w.level for w in windows} == {0, 1}
     assert detect_windows(looking, windows[::-1]) == len(windows)
-    asked = settle(scene)
+    prompts = collect_prompts(scene)
     network = load_detector(detector.parent / "owl", torch.device("cpu"), 0.0)
     parts = [
-        place(network.ground(windowed(w, looking), PHRASES).detections, w, looking.pyramid) for w in windows
+        to_scene(network.ground(windowed(w, looking), PHRASES).detections, w, looking.pyramid)
+        for w in windows
     ]
     expected = merge_detections(parts, looking.pyramid, len(PHRASES))
-    assert len(asked) == len(expected) > 10
-    np.testing.assert_allclose(asked.prompts.boxes.start, expected.detections.start, atol=1e-3)
-    np.testing.assert_allclose(asked.score, expected.detections.score, atol=1e-5)
-    assert [*asked.prompts.phrases] == [PHRASES[k] for k in expected.detections.phrase]
-    found = {row["phrase"]: row for row in asked.phrases}
+    assert len(prompts) == len(expected) > 10
+    np.testing.assert_allclose(prompts.boxes.start, expected.detections.start, atol=1e-3)
+    np.testing.assert_allclose(prompts.score, expected.detections.score, atol=1e-5)
+    assert [*prompts.phrases] == [PHRASES[k] for k in expected.detections.phrase]
+    found = {row["phrase"]: row for row in prompts.accounts}
     assert sum(row["found"] for row in found.values()) == len(expected) + sum(len(a) for a in expected.also)
 
 
 def test_what_is_looked_at_is_not_looked_at_again(card: Path, detector: Path, tmp_path: Path) -> None:
     scene = prepared(tmp_path, card, detector)
     looking = scene.grounder
-    assert isinstance(looking, Detecting)
+    assert isinstance(looking, DetectorScene)
     looking.create()
     windows = looking.windows()
     detect_windows(looking, windows[:3])
@@ -121,12 +122,13 @@ def test_what_is_looked_at_is_not_looked_at_again(card: Path, detector: Path, tm
         detect_windows(looking, windows[3:], StopToken(scene.job.outputs.dir, "run"))
     assert looking.pending() == windows[3:]
     other = prepared(tmp_path, card, detector, threshold=0.1)
-    assert isinstance(other.grounder, Detecting)
+    assert isinstance(other.grounder, DetectorScene)
     assert other.grounder.stage.key != looking.stage.key
 
 
 def test_what_is_wrong_is_said_before_work(card: Path, detector: Path, tmp_path: Path) -> None:
-    job = make_job(tmp_path, card, SHAPE, [], path="", crs="", text=["lake"], grounder=str(card))
+    boxes = [(4, 4, 20, 20)]
+    job = make_job(tmp_path, card, SHAPE, boxes, path="", crs="", text=["lake"], grounder=str(card))
     with pytest.raises(
         RequestError, match=r"prompts\.grounder: 'tiny' is a prompted model; valid: a semantic"
     ):
@@ -134,11 +136,11 @@ def test_what_is_wrong_is_said_before_work(card: Path, detector: Path, tmp_path:
     alone = Job.model_validate({**job.model_dump(), "prompts": {}})
     with pytest.raises(RequestError, match=r"prompts: 'tiny' answers prompts: give it"):
         check_request(alone)
-    boxes = Job.model_validate({**alone.model_dump(), "model": str(detector)})
+    finder = Job.model_validate({**alone.model_dump(), "model": str(detector)})
     with pytest.raises(
         RequestError, match=r"model: 'owl' finds boxes of phrases: give it as `prompts\.grounder`"
     ):
-        check_request(boxes)
+        check_request(finder)
     with pytest.raises(RequestError, match=r"model: 'owl' is a boxes model, which takes no prompts"):
         check_request(Job.model_validate({**job.model_dump(), "model": str(detector)}))
     for field, value in (
@@ -196,15 +198,15 @@ def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path / "job", card, (64, 64), [], path="", crs="", grid=grid, **asked)
     request = check_request(job)
     scene = prepare_prompts(job, request.scenes[0], request.settings)
-    settle(scene)
-    create_answers(scene)
+    collect_prompts(scene)
+    create_mask_stages(scene)
     here = next_round(scene, 0)
     assert here is not None
-    answer_windows(scene, 0, here.windows)
-    masks, _ = merge_masks(grid_masks(scene), automatic_of(scene))
+    segment_windows(scene, 0, here.windows)
+    masks, _ = merge_grid_masks(read_grid_masks(scene), automatic_settings(scene))
     assert len(masks) > 1
     assert scene.labeller is not None
-    names, sure, accounts = name_masks(scene.labeller, masks.patches)
+    names, sure, accounts = label_masks(scene.labeller, masks.patches)
     words = [f"{of} {p}." for p in (*PHRASES, OTHER) for of in ("a satellite photo of", "an aerial photo of")]
     image = np.pad(pixels((64, 64)) / np.float32(255), ((0, 0), (99, 99), (99, 99)), constant_values=0.5)
     for patch, name, probability in zip(masks.patches, names, sure, strict=True):
@@ -227,6 +229,6 @@ def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:
         assert probability == pytest.approx(expected.max(), abs=1e-3)
         assert name == [*PHRASES, ""][int(expected.argmax())]
     assert sum(a.found for a in accounts) == sum(bool(n) for n in names)
-    find_prompted(scene)
+    build_objects(scene)
     rows = {row["phrase"] for row in scene.account().asked}
     assert rows == set(PHRASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,17 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import nms
 
-from segpipe.errors import RequestError
 from segpipe.prompts.grounding.base import Detections, Outcome, PhraseAccount
 from segpipe.prompts.grounding.merge_boxes import (
-    Merged,
-    MergeRules,
+    MergedDetections,
     add_accounts,
     detection_windows,
     merge_detections,
-    place,
+    to_scene,
 )
-from segpipe.prompts.grounding.nms import Boxes, suppress
+from segpipe.prompts.masks.nms import GroupedBoxes, suppress
 from segpipe.tiling.pyramid import Pyramid, Window
 
 
@@ -70,19 +68,28 @@ def seen_in(truth: Truth, window: Window, pyramid: Pyramid, rng: np.random.Gener
     edges = [pyramid.to_window(table[:, k : k + 2] - 0.5, window) for k in (0, 2)]
     points = pyramid.to_window((table[:, :2] + table[:, 2:4] - 1) / 2, window)
     words = tuple(f"p{int(p)}" for p in table[:, 4])
-    return Detections(*edges, points, table[:, 4].astype(np.int64), rng.random(len(table)), words)
+    return Detections(
+        start=edges[0],
+        stop=edges[1],
+        point=points,
+        phrase=table[:, 4].astype(np.int64),
+        score=rng.random(len(table)),
+        label=words,
+    )
 
 
-def detect(truth: Truth, window: int, levels: Sequence[int], seed: int) -> tuple[Merged, int]:
+def detect(truth: Truth, window: int, levels: Sequence[int], seed: int) -> tuple[MergedDetections, int]:
     """The merged answer, and how many boxes were seen."""
     rng = np.random.default_rng(seed)
     pyramid = Pyramid(truth.shape, window, 0.0)
-    parts = [place(seen_in(truth, w, pyramid, rng), w, pyramid) for w in detection_windows(pyramid, levels)]
+    parts = [
+        to_scene(seen_in(truth, w, pyramid, rng), w, pyramid) for w in detection_windows(pyramid, levels)
+    ]
     order = rng.permutation(len(parts))
     return merge_detections([parts[i] for i in order], pyramid, 3), sum(len(p.row) for p in parts)
 
 
-def told(merged: Merged) -> list[tuple[tuple[float, ...], set[int]]]:
+def told(merged: MergedDetections) -> list[tuple[tuple[float, ...], set[int]]]:
     d = merged.detections
     corners = np.column_stack((d.start, d.stop)).tolist()
     return [(tuple(c), {int(p), *also}) for c, p, also in zip(corners, d.phrase, merged.also, strict=True)]
@@ -110,7 +117,7 @@ def test_an_object_of_many_windows_is_one_and_its_neighbour_another() -> None:
     merged, _ = detect(truth, 32, [0], 1)
     assert told(merged) == truth.rows()
     longest = np.argmax(merged.detections.stop[:, 1] - merged.detections.start[:, 1])
-    assert len(merged.members[longest]) > 10 and len(merged.members[0]) == 1
+    assert merged.pieces[longest] > 10 and merged.pieces[0] == 1
 
 
 @settings(max_examples=15)
@@ -131,9 +138,8 @@ def test_a_detector_that_is_a_little_wrong(seed: int) -> None:
         d = seen_in(truth, window, pyramid, rng)
         start, stop = (e + rng.uniform(-0.5, 0.5, e.shape) for e in (d.start, d.stop))
         large = (d.stop - d.start >= 10).all(axis=1)
-        labels = tuple(label for label, k in zip(d.label, large, strict=True) if k)
-        found = Detections(start[large], stop[large], d.point[large], d.phrase[large], d.score[large], labels)
-        parts.append(place(found, window, pyramid))
+        found = replace(d, start=start, stop=stop).take(large)
+        parts.append(to_scene(found, window, pyramid))
     merged = merge_detections(parts, pyramid, 1)
     d = merged.detections
     edges = np.minimum(d.stop[:, None], boxes[:, 2:] - 0.5) - np.maximum(d.start[:, None], boxes[:, :2] - 0.5)
@@ -144,55 +150,57 @@ def test_a_detector_that_is_a_little_wrong(seed: int) -> None:
     assert not merged.cut.any()
 
 
+def account_of(phrase: str, found: int, below: int, best: float, small: int = 0) -> PhraseAccount:
+    return PhraseAccount(phrase=phrase, found=found, below=below, best=best, small=small)
+
+
 def _one(y0: float, x0: float, y1: float, x1: float, score: float = 0.5, phrase: int = 0) -> Detections:
     return Detections(
-        np.array([[y0, x0]]),
-        np.array([[y1, x1]]),
-        np.full((1, 2), np.nan),
-        np.array([phrase]),
-        np.array([score]),
-        ("it",),
+        start=np.array([[y0, x0]]),
+        stop=np.array([[y1, x1]]),
+        point=np.full((1, 2), np.nan),
+        phrase=np.array([phrase]),
+        score=np.array([score]),
+        label=("it",),
     )
 
 
 def test_what_no_window_completes_stays_and_says_so() -> None:
     """A box at a border, that only one window sees."""
     pyramid = Pyramid((64, 64), 32, 0.0)
-    seen = [place(_one(4.5, 20.5, 9.5, 31.5), Window(0, (0, 0)), pyramid)]
+    seen = [to_scene(_one(4.5, 20.5, 9.5, 31.5), Window(0, (0, 0)), pyramid)]
     merged = merge_detections(seen, pyramid, 1)
-    assert merged.cut.tolist() == [True] and merged.members == (((0, 0),),)
+    assert merged.cut.tolist() == [True] and merged.pieces.tolist() == [1]
     assert np.isnan(merged.detections.point).all()
     # At the scene's own border nothing is cut.
-    edge = [place(_one(4.5, 20.5, 9.5, 31.5), Window(0, (0, 2)), pyramid)]
+    edge = [to_scene(_one(4.5, 20.5, 9.5, 31.5), Window(0, (0, 2)), pyramid)]
     assert merge_detections(edge, pyramid, 1).cut.tolist() == [False]
 
 
 def test_boxes_reach_beyond_window_and_scene() -> None:
     pyramid = Pyramid((40, 40), 32, 0.0)
     window = Window(0, (1, 1))  # 16 … 48, of which 40 … 48 is beyond the scene
-    part = place(_one(10.5, -3.0, 40.0, 50.0), window, pyramid)
+    part = to_scene(_one(10.5, -3.0, 40.0, 50.0), window, pyramid)
     np.testing.assert_array_equal(part.detections.start, [[26.5, 15.5]])
     np.testing.assert_array_equal(part.detections.stop, [[39.5, 39.5]])
     assert part.cut.tolist() == [[[False, True], [False, False]]]
-    out = place(_one(25.0, 25.0, 30.0, 30.0), window, pyramid)
+    out = to_scene(_one(25.0, 25.0, 30.0, 30.0), window, pyramid)
     count = merge_detections([out], pyramid, 1).counts[0]
     assert (count.seen, count.beyond, count.found) == (1, 1, 0)
 
 
-def test_nested_boxes_are_two_unless_asked() -> None:
+def test_nested_boxes_are_two() -> None:
     pyramid = Pyramid((32, 32), 32, 0.0)
     window = Window(0, (0, 0))
     lake, pond = _one(1, 1, 30, 30, 0.9), _one(4, 4, 9, 9, 0.8)
-    parts = [place(d, window, pyramid) for d in (lake, pond)]
+    parts = [to_scene(d, window, pyramid) for d in (lake, pond)]
     assert len(merge_detections(parts, pyramid, 1)) == 2
-    nested = merge_detections(parts, pyramid, 1, MergeRules(nested=0.9))
-    assert nested.detections.score.tolist() == [0.9] and nested.counts[0].repeated == 1
 
 
 def test_two_phrases_of_one_box_are_one_object() -> None:
     pyramid = Pyramid((32, 32), 32, 0.0)
     window = Window(0, (0, 0))
-    parts = [place(_one(4, 4, 20, 20, s, p), window, pyramid) for p, s in ((0, 0.4), (1, 0.7), (2, 0.6))]
+    parts = [to_scene(_one(4, 4, 20, 20, s, p), window, pyramid) for p, s in ((0, 0.4), (1, 0.7), (2, 0.6))]
     merged = merge_detections(parts, pyramid, 3)
     assert merged.detections.phrase.tolist() == [1] and merged.also == ((0, 2),)
     assert [c.found for c in merged.counts] == [1, 1, 1] and [c.also for c in merged.counts] == [1, 0, 1]
@@ -202,7 +210,7 @@ def test_nothing_found_anywhere() -> None:
     pyramid = Pyramid((70, 40), 32, 0.0)
     merged, _ = detect(Truth((70, 40), [], []), 32, [0], 0)
     assert len(merged) == 0 and merged.detections.start.shape == (0, 2) and not merged.also
-    empty = [[PhraseAccount("lake", 0, 4, 0.2)], [PhraseAccount("lake", 0, 3, 0.1)]]
+    empty = [[account_of("lake", 0, 4, 0.2)], [account_of("lake", 0, 3, 0.1)]]
     account = add_accounts(empty, merged.counts[:1])[0]
     assert (account.below, account.best, account.outcome) == (7, 0.2, Outcome.below)
     assert len(merge_detections([], pyramid, 1)) == 0
@@ -212,13 +220,13 @@ def test_accounts_add_up() -> None:
     pyramid = Pyramid((32, 64), 32, 0.0)
     # Elements 18 … 27 of the scene: whole in both of the first two windows.
     parts = [
-        place(_one(4, 17.5, 9, 27.5, 0.6), Window(0, (0, 0)), pyramid),
-        place(_one(4, 1.5, 9, 11.5, 0.7), Window(0, (0, 1)), pyramid),
+        to_scene(_one(4, 17.5, 9, 27.5, 0.6), Window(0, (0, 0)), pyramid),
+        to_scene(_one(4, 1.5, 9, 11.5, 0.7), Window(0, (0, 1)), pyramid),
     ]
     merged = merge_detections(parts, pyramid, 2)
     rows = [
-        (PhraseAccount("dock", 1, 2, 0.6, small=1), PhraseAccount("pier", 0, 0, math.nan)),
-        (PhraseAccount("dock", 1, 1, 0.7), PhraseAccount("pier", 0, 0, math.nan)),
+        (account_of("dock", 1, 2, 0.6, small=1), account_of("pier", 0, 0, math.nan)),
+        (account_of("dock", 1, 1, 0.7), account_of("pier", 0, 0, math.nan)),
     ]
     dock, pier = add_accounts(rows, merged.counts)
     assert (dock.found, dock.below, dock.small, dock.best) == (1, 3, 1, 0.7)
@@ -235,18 +243,12 @@ def test_windows_of_levels() -> None:
     assert levels == [0] * 12 + [1] * 3 + [2]
 
 
-@pytest.mark.parametrize("field", ["iou", "cover", "same", "nested"])
-def test_rules_that_are_refused(field: str) -> None:
-    with pytest.raises(RequestError, match=f"{field}: found 0"):
-        MergeRules(**{field: 0.0})
-
-
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.9))
 def test_suppression_is_that_of_torchvision(seed: int, iou: float) -> None:
     rng = np.random.default_rng(seed)
     start = rng.random((400, 2)) * 40
-    boxes = Boxes(start, start + rng.random((400, 2)) * 20, rng.integers(0, 3, 400))
+    boxes = GroupedBoxes(start, start + rng.random((400, 2)) * 20, rng.integers(0, 3, 400))
     scores = torch.arange(400, 0, -1, dtype=torch.float64)
     corners = torch.from_numpy(np.concatenate([boxes.start, boxes.stop], axis=1))
     expected = [nms(corners[boxes.group == g], scores[boxes.group == g], iou) for g in range(3)]

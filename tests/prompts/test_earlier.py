@@ -143,25 +143,20 @@ def test_classes_of_a_volume(tmp_path):
         read_labels(tmp_path / "seg.nii.gz", volume_geometry((8, 10, 13), affine), ids=False)
 
 
-def test_outlines_of_the_scenes_own_labels():
-    """Against rasterio's polygons of the same map: areas are whole elements, bounds the boxes."""
+def test_boxes_of_the_scenes_own_labels():
+    """Against rasterio's polygons of the same map: their bounds are the boxes."""
     rng = np.random.default_rng(3)
     labels = (ndimage.gaussian_filter(rng.random((80, 90)), 3) > 0.5).astype(int)
     geometry = RasterGeometry(labels.shape, (10.0, 0.0, 7e5, 0.0, -10.0, 4e6), CRS(UTM).to_wkt())
-    prompts, account = label_prompts(
-        lambda box: labels[box.slices], geometry, "labels", ids=False, outlines=True
-    )
+    prompts, account = label_prompts(lambda box: labels[box.slices], geometry, "labels", ids=False)
     found = [
         (shapely.geometry.shape(polygon))
         for polygon, value in shapes(labels.astype(np.int32), connectivity=8)
         if value == 1
     ]
     assert len(found) == len(prompts) == account.given > 3
-    assert sorted(p.area for p in found) == sorted(p.area for p in prompts.outlines.polygons)
-    for polygon, start, stop in zip(
-        prompts.outlines.polygons, prompts.boxes.start, prompts.boxes.stop, strict=True
-    ):
-        assert polygon.bounds == (start[1], start[0], stop[1], stop[0])
+    boxes = np.column_stack((prompts.boxes.start, prompts.boxes.stop))[:, [1, 0, 3, 2]] + 0.5
+    assert sorted(map(tuple, boxes.tolist())) == sorted(p.bounds for p in found)
     assert all(labels[int(y), int(x)] for y, x in prompts.points.position)
 
 
@@ -186,7 +181,7 @@ def test_a_coarse_mask_on_another_grid(tmp_path, crs):
         path, "w", driver="GTiff", height=40, width=40, count=1, dtype="int32", crs=crs, transform=affine
     ) as file:
         file.write(ids, 1)
-    prompts, account = read_labels(path, geometry, ids=True, outlines=True)
+    prompts, account = read_labels(path, geometry, ids=True)
     assert prompts.objects.tolist() == [2, 7]
     assert (account.given, len(account.used), len(account.outside)) == (3, 2, 1)
     own = {

@@ -14,8 +14,8 @@ from monai.data.box_utils import non_max_suppression
 from pycocotools import mask as coco
 from torchvision.ops import box_iou, nms
 
-from segpipe.prompts.masks.merge_masks import Found, Joined, Source, join_found
 from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.masks.scene_masks import MaskMerge, PromptSource, SceneMasks, merge_masks
 from tests.prompts.patches import placed, random_patch, rectangle
 
 NAN = float("nan")
@@ -26,17 +26,26 @@ def found(
     score: Sequence[float] | np.ndarray,
     iou: Sequence[float] | None = None,
     phrase: Sequence[int] | None = None,
-    source: Sequence[Source] | None = None,
+    source: Sequence[PromptSource] | None = None,
     number: Sequence[int] | None = None,
-) -> Found:
+) -> SceneMasks:
     count = len(patches)
-    return Found(
-        np.array(number if number is not None else range(1, count + 1), np.int64),
-        np.array(phrase if phrase is not None else [0] * count, np.int64),
-        np.array(source if source is not None else [Source.TEXT] * count, np.int64),
-        np.array(score, np.float64),
-        np.array(iou if iou is not None else [NAN] * count, np.float64),
-        tuple(patches),
+    nothing, integers = np.full(count, NAN), np.zeros(count, np.int64)
+    return SceneMasks(
+        number=np.array(number if number is not None else range(1, count + 1), np.int64),
+        value=np.array(phrase if phrase is not None else [0] * count, np.int64),
+        source=np.array(source if source is not None else [PromptSource.TEXT] * count, np.int64),
+        score=np.array(score, np.float64),
+        iou=np.array(iou if iou is not None else [NAN] * count, np.float64),
+        patches=tuple(patches),
+        candidate=integers,
+        stability=nothing,
+        all_iou=np.full((count, 3), NAN),
+        all_stability=np.full((count, 3), NAN),
+        level=integers,
+        cut=np.zeros(count, bool),
+        point=np.full((count, 2), NAN),
+        reason=("",) * count,
     )
 
 
@@ -56,7 +65,7 @@ def test_rectangles_are_merged_as_torchvision_suppresses_boxes(seed: int, same: 
     start, stop = random_boxes(rng, 40, (60, 70))
     score = rng.permutation(40) / 40
     objects = found([(rectangle(a, b),) for a, b in zip(start, stop, strict=True)], score)
-    joined = join_found(objects, (60, 70), same)
+    joined = merge_masks(objects, (60, 70), same)
     boxes = torch.from_numpy(np.column_stack([start[:, ::-1], stop[:, ::-1]])).double()
     kept = nms(boxes, torch.from_numpy(score), same)
     assert joined.kept.tolist() == sorted(kept.tolist())
@@ -68,11 +77,10 @@ def test_rectangles_are_merged_as_torchvision_suppresses_boxes(seed: int, same: 
     check_order(objects, joined, (60, 70), same)
 
 
-def check_order(objects: Found, joined: Joined, shape: tuple[int, ...], same: float) -> None:
+def check_order(objects: SceneMasks, joined: MaskMerge, shape: tuple[int, ...], same: float) -> None:
     """The order in which objects are listed changes nothing."""
     order = np.random.default_rng(1).permutation(len(objects))
-    columns = [c[order] for c in (objects.number, objects.phrase, objects.source, objects.score, objects.iou)]
-    again = join_found(Found(*columns, tuple(objects.patches[k] for k in order)), shape, same)
+    again = merge_masks(objects.take(order), shape, same)
     assert sorted(objects.number[order][again.kept]) == objects.number[joined.kept].tolist()
     for name in ("merged", "into", "iou"):
         np.testing.assert_array_equal(getattr(again, name), getattr(joined, name))
@@ -90,7 +98,7 @@ def test_boxes_of_slices_are_merged_as_monai_suppresses_them(seed: int, axis: in
         tuple(rectangle(a[flat], b[flat], (axis, k)) for k in range(a[axis], b[axis]))
         for a, b in zip(start, stop, strict=True)
     ]
-    joined = join_found(found(patches, score), shape, same)
+    joined = merge_masks(found(patches, score), shape, same)
     boxes = np.column_stack([start, stop]).astype(np.float64)
     kept = non_max_suppression(boxes, score, same)
     assert joined.kept.tolist() == sorted(np.asarray(kept).tolist())
@@ -109,7 +117,7 @@ def test_iou_is_that_of_coco(seed: int) -> None:
     for k in range(0, 12, 2):
         runs = [coco.encode(m) for m in masks[k : k + 2]]
         [[want]] = coco.iou(runs[:1], runs[1:], [0])
-        joined = join_found(found([(p,) for p in patches[k : k + 2]], [0.5, 0.4]), shape, 1e-9)
+        joined = merge_masks(found([(p,) for p in patches[k : k + 2]], [0.5, 0.4]), shape, 1e-9)
         assert joined.iou.tolist() == ([want] if want else [])
 
 
@@ -124,12 +132,12 @@ def test_what_a_person_gave_is_kept_and_wins() -> None:
         [0.9, NAN, NAN, 0.8, NAN, NAN, 0.99],
         [0.2, 0.1, 0.5, 0.5, 0.9, 0.5, 0.5],
         phrase=[2, -1, 3, 0, -1, -1, 1],
-        source=[Source.TEXT, Source.DRAWN, Source.EARLIER, Source.TEXT]
-        + [Source.AUTOMATIC] * 2
-        + [Source.TEXT],
+        source=[PromptSource.TEXT, PromptSource.DRAWN, PromptSource.EARLIER, PromptSource.TEXT]
+        + [PromptSource.AUTOMATIC] * 2
+        + [PromptSource.TEXT],
         number=[70, 60, 50, 40, 30, 20, 10],
     )
-    joined = join_found(objects, (60, 60))
+    joined = merge_masks(objects, (60, 60))
     assert objects.number[joined.kept].tolist() == [60, 50, 20, 10]  # the empty one is nobody's duplicate
     assert joined.also == ((0, 2), (), (), ())
     assert joined.merged.tolist() == [30, 40, 70]
@@ -141,7 +149,7 @@ def test_ties_go_to_the_predicted_iou_and_then_to_the_smaller_number() -> None:
     objects = found(
         [SQUARE] * 4, [0.5, 0.5, 0.5, NAN], [0.3, 0.6, 0.6, 0.9], [0, 1, 1, 2], number=[1, 9, 4, 2]
     )
-    joined = join_found(objects, (30, 30))
+    joined = merge_masks(objects, (30, 30))
     assert objects.number[joined.kept].tolist() == [4]
     assert joined.also == ((0, 2),)  # its own phrase is not another one
 
@@ -149,16 +157,16 @@ def test_ties_go_to_the_predicted_iou_and_then_to_the_smaller_number() -> None:
 def test_likeness_is_not_handed_on() -> None:
     """b is like a and c is like b, but not like a: b goes into a, and c stays."""
     a, b, c = ((rectangle((10, 10 + k), (20, 20 + k)),) for k in (0, 2, 4))
-    joined = join_found(found([a, b, c], [0.9, 0.8, 0.7]), (60, 60), 2 / 3)
+    joined = merge_masks(found([a, b, c], [0.9, 0.8, 0.7]), (60, 60), 2 / 3)
     assert (joined.kept.tolist(), joined.merged.tolist(), joined.into.tolist()) == ([0, 2], [2], [1])
     assert joined.iou.tolist() == [80 / 120]  # at the threshold is one
 
 
 def test_nothing_is_joined_to_nothing() -> None:
-    joined = join_found(found([], []), (9, 9))
+    joined = merge_masks(found([], []), (9, 9))
     assert (len(joined.kept), joined.also, len(joined.merged)) == (0, (), 0)
     with pytest.raises(ValueError, match="same: found 0"):
-        join_found(found([], []), (9, 9), 0)
+        merge_masks(found([], []), (9, 9), 0)
     with pytest.raises(ValueError, match="a number twice"):
         found([SQUARE, APART], [1, 1], number=[3, 3])
     with pytest.raises(ValueError, match="one a slice"):

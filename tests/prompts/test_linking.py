@@ -14,19 +14,20 @@ from scipy.ndimage import distance_transform_edt
 
 from segpipe.config.prompts import Choice
 from segpipe.errors import RequestError
+from segpipe.prompts.masks.decode import window_prompt
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.segmenters.base import Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import How, Rules, Why
-from segpipe.prompts.volumes.propagate_prompts import Linking, link
-from segpipe.prompts.volumes.slices import placed, window_prompt
+from segpipe.prompts.volumes.propagate import Direction, Rules, StopReason
+from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
+from segpipe.prompts.volumes.slices import placed
 from segpipe.tiling.pyramid import Pyramid, Window
 from tests.prompts.solids import Truth, ball, collect, cone, embedder, said, slanted, slice_box, torus
 from tests.prompts.tiny_sams import card_for, picture, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ANY = Rules(least_iou=0, least_overlap=0, change=np.inf)
-BY_BOX = Linking(choice=Choice.box)
+BY_BOX = LinkOptions(choice=Choice.box)
 SHAPE = (26, 30, 34)
 
 
@@ -59,12 +60,12 @@ def test_solid_from_one_box(name: str, axis: int) -> None:
     solids, answers, stops, asked = run(labels, said(boxes=[slice_box(solid, axis, index)]), axis)
     np.testing.assert_array_equal(solids[1], solid)
     assert sorted(a.index for a in answers) == there.tolist()
-    assert {a.how for a in answers if a.index > index} == {How.forward}
-    assert {a.how for a in answers if a.index < index} == {How.backward}
-    assert [a.how for a in answers if a.index == index] == [How.prompted]
+    assert {a.how for a in answers if a.index > index} == {Direction.forward}
+    assert {a.how for a in answers if a.index < index} == {Direction.backward}
+    assert [a.how for a in answers if a.index == index] == [Direction.prompted]
     ends = {"forward": there[-1], "backward": there[0]}
     for how, last in ends.items():
-        assert (stops[1, index, how].last, stops[1, index, how].why) == (last, Why.empty)
+        assert (stops[1, index, how].last, stops[1, index, how].why) == (last, StopReason.empty)
     assert len(asked) == len(set(asked)) == len(there) + 2
 
 
@@ -74,8 +75,8 @@ def test_overlap_and_change_stop_a_cone() -> None:
     areas = solid.sum(axis=(1, 2))
     box = said(boxes=[slice_box(solid, 0, 20)])
     for rules, why, ratio in (
-        (Rules(change=1.4, least_overlap=0), Why.change, 1 / 1.4),
-        (Rules(least_overlap=0.6, change=np.inf), Why.overlap, 0.6),
+        (Rules(change=1.4, least_overlap=0), StopReason.change, 1 / 1.4),
+        (Rules(least_overlap=0.6, change=np.inf), StopReason.overlap, 0.6),
     ):
         stop = run(solid.astype(int), box, rules=rules)[2][1, 20, "backward"]
         last = next(i for i in range(20, 4, -1) if areas[i - 1] / areas[i] < ratio)
@@ -89,10 +90,10 @@ def test_score_end_and_reach_stop() -> None:
     column[:, 5:12, 6:15] = 1
     box = said(boxes=[slice_box(column == 1, 0, 4)])
     for rules, why, lasts in (
-        (ANY, Why.end, (11, 0)),
-        (Rules(reach=3), Why.reach, (7, 1)),
-        (Rules(reach=1), Why.reach, (5, 3)),
-        (Rules(least_iou=0.97), Why.iou, (4, 4)),
+        (ANY, StopReason.end, (11, 0)),
+        (Rules(reach=3), StopReason.reach, (7, 1)),
+        (Rules(reach=1), StopReason.reach, (5, 3)),
+        (Rules(least_iou=0.97), StopReason.iou, (4, 4)),
     ):
         solids, _, stops, _ = run(column, box, rules=rules)
         assert [(s.why, s.last) for s in stops.values()] == [(why, n) for n in lasts]
@@ -113,7 +114,7 @@ def test_thick_box_bounds_the_object() -> None:
         _, answers, stops, _ = run(column, said(points, [box]))
         assert sorted(a.index for a in answers) == [*expected]
         assert {k[1] for k in stops} == {origin}
-        assert stops[1, origin, "backward"].why is Why.box
+        assert stops[1, origin, "backward"].why is StopReason.box
 
 
 def test_corrections_take_over_half_way() -> None:
@@ -124,8 +125,8 @@ def test_corrections_take_over_half_way() -> None:
     solids, answers, stops, _ = run(labels, said(boxes=boxes))
     expected = np.concatenate((labels[:9] == 1, labels[9:] == 2))
     np.testing.assert_array_equal(solids[1], expected)
-    assert (stops[1, 4, "forward"].why, stops[1, 4, "forward"].last) == (Why.met, 8)
-    assert (stops[1, 13, "backward"].why, stops[1, 13, "backward"].last) == (Why.met, 9)
+    assert (stops[1, 4, "forward"].why, stops[1, 4, "forward"].last) == (StopReason.met, 8)
+    assert (stops[1, 13, "backward"].why, stops[1, 13, "backward"].last) == (StopReason.met, 9)
     assert {a.origin for a in answers if a.index < 9} == {4}
 
 
@@ -135,7 +136,7 @@ def test_nearest_prompted_slice_answers(prompted: set[int]) -> None:
     labels = np.zeros((12, 8, 8), int)
     labels[:, 2:6, 2:6] = 1
     points = [(1, (i, 3, 3), True) for i in prompted]
-    _, answers, stops, _ = run(labels, said(points), window=8, linking=Linking(choice=Choice.medium))
+    _, answers, stops, _ = run(labels, said(points), window=8, linking=LinkOptions(choice=Choice.medium))
     assert sorted(a.index for a in answers) == [*range(12)]
     for a in answers:
         assert a.origin == min(prompted, key=lambda p: (abs(p - a.index), p))
@@ -157,14 +158,14 @@ def test_touching_objects_in_any_order() -> None:
     again = run(labels, said(points[::-1], boxes[::-1]), rules=rules)
     alone = [run(labels, said([p for p in points if p[0] == n], [boxes[n - 1]]), rules=rules) for n in (1, 2)]
     assert {**alone[0][2], **alone[1][2]}.keys() == again[2].keys() == stops.keys()
-    everything = sorted(answers, key=lambda a: (a.answer.object, a.index))
+    everything = sorted(answers, key=lambda a: (a.mask.object, a.index))
     for others in (again[1], alone[0][1] + alone[1][1]):
-        others = sorted(others, key=lambda a: (a.answer.object, a.index))
+        others = sorted(others, key=lambda a: (a.mask.object, a.index))
         for a, b in zip(everything, others, strict=True):
-            assert (a.index, a.origin, a.how, a.answer.patch.origin) == (
-                b.index, b.origin, b.how, b.answer.patch.origin,
+            assert (a.index, a.origin, a.how, a.mask.patch.origin) == (
+                b.index, b.origin, b.how, b.mask.patch.origin,
             )  # fmt: skip
-            np.testing.assert_array_equal(a.answer.patch.logits, b.answer.patch.logits)
+            np.testing.assert_array_equal(a.mask.patch.logits, b.mask.patch.logits)
     assert max(asked.count(a) for a in asked) <= 3
 
 
@@ -175,14 +176,14 @@ def test_negative_point_on_a_later_slice() -> None:
     solids, _, stops, _ = run(solid.astype(int), prompts)
     np.testing.assert_array_equal(solids[1][:16], solid[:16])
     assert not solids[1][16:].any()
-    assert (stops[1, 10, "forward"].last, stops[1, 10, "forward"].why) == (15, Why.empty)
+    assert (stops[1, 10, "forward"].last, stops[1, 10, "forward"].why) == (15, StopReason.empty)
 
 
 def test_nothing_on_the_prompted_slice() -> None:
     labels = SOLIDS["ball"].astype(int)
     _, answers, stops, asked = run(labels, said([(1, (12, 1, 1), True)]))
-    assert [a.answer.patch for a in answers] == [None]
-    assert {(s.why, s.last) for s in stops.values()} == {(Why.empty, 12)}
+    assert [a.mask.patch for a in answers] == [None]
+    assert {(s.why, s.last) for s in stops.values()} == {(StopReason.empty, 12)}
     assert len(stops) == 2
     assert len(asked) == 1
 
@@ -195,7 +196,7 @@ def test_windows_follow_a_drifting_object() -> None:
     np.testing.assert_array_equal(solids[1], solid)
     assert {w.level for _, w in asked} == {0}
     assert len({w for _, w in asked}) > 3
-    assert not any(a.answer.cut for a in answers)
+    assert not any(a.mask.cut for a in answers)
 
 
 def test_larger_windows_for_larger_sections() -> None:
@@ -205,14 +206,14 @@ def test_larger_windows_for_larger_sections() -> None:
         said(boxes=[slice_box(solid, 0, 4)]),
         said([(1, (35, 45, 45), True)]),
     ):
-        linking = Linking(choice=Choice.box if len(prompts.boxes) else Choice.medium)
+        linking = LinkOptions(choice=Choice.box if len(prompts.boxes) else Choice.medium)
         solids, answers, _, asked = run(solid.astype(int), prompts, window=32, linking=linking)
-        assert not any(a.answer.cut for a in answers)
+        assert not any(a.mask.cut for a in answers)
         assert sorted(a.index for a in answers) == np.flatnonzero(solid.any(axis=(1, 2))).tolist()
         iou = (solids[1] & solid).sum() / (solids[1] | solid).sum()
         assert iou > 0.93  # cells of up to 4 elements
         assert max(w.level for _, w in asked) == 2
-        last = max(a.answer.patch.scale for a in answers)
+        last = max(a.mask.patch.scale for a in answers)
         assert last == 4
 
 
@@ -243,7 +244,7 @@ def test_plain_loop_over_a_real_network(tmp_path: Path, with_mask: bool) -> None
     prompts = said([(1, (2, 20, 30), True)])
     events = link(
         prompts, 0, (6, 64, 64), pyramid, segmenter, lambda i, _: segmenter.encode(slices[i]),
-        Rules(-np.inf, 0, np.inf), Linking(grow=0.1, mask=with_mask),
+        Rules(-np.inf, 0, np.inf), LinkOptions(grow=0.1, mask=with_mask),
     )  # fmt: skip
     solids, answers, _ = collect(events, (6, 64, 64))
     first = segmenter.decode(

@@ -16,22 +16,22 @@ from scipy import ndimage
 
 from segpipe.config.card import Card, load_card
 from segpipe.errors import RequestError
-from segpipe.prompts.check import check_model, describe_model
+from segpipe.prompts.prompt_scene import check_model, describe_model
 from segpipe.prompts.segmenters.base import Prompt
-from segpipe.prompts.segmenters.looknet import LookNet
-from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
-from segpipe.prompts.segmenters.rois import (
+from segpipe.prompts.segmenters.looknet import (
     LOOK,
     LOOKS,
     PADS,
     REACHES,
     ROOM,
-    Asked,
+    LookNet,
+    PromptTensors,
     drawn,
     laid,
     looks_at,
     resampled,
 )
+from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -39,10 +39,10 @@ BOX = Prompt(box_xyxy=np.array([20, 24, 43, 51], np.float32))
 POINT = Prompt(points_xy=np.array([[30, 40]], np.float32), labels=np.ones(1, np.int64))
 
 
-def asked(box: list[float] | None, points: list[list[float]], labels: list[int]) -> Asked:
+def asked(box: list[float] | None, points: list[list[float]], labels: list[int]) -> PromptTensors:
     boxes = torch.full((1, 4), torch.nan) if box is None else torch.tensor([box])
     at = torch.tensor([points or [[0.0, 0.0]]], dtype=torch.float32)
-    return Asked(boxes, at, torch.tensor([labels or [-1]]))
+    return PromptTensors(boxes, at, torch.tensor([labels or [-1]]))
 
 
 @pytest.mark.parametrize("look", range(LOOKS))

@@ -16,13 +16,13 @@ from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.inference.normalise import Normaliser, Statistics
+from segpipe.prompts.collect_prompts import prompt_line
 from segpipe.prompts.masks import read_planes as module
 from segpipe.prompts.masks.read_planes import Planes, read_box
-from segpipe.prompts.plan import prompt_line
-from segpipe.prompts.segment_windows import answer_windows, next_round
+from segpipe.prompts.segment_windows import next_round, segment_windows
 from segpipe.runs.check import check_request
 from segpipe.sources.base import Pixels, Scaling
-from tests.prompts.asked_world import make_card, make_job, planned
+from tests.prompts.prompt_world import make_card, make_job, planned
 
 SHAPE = (5, 23, 31)
 
@@ -120,6 +120,6 @@ def test_a_plan_says_what_a_question_encodes(tmp_path: Path) -> None:
     here = next_round(scene, 0)
     assert here is not None
     assert line.startswith(f"{here.total} windows of 64 to encode (0 are kept)")
-    answer_windows(scene, 0, here.windows[:2])
+    segment_windows(scene, 0, here.windows[:2])
     again = prompt_line(job, request.scenes[0], request.settings)
     assert again.startswith(f"{here.total - 2} windows of 64 to encode (2 are kept)")

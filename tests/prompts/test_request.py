@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
-from segpipe.prompts.inputs.prompts import (
+from segpipe.prompts.phrases import parse_phrases
+from segpipe.prompts.prompt_set import (
+    PromptSet,
+    PromptSource,
     element_corners,
-    join_prompts,
     make_boxes,
     make_outlines,
     make_points,
     make_prompts,
     outline_cover,
-    parse_phrases,
 )
 
 
@@ -74,20 +75,22 @@ def test_extents_hold_what_is_positive():
     assert extents.stop.tolist() == [[30.5, 40.5], [3.0, 7.0], [9.0, 5.0]]
 
 
-def test_files_are_joined_by_object():
+def test_sets_are_numbered_one_after_the_other():
     none = make_boxes([], 2), make_outlines([])
-    one, _ = make_prompts(make_points([(1, (2.0, 3.0), True)], 2), *none, {1: "lake"})
-    box = make_boxes([(1, (0.0, 0.0), (5.0, 5.0)), (2, (7.0, 7.0), (9.0, 9.0))], 2)
-    two, _ = make_prompts(make_points([], 2), box, make_outlines([]), {2: "dock"})
-    joined = join_prompts([one, two])
-    assert joined.objects.tolist() == [1, 2]
-    assert joined.phrases == ("lake", "dock")
-    assert joined.extents().stop.tolist() == [[5.0, 5.0], [9.0, 9.0]]
-    with pytest.raises(RequestError, match="object 1 has 2 boxes"):
-        join_prompts([two, two])
-    other, _ = make_prompts(make_points([(1, (2.0, 3.0), True)], 2), *none, {1: "dock"})
-    with pytest.raises(RequestError, match="object 1 is 'lake' in one file and 'dock' in another"):
-        join_prompts([one, other])
+    one, _ = make_prompts(make_points([(4, (2.0, 3.0), True)], 2), *none, {4: "lake"})
+    box = make_boxes([(1, (0.0, 0.0), (5.0, 5.0)), (7, (7.0, 7.0), (9.0, 9.0))], 2)
+    two, _ = make_prompts(make_points([], 2), box, make_outlines([]), {7: "dock"}, PromptSource.TEXT)
+    whole = PromptSet.concatenate([one, two])
+    assert whole.objects.tolist() == [1, 2, 3]
+    assert whole.phrases == ("lake", "", "dock")
+    assert whole.source.tolist() == [PromptSource.DRAWN, PromptSource.TEXT, PromptSource.TEXT]
+    assert whole.extents().stop.tolist() == [[2.0, 3.0], [5.0, 5.0], [9.0, 9.0]]
+    assert whole.points.objects.tolist() == [1]
+    again = PromptSet.load(whole.dump())
+    assert again.phrases == whole.phrases
+    np.testing.assert_array_equal(again.boxes.start, whole.boxes.start)
+    last = whole.of_objects(np.array([1, 3]))
+    assert (last.phrases, last.boxes.objects.tolist()) == (("lake", "dock"), [3])
 
 
 @given(

@@ -18,19 +18,19 @@ from segpipe.config.job import Job
 from segpipe.errors import SceneError, StoppedError
 from segpipe.geometry.box import Box
 from segpipe.objects.table import FACTS, ObjectTable
-from segpipe.prompts.build_objects import find_prompted
+from segpipe.prompts.build_objects import build_objects
 from segpipe.prompts.inputs.files import read_prompts
 from segpipe.prompts.masks.embedding_cache import prune, window_id
 from segpipe.prompts.masks.patches import patch_cover
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_windows import answer_windows, next_round, segmenter_of
+from segpipe.prompts.segment_windows import next_round, segment_windows, segmenter_of
 from segpipe.prompts.segmenters.base import Embedding
-from segpipe.prompts.volumes.propagate import SliceAnswer
+from segpipe.prompts.volumes.propagate import SliceMask
 from segpipe.prompts.volumes.propagate_prompts import link
-from segpipe.prompts.volumes.segment_volume import answer_volume, rules_of
+from segpipe.prompts.volumes.segment_volume import rules_of, segment_volume
 from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
-from tests.prompts.asked_world import EDGE, make_card, make_job, pixels, planned
+from tests.prompts.prompt_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,13 +47,13 @@ def answer(scene: PromptScene, backwards: bool = False, run: str = "run") -> int
     while (here := next_round(scene, number)) is not None:
         windows = here.windows[::-1] if backwards else here.windows
         for part in [[w] for w in windows] if backwards else [windows]:
-            passes += answer_windows(scene, number, part).timings["encoder passes"]
+            passes += segment_windows(scene, number, part).timings["encoder passes"]
         number += 1
     return int(passes)
 
 
 def results(scene: PromptScene) -> tuple[np.ndarray, np.ndarray, bytes]:
-    find_prompted(scene)
+    build_objects(scene)
     whole = Box.whole(scene.geometry.shape).slices
     arrays = (np.asarray(scene.labels.array(name)[whole]) for name in ("labels", "instances"))
     labels, ids = arrays
@@ -132,7 +132,7 @@ def test_a_second_question_encodes_nothing_and_is_answered_as_if_it_were_the_fir
     assert answer(first) > 0
     question = [(6, 4, 28, 33), (66, 78, 98, 112), (72, 84, 90, 100)]
     second = planned(make_job(tmp_path / "twice", card, shape, question))
-    assert second.answers.key != first.answers.key
+    assert second.masks.key != first.masks.key
     assert second.embeddings.stage.key == first.embeddings.stage.key
     alone = planned(make_job(tmp_path / "alone", card, shape, question))
     answer(alone)
@@ -151,7 +151,7 @@ def map_windows(scene: PromptScene) -> set[Any]:
     from segpipe.prompts.segment_windows import _by_window
 
     while next_round(scene, number) is not None:
-        found |= set(_by_window(scene, scene.asked, number))
+        found |= set(_by_window(scene, scene.prompt_set, number))
         number += 1
     return found
 
@@ -161,10 +161,10 @@ def test_a_stop_keeps_what_is_encoded_and_the_rest_goes_on(card: Path, tmp_path:
     scene = planned(job)
     here = next_round(scene, 0)
     assert here is not None and len(here.windows) > 3
-    answer_windows(scene, 0, here.windows[:2])
+    segment_windows(scene, 0, here.windows[:2])
     StopToken(job.outputs.dir, "run").request()
     with pytest.raises(StoppedError, match="resume"):
-        answer_windows(scene, 0, here.windows[2:], StopToken(job.outputs.dir, "run"))
+        segment_windows(scene, 0, here.windows[2:], StopToken(job.outputs.dir, "run"))
     assert len(scene.embeddings.stage.done()) == 2
     left = next_round(scene, 0)
     assert left is not None and left.windows == here.windows[2:]
@@ -175,7 +175,7 @@ def test_a_stop_keeps_what_is_encoded_and_the_rest_goes_on(card: Path, tmp_path:
 def test_every_object_has_its_row(card: Path, tmp_path: Path) -> None:
     scene = planned(make_job(tmp_path, card, (EDGE, EDGE), BOXES, choice="large"))
     answer(scene)
-    find_prompted(scene)
+    build_objects(scene)
     facts = pd.read_parquet(io.BytesIO(scene.labels.read_part(FACTS)))
     table = ObjectTable.load(scene.labels)
     assert facts["id"].tolist() == table.objects.ids.tolist()
@@ -250,7 +250,7 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
     )
     scene = planned(job)
     assert scene.planes.axis == 0
-    done = answer_volume(scene)
+    done = segment_volume(scene)
     _, ids, _ = results(scene)
     prompts, _ = read_prompts(tmp_path / "box.csv", scene.geometry)
     segmenter = segmenter_of(scene)
@@ -263,13 +263,13 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
     rules = rules_of(job.prompts.volume)
     expected = np.zeros(voxels.shape, bool)
     for item in link(prompts, 0, voxels.shape, scene.pyramid, segmenter, embed, rules):
-        if isinstance(item, SliceAnswer) and item.answer.patch is not None:
-            expected |= patch_cover(item.answer.patch, Box.whole(voxels.shape))
+        if isinstance(item, SliceMask) and item.mask.patch is not None:
+            expected |= patch_cover(item.mask.patch, Box.whole(voxels.shape))
     assert expected.any(axis=(1, 2)).sum() > 1
     np.testing.assert_array_equal(ids > 0, expected)
     assert done.timings["encoder passes"] == len(scene.embeddings.stage.done())
-    assert answer_volume(scene).computed == 0
+    assert segment_volume(scene).computed == 0
     other = planned(
         Job.model_validate({**job.model_dump(), "prompts": {**job.prompts.model_dump(), "choice": "large"}})
     )
-    assert answer_volume(other).timings["encoder passes"] == 0
+    assert segment_volume(other).timings["encoder passes"] == 0

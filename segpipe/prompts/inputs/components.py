@@ -1,4 +1,4 @@
-"""The components of a label map, read strip by strip: their boxes, and a place deep inside each.
+"""Find the components of a label map, read strip by strip: their boxes, and a position deep inside each.
 
 The answer does not depend on how the map is cut. In memory are one strip of about four million elements (at
 least one row or slice), the table of components and, for a place inside, one component of the same size.
@@ -7,7 +7,7 @@ least one row or slice), the table of components and, for a place inside, one co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -26,7 +26,7 @@ STRIP = 1 << 22
 """Elements of a strip, and of the part of a component in which the deepest element is looked for."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Components:
     """Components in the order of their first elements; all int64."""
 
@@ -89,6 +89,23 @@ def component_strips(
     """
     for box, numbers in zip(strips(shape, strip), found.numbers, strict=True):
         yield box, numbers[_pieces(_labels(read, box), ids)]
+
+
+def component_means(
+    read: LabelReader, scores: Callable[[Box], np.ndarray], shape: Sequence[int], found: Components
+) -> np.ndarray:
+    """(n,) mean score of the elements of each component.
+
+    Args:
+        read: as for `find_components`, without ids.
+        scores: of the elements of a box; NaN counts as 0.
+        shape: of the map.
+        found: the components.
+    """
+    total = np.zeros(len(found) + 1)
+    for box, number in component_strips(read, shape, False, found):
+        total += np.bincount(number.ravel(), np.nan_to_num(scores(box)).ravel(), len(total))
+    return np.asarray(total[1:] / found.elements)
 
 
 def deepest(
@@ -209,7 +226,9 @@ def _merged(table: np.ndarray, groups: np.ndarray, counts: Sequence[int], axes: 
     np.maximum.at(stop, item, table[:, 3 + axes :])
     ends = np.cumsum(counts)
     numbers = tuple(np.r_[0, item[end - n : end] + 1] for n, end in zip(counts, ends, strict=True))
-    return Components(value, elements, first[order], start, stop, numbers)
+    return Components(
+        value=value, elements=elements, first=first[order], start=start, stop=stop, numbers=numbers
+    )
 
 
 def _part(box: Box, first: Sequence[int]) -> Box:

@@ -1,8 +1,8 @@
-"""An earlier run's labels as prompts: the box of every object, a point inside, and its outline."""
+"""Make prompts from the labels of a previous run: the box of every object, and a point inside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,22 +10,22 @@ import numpy as np
 import shapely
 from affine import Affine
 
-from segpipe.errors import RequestError, SceneError
+from segpipe.errors import SceneError
 from segpipe.geometry.alignment import same_grid
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.objects.outlines import block_pieces, dissolve
 from segpipe.prompts.inputs.components import Components, component_strips, deepest, find_components
-from segpipe.prompts.inputs.prompts import (
-    Prompts,
+from segpipe.prompts.inputs.rows import Attributes, Collector, FileAccount
+from segpipe.prompts.inputs.to_grid import ToGrid
+from segpipe.prompts.prompt_set import (
+    PromptSet,
     element_corners,
     make_boxes,
     make_outlines,
     make_points,
     make_prompts,
 )
-from segpipe.prompts.inputs.rows import Account, Attributes, Collector
-from segpipe.prompts.inputs.to_grid import Placer
 from segpipe.sources.base import LabelReader
 from segpipe.sources.labels import LabelFile
 
@@ -40,8 +40,7 @@ def read_labels(
     ids: bool,
     names: Mapping[int, str] | None = None,
     smallest: int = 1,
-    outlines: bool = False,
-) -> tuple[Prompts, Account]:
+) -> tuple[PromptSet, FileAccount]:
     """The objects of a label file (GeoTIFF, NIfTI, …) as prompts; 0 and nodata are none.
 
     A map's labels may lie on any grid in any CRS, coarser ones too: their components' polygons are taken to
@@ -54,10 +53,8 @@ def read_labels(
             components are numbered from 1 by their first elements.
         names: phrase of each class value.
         smallest: elements of the smallest object that is taken, of the file's grid.
-        outlines: also give outlines; of a raster only.
 
     Raises:
-        RequestError: outlines of a volume.
         SceneError: the file cannot be read or is on a grid that cannot be used.
     """
     file = LabelFile(str(path))
@@ -72,10 +69,8 @@ def read_labels(
         except SceneError as error:
             if not isinstance(geometry, RasterGeometry) or not isinstance(file.geometry, RasterGeometry):
                 raise SceneError(f"prompts {source} lie on another grid than the scene: {error}") from error
-            return _on_other_grid(read, file.geometry, geometry, source, ids, names or {}, smallest, outlines)
-        return label_prompts(
-            read, geometry, source, ids=ids, names=names, smallest=smallest, outlines=outlines
-        )
+            return _on_other_grid(read, file.geometry, geometry, source, ids, names or {}, smallest)
+        return label_prompts(read, geometry, source, ids=ids, names=names, smallest=smallest)
     finally:
         file.close()
 
@@ -88,15 +83,12 @@ def label_prompts(
     ids: bool,
     names: Mapping[int, str] | None = None,
     smallest: int = 1,
-    outlines: bool = False,
-) -> tuple[Prompts, Account]:
+) -> tuple[PromptSet, FileAccount]:
     """The same from a reader of labels on the scene's grid, such as a label map of the store.
 
     Args:
         source: what they are, for the account.
     """
-    if outlines and not isinstance(geometry, RasterGeometry):
-        raise RequestError("prompts: outlines are of rasters; valid: boxes and points of a volume")
     found, kept, objects, remarks = _chosen(read, geometry, ids, smallest)
     spacing = geometry.spacing or (1.0,) * geometry.ndim
     points, boxes = [], []
@@ -104,18 +96,13 @@ def label_prompts(
         place = deepest(read, found, item, ids, spacing, geometry.shape)
         points.append((number, place, True))
         boxes.append((number, *element_corners(found.box(item))))
-    shapes: Sequence[shapely.Geometry] = ()
-    if outlines:
-        shapes = _polygons(read, geometry, ids, found)[kept].tolist()
     axes = geometry.ndim
     prompts, _ = make_prompts(
-        make_points(points, axes),
-        make_boxes(boxes, axes),
-        make_outlines(zip(objects, shapes, strict=False)),
+        make_points(points, axes), make_boxes(boxes, axes), make_outlines([]),
         {o: (names or {}).get(int(found.value[i]), "") for o, i in zip(objects, kept, strict=True)},
-    )
+    )  # fmt: skip
     used = tuple(range(1, len(kept) + 1))
-    return prompts, Account(source, len(kept), used, (), (), (), (), remarks)
+    return prompts, FileAccount(source=source, given=len(kept), used=used, remarks=remarks)
 
 
 def _chosen(
@@ -132,35 +119,22 @@ def _chosen(
     return found, kept.tolist(), objects, remarks
 
 
-def _polygons(read: LabelReader, geometry: Geometry, ids: bool, found: Components) -> np.ndarray:
-    """Every component along the edges of its elements, (x, y) positions on the labels' grid."""
-    parts = (
-        block_pieces(numbers, box) for box, numbers in component_strips(read, geometry.shape, ids, found)
-    )
-    return dissolve(parts, Affine.translation(-0.5, -0.5))[1]
-
-
 def _on_other_grid(
-    read: LabelReader,
-    own: RasterGeometry,
-    geometry: RasterGeometry,
-    source: str,
-    ids: bool,
-    names: Mapping[int, str],
-    smallest: int,
-    outlines: bool,
-) -> tuple[Prompts, Account]:
+    read: LabelReader, own: RasterGeometry, geometry: RasterGeometry, source: str, ids: bool,
+    names: Mapping[int, str], smallest: int,
+) -> tuple[PromptSet, FileAccount]:  # fmt: skip
     """Components as polygons of their own grid, taken to the scene like polygons that were drawn."""
     found, kept, objects, remarks = _chosen(read, own, ids, smallest)
     phrases = tuple(names.get(int(found.value[i]), "") for i in kept)
     attributes = Attributes(tuple(objects), (True,) * len(kept), phrases, remarks)
-    placer = Placer(geometry, own.projection, source)
-    collector = Collector(source, geometry, attributes, outlines)
-    polygons = _polygons(read, own, ids, found)[kept]
+    to_grid = ToGrid(geometry, own.projection, source)
+    collector = Collector(source, geometry, attributes, outlines=False)
+    parts = (block_pieces(numbers, box) for box, numbers in component_strips(read, own.shape, ids, found))
+    polygons = dissolve(parts, Affine.translation(-0.5, -0.5))[1][kept]
     points = []
     for row, polygon in enumerate(polygons):
         world = shapely.transform(polygon, lambda xy: own.to_world(xy[:, ::-1]))
-        placed = placer.polygon(world)
+        placed = to_grid.polygon(world)
         collector.add_polygon(row, placed)
         if not placed.polygon.is_empty:
             points.append((objects[row], inner_point(placed.polygon), True))

@@ -1,7 +1,8 @@
-"""Rows of a file become prompts: objects are numbered, labels read, and every row is accounted for."""
+"""Make prompts from the rows of a file: number objects, read labels, account for every row."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,15 +11,15 @@ import shapely
 
 from segpipe.errors import RequestError
 from segpipe.geometry.geometry import Geometry
-from segpipe.prompts.inputs.prompts import (
-    Prompts,
+from segpipe.prompts.inputs.to_grid import ClippedPolygon, inside
+from segpipe.prompts.prompt_set import (
+    PromptSet,
     check_one_box,
     make_boxes,
     make_outlines,
     make_points,
     make_prompts,
 )
-from segpipe.prompts.inputs.to_grid import Placed, inside
 
 POSITIVE = frozenset({"1", "1.0", "+", "true", "positive", "foreground"})
 NEGATIVE = frozenset({"0", "0.0", "-", "-1", "false", "negative", "background"})
@@ -26,23 +27,23 @@ LISTED = 5
 """Row numbers that a note names before it says how many more there are."""
 
 
-@dataclass(frozen=True)
-class Account:
+@dataclass(frozen=True, kw_only=True)
+class FileAccount:
     """What became of every row or feature of a file; they are numbered from 1, without a header."""
 
     source: str
     given: int
-    used: tuple[int, ...]
+    used: tuple[int, ...] = ()
     """Those of which something is used."""
-    outside: tuple[int, ...]
+    outside: tuple[int, ...] = ()
     """Wholly outside the scene, or without a place in its CRS."""
-    cut: tuple[int, ...]
+    cut: tuple[int, ...] = ()
     """Used, but partly outside the scene: boxes and outlines end at its edge, points beyond are left out."""
-    empty: tuple[int, ...]
+    empty: tuple[int, ...] = ()
     """Without coordinates, or polygons without area."""
-    negative: tuple[int, ...]
+    negative: tuple[int, ...] = ()
     """Negative points of objects with nothing positive in the scene."""
-    remarks: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
     """On how the file was read."""
 
     def lines(self) -> tuple[str, ...]:
@@ -168,24 +169,22 @@ class Collector:
     _point_rows: list[int] = field(default_factory=list)
     _boxes: list[tuple[int, Sequence[float], Sequence[float]]] = field(default_factory=list)
     _outlines: list[tuple[int, shapely.Geometry]] = field(default_factory=list)
-    _used: list[int] = field(default_factory=list)
-    _outside: list[int] = field(default_factory=list)
-    _cut: list[int] = field(default_factory=list)
-    _empty: list[int] = field(default_factory=list)
+    _rows: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Rows by the field of the account that counts them."""
 
     def add_empty(self, row: int) -> None:
         """A row without coordinates (rows are counted from 0 here)."""
-        self._empty.append(row)
+        self._rows["empty"].append(row)
 
     def add_points(self, row: int, positions: np.ndarray) -> None:
         """Positions (n, axes) of one row, all of its object and label."""
         here = inside(positions, self.geometry.shape)
         if not here.any():
-            self._outside.append(row)
+            self._rows["outside"].append(row)
             return
-        self._used.append(row)
+        self._rows["used"].append(row)
         if not here.all():
-            self._cut.append(row)
+            self._rows["cut"].append(row)
         number, positive = self.attributes.objects[row], self.attributes.positive[row]
         self._points += [(number, position, positive) for position in positions[here].tolist()]
         self._point_rows += [row] * int(here.sum())
@@ -197,25 +196,25 @@ class Collector:
         low, high = np.maximum(start, -0.5), np.minimum(stop, end)
         beyond = np.where(start == stop, (start < -0.5) | (start >= end), low >= high)
         if beyond.any() or not np.isfinite([start, stop]).all():
-            self._outside.append(row)
+            self._rows["outside"].append(row)
             return
-        self._used.append(row)
+        self._rows["used"].append(row)
         if (low > start).any() or (high < stop).any():
-            self._cut.append(row)
+            self._rows["cut"].append(row)
         self._boxes.append((self.attributes.objects[row], low, high))
 
-    def add_polygon(self, row: int, placed: Placed) -> None:
+    def add_polygon(self, row: int, polygon: ClippedPolygon) -> None:
         """A polygon as a box and, where wanted, as an outline."""
         self._must_be_positive(row)
-        if placed.polygon.is_empty:
-            self._outside.append(row)
+        if polygon.polygon.is_empty:
+            self._rows["outside"].append(row)
             return
-        self._used.append(row)
-        if placed.cut:
-            self._cut.append(row)
-        self._boxes.append((self.attributes.objects[row], *placed.corners))
+        self._rows["used"].append(row)
+        if polygon.cut:
+            self._rows["cut"].append(row)
+        self._boxes.append((self.attributes.objects[row], *polygon.corners))
         if self.outlines:
-            self._outlines.append((self.attributes.objects[row], placed.polygon))
+            self._outlines.append((self.attributes.objects[row], polygon.polygon))
 
     def _must_be_positive(self, row: int) -> None:
         if not self.attributes.positive[row]:
@@ -224,7 +223,7 @@ class Collector:
                 "valid: only points are negative"
             )
 
-    def result(self) -> tuple[Prompts, Account]:
+    def result(self) -> tuple[PromptSet, FileAccount]:
         """The prompts and the account.
 
         Raises:
@@ -237,20 +236,13 @@ class Collector:
         points = make_points(self._points, axes)
         prompts, lost = make_prompts(points, boxes, make_outlines(self._outlines), phrases)
         negative = {row for row in self._point_rows if self.attributes.objects[row] in lost}
-        used = [row for row in self._used if row not in negative]
-        cut = [row for row in self._cut if row not in negative]
-        account = Account(
-            self.source,
-            len(self.attributes.objects),
-            _numbers(used),
-            _numbers(self._outside),
-            _numbers(cut),
-            _numbers(self._empty),
-            _numbers(negative),
-            self.attributes.remarks,
-        )
+        counted = {name: _numbers(set(rows) - negative) for name, rows in self._rows.items()}
+        account = FileAccount(
+            source=self.source, given=len(self.attributes.objects), negative=_numbers(negative),
+            remarks=self.attributes.remarks, **counted,
+        )  # fmt: skip
         return prompts, account
 
 
-def _numbers(rows: Sequence[int] | set[int]) -> tuple[int, ...]:
+def _numbers(rows: set[int]) -> tuple[int, ...]:
     return tuple(row + 1 for row in sorted(rows))

@@ -1,4 +1,4 @@
-"""From coordinates of the world to positions on a scene's grid: points, and polygons with bent edges."""
+"""Take coordinates of the world to positions on a scene's grid: points, and polygons with bent edges."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inside(positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Placed:
+class ClippedPolygon:
     """A polygon on a scene."""
 
     polygon: shapely.Geometry
@@ -47,11 +47,11 @@ class Placed:
         return (y0, x0), (y1, x1)
 
 
-class Placer:
+class ToGrid:
     """Takes coordinates of one CRS to the positions of one raster."""
 
     def __init__(self, geometry: RasterGeometry, crs: CRS | None, source: str) -> None:
-        """Hold the CRSs against each other.
+        """Compare the CRSs.
 
         Args:
             geometry: of the scene.
@@ -104,7 +104,7 @@ class Placer:
         """The same as (x, y)."""
         return self.positions(coordinates)[:, ::-1]
 
-    def polygon(self, polygon: shapely.Geometry) -> Placed:
+    def polygon(self, polygon: shapely.Geometry) -> ClippedPolygon:
         """A polygon's part in the scene; its straight edges in a CRS are curves in another.
 
         Edges are split until they follow the curve within a thousandth of an element, so that the
@@ -128,7 +128,7 @@ class Placer:
         scene = shapely.box(-0.5, -0.5, columns - 0.5, rows - 0.5)
         within = only_polygons(shapely.intersection(placed, scene))
         lost = self._near is not None and not shapely.covers(self._near, whole)
-        return Placed(within, bool(lost or not shapely.covers(scene, placed)))
+        return ClippedPolygon(within, bool(lost or not shapely.covers(scene, placed)))
 
     def _ring(self, ring: np.ndarray) -> np.ndarray:
         if self._transformer is None:

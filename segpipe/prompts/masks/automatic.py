@@ -1,11 +1,11 @@
-"""Masks without a prompt: SAM's automatic mask generator over scenes of any size.
+"""Generate masks without a prompt: SAM's automatic mask generator over scenes of any size.
 
 Kirillov et al., Segment Anything, ICCV 2023, appendix B: a grid of points, three masks a point, those of low
 predicted IoU or stability left out, duplicates removed by greedy non-maximum suppression of their bounding
 boxes, first within a crop by predicted IoU, then among crops, smaller ones first.
 
 What differs here: crops are the windows of a pyramid, layers its levels from the finest up. One grid of
-points lies over the whole level, and a point is asked in the window whose centre is nearest. A mask that
+points lies over the whole level, and a point is decoded in the window whose centre is nearest. A mask that
 reaches its window's border inside the scene is left out (in SAM: comes within 20 elements of it). Among
 windows of a level, duplicates are ranked by predicted IoU (in SAM: by the order of crops), so that no order
 of windows changes the masks. In a window, corners of boxes are centres of elements, as SAM has them; among
@@ -15,24 +15,25 @@ again. SAM's removal of small holes and islands is not done.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import shapely
 
 from segpipe.errors import RequestError
-from segpipe.prompts.masks.candidates import Measured, box_iou, measure
-from segpipe.prompts.masks.decode import View, view_of
-from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.columns import Columns
+from segpipe.prompts.masks.decode import CandidateStats, WindowView, measure, view_of
+from segpipe.prompts.masks.nms import keep_best
+from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, Segmenter
 from segpipe.tiling.pyramid import Pyramid, Window
 
 
-@dataclass(frozen=True)
-class Automatic:
-    """How masks are made and which are kept."""
+@dataclass(frozen=True, kw_only=True)
+class AutomaticSettings:
+    """How masks are made and which are kept; `segpipe.config.prompts.Grid` checks what is typed."""
 
     points_per_side: int = 32
     """Of a window."""
@@ -43,32 +44,18 @@ class Automatic:
     nms: float = 0.7
     """IoU of bounding boxes above which two masks are one; 1: none are."""
     crop_layers: int = 0
-    """Coarser levels of the pyramid that are asked beside the finest."""
+    """Coarser levels of the pyramid beside the finest."""
     smallest: int = 0
     """Fewest elements of the scene that a mask may have."""
 
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("points_per_side", 1, None),
-            ("pred_iou", 0, 1),
-            ("stability", 0, 1),
-            ("nms", 0, 1),
-            ("crop_layers", 0, None),
-            ("smallest", 0, None),
-        ):
-            found = getattr(self, name)
-            if not (least <= found and (most is None or found <= most)):
-                valid = f"{least} to {most}" if most else f"{least} or more"
-                raise RequestError(f"automatic.{name}: found {found}; valid: {valid}")
-
     def levels(self, pyramid: Pyramid) -> range:
-        """The levels that are asked."""
+        """Return the levels of the grid."""
         return range(min(1 + self.crop_layers, pyramid.levels))
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """The points of one level, row by row, and the window in which each is asked."""
+class PointGrid:
+    """The points of one level, row by row, and the window of each."""
 
     level: int
     position: np.ndarray
@@ -93,7 +80,7 @@ class Grid:
         return np.argsort(self.which, kind="stable")
 
 
-def grid_prompts(pyramid: Pyramid, settings: Automatic, level: int) -> Grid:
+def grid_prompts(pyramid: Pyramid, settings: AutomaticSettings, level: int) -> PointGrid:
     """One grid of points over the plane, as SAM lays it over a single window.
 
     Neighbours are W/k·2^level elements apart, with k points a side; in a window they have x = (i + ½)·W/k.
@@ -115,17 +102,24 @@ def grid_prompts(pyramid: Pyramid, settings: Automatic, level: int) -> Grid:
         axes.append((local + 0.5) * (1 << level) - 0.5 if len(local) else np.array([(size - 1) / 2]))
     position = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
     windows, which = pyramid.needed(position, position, level)
-    return Grid(level, position, windows, which)
+    return PointGrid(level, position, windows, which)
 
 
-@dataclass(frozen=True)
-class Tally:
+COUNTS = (
+    "no_data", "points", "candidates", "low_iou", "empty", "unstable", "cut", "small", "same",
+    "same_elsewhere", "kept",
+)  # fmt: skip
+"""The counts of `GridTally`, in the order in which they are stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridTally:
     """What became of every candidate; each is counted once, where it failed first."""
 
     no_data: int = 0
-    """Points where there is none: they are not asked."""
+    """Points where there is none: they are not decoded."""
     points: int = 0
-    """Points asked."""
+    """Points that are decoded."""
     candidates: int = 0
     low_iou: int = 0
     """Predicted IoU too low."""
@@ -140,8 +134,8 @@ class Tally:
     """Duplicates of a mask of another window or level."""
     kept: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: GridTally) -> GridTally:
+        return GridTally(**{name: getattr(self, name) + getattr(other, name) for name in COUNTS})
 
     def lines(self) -> tuple[str, ...]:
         """The tally in words, one line a fact."""
@@ -162,9 +156,15 @@ class Tally:
         return tuple(said)
 
 
-@dataclass(frozen=True, eq=False)
-class Masks:
-    """Masks and what is known of each; positions on the plane."""
+ARRAYS = (
+    "level", "window", "number", "candidate", "point", "start", "stop", "iou", "stability", "elements",
+)  # fmt: skip
+"""The arrays of `GridMasks`, in the order in which they are stored."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GridMasks(Columns):
+    """The masks of a grid's points and their scores; positions on the plane."""
 
     level: np.ndarray
     """(n,) int64."""
@@ -188,47 +188,42 @@ class Masks:
     """(n,) int64: of the scene, as many as the elements of the window stand for."""
     patches: tuple[Patch, ...]
 
-    def __len__(self) -> int:
-        return len(self.patches)
+    def dump(self, tally: GridTally) -> bytes:
+        """Return the masks of one window and their tally, exact, as one blob."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer, tally=np.array([getattr(tally, name) for name in COUNTS], np.int64),
+            patches=np.frombuffer(dump_patches(self.patches), np.uint8),
+            **{name: getattr(self, name) for name in ARRAYS},
+        )  # fmt: skip
+        return buffer.getvalue()
 
-    def take(self, numbers: np.ndarray) -> Masks:
-        """Some of them."""
-        arrays = {name: getattr(self, name)[numbers] for name in COLUMNS}
-        return Masks(**arrays, patches=tuple(self.patches[i] for i in numbers.tolist()))
+    @classmethod
+    def load(cls, data: bytes) -> tuple[GridMasks, GridTally]:
+        """Return the inverse of `dump`."""
+        with np.load(io.BytesIO(data)) as f:
+            masks = cls(**{name: f[name] for name in ARRAYS}, patches=load_patches(f["patches"].tobytes()))
+            return masks, GridTally(**dict(zip(COUNTS, f["tally"].tolist(), strict=True)))
 
 
-COLUMNS = tuple(f.name for f in fields(Masks) if f.name != "patches")
-"""The arrays of `Masks`."""
-
-
-def join_masks(parts: Sequence[Masks]) -> Masks:
-    """All masks, ordered by level, point and candidate, in whatever order the parts come."""
-    several = [_no_masks(), *parts]
-    columns = {name: np.concatenate([getattr(p, name) for p in several]) for name in COLUMNS}
-    joined = Masks(**columns, patches=tuple(patch for p in several for patch in p.patches))
+def join_grid_masks(parts: Sequence[GridMasks]) -> GridMasks:
+    """Return all masks, ordered by level, point and candidate, in whatever order the parts come."""
+    none, pairs, floats = np.empty(0, np.int64), np.empty((0, 2)), np.empty(0)
+    empty = GridMasks(
+        level=none, window=np.empty((0, 2), np.int64), number=none, candidate=none, point=pairs, start=pairs,
+        stop=pairs, iou=floats, stability=floats, elements=none, patches=(),
+    )  # fmt: skip
+    joined = GridMasks.concatenate([empty, *parts])
     return joined.take(np.lexsort((joined.candidate, joined.number, joined.level)))
 
 
-def _no_masks() -> Masks:
-    none, pairs, floats = np.empty(0, np.int64), np.empty((0, 2)), np.empty(0)
-    window = np.empty((0, 2), np.int64)
-    return Masks(none, window, none, none, pairs, pairs, pairs, floats, floats, none, ())
-
-
-def automatic_window(
-    segmenter: Segmenter,
-    embedding: Embedding,
-    window: Window,
-    pyramid: Pyramid,
-    grid: Grid,
-    settings: Automatic,
-    at_once: int = 64,
-    plane: tuple[int, int] | None = None,
-    valid: np.ndarray | None = None,
-) -> tuple[Masks, Tally]:
+def segment_grid(
+    segmenter: Segmenter, embedding: Embedding, window: Window, pyramid: Pyramid, grid: PointGrid,
+    settings: AutomaticSettings, at_once: int = 64, valid: np.ndarray | None = None,
+) -> tuple[GridMasks, GridTally]:  # fmt: skip
     """The masks of one window's points, without duplicates among them, and what became of the others.
 
-    Points where there is no data are not asked. Args as for `segpipe.prompts.masks.decode.answer_window`.
+    Points where there is no data are left out. Args as for `segpipe.prompts.masks.decode.decode_window`.
     """
     view = view_of(window, pyramid, valid)
     numbers = grid.numbers(window)
@@ -236,84 +231,75 @@ def automatic_window(
     seen = view.valid[tuple(np.clip(np.floor(local + 0.5).astype(np.int64), 0, pyramid.window - 1).T)]
     numbers, local = numbers[seen], local[seen]
     label = np.ones(1, np.int64)
-    parts, tally = [], Tally(no_data=int((~seen).sum()))
+    parts, tally = [], GridTally(no_data=int((~seen).sum()))
     for first in range(0, len(numbers), at_once):
         here = slice(first, first + at_once)
         prompts = [Prompt(xy[None].astype(np.float32), label) for xy in local[here, ::-1]]
         found = segmenter.decode(embedding, prompts)
-        masks, counted = _filtered(found, grid, numbers[here], view, settings, plane)
+        masks, counted = _filtered(found, grid, numbers[here], view, settings)
         parts.append(masks)
         tally += counted
-    masks = join_masks(parts)
+    masks = join_grid_masks(parts)
     order = np.lexsort((masks.candidate, masks.number, -masks.iou))
     half = view.scale / 2  # corners are centres of elements, as in SAM
-    left = suppress(masks.start[order] + half, masks.stop[order] - half, settings.nms)
+    left = keep_best(masks.start[order] + half, masks.stop[order] - half, settings.nms)
     gone = len(masks) - len(left)
-    return masks.take(np.sort(order[left])), tally + Tally(same=gone, kept=-gone)
+    return masks.take(np.sort(order[left])), tally + GridTally(same=gone, kept=-gone)
 
 
 def _filtered(
-    found: Candidates,
-    grid: Grid,
-    numbers: np.ndarray,
-    view: View,
-    settings: Automatic,
-    plane: tuple[int, int] | None,
-) -> tuple[Masks, Tally]:
+    found: Candidates, grid: PointGrid, numbers: np.ndarray, view: WindowView, settings: AutomaticSettings
+) -> tuple[GridMasks, GridTally]:
     """The candidates of some points that pass every threshold."""
     good = (found.iou > settings.pred_iou) | (settings.pred_iou == 0)
-    tally = Tally(points=len(numbers), candidates=good.size, low_iou=int((~good).sum()))
+    tally = GridTally(points=len(numbers), candidates=good.size, low_iou=int((~good).sum()))
     parts = []
     for row in np.flatnonzero(good.any(axis=1)).tolist():
         which = np.flatnonzero(good[row])
         logits = found.logits[row, which]
         seen = view.only(logits)
-        measured = measure(seen, found.iou[row, which])
-        kept, counted = _passing(measured, view, view.cut(seen > 0), settings)
+        stats = measure(seen, found.iou[row, which])
+        kept, counted = _passing(stats, view, view.cut(seen > 0), settings)
         tally += counted
         n, number = len(kept), numbers[row]
-        patches = tuple(p for i in kept if (p := view.patch(logits[i], plane)) is not None)
-        parts.append(
-            Masks(
-                np.full(n, grid.level),
-                np.tile(np.array(grid.windows[grid.which[number]].index), (n, 1)),
-                np.full(n, number),
-                which[kept],
-                np.tile(grid.position[number], (n, 1)),
-                _on_plane(measured.start[kept], view),
-                _on_plane(measured.stop[kept], view),
-                measured.iou[kept],
-                measured.stability[kept],
-                measured.elements[kept] * view.scale**2,
-                patches,
-            )
-        )
-    return join_masks(parts), tally
+        patches = tuple(p for i in kept if (p := view.patch(logits[i], None)) is not None)
+        masks = GridMasks(
+            level=np.full(n, grid.level),
+            window=np.tile(np.array(grid.windows[grid.which[number]].index), (n, 1)),
+            number=np.full(n, number), candidate=which[kept], point=np.tile(grid.position[number], (n, 1)),
+            start=_on_plane(stats.start[kept], view), stop=_on_plane(stats.stop[kept], view),
+            iou=stats.iou[kept], stability=stats.stability[kept],
+            elements=stats.elements[kept] * view.scale**2, patches=patches,
+        )  # fmt: skip
+        parts.append(masks)
+    return join_grid_masks(parts), tally
 
 
 def _passing(
-    measured: Measured, view: View, cut: np.ndarray, settings: Automatic
-) -> tuple[np.ndarray, Tally]:
-    """Numbers of the masks that pass what is asked of their shape, and what became of the others."""
+    stats: CandidateStats, view: WindowView, cut: np.ndarray, settings: AutomaticSettings
+) -> tuple[np.ndarray, GridTally]:
+    """Numbers of the masks that pass the thresholds of their shape, and what became of the others."""
     left = np.ones(len(cut), bool)
     counts = {}
     for name, fails in (
-        ("empty", measured.elements == 0),
-        ("unstable", ~((measured.stability > settings.stability) | (settings.stability == 0))),
+        ("empty", stats.elements == 0),
+        ("unstable", ~((stats.stability > settings.stability) | (settings.stability == 0))),
         ("cut", cut),
-        ("small", measured.elements * view.scale**2 < settings.smallest),
+        ("small", stats.elements * view.scale**2 < settings.smallest),
     ):
         counts[name] = int((left & fails).sum())
         left &= ~fails
-    return np.flatnonzero(left), Tally(**counts, kept=int(left.sum()))
+    return np.flatnonzero(left), GridTally(**counts, kept=int(left.sum()))
 
 
-def _on_plane(edges: np.ndarray, view: View) -> np.ndarray:
+def _on_plane(edges: np.ndarray, view: WindowView) -> np.ndarray:
     """Positions on the plane of those in the window."""
     return np.asarray((edges + 0.5) * view.scale + np.array(view.box.start) - 0.5)
 
 
-def merge_masks(parts: Iterable[tuple[Masks, Tally]], settings: Automatic) -> tuple[Masks, Tally]:
+def merge_grid_masks(
+    parts: Iterable[tuple[GridMasks, GridTally]], settings: AutomaticSettings
+) -> tuple[GridMasks, GridTally]:
     """The masks of all windows and levels without duplicates, and the whole tally.
 
     Of masks of different windows whose boxes have an IoU above the limit, the finer level's is kept, then
@@ -321,36 +307,11 @@ def merge_masks(parts: Iterable[tuple[Masks, Tally]], settings: Automatic) -> tu
     and candidate; neither that of the parts nor their number changes anything.
     """
     found = list(parts)
-    masks = join_masks([m for m, _ in found])
-    tally = sum((t for _, t in found), Tally())
+    masks = join_grid_masks([m for m, _ in found])
+    tally = sum((t for _, t in found), GridTally())
     windows = np.column_stack((masks.level, masks.window))
     _, group = np.unique(windows, axis=0, return_inverse=True)
     order = np.lexsort((masks.candidate, masks.number, -masks.iou, masks.level))
-    left = suppress(masks.start[order], masks.stop[order], settings.nms, group.reshape(-1)[order])
+    left = keep_best(masks.start[order], masks.stop[order], settings.nms, group.reshape(-1)[order])
     gone = len(masks) - len(left)
-    return masks.take(np.sort(order[left])), tally + Tally(same_elsewhere=gone, kept=-gone)
-
-
-def suppress(
-    start: np.ndarray, stop: np.ndarray, limit: float, group: np.ndarray | None = None
-) -> np.ndarray:
-    """Greedy non-maximum suppression: numbers, ascending, of the boxes that are left.
-
-    A box is left out if it has an IoU above ``limit`` with a better one that is left. Memory is linear.
-
-    Args:
-        start: (n, 2) corners, the best box first.
-        stop: (n, 2) opposite corners.
-        limit: of IoU.
-        group: (n,) boxes of one group do not remove each other; None: there are no groups.
-    """
-    boxes = shapely.box(start[:, 1], start[:, 0], stop[:, 1], stop[:, 0])
-    tree = shapely.STRtree(boxes)
-    left = np.ones(len(boxes), bool)
-    for i in range(len(boxes)):
-        if left[i]:
-            near = tree.query(boxes[i])
-            near = near[near > i]
-            same = box_iou(start[i], stop[i], start[near], stop[near]) > limit
-            left[near[same if group is None else same & (group[near] != group[i])]] = False
-    return np.flatnonzero(left)
+    return masks.take(np.sort(order[left])), tally + GridTally(same_elsewhere=gone, kept=-gone)

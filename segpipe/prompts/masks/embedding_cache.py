@@ -1,8 +1,8 @@
-"""The embeddings of a scene in its store: encoded once, read as often as somebody asks.
+"""Keep the embeddings of a scene in its store: encoded once, read as often as wanted.
 
 A stage ``embed-<key>`` holds, for each level of the pyramid and each map of the encoder, one float16 array
 (slice,) row, column, channel, y, x, and beside them which elements of a window have data. A window's map is
-one shard, so that windows are added as questions need them, by whoever asks first, and nothing is written
+one shard, so that windows are added as prompts need them, by whoever comes first, and nothing is written
 twice. The receipt of a window is its commit.
 """
 
@@ -72,19 +72,15 @@ class Embeddings:
         one = (1,) * len(lead)
         channels = math.ceil(shape[0] / 4)
         self.stage.group.create_array(
-            f"level{level}/{name}",
-            shape=(*lead, *shape),
-            shards=(*one, 4 * channels, *shape[1:]),
-            chunks=(*one, channels, *shape[1:]),
-            dtype="bool" if name == VALID else "float16",
-            fill_value=0,
-            compressors=IMAGE_CODEC,
+            f"level{level}/{name}", shape=(*lead, *shape), shards=(*one, 4 * channels, *shape[1:]),
+            chunks=(*one, channels, *shape[1:]), dtype="bool" if name == VALID else "float16",
+            fill_value=0, compressors=IMAGE_CODEC,
             dimension_names=("slice",) * (len(lead) - 2) + ("row", "column", "channel", "y", "x"),
-        )
+        )  # fmt: skip
 
     @cached_property
     def _arrays(self) -> dict[tuple[int, str], zarr.Array[Any]]:
-        """Handles by level and name: opened once, since asking costs as much as reading."""
+        """Handles by level and name: opened once, since opening costs as much as reading."""
         return {
             (level, name): self.stage.array(f"level{level}/{name}")
             for level in range(self.pyramid.levels)
@@ -94,7 +90,7 @@ class Embeddings:
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    def _place(self, window: Window, index: int) -> tuple[int, ...]:
+    def _position(self, window: Window, index: int) -> tuple[int, ...]:
         return window.index if self.planes.axis is None else (index, *window.index)
 
     def read(self, window: Window, index: int = 0) -> tuple[Embedding, np.ndarray]:
@@ -103,9 +99,9 @@ class Embeddings:
         Raises:
             SceneError: another run dropped the stage.
         """
-        place = self._place(window, index)
+        position = self._position(window, index)
         try:
-            arrays = {n: np.asarray(self._arrays[window.level, n][place]) for n in self._maps}
+            arrays = {n: np.asarray(self._arrays[window.level, n][position]) for n in self._maps}
         except (KeyError, ValueError, OSError):  # arrays that vanish while they are opened
             self.stage.check()
             raise
@@ -116,7 +112,7 @@ class Embeddings:
         """Keep the embedding, halved, of a window; its receipt comes last."""
         try:
             for name, values in {**embedding.arrays, VALID: valid[None]}.items():
-                self._arrays[window.level, name][self._place(window, index)] = values
+                self._arrays[window.level, name][self._position(window, index)] = values
             self.stage.commit(window_id(window, index), {"bytes": self.window_bytes})
         except (KeyError, ValueError, OSError):
             self.stage.check()
@@ -129,7 +125,7 @@ class Embeddings:
 
 
 def check_budget(windows: int, each: int, budget: int) -> None:
-    """Refuse a question whose embeddings would not fit.
+    """Reject prompts whose embeddings would not fit.
 
     Raises:
         SceneError: says what it would take.

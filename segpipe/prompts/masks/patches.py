@@ -1,4 +1,4 @@
-"""Masks of single objects: logits around the object on a window's lattice, and their cover of native boxes.
+"""Hold masks of single objects: logits around them on a window's lattice, and their cover of native boxes.
 
 An element is object where the logits, taken between the centres of cells bilinearly and clamped at the
 patch's edge, are above 0: what ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``
@@ -24,7 +24,7 @@ _TINY, _LARGE = (float(getattr(np.finfo(np.float16), name)) for name in ("smalle
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One object's mask as a window answered it, cut to the object."""
+    """One object's mask as a window shows it, cut to the object."""
 
     scale: int
     """Elements of the scene's plane per logit along each axis: 2**level."""
@@ -86,7 +86,7 @@ def patch_box(patch: Patch, shape: Sequence[int]) -> Box:
 
 
 def patch_cover(patch: Patch, box: Box) -> np.ndarray:
-    """Which elements of a box are object, bool of the box's shape; the same whatever box they are asked in.
+    """Which elements of a box are object, bool of the box's shape; the same whatever the box.
 
     In memory is the common part of the box and the patch.
 
@@ -144,13 +144,11 @@ def dump_patches(patches: Sequence[Patch]) -> bytes:
     buffer = io.BytesIO()
     shapes = np.array([p.logits.shape for p in patches], np.int64).reshape(-1, 2)
     np.savez_compressed(
-        buffer,
-        scale=np.array([p.scale for p in patches], np.int64),
+        buffer, scale=np.array([p.scale for p in patches], np.int64),
         origin=np.array([p.origin for p in patches], np.int64).reshape(-1, 2),
-        plane=np.array([p.plane or (-1, -1) for p in patches], np.int64).reshape(-1, 2),
-        shape=shapes,
+        plane=np.array([p.plane or (-1, -1) for p in patches], np.int64).reshape(-1, 2), shape=shapes,
         logits=np.concatenate([np.zeros(0, np.float16), *(p.logits.ravel() for p in patches)]),
-    )
+    )  # fmt: skip
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What a segmenter looks at: a raster, or the slices of a volume along one axis, window by window."""
+"""Read the windows of a raster, or of the slices of a volume along one axis, as a segmenter takes them."""
 
 from __future__ import annotations
 
@@ -75,17 +75,17 @@ class Planes:
 def read_window(
     store: SceneBlocks, normaliser: Normaliser, planes: Planes, pyramid: Pyramid, window: Window, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the encoder sees of a window, and which of its elements have data; see `read_box`."""
+    """Return what the encoder sees of a window, and which of its elements have data; see `read_box`."""
     return read_box(store, normaliser, planes, pyramid.box(window), 1 << window.level, index)
 
 
 def read_box(
     store: SceneBlocks, normaliser: Normaliser, planes: Planes, whole: Box, step: int, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A box of a plane, (c, y, x) float32, normalised, and which of its elements have data, (y, x) bool.
+    """Return a box of a plane, (c, y, x) float32, normalised, and whether its elements have data, (y, x).
 
     Of ``step`` × ``step`` elements each is the mean of the valid ones, and has data if there is any. What is
-    beyond the plane or has no data is 0. Rows are read in strips, so that memory follows the answer and not
+    beyond the plane or has no data is 0. Rows are read in strips, so that memory follows the result and not
     what it covers.
 
     Args:

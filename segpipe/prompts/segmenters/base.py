@@ -1,4 +1,4 @@
-"""Segmenters: a window becomes an embedding once, and prompts become masks as often as they are asked.
+"""Define segmenters: a window becomes an embedding once, and prompts become masks as often as wanted.
 
 Positions are in elements of the window, whole numbers at centres as everywhere in segpipe, and in the order
 that the field has for prompts: x (column) before y (row). Arrays keep array order.
@@ -22,7 +22,7 @@ STABILITY_OFFSET = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What an encoder says of one window: all that its decoder needs."""
+    """An encoder's maps of one window: all that its decoder needs."""
 
     arrays: Mapping[str, np.ndarray]
     """By name: (c, y, x), float32 or, once halved, float16; names and shapes as `Segmenter.shapes`."""
@@ -44,7 +44,7 @@ class Embedding:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What points at one object: points, a box, a coarse mask, or several of these."""
+    """The input for one object in one window: points, a box, a coarse mask, or several of these."""
 
     points_xy: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.float32))
     """(p, 2) float32."""
@@ -71,7 +71,7 @@ def mask_logits(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Masks proposed for each of n prompts: k = 3, or 1 where one was asked for."""
+    """Masks proposed for each of n prompts: k = 3, or 1 without multimask."""
 
     logits: np.ndarray
     """(n, k, y, x) float32 at the window's size: above 0 is the object."""
@@ -138,7 +138,7 @@ def stability_score(
 
 
 def check_prompts(prompts: Sequence[Prompt], window: tuple[int, int], mask_shape: tuple[int, int]) -> None:
-    """Whether every prompt says something, in shapes and places that a segmenter takes.
+    """Check that no prompt is empty, and all have shapes and positions that a segmenter takes.
 
     Raises:
         RequestError: names the prompt's number and field, what was found and what would be valid.

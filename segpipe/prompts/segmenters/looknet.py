@@ -1,23 +1,26 @@
-"""LookNet: a small promptable network that looks at every object at the same size.
+"""Define LookNet, a small promptable network that looks at every object at the same size.
 
-An encoder makes a map of a window once. A prompt is then answered from three *looks*, rectangles around it
-(`prompts.segmenters.rois`): pixels and map are resampled to the same few cells whatever the object's size
+An encoder makes a map of a window once. A prompt is then decoded from three *looks*, rectangles around it:
+pixels and map are resampled to the same few cells whatever the object's size
 (RoIAlign: He et al., Mask R-CNN, ICCV 2017), the prompt is drawn over them (as in DEXTR: Maninis et al.,
 CVPR 2018), and a U-Net (Ronneberger et al., MICCAI 2015) draws the mask there and says what its IoU will be.
 So three candidates are three extents: how much of the surroundings is seen with a box, how large the object
 may be with a point; Segment Anything (Kirillov et al., ICCV 2023) has three masks for the same reason. Where
 all objects have one size, masks can be learned on a CPU, and the few elements of a pond are many cells.
+
+Positions are in elements of the window, x before y, whole numbers at centres. A look is given by its edges,
+(n, 4) x0, y0, x1, y1, where an element reaches half an element from its centre; it may go beyond the window.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-from segpipe.prompts.segmenters.rois import MAPS, resampled
+from torchvision.ops import roi_align
 
 STRIDE = 4
 """Elements of the window for one of the encoder's map, along each axis."""
@@ -27,6 +30,22 @@ LEVELS = (1, 2, 4, 6)
 """Channels of a look's levels, as multiples of the first."""
 ENCODER_LEVELS = (1.5, 3, 6, 7.5)
 """The same of the encoder's."""
+LOOK = 64
+"""Cells of a look along each axis."""
+LOOKS = 3
+"""At one object: their order is from the closest."""
+PADS = (0.12, 0.3, 0.6)
+"""What each look shows on every side of a box, as a share of its size …"""
+ROOM = 2.0
+"""… and in elements besides."""
+REACHES = (10.0, 28.0, 80.0)
+"""What each look shows around points, in elements."""
+CLICK = 2.0
+"""Deviation of the bump that stands for a point, in cells."""
+CERTAIN = 4.0
+"""Logits of a given mask count up to here."""
+MAPS = 6
+"""Channels that a prompt is drawn in: box, points of the object, points beside it, mask, width, height."""
 
 
 class LookNet(nn.Module):
@@ -86,7 +105,7 @@ class LookNet(nn.Module):
             context: of `encode`.
             of: (n,) which window each look is of.
             looks: (n, 4).
-            maps: (n, MAPS, LOOK, LOOK) of `segpipe.prompts.segmenters.rois.drawn`.
+            maps: (n, MAPS, LOOK, LOOK) of `drawn`.
         """
         near, far = resampled(windows, of, looks), resampled(context, of, looks, STRIDE)
         first, second, *others = self.look_down
@@ -104,13 +123,9 @@ class LookNet(nn.Module):
 def _pair(given: int, channels: int, stride: int = 1) -> nn.Sequential:
     """Two convolutions, as on every level of a U-Net."""
     return nn.Sequential(
-        nn.Conv2d(given, channels, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-    )
+        nn.Conv2d(given, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+    )  # fmt: skip
 
 
 def _twice(x: torch.Tensor) -> torch.Tensor:
@@ -126,3 +141,84 @@ def _summary(coarse: torch.Tensor, fine: torch.Tensor, logits: torch.Tensor) -> 
     sure = (inside * hard).sum((2, 3)) / torch.maximum(inside, hard).sum((2, 3)).clamp(min=1e-3)
     border = 4 * (inside * (1 - inside)).mean((2, 3))
     return torch.cat([coarse.mean((2, 3)), *means, sure, border, hard.mean((2, 3))], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTensors:
+    """Prompts of n objects; what an object has none of is left out by NaN, or by the label −1."""
+
+    boxes: torch.Tensor
+    """(n, 4) float32: centres of first and last element, x and y; NaN: none."""
+    points: torch.Tensor
+    """(n, p, 2) float32, p at least 1."""
+    labels: torch.Tensor
+    """(n, p) int64: 1 of the object, 0 beside it, −1 no point. One without a box has a 1."""
+
+
+def looks_at(prompts: PromptTensors, number: torch.Tensor) -> torch.Tensor:
+    """(n, 4) look ``number`` (n,) of each prompt: around its box and its points, or its points alone."""
+    beside = (prompts.labels != 1)[..., None]
+    low = prompts.points.masked_fill(beside, torch.inf).amin(1)
+    high = prompts.points.masked_fill(beside, -torch.inf).amax(1)
+    boxed = ~prompts.boxes.isnan().any(1, keepdim=True)
+    first = torch.where(boxed, torch.minimum(low, prompts.boxes[:, :2]), low) - 0.5
+    last = torch.where(boxed, torch.maximum(high, prompts.boxes[:, 2:]), high) + 0.5
+    share, reach = (torch.tensor(x).to(first)[number][:, None] for x in (PADS, REACHES))
+    grow = torch.where(boxed, (last - first) * share + ROOM, reach)
+    return torch.cat([first - grow, last + grow], 1)
+
+
+def resampled(maps: torch.Tensor, of: torch.Tensor, looks: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """What lies under looks: (n, c, cells, cells), LOOK cells, or half as many of a coarser map.
+
+    Args:
+        maps: (b, c, y, x).
+        of: (n,) which of the maps each look is of.
+        looks: (n, 4).
+        stride: elements of the window for one of the maps.
+    """
+    # torchvision counts from the window's edge, which is half an element before its first centre.
+    places = torch.cat([of[:, None].to(looks), looks + 0.5], 1)
+    cells, samples = (LOOK, 0) if stride == 1 else (LOOK // 2, 2)  # 0: as many as the cell has elements
+    return torch.as_tensor(roi_align(maps.float(), places, cells, 1 / stride, samples, aligned=True))
+
+
+def drawn(prompts: PromptTensors, looks: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+    """Maps (n, MAPS, LOOK, LOOK) that show prompts to the network.
+
+    Args:
+        prompts: prompts.
+        looks: (n, 4) of `looks_at`.
+        masks: (n, LOOK, LOOK) logits of a given mask in the cells of the look, 0 where nothing is said.
+    """
+    at = torch.arange(LOOK, device=looks.device)
+    size = looks[:, 2:] - looks[:, :2]
+    cell = size / LOOK
+    boxes = torch.nan_to_num(prompts.boxes, nan=-torch.inf)
+    covers = []
+    for axis in (0, 1):
+        low = ((boxes[:, axis] - 0.5 - looks[:, axis]) / cell[:, axis])[:, None]
+        high = ((boxes[:, axis + 2] + 0.5 - looks[:, axis]) / cell[:, axis])[:, None]
+        covers.append((torch.minimum(at + 1, high) - torch.maximum(at, low)).clamp(0, 1))
+    box = covers[1][:, :, None] * covers[0][:, None]
+    place = (prompts.points - looks[:, None, :2]) / cell[:, None] - 0.5
+    away = (at - place[..., None]).square() / (2 * CLICK**2)  # (n, p, 2, cells)
+    bumps = torch.exp(-(away[:, :, 1, :, None] + away[:, :, 0, None, :]))
+    clicks = [(bumps * (prompts.labels == label)[..., None, None]).sum(1).clamp(max=1) for label in (1, 0)]
+    given = torch.zeros_like(box) if masks is None else masks.clamp(-CERTAIN, CERTAIN) / CERTAIN
+    sizes = (size.log2() / 4 - 1.25)[..., None, None].expand(-1, -1, LOOK, LOOK)
+    return torch.cat([torch.stack([box, *clicks, given], 1), sizes], 1)
+
+
+def laid(logits: torch.Tensor, looks: torch.Tensor, window: tuple[int, int], outside: float) -> torch.Tensor:
+    """(n, y, x): logits (n, LOOK, LOOK) of looks over their window, bilinear; ``outside`` beyond the look."""
+    axes = []
+    for axis, count in ((0, window[1]), (1, window[0])):
+        at = torch.arange(count, device=looks.device, dtype=looks.dtype)
+        low, high = looks[:, axis, None], looks[:, axis + 2, None]
+        axes.append((at - low) / (high - low) * 2 - 1)
+    x, y = axes
+    grid = torch.stack([x[:, None].expand(-1, window[0], -1), y[:, :, None].expand(-1, -1, window[1])], -1)
+    found = functional.grid_sample(logits[:, None], grid, "bilinear", "border", align_corners=False)[:, 0]
+    within = (x.abs() <= 1)[:, None] & (y.abs() <= 1)[:, :, None]
+    return torch.where(within, found, torch.full_like(found, outside))

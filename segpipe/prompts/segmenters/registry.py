@@ -1,4 +1,4 @@
-"""From a card to a promptable network: checked before work starts, loaded once per process."""
+"""Check and load the promptable network of a card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segpipe.prompts.segmenters.base import Segmenter
 
 
 def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
-    """Everything that a card can be refused for as a segmenter before its network is built.
+    """Check everything about a card as a segmenter that can be checked before its network is built.
 
     Returns:
         `Segmenter.shapes`: what an embedding will take.
@@ -22,9 +22,9 @@ def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
         RequestError: names the field, what was found and what would be valid.
     """
     if card.provider == "literature":
-        from segpipe.prompts.segmenters import looknet_segmenter as look_segmenter
+        from segpipe.prompts.segmenters import looknet_segmenter
 
-        return look_segmenter.embedding_shapes(look_segmenter.read_card(card))
+        return looknet_segmenter.embedding_shapes(*looknet_segmenter.read_network(card))
     from segpipe.prompts.segmenters import sam_folder
 
     return sam_folder.embedding_shapes(sam_folder.read_folder(card))

@@ -1,4 +1,4 @@
-"""SAM and what came after it (SAM-HQ, MedSAM, SAM 2 and 2.1, EdgeTAM, SAM 3) as segmenters.
+"""Use SAM and its successors (SAM-HQ, MedSAM, SAM 2 and 2.1, EdgeTAM, SAM 3) as segmenters.
 
 Kirillov et al., Segment Anything, ICCV 2023; Ke et al., SAM-HQ, NeurIPS 2023; Ma et al., MedSAM, Nature
 Communications 2024; Ravi et al., SAM 2, ICLR 2025; Zhou et al., EdgeTAM, CVPR 2025; Carion et al., SAM 3,

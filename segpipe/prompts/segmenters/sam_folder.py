@@ -1,4 +1,4 @@
-"""Promptable networks of the transformers library: which are taken, and how a folder of theirs is read.
+"""Read folders of promptable networks of the transformers library: which are taken, and how.
 
 Nothing in a folder is executed: its config.json is read as numbers, its tensors as safetensors.
 """
@@ -14,6 +14,7 @@ import torch
 import transformers as library
 
 from segpipe.config.card import Card, card_error
+from segpipe.errors import RequestError
 from segpipe.models.construct import only_arguments
 from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
 from segpipe.models.weights import resolve_weights
@@ -27,7 +28,7 @@ TIMM_ARGUMENTS = ("in_chans", "features_only", "out_indices")
 
 
 @dataclass(frozen=True)
-class Family:
+class SamFamily:
     """How networks of one `model_type` are built."""
 
     network: str
@@ -38,12 +39,12 @@ class Family:
     """`model_type` of the backbone in it; empty where the encoder is one piece."""
 
 
-_SAM2 = Family("Sam2Model", "sam2_vision_model", "sam2_hiera_det_model")
-_EDGE = Family("EdgeTamModel", "edgetam_vision_model", "timm_wrapper")
-_SAM3 = Family("Sam3TrackerModel", "sam3_vision_model", "sam3_vit_model")
+_SAM2 = SamFamily("Sam2Model", "sam2_vision_model", "sam2_hiera_det_model")
+_EDGE = SamFamily("EdgeTamModel", "edgetam_vision_model", "timm_wrapper")
+_SAM3 = SamFamily("Sam3TrackerModel", "sam3_vision_model", "sam3_vit_model")
 FAMILIES = {
-    "sam": Family("SamModel", "sam_vision_model"),
-    "sam_hq": Family("SamHQModel", "sam_hq_vision_model"),
+    "sam": SamFamily("SamModel", "sam_vision_model"),
+    "sam_hq": SamFamily("SamHQModel", "sam_hq_vision_model"),
     "sam2": _SAM2,
     "sam2_video": _SAM2,
     "edgetam": _EDGE,
@@ -55,12 +56,12 @@ FAMILIES = {
 """By a folder's `model_type`. Published folders are those of video models, which hold the image's too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamFolder:
     """A folder whose configuration fits the card."""
 
     path: Path
-    family: Family
+    family: SamFamily
     config: Any
     """The library's configuration."""
     channels: int
@@ -85,9 +86,7 @@ def read_folder(card: Card) -> SamFolder:
         raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
     path = resolve_weights(card)
     if path.is_file():
-        raise card_error(
-            card, "weights", f"found the file {path}; valid: a folder as save_pretrained writes it"
-        )
+        raise _wrong(card, f"found the file {path}; valid: a folder as save_pretrained writes it")
     only_arguments(card, ("enlarge",))
     if (found := card.arguments.get("enlarge", ENLARGE[0])) not in ENLARGE:
         raise card_error(card, "arguments.enlarge", f"found {found!r}; valid: {', '.join(ENLARGE)}")
@@ -99,17 +98,22 @@ def read_folder(card: Card) -> SamFolder:
             "architecture",
             f"found {card.architecture}; the folder has model_type {kind!r}: valid: {family.network}",
         )
+    where = path / "config.json"
     cls = getattr(library, family.network).config_class
     try:
         config = cls.from_dict(data)
     except REFUSED as error:
         reason = " ".join(str(error).split())
-        raise card_error(
-            card, "weights", f"{path / 'config.json'} makes no {cls.__name__}: {reason}"
-        ) from error
-    folder = SamFolder(path, family, config, *_sizes(card, path, family, config))
-    _check_card(card, folder)
-    return folder
+        raise _wrong(card, f"{where} makes no {cls.__name__}: {reason}") from error
+    channels, edge, grid = _sizes(card, path, family, config)
+    if square_window(card) != edge:
+        raise wrong_window(card, edge, f"{where} says image_size {edge}: valid: size:")
+    check_channels(card, channels, f"{where} has num_channels")
+    return SamFolder(path=path, family=family, config=config, channels=channels, edge=edge, grid=grid)
+
+
+def _wrong(card: Card, problem: str) -> RequestError:
+    return card_error(card, "weights", problem)
 
 
 def _read_json(card: Card, path: Path) -> tuple[str, dict[str, Any]]:
@@ -117,33 +121,27 @@ def _read_json(card: Card, path: Path) -> tuple[str, dict[str, Any]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise card_error(card, "weights", f"{path} is not JSON ({error})") from error
+        raise _wrong(card, f"{path} is not JSON ({error})") from error
     kind = data.get("model_type") if isinstance(data, dict) else None
     if kind not in FAMILIES:
-        raise card_error(
-            card, "weights", f"{path}: model_type is {kind!r}; valid for prompts: {', '.join(FAMILIES)}"
-        )
+        raise _wrong(card, f"{path}: model_type is {kind!r}; valid for prompts: {', '.join(FAMILIES)}")
     if kind == "sam3_video":
         data = data.get("tracker_config")
         if not isinstance(data, dict):
-            raise card_error(
-                card, "weights", f"{path}: found no tracker_config; valid: as save_pretrained writes it"
-            )
+            raise _wrong(card, f"{path}: found no tracker_config; valid: as save_pretrained writes it")
     alone = data_alone(data)
     assert isinstance(alone, dict)
     return str(kind), alone
 
 
-def _sizes(card: Card, path: Path, family: Family, config: Any) -> tuple[int, int, int]:
+def _sizes(card: Card, path: Path, family: SamFamily, config: Any) -> tuple[int, int, int]:
     """Channels, edge of the window and edge of the coarsest features; encoder and decoder agree on them."""
     where = path / "config.json"
     vision, prompts = config.vision_config, config.prompt_encoder_config
     backbone = vision.backbone_config if family.backbone else None
     for part, name in ((vision, family.vision), (backbone, family.backbone)):
         if part is not None and part.model_type != name:
-            raise card_error(
-                card, "weights", f"{where}: found an encoder {part.model_type!r}; valid: {name!r}"
-            )
+            raise _wrong(card, f"{where}: found an encoder {part.model_type!r}; valid: {name!r}")
     edge, patch = prompts.image_size, prompts.patch_size
     if not (isinstance(edge, int) and isinstance(patch, int)) or patch < 1 or edge < patch or edge % patch:
         raise card_error(
@@ -159,9 +157,7 @@ def _sizes(card: Card, path: Path, family: Family, config: Any) -> tuple[int, in
     else:
         found, valid = vision.backbone_feature_sizes, [[n * grid, n * grid] for n in (4, 2, 1)]
     if json.dumps(found) != json.dumps(valid):
-        raise card_error(
-            card, "weights", f"{where}: found an encoder of sizes {found}; valid for its decoder: {valid}"
-        )
+        raise _wrong(card, f"{where}: found an encoder of sizes {found}; valid for its decoder: {valid}")
     if family.backbone == "timm_wrapper":
         return _timm_channels(card, path, backbone), edge, grid
     return (vision if backbone is None else backbone).num_channels, edge, grid
@@ -177,17 +173,8 @@ def _timm_channels(card: Card, path: Path, backbone: Any) -> int:
     ):
         if wrong:
             valid = "a name of timm itself" if field == "architecture" else ", ".join(TIMM_ARGUMENTS)
-            raise card_error(
-                card, "weights", f"{path / 'config.json'}: {field}: found {wrong[0]!r}; valid: {valid}"
-            )
+            raise _wrong(card, f"{path / 'config.json'}: {field}: found {wrong[0]!r}; valid: {valid}")
     return int(arguments.get("in_chans", 3))
-
-
-def _check_card(card: Card, folder: SamFolder) -> None:
-    where = folder.path / "config.json"
-    if square_window(card) != folder.edge:
-        raise wrong_window(card, folder.edge, f"{where} says image_size {folder.edge}: valid: size:")
-    check_channels(card, folder.channels, f"{where} has num_channels")
 
 
 def embedding_shapes(folder: SamFolder) -> dict[str, tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""What segmenters on torch share: the network on its device, windows in, embeddings out, a card's checks."""
+"""Provide what segmenters on torch share: the network on its device, windows in, embeddings out, checks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,10 @@ class TorchSegmenter(ABC):
     """A `Segmenter` whose network is torch's; a family says how it encodes and decodes."""
 
     def __init__(
-        self,
-        network: torch.nn.Module,
-        card: Card,
-        channels: int,
-        edge: int,
-        mask_edge: int,
-        shapes: Mapping[str, tuple[int, int, int]],
-        device: torch.device,
-        threads: int,
-        precision: str,
+        self, network: torch.nn.Module, card: Card, channels: int, edge: int, mask_edge: int,
+        shapes: Mapping[str, tuple[int, int, int]], device: torch.device, threads: int, precision: str,
         batch: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Put the network on its device.
 
         Args:

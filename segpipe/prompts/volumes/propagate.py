@@ -1,6 +1,6 @@
-"""From prompts on some slices of a volume to masks on the others: the rules that all ways of going share.
+"""Propagate masks from prompted slices of a volume to the others: the rules that all ways share.
 
-Slices are cut across one axis. First every prompted slice is answered; then masks go from slice to slice
+Slices are cut across one axis. First every prompted slice is segmented; then masks go from slice to slice
 away from it, in both directions. The way from one prompted slice in one direction is a chain. A slice
 between two prompted ones of an object is the nearer one's, of two as near the lower one's, so a correction
 on a later slice takes over half way to it. Chains of different objects know nothing of each other. All
@@ -17,11 +17,10 @@ from typing import Protocol
 
 import numpy as np
 
-from segpipe.prompts.masks.candidates import measure
-from segpipe.prompts.masks.decode import Answer, view_of
+from segpipe.prompts.masks.decode import ObjectMask, measure, view_of
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.segmenters.base import Embedding
-from segpipe.prompts.volumes.slices import SlicePrompt, Tracked, mask_box, overlaps, placed
+from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, mask_box, overlaps, placed
 from segpipe.tiling.pyramid import Pyramid, Window
 
 Embedder = Callable[[int, Window], Embedding]
@@ -31,7 +30,7 @@ RECENT = 4
 """Embeddings that are kept at hand, for objects that ask for the same one after another."""
 
 
-class How(str, Enum):
+class Direction(str, Enum):
     """How a mask on a slice came about."""
 
     prompted = "prompted"
@@ -39,7 +38,7 @@ class How(str, Enum):
     backward = "backward"
 
 
-class Why(str, Enum):
+class StopReason(str, Enum):
     """Why a chain ended."""
 
     end = "the volume ends"
@@ -66,71 +65,67 @@ class Rules:
     """Slices at most on each side of a prompted one; 0: as far as the other rules let it."""
 
 
-@dataclass(frozen=True, eq=False)
-class SliceAnswer:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SliceMask:
     """One object on one slice."""
 
-    answer: Answer
+    mask: ObjectMask
     """Without a patch: a prompted slice shows nothing; elsewhere the chain would have ended."""
     index: int
     """Of the slice along the axis."""
     origin: int
     """The prompted slice from which it was reached: itself, if prompted."""
-    how: How
+    how: Direction
     overlap: float
     """IoU with the mask of the slice before; NaN on a prompted slice."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stop:
     """The end of one chain."""
 
     object: int
     origin: int
     """The prompted slice from which the chain went."""
-    how: How
+    how: Direction
     """forward or backward."""
     last: int
-    """The last slice that it answered: ``origin``, if none."""
-    why: Why
+    """The last slice that it reached: ``origin``, if none."""
+    why: StopReason
     value: float
-    """What was held against the rule; NaN where the rule compares nothing."""
+    """What was compared with the rule; NaN where the rule compares nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """What a model answers for one object on one slice, and in which window."""
+    """The mask of one object on one slice, and the window it was decoded in."""
 
     window: Window
-    answer: Answer
+    mask: ObjectMask
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Chain:
     """The way of one object from one prompted slice in one direction; moves on as it is walked."""
 
-    asked: Tracked
+    prompts: ObjectPrompts
     origin: int
     step: int
     """1: forward; −1: backward."""
     limit: int
     """The last slice that is its own."""
-    limited: Why
+    limited: StopReason
     """By what."""
     patch: Patch
     """The mask of the slice before."""
     window: Window
-    """In which it was answered."""
-
-    @property
-    def how(self) -> How:
-        return how_of(self.step)
+    """In which it was decoded."""
 
 
 class Tracker(Protocol):
     """A way of going from slice to slice."""
 
-    def begin(self, asked: Sequence[Tracked]) -> Iterator[tuple[SlicePrompt, Section]]:
+    def begin(self, objects: Sequence[ObjectPrompts]) -> Iterator[tuple[SlicePrompt, Section]]:
         """Masks of all prompted slices."""
 
     def follow(self, index: int, chains: Sequence[Chain]) -> list[Section]:
@@ -140,52 +135,57 @@ class Tracker(Protocol):
         """Forget what is held for a chain that ended."""
 
 
-def how_of(step: int) -> How:
+def how_of(step: int) -> Direction:
     """The direction of a step."""
-    return How.forward if step > 0 else How.backward
+    return Direction.forward if step > 0 else Direction.backward
 
 
 def propagate(
-    asked: Sequence[Tracked],
+    objects: Sequence[ObjectPrompts],
     axis: int,
     shape: Sequence[int],
     pyramid: Pyramid,
     tracker: Tracker,
     rules: Rules,
-) -> Iterator[SliceAnswer | Stop]:
+) -> Iterator[SliceMask | Stop]:
     """Masks of every object on every slice that its chains reach, and the end of every chain.
 
     Prompted slices come first, then all chains forward, then all backward. Every prompted slice has two
     chains; an object on it that has no mask there has two that end at once.
 
     Args:
-        asked: one an object.
+        objects: with their prompts.
         axis: across which the slices are cut.
         shape: of the volume.
         pyramid: of a slice.
         tracker: how a mask goes on.
         rules: when it does not.
     """
-    known = {a.object: a for a in asked}
+    known = {a.object: a for a in objects}
     chains: list[Chain] = []
-    for prompt, section in tracker.begin(asked):
-        number, index, patch = prompt.object, prompt.index, section.answer.patch
-        yield SliceAnswer(section.answer, index, index, How.prompted, np.nan)
+    for prompt, section in tracker.begin(objects):
+        number, index, patch = prompt.object, prompt.index, section.mask.patch
+        yield SliceMask(mask=section.mask, index=index, origin=index, how=Direction.prompted, overlap=np.nan)
         for step in (1, -1):
             if patch is None:
-                yield Stop(number, index, how_of(step), index, Why.empty, np.nan)
+                how, why = how_of(step), StopReason.empty
+                yield Stop(object=number, origin=index, how=how, last=index, why=why, value=np.nan)
                 continue
-            limit = _limit(known[number], index, step, shape[axis], rules.reach)
-            chains.append(Chain(known[number], index, step, *limit, patch, section.window))
+            limit, limited = _limit(known[number], index, step, shape[axis], rules.reach)
+            chain = Chain(
+                prompts=known[number], origin=index, step=step, limit=limit, limited=limited, patch=patch,
+                window=section.window,
+            )  # fmt: skip
+            chains.append(chain)
     for step in (1, -1):
         yield from _sweep([c for c in chains if c.step == step], step, pyramid, tracker, rules)
 
 
 def _sweep(
     chains: Sequence[Chain], step: int, pyramid: Pyramid, tracker: Tracker, rules: Rules
-) -> Iterator[SliceAnswer | Stop]:
+) -> Iterator[SliceMask | Stop]:
     """All chains of one direction, slice after slice."""
-    waiting = sorted(chains, key=lambda c: (c.origin * step, c.asked.object), reverse=True)
+    waiting = sorted(chains, key=lambda c: (c.origin * step, c.prompts.object), reverse=True)
     active: list[Chain] = []
     index = 0
     while waiting or active:
@@ -193,59 +193,67 @@ def _sweep(
             index = waiting[-1].origin + step
         while waiting and waiting[-1].origin + step == index:
             active.append(waiting.pop())
-        active.sort(key=lambda c: (c.asked.object, c.origin))
+        active.sort(key=lambda c: (c.prompts.object, c.origin))
         for chain in [c for c in active if (c.limit - index) * step < 0]:
             active.remove(chain)
             tracker.drop(chain)
             yield _stop(chain, index, chain.limited, np.nan)
         sections = tracker.follow(index, active) if active else []
         for chain, section in zip(list(active), sections, strict=True):
-            overlap, broken = _held_against(chain.patch, section, pyramid, rules)
-            patch = section.answer.patch
+            overlap, broken = _check_rules(chain.patch, section, pyramid, rules)
+            patch = section.mask.patch
             if broken or patch is None:
                 active.remove(chain)
                 tracker.drop(chain)
-                yield _stop(chain, index, *(broken or (Why.empty, np.nan)))
+                yield _stop(chain, index, *(broken or (StopReason.empty, np.nan)))
                 continue
             chain.patch, chain.window = patch, section.window
-            yield SliceAnswer(section.answer, index, chain.origin, chain.how, overlap)
+            yield SliceMask(
+                mask=section.mask, index=index, origin=chain.origin, how=how_of(chain.step), overlap=overlap
+            )
         index += step
 
 
-def _stop(chain: Chain, index: int, why: Why, value: float) -> Stop:
-    return Stop(chain.asked.object, chain.origin, chain.how, index - chain.step, why, value)
+def _stop(chain: Chain, index: int, why: StopReason, value: float) -> Stop:
+    return Stop(
+        object=chain.prompts.object, origin=chain.origin, how=how_of(chain.step), last=index - chain.step,
+        why=why, value=value,
+    )  # fmt: skip
 
 
-def _held_against(
+def _check_rules(
     before: Patch, section: Section, pyramid: Pyramid, rules: Rules
-) -> tuple[float, tuple[Why, float] | None]:
+) -> tuple[float, tuple[StopReason, float] | None]:
     """IoU of a mask with the one before, and the first rule that it breaks, and by what."""
-    answer = section.answer
-    if answer.patch is None:
-        return 0.0, (Why.empty, np.nan)
-    masks = placed(answer.patch, section.window, pyramid)[None]
+    mask = section.mask
+    if mask.patch is None:
+        return 0.0, (StopReason.empty, np.nan)
+    masks = placed(mask.patch, section.window, pyramid)[None]
     overlap = float(overlaps(before, masks, section.window, pyramid)[0])
-    ratio = _area(answer.patch) / _area(before)
+    ratio = _area(mask.patch) / _area(before)
     # A comparison with NaN is False: a model that predicts none does not go on.
-    if not answer.iou >= rules.least_iou:
-        return overlap, (Why.iou, answer.iou)
+    if not mask.iou >= rules.least_iou:
+        return overlap, (StopReason.iou, mask.iou)
     if overlap < rules.least_overlap:
-        return overlap, (Why.overlap, overlap)
+        return overlap, (StopReason.overlap, overlap)
     if max(ratio, 1 / ratio) > rules.change:
-        return overlap, (Why.change, ratio)
+        return overlap, (StopReason.change, ratio)
     return overlap, None
 
 
-def _limit(asked: Tracked, origin: int, step: int, depth: int, reach: int) -> tuple[int, Why]:
+def _limit(prompts: ObjectPrompts, origin: int, step: int, depth: int, reach: int) -> tuple[int, StopReason]:
     """The last slice of a chain, and what ends it there."""
-    ends = [(0 if step < 0 else depth - 1, Why.end), (asked.first if step < 0 else asked.last, Why.box)]
+    ends = [
+        (0 if step < 0 else depth - 1, StopReason.end),
+        (prompts.first if step < 0 else prompts.last, StopReason.box),
+    ]
     if reach:
-        ends.append((origin + step * reach, Why.reach))
-    others = [p.index for p in asked.prompted]
+        ends.append((origin + step * reach, StopReason.reach))
+    others = [p.index for p in prompts.prompted]
     if step > 0 and (later := [i for i in others if i > origin]):
-        ends.append(((origin + min(later)) // 2, Why.met))
-    if step < 0 and (earlier := [i for i in others if i < origin]):
-        ends.append(((origin + max(earlier)) // 2 + 1, Why.met))
+        ends.append(((origin + min(later)) // 2, StopReason.met))
+    if step < 0 and (before := [i for i in others if i < origin]):
+        ends.append(((origin + max(before)) // 2 + 1, StopReason.met))
     # The nearest; where two are as near, the volume's own end says most.
     return min(ends, key=lambda e: e[0] * step)
 
@@ -255,30 +263,25 @@ def _area(patch: Patch) -> int:
     return int(np.count_nonzero(patch.logits > 0)) * patch.scale**2
 
 
-def answer_of(
+def section_of(
     number: int, logits: np.ndarray, iou: np.ndarray, taken: int, reason: str, window: Window,
     pyramid: Pyramid, plane: tuple[int, int],
-) -> Answer:  # fmt: skip
-    """The answer that one of k masks is, as `segpipe.prompts.masks.decode.answer_window` makes it.
+) -> Section:  # fmt: skip
+    """Return one of k candidates as the section of an object.
 
     Args:
         number: of the object.
         logits: (k, y, x) of the window.
         iou: (k,) as the model predicts it.
-        taken: which is the answer.
+        taken: which candidate is taken.
         reason: why, in words.
         window: of the pyramid.
         pyramid: of a slice.
         plane: axis and index of the slice.
     """
     view = view_of(window, pyramid)
-    seen = view.only(logits)
-    found = measure(seen, iou)
-    return Answer(
-        number, view.patch(logits[taken], plane), taken, float(found.iou[taken]),
-        float(found.stability[taken]), found.iou, found.stability, found.elements, reason,
-        bool(view.cut(seen[taken : taken + 1] > 0)[0]),
-    )  # fmt: skip
+    stats = measure(view.only(logits), iou)
+    return Section(window, view.mask(number, logits, taken, reason, stats, plane))
 
 
 def wider(
@@ -295,9 +298,9 @@ def wider(
         pyramid: of a slice.
         tried: windows that were.
     """
-    if not any(s.answer.cut for s in sections):
+    if not any(s.mask.cut for s in sections):
         return None
-    patches = [s.answer.patch for s in sections if s.answer.patch is not None]
+    patches = [s.mask.patch for s in sections if s.mask.patch is not None]
     boxes = np.stack([*needed, *(mask_box(p, pyramid.shape) for p in patches)])
     start, stop = boxes[:, 0].min(axis=0).tolist(), boxes[:, 1].max(axis=0).tolist()
     for level in range(sections[0].window.level, pyramid.levels):

@@ -27,7 +27,8 @@ from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
 from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
-from segpipe.prompts.inputs.prompts import Prompts
+from segpipe.prompts.masks.decode import window_prompt
+from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Prompt, check_prompts
 from segpipe.prompts.segmenters.sam_folder import embedding_shapes, read_folder
 from segpipe.prompts.volumes.propagate import (
@@ -36,13 +37,13 @@ from segpipe.prompts.volumes.propagate import (
     Embedder,
     Rules,
     Section,
-    SliceAnswer,
+    SliceMask,
     Stop,
-    answer_of,
     propagate,
+    section_of,
     wider,
 )
-from segpipe.prompts.volumes.slices import SlicePrompt, Tracked, ask_by_slice, placed, window_prompt
+from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, placed, prompts_by_slice
 from segpipe.tiling.pyramid import Pyramid, Window
 
 FAMILIES = {"sam2_video": "Sam2Video", "edgetam_video": "EdgeTamVideo"}
@@ -268,14 +269,14 @@ class VideoNetwork:
 
 
 def track(
-    prompts: Prompts,
+    prompts: PromptSet,
     axis: int,
     shape: Sequence[int],
     pyramid: Pyramid,
     network: VideoNetwork,
     embed: Embedder,
     rules: Rules,
-) -> Iterator[SliceAnswer | Stop]:
+) -> Iterator[SliceMask | Stop]:
     """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
 
     An object has one window for all its slices: the one that the pyramid gives the envelope of all that is
@@ -293,10 +294,10 @@ def track(
         rules: when a chain stops.
 
     Raises:
-        RequestError: as `ask_by_slice`.
+        RequestError: as `prompts_by_slice`.
     """
     tracker = VideoTracker(axis, shape[axis], pyramid, network, lru_cache(RECENT)(embed))
-    yield from propagate(ask_by_slice(prompts, axis, shape), axis, shape, pyramid, tracker, rules)
+    yield from propagate(prompts_by_slice(prompts, axis, shape), axis, shape, pyramid, tracker, rules)
 
 
 @dataclass(eq=False)
@@ -317,9 +318,9 @@ class VideoTracker:
         """Bytes of the tensors in memories; those of a prompted slice are counted in each."""
         return sum(m.held_bytes for m in (*self._prompted.values(), *self._chains.values()))
 
-    def begin(self, asked: Sequence[Tracked]) -> Iterator[tuple[SlicePrompt, Section]]:
+    def begin(self, objects: Sequence[ObjectPrompts]) -> Iterator[tuple[SlicePrompt, Section]]:
         """As `Tracker.begin`."""
-        for one in asked:
+        for one in objects:
             extents = [p.extent for p in one.prompted]
             corners = np.stack(extents)
             start, stop = corners[:, 0].min(axis=0).tolist(), corners[:, 1].max(axis=0).tolist()
@@ -337,9 +338,9 @@ class VideoTracker:
         sections = []
         for chain in chains:
             if chain not in self._chains:
-                self._chains[chain] = self.network.begin(self.depth, self._prompted[chain.asked.object])
+                self._chains[chain] = self.network.begin(self.depth, self._prompted[chain.prompts.object])
             section = self._track(chain, index, chain.window)
-            tried, extents = {chain.window}, [p.extent for p in chain.asked.prompted]
+            tried, extents = {chain.window}, [p.extent for p in chain.prompts.prompted]
             while (window := wider([section], extents, self.pyramid, tried)) is not None:
                 self._restart(chain, index - chain.step, window)
                 section = self._track(chain, index, window)
@@ -351,7 +352,7 @@ class VideoTracker:
         """Its memory."""
         self._chains.pop(chain, None)
 
-    def _begin(self, one: Tracked, window: Window) -> tuple[Memory, list[Section]]:
+    def _begin(self, one: ObjectPrompts, window: Window) -> tuple[Memory, list[Section]]:
         """Return a memory of an object's prompted slices in a window, and the masks there."""
         memory, sections = self.network.begin(self.depth), []
         for said in one.prompted:
@@ -362,25 +363,24 @@ class VideoTracker:
 
     def _restart(self, chain: Chain, index: int, window: Window) -> None:
         """Begin a memory in another window, of the prompted slices and the mask of slice ``index``."""
-        memory, _ = self._begin(chain.asked, window)
+        memory, _ = self._begin(chain.prompts, window)
         if index != chain.origin:
             mask = placed(chain.patch, window, self.pyramid)
             self.network.prompt(memory, index, self.embed(index, window), mask)
         self._chains[chain] = memory
 
     def _track(self, chain: Chain, index: int, window: Window) -> Section:
-        beside = chain.asked.hints.get(index)
+        beside = chain.prompts.hints.get(index)
         prompt = None
         if beside is not None:
             prompt = window_prompt(window, self.pyramid, beside, np.zeros(len(beside), bool), None)
         seen = self.network.track(
             self._chains[chain], index, self.embed(index, window), chain.step < 0, prompt
         )
-        return self._section(chain.asked.object, index, window, seen, "by the memory of slices before")
+        return self._section(chain.prompts.object, index, window, seen, "by the memory of slices before")
 
     def _section(self, number: int, index: int, window: Window, seen: Seen, reason: str) -> Section:
         plane = (self.axis, index)
-        answer = answer_of(
+        return section_of(
             number, seen.logits[None], np.array([seen.iou]), 0, reason, window, self.pyramid, plane
         )
-        return Section(window, answer)

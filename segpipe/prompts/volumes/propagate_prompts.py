@@ -1,6 +1,6 @@
-"""Volumes slice by slice: the mask on one slice is the prompt on the next.
+"""Propagate masks through a volume by prompts: the mask on one slice is the prompt on the next.
 
-For promptable models without a memory of frames. The next slice is asked with the box of the mask before,
+For promptable models without a memory of frames. The next slice is prompted with the box of the mask before,
 a little grown, and the mask's deepest element as a point; of the candidates the one is taken that overlaps
 most with the mask before.
 """
@@ -14,9 +14,9 @@ from functools import lru_cache, partial
 import numpy as np
 
 from segpipe.config.prompts import Choice
-from segpipe.prompts.inputs.prompts import Prompts, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.masks.decode import answer_window, view_of
+from segpipe.prompts.masks.decode import decode_window, view_of, window_prompt
 from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Prompt, Segmenter, mask_logits
 from segpipe.prompts.volumes.propagate import (
     RECENT,
@@ -24,31 +24,30 @@ from segpipe.prompts.volumes.propagate import (
     Embedder,
     Rules,
     Section,
-    SliceAnswer,
+    SliceMask,
     Stop,
-    answer_of,
     propagate,
+    section_of,
     wider,
 )
 from segpipe.prompts.volumes.slices import (
+    ObjectPrompts,
     SlicePrompt,
-    Tracked,
-    ask_by_slice,
     deepest_point,
     holds,
     mask_box,
     overlaps,
     placed,
-    window_prompt,
+    prompts_by_slice,
 )
 from segpipe.tiling.pyramid import Pyramid, Window
 
-Answering = Callable[[Sequence[int], Window], list[Section]]
-"""Answers questions, by their numbers, in a window of a slice."""
+Decoder = Callable[[Sequence[int], Window], list[Section]]
+"""Decodes prompts, by their numbers, in a window of a slice."""
 
 
 @dataclass(frozen=True)
-class Linking:
+class LinkOptions:
     """How a mask becomes the prompt of the next slice."""
 
     choice: Choice = Choice.score
@@ -62,24 +61,18 @@ class Linking:
 
 
 def link(
-    prompts: Prompts,
-    axis: int,
-    shape: Sequence[int],
-    pyramid: Pyramid,
-    segmenter: Segmenter,
-    embed: Embedder,
-    rules: Rules,
-    linking: Linking | None = None,
-) -> Iterator[SliceAnswer | Stop]:
+    prompts: PromptSet, axis: int, shape: Sequence[int], pyramid: Pyramid, segmenter: Segmenter,
+    embed: Embedder, rules: Rules, linking: LinkOptions | None = None,
+) -> Iterator[SliceMask | Stop]:  # fmt: skip
     """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
 
     Each object keeps its window while this holds the box before, grown, and is of the level that the pyramid
     gives this box; else it takes the pyramid's. A mask that reaches its window's border inside the scene is
-    asked for again: in another window of the level, then one level coarser, until it is whole.
+    decoded again: in another window of the level, then one level coarser, until it is whole.
 
-    The embedding of a window of a slice is asked for once for the prompted slices, once for all chains
+    The embedding of a window of a slice is needed once for the prompted slices, once for all chains
     forward and once for all backward; for one object on one prompted slice that is once in all. With more
-    than `RECENT` windows on a slice, some that are asked for again count twice.
+    than `RECENT` windows on a slice, some that are needed again count twice.
 
     Args:
         prompts: of the volume.
@@ -92,11 +85,11 @@ def link(
         linking: how it goes on.
 
     Raises:
-        RequestError: as `ask_by_slice`.
+        RequestError: as `prompts_by_slice`.
     """
     recent = lru_cache(RECENT)(embed)
-    linker = _Linker(axis, pyramid, segmenter, recent, linking or Linking())
-    yield from propagate(ask_by_slice(prompts, axis, shape), axis, shape, pyramid, linker, rules)
+    linker = _Linker(axis, pyramid, segmenter, recent, linking or LinkOptions())
+    yield from propagate(prompts_by_slice(prompts, axis, shape), axis, shape, pyramid, linker, rules)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +100,16 @@ class _Linker:
     pyramid: Pyramid
     segmenter: Segmenter
     embed: Embedder
-    linking: Linking
+    linking: LinkOptions
 
-    def begin(self, asked: Sequence[Tracked]) -> Iterator[tuple[SlicePrompt, Section]]:
+    def begin(self, objects: Sequence[ObjectPrompts]) -> Iterator[tuple[SlicePrompt, Section]]:
         """As `Tracker.begin`, ascending by slice."""
-        every = sorted((p for a in asked for p in a.prompted), key=lambda p: (p.index, p.object))
+        every = sorted((p for a in objects for p in a.prompted), key=lambda p: (p.index, p.object))
         for index in sorted({p.index for p in every}):
             here = [p for p in every if p.index == index]
             windows = [self.pyramid.window_of(*p.extent.tolist()) for p in here]
             extents = [p.extent for p in here]
-            sections = self._ask(windows, extents, partial(self._said, index, here))
+            sections = self._decode(windows, extents, partial(self._prompted, index, here))
             yield from zip(here, sections, strict=True)
 
     def follow(self, index: int, chains: Sequence[Chain]) -> list[Section]:
@@ -129,63 +122,63 @@ class _Linker:
             same = wanted.level == chain.window.level and holds(self.pyramid, chain.window, box)
             windows.append(chain.window if same else wanted)
             boxes.append(box)
-        return self._ask(windows, boxes, partial(self._next, index, chains))
+        return self._decode(windows, boxes, partial(self._next, index, chains))
 
     def drop(self, chain: Chain) -> None:
         """Nothing is held."""
 
-    def _ask(
-        self, windows: Sequence[Window], needed: Sequence[np.ndarray], answer: Answering
+    def _decode(
+        self, windows: Sequence[Window], needed: Sequence[np.ndarray], decode: Decoder
     ) -> list[Section]:
-        """Answers on one slice, window by window; those that are cut are asked again in another."""
+        """Decode one slice, window by window; masks that are cut are decoded again in another."""
         sections: dict[int, Section] = {}
         tried: list[set[Window]] = [set() for _ in windows]
         pending = dict(enumerate(windows))
         while pending:
             for window in sorted(set(pending.values())):
                 numbers = [n for n, w in pending.items() if w == window]
-                sections.update(zip(numbers, answer(numbers, window), strict=True))
+                sections.update(zip(numbers, decode(numbers, window), strict=True))
                 for n in numbers:
                     tried[n].add(window)
             others = {n: wider([sections[n]], [needed[n]], self.pyramid, tried[n]) for n in pending}
             pending = {n: w for n, w in others.items() if w is not None}
         return [sections[n] for n in range(len(windows))]
 
-    def _said(
-        self, index: int, said: Sequence[SlicePrompt], numbers: Sequence[int], window: Window
+    def _prompted(
+        self, index: int, prompts: Sequence[SlicePrompt], numbers: Sequence[int], window: Window
     ) -> list[Section]:
-        """Masks of what people say on a slice."""
-        some = [said[n] for n in numbers]
+        """Return the masks of prompts on a slice."""
+        some = [prompts[n] for n in numbers]
         points = [
             (p.object, xy, s) for p in some for xy, s in zip(p.points, p.positive.tolist(), strict=True)
         ]
         boxes = [(p.object, *p.box) for p in some if p.box is not None]
-        prompts, _ = make_prompts(make_points(points, 2), make_boxes(boxes, 2), make_outlines([]), {})
-        answers = answer_window(
-            self.segmenter, self.embed(index, window), window, self.pyramid, prompts, self.linking.choice,
+        given, _ = make_prompts(make_points(points, 2), make_boxes(boxes, 2), make_outlines([]), {})
+        masks = decode_window(
+            self.segmenter, self.embed(index, window), window, self.pyramid, given, self.linking.choice,
             self.linking.at_once, (self.axis, index),
         )  # fmt: skip
-        return [Section(window, a) for a in answers]
+        return [Section(window, mask) for mask in masks]
 
     def _next(
         self, index: int, chains: Sequence[Chain], numbers: Sequence[int], window: Window
     ) -> list[Section]:
-        """Masks of what the masks before say on a slice."""
+        """Return the masks on a slice that those of the slice before lead to."""
         embedding, sections = self.embed(index, window), []
         for begin in range(0, len(numbers), self.linking.at_once):
             some = [chains[n] for n in numbers[begin : begin + self.linking.at_once]]
             found = self.segmenter.decode(embedding, [self._prompt(c, index, window) for c in some])
             for chain, logits, iou in zip(some, found.logits, found.iou, strict=True):
                 taken, reason = self._choose(chain.patch, logits, iou, window)
-                answer = answer_of(
-                    chain.asked.object, logits, iou, taken, reason, window, self.pyramid, (self.axis, index)
+                section = section_of(
+                    chain.prompts.object, logits, iou, taken, reason, window, self.pyramid, (self.axis, index)
                 )
-                sections.append(Section(window, answer))
+                sections.append(section)
         return sections
 
     def _prompt(self, chain: Chain, index: int, window: Window) -> Prompt:
-        """What the mask before says on the next slice."""
-        beside = chain.asked.hints.get(index, np.empty((0, 2)))
+        """Return the prompt that the mask before makes on the next slice."""
+        beside = chain.prompts.hints.get(index, np.empty((0, 2)))
         points = np.concatenate((deepest_point(chain.patch)[None], beside))
         box = mask_box(chain.patch, self.pyramid.shape, self.linking.grow)
         mask = None

@@ -1,4 +1,4 @@
-"""A volume is asked slice by slice, every slice's embedding kept like any other; one task for a volume.
+"""Segment a volume slice by slice, every slice's embedding kept like any other; one task for a volume.
 
 A model with a memory of frames follows an object by it; for others the mask on one slice is the prompt on the
 next.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,46 +15,35 @@ from segpipe.config.prompts import Volume
 from segpipe.models.registry import device_of
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pipeline.progress import Done
-from segpipe.prompts.masks.mask_table import CANDIDATES, Answered
+from segpipe.prompts.masks.decode import ObjectMask
 from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_windows import embedded, segmenter_of
 from segpipe.prompts.segmenters.base import Embedding
-from segpipe.prompts.volumes.propagate import Rules, SliceAnswer, Stop
+from segpipe.prompts.volumes.propagate import Rules, SliceMask, Stop
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, has_memory, track
-from segpipe.prompts.volumes.propagate_prompts import Linking, link
+from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
 from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
 
 VOLUME = "volume"
-"""Name of the part that holds a volume's answers."""
+"""Name of the part that holds a volume's masks."""
 
 _networks: dict[tuple[str, str, str, int], VideoNetwork] = {}
 
 
-@dataclass(eq=False)
-class _Solid:
-    """One object as its slices come."""
-
-    patches: list[Patch] = field(default_factory=list)
-    iou: list[float] = field(default_factory=list)
-    candidate: int = 0
-    level: int = 0
-    cut: bool = False
-    ends: list[str] = field(default_factory=list)
-
-
-def answer_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
-    """Ask the prompted slices of a volume, follow every object both ways, and commit the answers.
+def segment_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
+    """Segment the prompted slices of a volume, follow every object both ways, and commit the masks.
 
     Raises:
         StoppedError: a stop was requested; the embeddings made so far stay.
     """
     begun = time.perf_counter()
-    if VOLUME in scene.answers.done():
+    if VOLUME in scene.masks.done():
         return Done(0, 1, time.perf_counter() - begun, {"encoder passes": 0.0})
     assert scene.planes.axis is not None
-    segmenter, asked = segmenter_of(scene), scene.asked
+    segmenter, prompts = segmenter_of(scene), scene.prompt_set
     passes = 0
 
     def embed(index: int, window: Window) -> Embedding:
@@ -64,15 +52,15 @@ def answer_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
         passes += new
         return embedding
 
-    question = (asked.prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid)
+    inputs = (prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid)
     rules = rules_of(scene.options.volume)
     if has_memory(scene.card):
-        found = track(*question, _network(scene), embed, rules)
+        found = track(*inputs, _network(scene), embed, rules)
     else:
-        found = link(*question, segmenter, embed, rules, Linking(choice=scene.options.choice))
-    solids = _gathered(found, asked.prompts.objects.tolist())
-    scene.answers.write_part(VOLUME, _answered(solids).dump())
-    scene.answers.commit(VOLUME, {"objects": len(solids), "encoded": passes})
+        found = link(*inputs, segmenter, embed, rules, LinkOptions(choice=scene.options.choice))
+    masks = _gathered(found, prompts.objects.tolist())
+    scene.masks.write_part(VOLUME, masks.dump())
+    scene.masks.commit(VOLUME, {"objects": len(masks), "encoded": passes})
     return Done(1, 0, time.perf_counter() - begun, {"encoder passes": float(passes)})
 
 
@@ -91,37 +79,26 @@ def rules_of(options: Volume) -> Rules:
     return Rules(options.least_iou, options.least_overlap, options.change, options.reach)
 
 
-def _gathered(found: Iterator[SliceAnswer | Stop], objects: list[int]) -> dict[int, _Solid]:
-    """What comes slice by slice, by object."""
-    solids = {number: _Solid() for number in objects}
+def _gathered(found: Iterator[SliceMask | Stop], objects: list[int]) -> WindowMasks:
+    """Return the masks of each object on all slices, and why its chains ended."""
+    sections: dict[int, list[tuple[ObjectMask, Patch]]] = {number: [] for number in objects}
+    ends: dict[int, list[str]] = {number: [] for number in objects}
     for item in found:
         if isinstance(item, Stop):
-            ends = f"{item.how.value} from slice {item.origin} to {item.last}: {item.why.value}"
-            solids[item.object].ends.append(ends)
-            continue
-        answer, patch = item.answer, item.answer.patch
-        solid = solids[answer.object]
-        if patch is not None:
-            solid.patches.append(patch)
-            solid.iou.append(answer.iou)
-            solid.candidate, solid.level = answer.candidate, max(solid.level, patch.scale.bit_length() - 1)
-            solid.cut |= answer.cut
-    return solids
-
-
-def _answered(solids: dict[int, _Solid]) -> Answered:
-    n = len(solids)
-    every = list(solids.values())
-    unknown = np.full((n, CANDIDATES), np.nan)
-    return Answered(
-        np.array(list(solids), np.int64),
-        np.array([s.candidate for s in every], np.int64),
-        np.array([np.mean(s.iou) if s.iou else np.nan for s in every], np.float64),
-        np.full(n, np.nan),
-        unknown, unknown.copy(),
-        np.array([s.level for s in every], np.int64),
-        np.array([s.cut for s in every], bool),
-        np.full((n, 2), np.nan),
-        tuple("; ".join(s.ends) for s in every),
-        tuple(tuple(sorted(s.patches, key=lambda p: p.plane or (0, 0))) for s in every),
+            end = f"{item.how.value} from slice {item.origin} to {item.last}: {item.why.value}"
+            ends[item.object].append(end)
+        elif item.mask.patch is not None:
+            sections[item.mask.object].append((item.mask, item.mask.patch))
+    every, n = list(sections.values()), len(objects)
+    scales = [max((patch.scale for _, patch in one), default=1) for one in every]
+    return WindowMasks(
+        number=np.array(objects, np.int64),
+        candidate=np.array([one[-1][0].candidate if one else 0 for one in every], np.int64),
+        iou=np.array([np.mean([m.iou for m, _ in one]) if one else np.nan for one in every], np.float64),
+        stability=np.full(n, np.nan), all_iou=np.full((n, CANDIDATES), np.nan),
+        all_stability=np.full((n, CANDIDATES), np.nan), point=np.full((n, 2), np.nan),
+        level=np.array([scale.bit_length() - 1 for scale in scales], np.int64),
+        cut=np.array([any(m.cut for m, _ in one) for one in every], bool),
+        reason=tuple("; ".join(ends[number]) for number in objects),
+        patches=tuple(tuple(sorted((p for _, p in one), key=lambda p: p.plane or (0, 0))) for one in every),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is said of objects slice by slice of a volume, and how masks lie on the windows of a slice."""
+"""Split the prompts of a volume by slice, and place masks on the windows of a slice."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from scipy.ndimage import distance_transform_edt
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
-from segpipe.prompts.inputs.prompts import Prompts
 from segpipe.prompts.masks.patches import Patch, patch_cover
-from segpipe.prompts.segmenters.base import Prompt
+from segpipe.prompts.prompt_set import PromptSet
 from segpipe.tiling.pyramid import Pyramid, Window
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SlicePrompt:
-    """What is said of one object on one slice, in positions (y, x) of the plane."""
+    """The prompts of one object on one slice, in positions (y, x) of the plane."""
 
     object: int
     index: int
@@ -37,9 +36,9 @@ class SlicePrompt:
         return np.stack((every.min(axis=0), every.max(axis=0)))
 
 
-@dataclass(frozen=True, eq=False)
-class Tracked:
-    """All that is said of one object."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ObjectPrompts:
+    """All prompts of one object."""
 
     object: int
     prompted: tuple[SlicePrompt, ...]
@@ -51,8 +50,8 @@ class Tracked:
     """Slices between which it lies: its thick boxes', else the volume's first and last."""
 
 
-def ask_by_slice(prompts: Prompts, axis: int, shape: Sequence[int]) -> list[Tracked]:
-    """Prompts of a volume as they lie on its slices across an axis.
+def prompts_by_slice(prompts: PromptSet, axis: int, shape: Sequence[int]) -> list[ObjectPrompts]:
+    """Split prompts of a volume by its slices across an axis.
 
     A box that is flat along the axis is on that slice. A thick one is on the slice nearest to its middle that
     has a positive point of the object, else on the middle one (of two as near the lower one), and the object
@@ -78,7 +77,7 @@ def ask_by_slice(prompts: Prompts, axis: int, shape: Sequence[int]) -> list[Trac
         mine = mine[np.lexsort((*points.position[mine].T, ~points.positive[mine]))]
         own = np.flatnonzero(boxes.objects == number)
         corners = np.stack((boxes.start[own], boxes.stop[own]), axis=1)
-        placed_on, bounds = _on_slices(corners[:, :, axis], at[mine[points.positive[mine]]], depth)
+        placed_on, (first, last) = _on_slices(corners[:, :, axis], at[mine[points.positive[mine]]], depth)
         if repeated := [i for i in placed_on if placed_on.count(i) > 1]:
             raise RequestError(
                 f"prompts: object {number} has {len(repeated)} boxes on slice {repeated[0]}; "
@@ -89,10 +88,11 @@ def ask_by_slice(prompts: Prompts, axis: int, shape: Sequence[int]) -> list[Trac
             here = mine[at[mine] == index]
             box = corners[placed_on.index(index)][:, plane] if index in placed_on else None
             position, positive = points.position[here][:, plane], points.positive[here]
-            slices.append(SlicePrompt(number, index, position, positive, box))
+            prompt = SlicePrompt(object=number, index=index, points=position, positive=positive, box=box)
+            slices.append(prompt)
         prompted = tuple(s for s in slices if s.box is not None or s.positive.any())
         hints = {s.index: s.points for s in slices if s.box is None and not s.positive.any()}
-        result.append(Tracked(number, prompted, hints, *bounds))
+        result.append(ObjectPrompts(object=number, prompted=prompted, hints=hints, first=first, last=last))
     return result
 
 
@@ -174,40 +174,6 @@ def overlaps(patch: Patch, masks: np.ndarray, window: Window, pyramid: Pyramid) 
     both = np.count_nonzero(masks & before, axis=(1, 2))
     either = np.count_nonzero(masks | before, axis=(1, 2))
     return np.asarray(both / np.maximum(either, 1))
-
-
-def window_prompt(
-    window: Window,
-    pyramid: Pyramid,
-    points: np.ndarray,
-    positive: np.ndarray,
-    box: np.ndarray | None,
-    mask: np.ndarray | None = None,
-) -> Prompt:
-    """What a segmenter is asked, of positions on the plane.
-
-    Negative points beyond the window are left out: they say nothing about what it sees. A segmenter's boxes
-    reach from the centre of their first element to that of their last.
-
-    Args:
-        window: that sees everything positive.
-        pyramid: of the plane.
-        points: (p, 2) positions (y, x).
-        positive: (p,) bool.
-        box: (2, 2), its corners.
-        mask: logits as `Prompt.mask`.
-    """
-    last = pyramid.window - 0.5
-    local = pyramid.to_window(points, window)
-    inside = ((local >= -0.5) & (local <= last)).all(axis=1)
-    corners = None
-    if box is not None:
-        seen = np.clip(pyramid.to_window(box, window), -0.5, last)
-        middle = seen.mean(axis=0)
-        first, end = np.minimum(seen[0] + 0.5, middle), np.maximum(seen[1] - 0.5, middle)
-        corners = np.concatenate((first[::-1], end[::-1])).astype(np.float32)
-    xy, labels = local[inside, ::-1].astype(np.float32), positive[inside].astype(np.int64)
-    return Prompt(xy, labels, corners, mask)
 
 
 def deepest_point(patch: Patch) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from segpipe.prompts.segmenters.rois import CERTAIN, LOOK, LOOKS, Asked, drawn, looks_at, resampled
+from segpipe.prompts.segmenters.looknet import CERTAIN, LOOK, LOOKS, PromptTensors, drawn, looks_at, resampled
 
 MAX_JITTER = 20.0
 """Elements by which an edge of a box is moved, at most (Kirillov et al. 2023, appendix A)."""
@@ -94,7 +94,7 @@ class Looks:
 
     windows: torch.Tensor
     """(n,) int64: the window of each."""
-    asked: Asked
+    asked: PromptTensors
     """Prompts."""
     edges: torch.Tensor
     """(n, 4) the look at each."""
@@ -116,7 +116,9 @@ def sample_looks(prompts: ObjectPrompts, rng: np.random.Generator) -> Looks:
     count = len(prompts.windows)
     by_point = torch.arange(count) % 3 == 2
     boxes = torch.from_numpy(prompts.boxes).masked_fill(by_point[:, None], torch.nan)
-    asked = Asked(boxes, torch.from_numpy(prompts.points)[:, None], torch.where(by_point, 1, -1)[:, None])
+    asked = PromptTensors(
+        boxes, torch.from_numpy(prompts.points)[:, None], torch.where(by_point, 1, -1)[:, None]
+    )
     edges = looks_at(asked, torch.from_numpy(rng.integers(LOOKS, size=count)))
     masks = torch.from_numpy(prompts.masks).float()
     cover = resampled(masks[:, None], torch.arange(count), edges)[:, 0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.ops import masks_to_boxes
 
-from segpipe.prompts.segmenters.rois import LOOK, laid
+from segpipe.prompts.segmenters.looknet import LOOK, laid
 from segpipe.training.promptable.prompt_sampling import (
     Looks,
     ObjectPrompts,

@@ -1,4 +1,4 @@
-"""Which of many boxes overlap, and which are the same: found by a tree, never by all pairs at once.
+"""Suppress boxes that overlap better ones (non-maximum suppression), by a tree and never by all pairs.
 
 Boxes are (n, 2) corners of smallest and of largest positions, array order, float64.
 """
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 
+from segpipe.prompts.columns import Columns
+
 BLOCK = 32
-"""Boxes that are asked about at once; memory holds the pairs of so many with all others."""
+"""Boxes that are looked up at once; memory holds the pairs of so many with all others."""
 
 
 @dataclass(frozen=True, eq=False)
-class Boxes:
+class GroupedBoxes(Columns):
     """Boxes, each of a group."""
 
     start: np.ndarray
@@ -24,64 +26,56 @@ class Boxes:
     stop: np.ndarray
     """(n, 2)."""
     group: np.ndarray
-    """(n,) int64: here the phrase."""
-
-    def __len__(self) -> int:
-        return len(self.group)
+    """(n,) int64: a phrase, or a window."""
 
     @property
     def area(self) -> np.ndarray:
         """(n,)."""
         return np.asarray((self.stop - self.start).prod(axis=1))
 
-    def take(self, places: np.ndarray) -> Boxes:
-        """Those at these places, or of a mask."""
-        return Boxes(self.start[places], self.stop[places], self.group[places])
-
     def shapes(self, span: float) -> np.ndarray:
-        """As polygons, groups side by side at a distance of ``span``; 0: where they are."""
+        """Return them as polygons, groups side by side at a distance of ``span``; 0: where they are."""
         x = self.group * span
         return np.asarray(
             shapely.box(self.start[:, 1] + x, self.start[:, 0], self.stop[:, 1] + x, self.stop[:, 0])
         )
 
 
-def common(one: Boxes, two: Boxes) -> np.ndarray:
+def box_iou(start: np.ndarray, stop: np.ndarray, other: np.ndarray, other_stop: np.ndarray) -> np.ndarray:
+    """IoU (…) of boxes with corners (…, 2) and others, broadcast; 0 where neither has an area, or is NaN."""
+    shared = np.clip(np.minimum(stop, other_stop) - np.maximum(start, other), 0, None).prod(axis=-1)
+    union = (stop - start).prod(axis=-1) + (other_stop - other).prod(axis=-1) - shared
+    return np.asarray(np.divide(shared, union, out=np.zeros_like(union), where=union > 0))
+
+
+def shared_area(one: GroupedBoxes, two: GroupedBoxes) -> np.ndarray:
     """(n,) area that the boxes of each pair have in common."""
     edges = np.minimum(one.stop, two.stop) - np.maximum(one.start, two.start)
     return np.asarray(np.clip(edges, 0, None).prod(axis=1))
 
 
-def box_iou(one: Boxes, two: Boxes) -> np.ndarray:
-    """(n,) IoU of the boxes of each pair; 0 where neither has an area."""
-    both = common(one, two)
-    union = one.area + two.area - both
-    return np.asarray(np.divide(both, union, out=np.zeros_like(both), where=union > 0))
-
-
-def neighbours(asked: Boxes, others: Boxes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places (i of ``asked``, k of ``others``) of boxes of one group that overlap or touch, part by part.
+def neighbours(boxes: GroupedBoxes, others: GroupedBoxes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows (i of ``boxes``, k of ``others``) of boxes of one group that overlap or touch, part by part.
 
     They ascend in i, then k; an i is in one part alone.
     """
-    if not len(asked) or not len(others):
+    if not len(boxes) or not len(others):
         return
-    span = _span(asked, others)
+    span = _span(boxes, others)
     tree = shapely.STRtree(others.shapes(span))
-    shapes = asked.shapes(span)
-    for begin in range(0, len(asked), BLOCK):
+    shapes = boxes.shapes(span)
+    for begin in range(0, len(boxes), BLOCK):
         i, k = tree.query(shapes[begin : begin + BLOCK])
         order = np.lexsort((k, i))
         yield i[order] + begin, k[order]
 
 
-def suppress(ranked: Boxes, iou: float, nested: float = np.inf, across: bool = False) -> np.ndarray:
-    """Greedy non-maximum suppression: (n,) the place of the box that each is the same as; −1: it is kept.
+def suppress(ranked: GroupedBoxes, iou: float, across: bool = False) -> np.ndarray:
+    """Suppress greedily: (n,) row of the better box that each box repeats; −1: it is kept.
 
     Args:
         ranked: from the best down.
         iou: from which two boxes are the same.
-        nested: share of the smaller one inside the other from which they are, too; above 1: never.
         across: boxes of different groups are compared, and those of one group are not.
     """
     into = np.full(len(ranked), -1, np.int64)
@@ -97,8 +91,7 @@ def suppress(ranked: Boxes, iou: float, nested: float = np.inf, across: bool = F
         later = (k > i) & (into[k] < 0) & ((ranked.group[i] != ranked.group[k]) == across)
         i, k = i[later], k[later]
         one, two = ranked.take(i), ranked.take(k)
-        smaller = np.minimum(one.area, two.area)
-        same = (box_iou(one, two) >= iou) | ((common(one, two) >= nested * smaller) & (smaller > 0))
+        same = box_iou(one.start, one.stop, two.start, two.stop) >= iou
         order = np.lexsort((k[same], i[same]))
         i, k = i[same][order], k[same][order]
         better, first = np.unique(i, return_index=True)
@@ -108,7 +101,23 @@ def suppress(ranked: Boxes, iou: float, nested: float = np.inf, across: bool = F
     return into
 
 
-def _span(one: Boxes, two: Boxes) -> float:
+def keep_best(
+    start: np.ndarray, stop: np.ndarray, limit: float, group: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the rows, ascending, of the boxes without a better one that is kept and overlaps them more.
+
+    Args:
+        start: (n, 2) corners, the best box first.
+        stop: (n, 2) opposite corners.
+        limit: IoU above which a box is left out; 1: none is.
+        group: (n,) boxes of one group do not remove each other; None: there are no groups.
+    """
+    boxes = GroupedBoxes(start, stop, np.zeros(len(start), np.int64) if group is None else group)
+    above = float(np.nextafter(limit, np.inf))  # `suppress` takes its own limit as reached
+    return np.flatnonzero(suppress(boxes, above, across=group is not None) < 0)
+
+
+def _span(one: GroupedBoxes, two: GroupedBoxes) -> float:
     """More than any of the boxes is wide, all taken together."""
     lows = min(float(b.start[:, 1].min()) for b in (one, two))
     highs = max(float(b.stop[:, 1].max()) for b in (one, two))

@@ -13,9 +13,9 @@ import yaml
 from rasterio.transform import from_origin
 
 from segpipe.config.job import Job, load_job
-from segpipe.prompts.collect_prompts import settle
+from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import create_answers
+from segpipe.prompts.segment_windows import create_mask_stages
 from segpipe.runs.check import check_request
 from tests.prompts.tiny_sams import edge_of, tiny
 
@@ -88,6 +88,6 @@ def planned(job: Job) -> PromptScene:
     """The job's only scene, settled, with its stages."""
     request = check_request(job)
     scene = prepare_prompts(job, request.scenes[0], request.settings)
-    settle(scene)
-    create_answers(scene)
+    collect_prompts(scene)
+    create_mask_stages(scene)
     return scene
