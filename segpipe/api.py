@@ -279,8 +279,8 @@ def prompt(
         boxes: file or GeoDataFrame of boxes or polygons around objects.
         points: file or GeoDataFrame of points: `label` 1 in the object, 0 beside it.
         volume: as for `predict`.
-        out: where the run and the embeddings stay, so that the next prompt encodes nothing; None: a temporary
-            folder, which is deleted when this Python ends.
+        out: where the run and the embeddings stay, so that the next prompt encodes nothing; None: a new
+            temporary folder, which nobody deletes (`Run.path`).
         **job: further keys of a job.
 
     Returns:
@@ -319,8 +319,8 @@ def measure(
 
     Args:
         labels: whole numbers (y, x) or, of a volume, (z, y, x); a DataArray says where it is; or a file.
-        regions: a vector layer or label atlas, a GeoDataFrame, ``grid:1000``, or the job's `regions` as a
-            mapping; None: the whole scene.
+        regions: a vector layer or label atlas, a GeoDataFrame, whose features are numbered from 1,
+            ``grid:1000``, or the job's `regions` as a mapping; None: the whole scene.
         reference: the ground truth, on the grid of the labels.
         image: the pixels behind the labels, for pictures and intensities; None: the labels themselves.
         classes: name by value; or a CSV or YAML file; None: the values that are found.
@@ -328,7 +328,7 @@ def measure(
         **job: further keys of a job, such as ``measure={"surface": True}``.
 
     Returns:
-        The run, in a temporary folder: `Run.regions`, `Run.metrics`.
+        The run, in a new temporary folder, which nobody deletes (`Run.path`): `Run.regions`, `Run.metrics`.
 
     Raises:
         RequestError, SceneError: grids or values do not go together.
