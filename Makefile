@@ -59,7 +59,7 @@ lint: $(INSTALLED)
 # What only the pages need is no part of the lock: it is installed here, beside what the lock pins.
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	@echo "build/docs/index.html"
 
 serve: $(INSTALLED)
