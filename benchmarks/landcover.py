@@ -29,9 +29,9 @@ from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.regions.base import WholeScene
 from segpipe.sources import discover, open_source
 from segpipe.sources.labels import IGNORED
-from segpipe.tables.overlap_tables import SceneResult, metric_table
+from segpipe.tables.overlap_tables import SceneTallies, metric_table
 from segpipe.tables.summary import MIN_REFERENCE, summary_table
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.run import Told, check_recipe, mark, train
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold
@@ -65,7 +65,7 @@ def main() -> None:
     print(table(tallies, recipe.card).to_string(index=False))
 
 
-def _tell(fold: str, moment: Moment) -> None:
+def _tell(fold: str, moment: MetricsRow) -> None:
     print(
         f"  {fold}: step {moment.step} of {moment.steps}, loss {moment.loss:.3f}, mIoU {moment.miou:.3f}",
         flush=True,
@@ -140,7 +140,9 @@ def table(tallies: dict[str, list[Tally]], card: Card) -> pd.DataFrame:
     rows = []
     for name, blocks in tallies.items():
         scale = SizeScale("px", 1.0, 0, np.zeros(0, np.int64))  # sizes are not shown
-        result = SceneResult("scene", ("scene",), 1, add(blocks), scale, (0,))
+        result = SceneTallies(
+            "scene", regions=("scene",), attempts=1, tally=add(blocks), scale=scale, outside=(0,)
+        )
         metrics = metric_table([result], card.classes)
         summary = summary_table(metrics, card.classes, blocks=blocks)
         row = {"model": name}

@@ -118,8 +118,8 @@ def _monai(architecture: str, ndim: int, stride: int, **arguments: Any) -> Famil
 
 
 def literature(name: str, stride: int, fixed: bool = False, **arguments: Any) -> Family:
-    """A network of `segpipe.models.providers.literature`."""
-    from segpipe.models.providers.literature import ARCHITECTURES
+    """A network of `segpipe.models.providers.builtin`."""
+    from segpipe.models.providers.builtin import ARCHITECTURES
 
     return Family(
         name, "literature", name,

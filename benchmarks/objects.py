@@ -23,7 +23,7 @@ from segpipe.pipeline.join_objects import join_objects
 from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import discover
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.run import Told, train
 
 NETWORKS = ("discs-maskrcnn", "discs-mask2former")
@@ -112,7 +112,7 @@ def trained(name: str, folder: Path, changes: Sequence[str] = ()) -> Path:
     return result.card
 
 
-def _tell(fold: str, moment: Moment) -> None:
+def _tell(fold: str, moment: MetricsRow) -> None:
     score = f"panoptic quality {moment.score:.3f}"
     print(f"  {fold}: step {moment.step} of {moment.steps}, loss {moment.loss:.3f}, {score}", flush=True)
 

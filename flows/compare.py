@@ -7,7 +7,7 @@ from typing import Any
 from prefect import State, flow, get_run_logger, runtime
 from prefect.states import Completed, Failed
 
-from segpipe.report.comparison.page import Comparison, headline
+from segpipe.report.comparison import Comparison, headline
 from tasks.compare import compare_two
 
 

@@ -95,9 +95,7 @@ def main() -> None:
     prepare(FOLDER)
     if arguments.data_only:
         return
-    codes = [
-        subprocess.run([sys.executable, "-m", "segpipe.cli.main", "run", job]).returncode for job in JOBS
-    ]
+    codes = [subprocess.run([sys.executable, "-m", "segpipe.cli", "run", job]).returncode for job in JOBS]
     sys.exit(max(codes))
 
 

@@ -48,7 +48,7 @@ _HANDED_ON: ContextVar[ResolvedJob | None] = ContextVar("handed on", default=Non
 def handed_on(job: Job) -> ResolvedJob | None:
     """The job as it was resolved in this process before its flow began; None where it was not."""
     resolved = _HANDED_ON.get()
-    return resolved if resolved is not None and resolved.job == job else None
+    return resolved if resolved and resolved.job.model_dump() == job.model_dump() else None
 
 
 def run_here(

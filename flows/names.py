@@ -27,7 +27,7 @@ def run_name() -> str:
 
 
 def name_of(asked: object) -> str:
-    """The name of a run of a request, as a model (`Job`, `Question`, `Scan`) or as the form's plain values.
+    """The name of a run of a request, as a model (`Job`, `PromptJob`, `Scan`) or as the form's plain values.
 
     Args:
         asked: with ``name``, ``scenes`` or ``lake``, and ``model`` or ``labels``.

@@ -8,14 +8,14 @@ from prefect import State, flow
 from prefect.states import Failed
 
 from flows.segment import OF_REQUEST, carry_out
+from segpipe.config.job import PromptJob
 from segpipe.config.loading import as_request
-from segpipe.config.prompt_form import Question
 from segpipe.errors import RequestError
 from tasks.told import refused
 
 
 @flow(name="prompt", **OF_REQUEST)
-def prompt(question: Question) -> State[Any]:
+def prompt(question: PromptJob) -> State[Any]:
     """Ask a promptable model for objects over scenes of any size, and report them by phrase and region.
 
     Phrases go through a grounder (a semantic model's own classes, or a detector) to boxes; boxes, points and
@@ -26,9 +26,9 @@ def prompt(question: Question) -> State[Any]:
         question: Which scenes, which promptable model, and under "prompts" what to ask.
     """
     try:
-        question = as_request(Question, question, "question")
+        question = as_request(PromptJob, question, "question")
     except RequestError as error:
         return refused(error)
     if not question.prompts.asked:
         return Failed(message="prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`")
-    return carry_out(question.job)
+    return carry_out(question)

@@ -12,7 +12,7 @@ SPAN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Moment:
+class RateSample:
     """What this attempt of the run had done at a time."""
 
     at: float
@@ -28,9 +28,9 @@ class Rates:
     """Rates over the last minute; a pause is no part of them."""
 
     def __init__(self) -> None:
-        self._moments: deque[Moment] = deque()
+        self._moments: deque[RateSample] = deque()
 
-    def add(self, moment: Moment) -> None:
+    def add(self, moment: RateSample) -> None:
         """Note where the run is; moments come in order of time."""
         self._moments.append(moment)
         while len(self._moments) > 2 and self._moments[1].at <= moment.at - SPAN_SECONDS:

@@ -24,7 +24,7 @@ from segpipe.config.scan import Identity, Scan
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder, now
 from segpipe.lake.content import content_hash
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.scan import (
@@ -77,7 +77,7 @@ def scan(scan: Scan) -> State[Any]:
 def _dry_run(request: ScanRequest) -> State[Any]:
     """Say what would be done."""
     looked = Looked()
-    shown: list[Found] = []
+    shown: list[LakeEntry] = []
     with request.ledger.known() as known:
         for found in new_scenes(request.scan, known, looked):
             shown += [found] if len(shown) < SHOWN else []
@@ -97,7 +97,7 @@ class _Scanning:
     run_id: UUID
     """Of the flow run: a retry has it too, and so its leases and its run."""
     looked: Looked = field(default_factory=Looked)
-    founds: dict[str, Found] = field(default_factory=dict)
+    founds: dict[str, LakeEntry] = field(default_factory=dict)
     """Scenes at work, by name."""
     records: dict[str, SceneRecord] = field(default_factory=dict)
     seconds: float = 0.0
@@ -143,7 +143,7 @@ class _Scanning:
         holder.take(f"run-{run.name}")
         return run
 
-    def _refs(self, founds: Iterator[Found], run: RunFolder) -> Iterator[SceneRef]:
+    def _refs(self, founds: Iterator[LakeEntry], run: RunFolder) -> Iterator[SceneRef]:
         """The scenes under names of their own; the run is begun with the first one."""
         names = Names({record.name for record in self.records.values() if record.state == "done"})
         for found in founds:

@@ -15,7 +15,7 @@ FINISHED = 20
 """Rows of each kind."""
 
 
-class SceneTable:
+class SceneTableArtifact:
     """What became of scenes, in bounded memory: all are counted, some are listed."""
 
     def __init__(self) -> None:

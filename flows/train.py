@@ -19,7 +19,7 @@ from prefect.states import Cancelled, Completed
 from flows.watch import LOOK_SECONDS
 from segpipe.config.recipe import Recipe, load_recipe
 from segpipe.errors import RequestError, SegpipeError, StoppedError
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.run import Told, mark, train
 from tasks.told import refused
 from tasks.training import training_markdown
@@ -91,7 +91,7 @@ class TrainWatch:
             get_run_logger().info("%d of %d scenes ready", ready, total)
             update_progress_artifact(self._artifact, 0.0, description=f"{ready} of {total} scenes ready")
 
-    def moment(self, fold: str, moment: Moment) -> None:
+    def moment(self, fold: str, moment: MetricsRow) -> None:
         """A row of the history, with a trial where something is kept apart."""
         measure = self._recipe.measure[:1].lower() + self._recipe.measure[1:]
         judged = "" if math.isnan(moment.score) else f", {measure} {moment.score:.4f}"

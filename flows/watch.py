@@ -23,8 +23,8 @@ from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 from prefect.states import Paused
 
-from flows.rates import Moment, Rates, left_told, rate_told
-from flows.scene_table import SceneTable
+from flows.rates import Rates, RateSample, left_told, rate_told
+from flows.scene_table import SceneTableArtifact
 from segpipe.errors import StoppedError
 from segpipe.store.stage import Stage
 from segpipe.tables.record import SceneRecord
@@ -82,7 +82,7 @@ class Watch:
         self._scenes = scenes
         self._done = self._failed = 0
         self._open: dict[str, _Open] = {}
-        self._closed = Moment(0.0, 0, 0.0, 0.0)
+        self._closed = RateSample(0.0, 0, 0.0, 0.0)
         """Sum over what is no longer open."""
         self._begun = (0, 0.0)
         """Scenes begun, and the elements that they had to compute."""
@@ -90,7 +90,7 @@ class Watch:
         """Receipts read that say for how long the device was busy, and the sum of it."""
         self._workers: set[str] = set()
         self._rates = Rates()
-        self._table = SceneTable()
+        self._table = SceneTableArtifact()
         self._paused = False
         self._looked = self._told = self._logged = self._tabled = time.monotonic()
         artifact = create_progress_artifact(0.0, description=self._scenes_told())
@@ -167,7 +167,7 @@ class Watch:
         scene, closed = self._open.pop(name), self._closed
         pieces = scene.todo if whole else scene.computed
         self._guess(max(0, pieces - scene.computed))
-        self._closed = Moment(0.0, closed.pieces + pieces, closed.elements + pieces * scene.size, 0.0)
+        self._closed = RateSample(0.0, closed.pieces + pieces, closed.elements + pieces * scene.size, 0.0)
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -243,13 +243,13 @@ class Watch:
         read, seconds = self._forward
         past = self._closed
         forward = past.forward + (pieces * seconds / read if read else 0.0)
-        self._closed = Moment(past.at, past.pieces, past.elements, forward)
+        self._closed = RateSample(past.at, past.pieces, past.elements, forward)
 
     def _note(self) -> None:
         """Where the run is now, for its rates."""
         opened = self._open.values()
         self._rates.add(
-            Moment(
+            RateSample(
                 time.monotonic(),
                 self._closed.pieces + sum(s.computed for s in opened),
                 self._closed.elements + sum(s.computed * s.size for s in opened),

@@ -319,7 +319,7 @@ def measure(
 
     Args:
         labels: whole numbers (y, x) or, of a volume, (z, y, x); a DataArray says where it is; or a file.
-        regions: a vector layer or label atlas, a GeoDataFrame, whose features are numbered from 1,
+        regions: a vector layer or label atlas, a GeoDataFrame (its column `name` names them),
             ``grid:1000``, or the job's `regions` as a mapping; None: the whole scene.
         reference: the ground truth, on the grid of the labels.
         image: the pixels behind the labels, for pictures and intensities; None: the labels themselves.
@@ -344,7 +344,8 @@ def measure(
         if isinstance(regions, Mapping):
             fields["regions"] = dict(regions)
         elif regions is not None:
-            fields["regions"] = {"path": _layer(regions, stack)}
+            named = {"name": "name"} if "name" in getattr(regions, "columns", ()) else {}
+            fields["regions"] = {"path": _layer(regions, stack), **named}
         if isinstance(classes, str):
             fields["classes"] = classes
         elif classes is not None:

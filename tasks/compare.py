@@ -6,8 +6,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from segpipe.report.comparison.markdown import compare_markdown
-from segpipe.report.comparison.page import Comparison
+from segpipe.report.comparison import Comparison, compare_markdown
 from segpipe.runs.compare import compare_runs
 from tasks.told import told
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from segpipe.config.recipe import Recipe
 from segpipe.report.templates import data_uri
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.page import curve
 
 SAMPLES = 3
@@ -21,7 +21,7 @@ SAMPLE_EDGE = 200
 """Pixels of a picture's longer side, at most: 5 to 15 KB each."""
 
 
-def training_markdown(recipe: Recipe, fold: str, moment: Moment, folder: Path) -> str:
+def training_markdown(recipe: Recipe, fold: str, moment: MetricsRow, folder: Path) -> str:
     """Where the training is: curves and samples as pictures, and where the page lies."""
     with (folder / "history.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -7,13 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+import segpipe
 from segpipe.config.job import Job
-from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import done_record, export_scene
-from segpipe.pipeline.given_scene import prepare_labelled
-from segpipe.pipeline.measure import measure_scene
-from segpipe.runs.check import check_request
-from segpipe.runs.finish import finish_run
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -21,17 +16,11 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def run_all(job: Job) -> tuple[Path, list[str]]:
-    """A job's steps in this process, as the tasks call them: the run's folder and notes of its scenes."""
-    request = check_request(job)
-    run = RunFolder(job.outputs.dir, job.name, f"run-{request.fingerprint}", "2024-05-06T07:08:09+00:00")
-    records = []
-    for ref in request.scenes:
-        scene = prepare_labelled(job, ref)
-        measured, done = measure_scene(scene)
-        files = export_scene(scene, measured, run)
-        records.append(done_record(scene, measured, files, {"measure": done}))
-    finish_run(run, request, records)
-    return Path(run.location), [note for r in records for note in r.notes]
+    """Run a job in this process; the run's folder and the notes of its scenes, none of which may fail."""
+    ended = segpipe.run(job)
+    for error in ended.failed.values():
+        raise segpipe.SceneError(error)
+    return Path(ended.path), [note for scene in ended.record.done for note in scene.notes]
 
 
 def job_of(out: Path, scene: Path, labels: Path | str, **fields: Any) -> Job:

@@ -77,6 +77,7 @@ def test_the_folder_of_a_run_holds_what_the_design_says(raster: Made) -> None:
     assert files == {
         "report.html",
         "run.json",
+        "columns.json",
         "results.json",
         "catalog.json",
         "manifest.json",

@@ -23,10 +23,15 @@ from segpipe.pipeline.measure import measure_scene
 from segpipe.runs.check import check_request
 from segpipe.sources import discover
 from segpipe.tables.frames import MEASURED
-from segpipe.tables.intensity import SceneIntensity
 from segpipe.tables.record import ClassInfo
-from segpipe.tables.surface import NOT_DEFINED, SceneSurfaces, surface_table
-from segpipe.tables.uncertainty import ALL_CLASSES, uncertainty_table
+from segpipe.tables.scene_tables import (
+    ALL_CLASSES,
+    NOT_DEFINED,
+    SceneIntensity,
+    SceneSurfaces,
+    surface_table,
+    uncertainty_table,
+)
 from tests.inference.lab import CENTRED, Lab, labels_of, patches, predict, prepared, scores_of
 
 INPUT = {"input": {"bands": ["b0"], "normalisation": CENTRED}}
@@ -124,7 +129,9 @@ def test_means_by_class_calibration_and_the_file(lab: Lab) -> None:
     measured, _ = measure_scene(scene)
 
     labels, shares, valid = labels_of(scene), doubt_of(scene) / LEVELS, values[0] > 0
-    found = SceneIntensity("scene", measured.regions, measured.doubts, measured.uncertainty)
+    found = SceneIntensity(
+        "scene", regions=measured.regions, channels=measured.doubts, intensity=measured.uncertainty
+    )
     classes = [ClassInfo(c.value, c.name, c.color) for c in scene.classes]
     table = uncertainty_table([found], classes).set_index(["class", "channel"])
     for number, channel in enumerate(scene.uncertainty):

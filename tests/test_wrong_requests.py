@@ -171,7 +171,7 @@ def changed_card(world: World, folder: Path, **fields: Any) -> Path:
         ),
         ("weights of another kind", {"weights": "card.yaml"}, ["weights", "does not read card.yaml"]),
         ("card with a typo", {"provder": "smp"}, ["provder: unknown key; did you mean `provider`?"]),
-        ("provider unknown", {"provider": "keras"}, ["provider: found 'keras'", "'smp', 'monai'"]),
+        ("provider unknown", {"provider": "keras"}, ["provider: found 'keras'", "smp, monai"]),
         (
             "TorchScript not allowed",
             {"allow_torchscript": False},

@@ -104,13 +104,12 @@ def _run_job(job: Job) -> None:
     from flows.prompt import prompt as ask
     from flows.runners import check_cluster, task_runner
     from flows.segment import segment
-    from segpipe.config.prompt_form import Question
 
     task_runner(job.compute)
     check_server()
     check_cluster(job.compute, request.settings)
     if job.prompts.asked:
-        state = run_here(ask, Question.of(job), resolved=request)
+        state = run_here(ask, job.model_dump(), resolved=request)
     else:
         state = run_here(segment, job, resolved=request)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
@@ -246,7 +245,7 @@ def compare(
     ] = "",
 ) -> None:
     """Tell what changed from one run to another, per scene, region and class."""
-    from segpipe.report.comparison.page import headline
+    from segpipe.report.comparison import headline
     from segpipe.runs.compare import compare_runs
 
     found = compare_runs(before, after, out)

@@ -31,7 +31,7 @@ def _models(
     table = Table("name", "kind", "provider", "classes", "title")
     for card in list_cards(folder):
         names = ", ".join(c.name for c in card.classes)
-        table.add_row(card.name, card.kind, card.provider.value, names, card.title)
+        table.add_row(card.name, card.kind, card.provider, names, card.title)
     Console().print(table)
 
 
@@ -52,7 +52,7 @@ def show(
     table = Table(show_header=False, title=card.title or card.name)
     rows: dict[str, Any] = {
         "name": card.name,
-        "provider": f"{card.provider.value} {card.architecture or ''}",
+        "provider": f"{card.provider} {card.architecture or ''}",
         "parameters": "not told by the file" if facts.parameters is None else f"{facts.parameters:,}",
         "weights": f"{card.weights} ({facts.weights_bytes / 1e6:.1f} MB, sha256 {facts.fingerprint[:16]}…)",
         "window": "whole scene" if facts.window is None else "x".join(map(str, facts.window)),
@@ -100,8 +100,8 @@ def import_(
     import yaml
 
     from segpipe.config.card import load_card
-    from segpipe.models.providers.bundle.card import card_from_bundle
-    from segpipe.models.providers.nnunet.card import card_from_nnunet
+    from segpipe.models.providers.bundle.bundle_card import card_from_bundle
+    from segpipe.models.providers.nnunet.nnunet_card import card_from_nnunet
     from segpipe.models.registry import check_card
 
     nnunet = (source / "plans.json").is_file()

@@ -12,37 +12,13 @@ import math
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from segpipe.config.loading import read_yaml, validate
 from segpipe.config.types import Strict
 from segpipe.errors import RequestError
-
-if TYPE_CHECKING:
-    pass
-
-
-class Provider(str, Enum):
-    """Who builds the network."""
-
-    smp = "smp"
-    monai = "monai"
-    transformers = "transformers"
-    torchvision = "torchvision"
-    literature = "literature"
-    classical = "classical"
-    bundle = "bundle"
-    nnunet = "nnunet"
-    onnx = "onnx"
-    exported = "exported"
-    torchscript = "torchscript"
-    ensemble = "ensemble"
-
-
-WITHOUT_WEIGHTS = (Provider.classical, Provider.ensemble)
-"""Providers whose cards may have no weights of their own."""
 
 
 class Interpolation(str, Enum):
@@ -146,7 +122,7 @@ class Input(Strict):
     normalisation: list[Step] = Field(default_factory=list)
 
 
-class Window(Strict):
+class WindowSpec(Strict):
     """How the model is laid over a scene."""
 
     size: list[int] | Literal["whole"] = Field(
@@ -177,7 +153,7 @@ class Window(Strict):
     )
 
     @model_validator(mode="after")
-    def _whole_is_whole(self) -> Window:
+    def _whole_is_whole(self) -> WindowSpec:
         if self.shape is not None and self.size != "whole":
             raise ValueError("`shape` goes with `size: whole`")
         return self
@@ -261,7 +237,11 @@ class Card(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     title: str = ""
     kind: Literal["raster", "volume"]
-    provider: Provider
+    provider: str = Field(
+        description="Who builds the network: smp, monai, transformers, torchvision, literature, classical, "
+        "bundle, nnunet, onnx, exported, torchscript, ensemble, or the name under which an installed package "
+        "adds another (entry points of the group segpipe.providers)."
+    )
     architecture: str | None = Field(None, description="Class or model name at the provider.")
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str = Field(
@@ -270,7 +250,7 @@ class Card(Strict):
         "where the provider needs none (classical, ensemble), and in a recipe for training.",
     )
     input: Input
-    window: Window
+    window: WindowSpec
     output: Output = Field(default_factory=Output)
     classes: list[Class] = Field(
         default_factory=list, description="Two or more; none of prompted models and of those that give boxes."
@@ -342,11 +322,6 @@ class Card(Strict):
             raise ValueError(f"classes: values must differ; found {list(self.values)}")
         if self.output.activation == "sigmoid" and len(self.classes) != 2:
             raise ValueError("output.activation: sigmoid has two classes, background first")
-        if self.provider is Provider.torchscript and not self.allow_torchscript:
-            raise ValueError(
-                "provider torchscript runs the file as a program: set `allow_torchscript: true` "
-                "if you trust its origin"
-            )
         window_steps = [s for s in self.input.normalisation if s.op == "window_zscore"]
         if window_steps and self.window.size != "whole":
             raise ValueError(

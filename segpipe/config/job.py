@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from segpipe.config.loading import load
 from segpipe.config.prompts import PromptOptions
-from segpipe.config.types import AutoSize, Memory, Strict, Text, WindowSize, as_text
+from segpipe.config.types import AutoSize, Memory, Name, Strict, Text, WindowSize, as_text, form
 from segpipe.errors import RequestError
 
 
@@ -268,33 +268,41 @@ class Outputs(Strict):
     )
 
 
-# Fields that a job shares with other forms of it (`segpipe.config.prompt_form.Question`).
-NameField = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Names the folder of the results.")
-]
-ScenesField = Annotated[list[str], Field(min_length=1, description="Files, globs, folders or URLs.")]
-BandsField = Annotated[
-    list[str], Field(description="Names of the scene's bands in file order, where the file has none.")
-]
-RegionsField = Annotated[
-    Regions | None, Field(description="Where numbers are reported; empty: the whole scene.")
-]
-ReferenceField = Annotated[Reference | None, Field(description="The truth to compare with.")]
-OutputsField = Annotated[Outputs, Field(description="What is written, and where.")]
-DescriptionField = Annotated[str, Field(description="What the reader of the report should know.")]
-ComputeField = Annotated[Compute, Field(description="Where and how the model runs.")]
-MeasureField = Annotated[Measure, Field(description="Further measurements.")]
+class Request(Strict):
+    """What every request says; `Job`, `PromptJob` and `Scan` are views of it, with forms of their own."""
+
+    name: Name = Field("segment", description="Names the folder of the results.")
+    model: Text = Field("", description="Model card (YAML).")
+    bands: list[str] = Field(
+        default_factory=list,
+        description="Names of the scene's bands in file order, where the file has none.",
+    )
+    regions: Regions | None = Field(None, description="Where numbers are reported; empty: the whole scene.")
+    reference: Reference | None = Field(None, description="The truth to compare with.")
+    outputs: Outputs = Field(default_factory=Outputs, description="What is written, and where.")
+    description: str = Field("", description="What the reader of the report should know.")
+    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
+    compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
+    measure: Measure = Field(default_factory=Measure, description="Further measurements.")
+    prompts: PromptOptions = Field(
+        default_factory=PromptOptions, description="What a promptable model is asked."
+    )
 
 
-class Job(Strict):
+class Job(Request):
     """A segmentation job: which scenes, which model, what to report.
 
     Required: `scenes`, and one of `model` or `labels`.
     """
 
-    name: NameField = "segment"
-    scenes: ScenesField
-    model: Text = Field("", description="Model card (YAML).")
+    model_config = ConfigDict(
+        json_schema_extra=form(
+            "name", "scenes", "model", "labels", "classes", "bands", "regions", "reference", "outputs",
+            "description", "tiling", "compute", "measure", "prompts",
+        )
+    )  # fmt: skip
+
+    scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
     labels: Text = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
@@ -303,17 +311,6 @@ class Job(Strict):
         "",
         description="Classes of `labels`: a CSV or YAML file with value, name (, color, background); "
         "empty: the values that are found, there or in the reference.",
-    )
-    bands: BandsField = Field(default_factory=list)
-    regions: RegionsField = None
-    reference: ReferenceField = None
-    outputs: OutputsField = Field(default_factory=Outputs)
-    description: DescriptionField = ""
-    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
-    compute: ComputeField = Field(default_factory=Compute)
-    measure: MeasureField = Field(default_factory=Measure)
-    prompts: PromptOptions = Field(
-        default_factory=PromptOptions, description="What a promptable model is asked."
     )
 
     @model_validator(mode="after")
@@ -338,6 +335,29 @@ class Job(Strict):
         if self.labels and self.prompts.asked:
             raise ValueError("`prompts` need a promptable model; labels that are given answer none")
         return self
+
+
+class PromptJob(Job):
+    """Which scenes, which promptable model, and what it is asked.
+
+    Required: `scenes`, `model`, and under `prompts` any of `text`, `path`, `earlier` and `everything`.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra=form(
+            "scenes", "model", "prompts", "name", "bands", "regions", "reference", "outputs", "description",
+            "measure", "compute", "tiling",
+        )
+    )  # fmt: skip
+
+    name: Name = Field("prompt", description="Names the folder of the results.")
+    model: str = Field(
+        min_length=1, description="Card of a promptable model, e.g. configs/models/starter-sam.yaml."
+    )
+    prompts: PromptOptions = Field(description="What is asked.")
+    tiling: Tiling = Field(
+        default_factory=Tiling, description="How a scene is cut; here only `block` and `memory`."
+    )
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:

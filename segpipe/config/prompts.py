@@ -34,7 +34,7 @@ class PlaneOf(str, Enum):
     sagittal = "sagittal"
 
 
-class Grid(Strict):
+class PointGrid(Strict):
     """Masks of everything, without prompts, by a grid of points (Kirillov et al. 2023, appendix B)."""
 
     points: int = Field(32, ge=1, le=256, description="Points along an edge of a window.")
@@ -112,7 +112,7 @@ class PromptOptions(Strict):
     labeller: Text = Field(
         "", description="Model card of a CLIP that names the masks of `everything` by the phrases of `text`."
     )
-    grid: Grid = Field(default_factory=Grid, description="How everything is found.")
+    grid: PointGrid = Field(default_factory=PointGrid, description="How everything is found.")
     choice: Choice = Field(
         Choice.score,
         description="Of three candidates: score: the best predicted IoU; box: the best agreement with the "

@@ -101,7 +101,7 @@ class Optimise(Strict):
     seed: int = Field(0, ge=0, description="Of weights, windows and augmentation.")
 
 
-class Keep(str, Enum):
+class KeptWeights(str, Enum):
     """Whose weights are the result."""
 
     last = "last"
@@ -113,8 +113,8 @@ class Judge(Strict):
 
     every: int = Field(200, ge=1, description="Steps between two trials.")
     scenes: int = Field(24, ge=1, description="Scenes in a trial during training, at most; the last has all.")
-    keep: Keep = Field(
-        Keep.last,
+    keep: KeptWeights = Field(
+        KeptWeights.last,
         description="last: no score picks the weights. best: those of the best trial, whose score flatters.",
     )
     patience: int = Field(0, ge=0, description="Trials without a better one after which to stop; 0: never.")

@@ -7,26 +7,11 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from segpipe.config.job import (
-    BandsField,
-    Compute,
-    ComputeField,
-    DescriptionField,
-    Job,
-    Measure,
-    MeasureField,
-    NameField,
-    Outputs,
-    OutputsField,
-    ReferenceField,
-    RegionsField,
-    Tiling,
-)
+from segpipe.config.job import Job, Request
 from segpipe.config.loading import load
-from segpipe.config.prompts import PromptOptions
-from segpipe.config.types import Memory, Strict, Text
+from segpipe.config.types import Memory, Name, Strict, Text, form
 
 
 class LakeKind(str, Enum):
@@ -116,7 +101,7 @@ class Lake(Strict):
     bids: BidsFilter = Field(default_factory=BidsFilter, description="For kind bids.")
 
 
-class Limits(Strict):
+class ScanLimits(Strict):
     """How much one scan does; what is over waits for the next."""
 
     scenes: int = Field(10_000, ge=1, description="Most scenes.")
@@ -126,20 +111,23 @@ class Limits(Strict):
     )
 
 
-class Scan(Strict):
+class Scan(Request):
     """A scan of a lake: every new scene is done once.
 
     Required: `lake`, and a `model`.
     """
 
-    name: NameField = "scan"
+    model_config = ConfigDict(
+        json_schema_extra=form(
+            "name", "lake", "model", "dry_run", "limits", "regions", "outputs", "description", "attempts",
+            "lease_seconds", "bands", "reference", "prompts", "measure", "tiling", "compute",
+        )
+    )  # fmt: skip
+
+    name: Name = Field("scan", description="Names the folder of the results.")
     lake: Lake = Field(description="Where scenes arrive.")
-    model: Text = Field("", description="Model card (YAML).")
     dry_run: bool = Field(False, description="Only say what would be done.")
-    limits: Limits = Field(default_factory=Limits, description="How much one scan does.")
-    regions: RegionsField = None
-    outputs: OutputsField = Field(default_factory=Outputs)
-    description: DescriptionField = ""
+    limits: ScanLimits = Field(default_factory=ScanLimits, description="How much one scan does.")
     attempts: int = Field(
         3,
         ge=1,
@@ -152,14 +140,6 @@ class Scan(Strict):
         ge=1,
         description="A scene whose worker gave no sign for so long may be taken over by another scan.",
     )
-    bands: BandsField = Field(default_factory=list)
-    reference: ReferenceField = None
-    prompts: PromptOptions = Field(
-        default_factory=PromptOptions, description="What a promptable model is asked."
-    )
-    measure: MeasureField = Field(default_factory=Measure)
-    tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
-    compute: ComputeField = Field(default_factory=Compute)
 
     @model_validator(mode="after")
     def _is_a_job(self) -> Scan:

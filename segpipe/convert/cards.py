@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from segpipe.config.card import Card, Provider, load_card
+from segpipe.config.card import Card, load_card
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +38,7 @@ def publish(card: Card, graph: onnx.ModelProto, folder: Path, kind: str, **field
     data = card.model_dump(mode="json", exclude_defaults=True)
     data.pop("architecture", None)
     data.pop("arguments", None)
-    data |= {"name": name, "provider": Provider.onnx.value, "weights": f"{name}.onnx", **fields}
+    data |= {"name": name, "provider": "onnx", "weights": f"{name}.onnx", **fields}
     if card.roi is not None:
         data["roi"]["card"] = os.path.relpath(card.folder / card.roi.card, folder.resolve())
     with TemporaryDirectory(dir=folder) as draft:

@@ -8,9 +8,9 @@ from pathlib import Path
 from segpipe.config.card import load_card
 from segpipe.config.job import Compute, Job
 from segpipe.convert.cards import add_scores
-from segpipe.convert.checks import milliseconds, noise_windows
 from segpipe.convert.judge import judge, scene_windows
 from segpipe.convert.onnx_file import export_onnx
+from segpipe.convert.parity import milliseconds, noise_windows
 from segpipe.convert.quantise import METHODS, quantise
 from segpipe.errors import RequestError
 from segpipe.inference.settings import resolve_settings

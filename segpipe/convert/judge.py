@@ -19,8 +19,7 @@ from segpipe.inference.engine import Engine
 from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.inference.settings import resolve_settings
-from segpipe.metrics.agreement import pixel_accuracy
-from segpipe.metrics.overlap import ClassCounts, Counts, class_counts, mean
+from segpipe.metrics.overlap import ClassCounts, Counts, class_counts, mean, pixel_accuracy
 from segpipe.models.base import SegmentationModel
 from segpipe.models.network import output_channels
 from segpipe.models.registry import load_model

@@ -12,7 +12,7 @@ import torch
 
 from segpipe.config.card import Card, card_error, load_card
 from segpipe.convert.cards import joined, publish
-from segpipe.convert.checks import Parity, compare, example_shape, noise_windows
+from segpipe.convert.parity import Parity, compare, example_shape, noise_windows
 from segpipe.errors import RequestError
 from segpipe.models.network import TorchNetwork
 from segpipe.models.registry import build_network, check_card, load_model
@@ -105,9 +105,9 @@ def onnx_graph(card: Card, opset: int = OPSET) -> tuple[onnx.ModelProto, bool]:
 
     network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
-        raise card_error(card, "provider", f"{card.provider.value} is no PyTorch network: nothing to export")
+        raise card_error(card, "provider", f"{card.provider} is no PyTorch network: nothing to export")
     example = torch.zeros(2, card.channels, *example_shape(card))
-    program, open_space = _traced(card, _Scores(network), example, opset)
+    program, open_space = _traced(card, _Exportable(network), example, opset)
     graph: onnx.ModelProto = program.model_proto
     # Where in whose files each operator came from: paths of this machine.
     for node in [*graph.graph.node, *(n for f in graph.functions for n in f.node)]:
@@ -116,7 +116,7 @@ def onnx_graph(card: Card, opset: int = OPSET) -> tuple[onnx.ModelProto, bool]:
     return graph, open_space
 
 
-class _Scores(torch.nn.Module):
+class _Exportable(torch.nn.Module):
     """A network as segpipe calls it, with the memory layout left to the runtime."""
 
     def __init__(self, network: TorchNetwork) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segpipe.config.card import Card, Provider, load_card
+from segpipe.config.card import Card, load_card
 from segpipe.convert.cards import joined, publish
-from segpipe.convert.checks import compare, noise_windows
 from segpipe.convert.onnx_file import check_graph, needs, onnx_graph, window_field
+from segpipe.convert.parity import compare, noise_windows
 from segpipe.errors import RequestError
 from segpipe.models.registry import check_card, load_model
 from segpipe.models.weights import resolve_weights
@@ -27,10 +27,7 @@ METHODS = ("static", "dynamic")
 
 
 def quantise(
-    card: Card,
-    folder: str | Path,
-    method: str = "static",
-    windows: Sequence[torch.Tensor] = (),
+    card: Card, folder: str | Path, method: str = "static", windows: Sequence[torch.Tensor] = ()
 ) -> Path:
     """Write a model in 8-bit whole numbers, as an ONNX file with a card of its own.
 
@@ -75,8 +72,8 @@ def _float_graph(card: Card, windows: Sequence[torch.Tensor]) -> tuple[onnx.Mode
     """The model in float32 as a graph, and what its card must say beside."""
     import onnx
 
-    if card.provider is Provider.onnx:
-        return onnx.load(str(resolve_weights(card))), {"arguments": card.arguments}
+    if card.weights and (path := resolve_weights(card)).suffix == ".onnx":
+        return onnx.load(str(path)), {"arguments": card.arguments}
     graph, open_space = onnx_graph(card)
     check_graph(card, graph, open_space, windows)
     return graph, window_field(card, open_space)

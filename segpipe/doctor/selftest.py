@@ -11,7 +11,6 @@ import numpy as np
 import yaml
 
 from segpipe.doctor.finding import Finding, State, check
-from segpipe.metrics.tally import SizeScale
 
 EDGE = 160
 """Of the raster, in pixels: nine blocks of 64, the last ones smaller."""
@@ -64,20 +63,14 @@ def threshold_card(folder: Path, limit: float = LIMIT) -> Path:
 
 @check("self-test")
 def check_engine() -> Finding:
-    """Plan, ingest, predict and measure a small scene without Prefect; compare with the threshold itself."""
-    from segpipe.config.job import Job
-    from segpipe.geometry.box import Box
-    from segpipe.pipeline.measure import measure_scene
-    from segpipe.pipeline.model_scene import Scene
-    from segpipe.pipeline.predict import finish_labels, predict_blocks, read_labels
-    from segpipe.runs.check import check_request
-    from segpipe.runs.scene import begin_scene
+    """Run a small scene from the plan to its report, without Prefect; compare with the threshold itself."""
+    from segpipe.api import run
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="segpipe-doctor-") as name:
         folder = Path(name)
         expected = drawn_raster(folder / "scene.tif") > LIMIT
-        job = Job.model_validate(
+        ended = run(
             {
                 "name": "doctor",
                 "scenes": [str(folder / "scene.tif")],
@@ -88,23 +81,18 @@ def check_engine() -> Finding:
                 "outputs": {"dir": str(folder / "runs")},
             }
         )
-        request = check_request(job)
-        scene = begin_scene(request, request.scenes[0])
-        assert isinstance(scene, Scene)
-        done = predict_blocks(scene, list(scene.plan.blocks.indices()))
-        finish_labels(scene)
-        labels = read_labels(scene)(Box.whole((EDGE, EDGE)))
-        measured, _ = measure_scene(scene)
-    scale = SizeScale.from_dict(measured.scale)
-    area = scale.size(sum(size for _, label, _, _, size, _ in measured.tally.rows() if label == 1))
-    seconds, device = time.perf_counter() - begun, request.settings.device_class
+        for error in ended.failed.values():
+            return Finding("self-test", State.fail, error, "reinstall segpipe, and report it with this line")
+        labels, regions = ended.labels().values, ended.regions
+    area = float(regions.loc[regions["class"] == "above", "area_m2"].sum())
+    seconds, device = time.perf_counter() - begun, ended.record.versions["device"]
     wrong = int((labels != expected).sum())
-    where = f"{done.computed} blocks on {device} in {seconds:.1f} s"
+    where = f"{ended.record.done[0].plan['blocks']} blocks on {device} in {seconds:.1f} s"
     if wrong == 0 and area == expected.sum() * PIXEL**2:
-        return Finding("self-test", State.ok, f"{where}: every pixel right, area {area:,.0f} {scale.unit}")
+        return Finding("self-test", State.ok, f"{where}: every pixel right, area {area:,.0f} m2")
     found = (
         f"{where}: {wrong} of {expected.size} pixels wrong, area {area} instead of "
-        f"{expected.sum() * PIXEL**2:g} {scale.unit}"
+        f"{expected.sum() * PIXEL**2:g} m2"
     )
     advice = (
         "results of this machine cannot be trusted; try compute.device: cpu, and report it with this line"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe import __version__
-from segpipe.export.common import commit, staging
+from segpipe.export.staging import commit, staging
 from segpipe.store.atomic import write_atomic
 from segpipe.store.location import is_url, open_store
 

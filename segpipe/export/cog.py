@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from rasterio.windows import Window
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.common import commit, fit_labels, label_dtype, staging
 from segpipe.export.sidecars import gdal_pam, qgis_style
+from segpipe.export.staging import commit, fit_labels, label_dtype, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.pictures.colors import rgb
@@ -64,14 +65,12 @@ def write_cog(
     """
     dtype = label_dtype(classes, nodata)
     names = {str(c.value): c.name for c in sorted(classes, key=lambda c: c.value)}
-    profile = _profile(geometry, 1, dtype, nodata)
+    tags = {**(tags or {}), "CLASSES": json.dumps(names, ensure_ascii=False)}
     with staging(path) as folder, _gdal(path):
         draft, final = folder / "draft.tif", folder / "final.tif"
-        with rasterio.open(draft, "w", **profile) as target:
+        with _draft(draft, geometry, ["class"], dtype, nodata, tags) as target:
             for box in grid_boxes(geometry.shape, (STEP, STEP)):
                 target.write(fit_labels(labels(box), dtype, box, path), 1, window=_window(box))
-            target.update_tags(**dict(tags or {}), CLASSES=json.dumps(names, ensure_ascii=False))
-            target.set_band_description(1, "class")
             if dtype == np.uint8:
                 palette = {c.value: (*rgb(c.color), 255) for c in classes}
                 target.write_colormap(1, palette)
@@ -103,15 +102,12 @@ def write_cog_scores(
         path: local file.
         tags: further dataset tags.
     """
-    profile = _profile(geometry, len(classes), np.dtype(np.float32), float("nan"))
+    dtype = np.dtype(np.float32)
     with staging(path) as folder, _gdal(path):
         draft, final = folder / "draft.tif", folder / "final.tif"
-        with rasterio.open(draft, "w", **profile) as target:
+        with _draft(draft, geometry, [c.name for c in classes], dtype, float("nan"), tags) as target:
             for box in grid_boxes(geometry.shape, (STEP, STEP)):
-                target.write(np.asarray(scores(box), dtype=np.float32), window=_window(box))
-            target.update_tags(**dict(tags or {}))
-            for index, item in enumerate(classes):
-                target.set_band_description(index + 1, item.name)
+                target.write(np.asarray(scores(box), dtype=dtype), window=_window(box))
         _copy(draft, final, predictor="FLOATING_POINT", resampling="AVERAGE")
         _commit_with_crs(final, geometry, classes, path)
 
@@ -140,56 +136,46 @@ def write_cog_ids(
     """
     with staging(path) as folder, _gdal(path):
         draft, final = folder / "draft.tif", folder / "final.tif"
-        with rasterio.open(draft, "w", **_profile(geometry, 1, dtype, 0)) as target:
+        with _draft(draft, geometry, ["object"], dtype, 0, tags) as target:
             for box in grid_boxes(geometry.shape, (STEP, STEP)):
                 target.write(fit_labels(ids(box), dtype, box, path), 1, window=_window(box))
-            target.update_tags(**dict(tags or {}))
-            target.set_band_description(1, "object")
         _copy(draft, final, predictor="NO", resampling="MODE")
         _commit_with_crs(final, geometry, (), path)
 
 
-class _gdal:  # noqa: N801 - reads as a with-statement
+@contextmanager
+def _gdal(path: Path) -> Iterator[None]:
     """GDAL with a bounded cache; its errors become the scene's error, naming the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._env = rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_PAM_ENABLED="NO")
-        self._warnings = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # the scene's notes say it
-        self._env.__enter__()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._env.__exit__(kind, error, trace)
-        self._warnings.__exit__(kind, error, trace)
-        if isinstance(error, RasterioError):
-            raise SceneError(f"{self._path}: cannot be written as a COG ({error})") from error
+    try:
+        with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_PAM_ENABLED="NO"):
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # the scene's notes say it
+            yield
+    except RasterioError as error:
+        raise SceneError(f"{path}: cannot be written as a COG ({error})") from error
 
 
-def _profile(
-    geometry: RasterGeometry, count: int, dtype: np.dtype[Any], nodata: float | None
-) -> dict[str, Any]:
+@contextmanager
+def _draft(
+    path: Path,
+    geometry: RasterGeometry,
+    bands: Sequence[str],
+    dtype: np.dtype[Any],
+    nodata: float | None,
+    tags: Mapping[str, str] | None,
+) -> Iterator[rasterio.io.DatasetWriter]:
+    """Open a plain tiled TIFF to write windows into; its bands get their names and the file its tags."""
     rows, columns = geometry.shape
-    return {
-        "driver": "GTiff",
-        "height": rows,
-        "width": columns,
-        "count": count,
-        "dtype": dtype.name,
-        "nodata": nodata,
-        "crs": None if geometry.crs is None else rasterio.CRS.from_wkt(geometry.crs),
-        "transform": Affine(*geometry.transform),
-        "tiled": True,
-        "blockxsize": TILE,
-        "blockysize": TILE,
-        "compress": "ZSTD",  # fast; this file lives for a minute
-        "zstd_level": 1,
-        "interleave": "band",
-        "bigtiff": "IF_SAFER",
-    }
+    crs = None if geometry.crs is None else rasterio.CRS.from_wkt(geometry.crs)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=rows, width=columns, count=len(bands), dtype=dtype.name,
+        nodata=nodata, crs=crs, transform=Affine(*geometry.transform), interleave="band", bigtiff="IF_SAFER",
+        tiled=True, blockxsize=TILE, blockysize=TILE,
+        compress="ZSTD", zstd_level=1,  # fast; this file lives for a minute
+    ) as target:  # fmt: skip
+        yield target
+        target.update_tags(**(tags or {}))
+        for number, name in enumerate(bands, start=1):
+            target.set_band_description(number, name)
 
 
 def _window(box: Box) -> Window:

@@ -20,12 +20,7 @@ import numpy as np
 from highdicom import UID, AlgorithmIdentificationSequence
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.color import CIELabColor
-from highdicom.seg import (
-    SegmentAlgorithmTypeValues,
-    Segmentation,
-    SegmentationTypeValues,
-    SegmentDescription,
-)
+from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 from highdicom.sr.coding import CodedConcept
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -36,10 +31,10 @@ from pydicom.uid import ExplicitVRLittleEndian
 from segpipe import __version__
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.common import commit, slab_boxes, staging
+from segpipe.export.staging import commit, slab_boxes, staging
 from segpipe.sources.base import LabelReader
 from segpipe.sources.dicom.reader import DicomSource
-from segpipe.sources.dicom.series import DICOM_ERRORS, Slice
+from segpipe.sources.dicom.series import DICOM_ERRORS, DicomSlice
 
 PRIVATE = "99SEGPIPE"
 """Coding scheme of classes whose card names no concept: the code is made from the class's name."""
@@ -163,7 +158,7 @@ def _segment_numbers(
     return found
 
 
-def _first_header(first: Slice) -> Dataset:
+def _first_header(first: DicomSlice) -> Dataset:
     """All tags of the first slice but its pixels, as text: patient and study among them.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from segpipe import __version__
-from segpipe.config.card import Class, Provider
+from segpipe.config.card import Class
 from segpipe.config.job import Format
 from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
@@ -27,6 +27,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.inference.label_dtype import no_data_value
 from segpipe.metrics.calibration import LEVELS
+from segpipe.models.plugins import provider_spec
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
@@ -36,7 +37,7 @@ from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.remote import fetch, is_remote
 from segpipe.store.atomic import write_atomic
 from segpipe.store.stage import Stage
-from segpipe.tables.found_objects import SceneFound, found_table
+from segpipe.tables.object_tables import SceneDetections, detections_table
 
 if TYPE_CHECKING:
     from segpipe.export.dicom_seg import Algorithm
@@ -109,9 +110,9 @@ def _write_objects(
 def _object_table(scene: MeasurableScene, measured: Measured) -> pd.DataFrame:
     """A row an object, as in ``instances.csv``."""
     reference = scene.job.reference
-    one = SceneFound.of(scene.ref.name, measured, reference.values if reference else {})
+    one = SceneDetections.of(scene.ref.name, measured, reference.values if reference else {})
     stuff = [c.value for c in scene.classes if not (c.thing or c.background)]
-    return found_table([one], scene.classes, scene.job.measure.smallest, stuff)
+    return detections_table([one], scene.classes, scene.job.measure.smallest, stuff)
 
 
 def _points(facts: pd.DataFrame) -> dict[int, np.ndarray]:
@@ -193,7 +194,7 @@ def _drawn_by(scene: MeasurableScene) -> Algorithm:
         return Algorithm("labels as given", scene.labels_key, automatic=False, learned=False)
     card = scene.card
     version = f"card {card.prediction_fingerprint()[:12]}, weights {weights_fingerprint(card)[:12] or 'none'}"
-    return Algorithm(card.name, version, not scene.prompted, card.provider is not Provider.classical)
+    return Algorithm(card.name, version, not scene.prompted, provider_spec(card).learned)
 
 
 def _with_nodata(read: LabelReader, before: int, after: int) -> LabelReader:

@@ -22,8 +22,8 @@ from nibabel.spatialimages import HeaderDataError
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.common import commit, fit_labels, label_dtype, slab_boxes, staging
 from segpipe.export.sidecars import slicer_colors
+from segpipe.export.staging import commit, fit_labels, label_dtype, slab_boxes, staging
 from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.sources.base import LabelReader, ScoreReader
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.common import commit, staging
+from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.objects.merge import SceneObjects

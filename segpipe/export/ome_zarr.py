@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 
 from segpipe.config.card import Class
-from segpipe.export.common import fit_labels, label_dtype, staging
+from segpipe.export.staging import fit_labels, label_dtype, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.pictures.colors import rgb

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import geopandas
 import numpy as np
+import pandas as pd
 
 from segpipe.config.card import Class
 from segpipe.config.job import Format, Keep
 from segpipe.export.maps import export_notes, seal_scene, why_no_file, write_maps
-from segpipe.export.regions import MOST_CLASSES, write_regions
 from segpipe.export.run_folder import RunFolder, local_folder
+from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.metrics.calibration import LEVELS
-from segpipe.metrics.tally import SizeScale
 from segpipe.pictures.archive import FORMAT, Previews, dump_previews, load_previews
 from segpipe.pictures.preview import raster_preview, volume_preview
 from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene
-from segpipe.regions import region_layer
+from segpipe.regions import Layer, region_layer
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
 from segpipe.sources.remote import public_uri
 from segpipe.store.atomic import write_atomic
-from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
+
+REGION_FACTS = ("seen", "state")
+"""Columns that are the same for every class of a region."""
+PER_CLASS = ("area_m2", "area_px", "share", "iou", "dice")
+MOST_CLASSES = 300
+"""A GeoPackage's table has at most 2,000 columns."""
 
 
 def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> dict[str, str]:
@@ -65,13 +75,49 @@ def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bo
     if layer is None or len(classes) > MOST_CLASSES:
         return False
     if not path.exists():
-        scale, attempts = SizeScale.from_dict(measured.scale), scene.attempts()
-        found = SceneResult(
-            scene.ref.name, measured.regions, attempts, measured.tally, scale, measured.outside
-        )
-        metrics = metric_table([found], classes) if measured.reference else None
-        write_regions(layer, region_table([found], classes), metrics, path)
+        tallies = [SceneTallies.of(scene.ref.name, measured, scene.attempts())]
+        metrics = metric_table(tallies, classes) if measured.reference else None
+        write_regions(layer, region_table(tallies, classes), metrics, path)
     return True
+
+
+def write_regions(layer: Layer, regions: pd.DataFrame, metrics: pd.DataFrame | None, path: Path) -> None:
+    """One feature a region, one column a class and number: ``forest area_m2``, ``forest iou``.
+
+    Args:
+        layer: polygons by the names of the region table, in their own CRS; others are left out.
+        regions: the region table of this scene, of at most `MOST_CLASSES` classes.
+        metrics: its metric table, where there is a reference.
+        path: of the file; whole or not there at all.
+    """
+    measured = np.isin(layer.names, regions["region"].unique())
+    names = np.array(layer.names)[measured]
+    first = regions.drop_duplicates("region").set_index("region")
+    columns: dict[str, Any] = {
+        "region": names,
+        **{f: first[f].reindex(names).to_numpy() for f in REGION_FACTS},
+    }
+    titles = _titles(regions)
+    for value, title in titles.items():
+        for table in (t for t in (regions, metrics) if t is not None):
+            rows = table[table["value"] == value].set_index("region")
+            for number in (n for n in PER_CLASS if n in table):
+                columns[f"{title} {number}"] = rows[number].reindex(names).to_numpy(dtype=np.float64)
+    frame = geopandas.GeoDataFrame(columns, geometry=layer.polygons[measured], crs=layer.crs)
+    with staging(path) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a layer without a CRS stays without one
+        frame.to_file(folder / path.name, driver="GPKG", layer="regions", engine="pyogrio")
+        commit(folder / path.name, path)
+
+
+def _titles(regions: pd.DataFrame) -> dict[int, str]:
+    """Class value to name; those that differ in case only get their value too: SQL knows no case."""
+    found = regions.drop_duplicates("value")
+    values, names = found["value"].tolist(), found["class"].tolist()
+    times = Counter(name.lower() for name in names)
+    return {
+        v: f"{name} ({v})" if times[name.lower()] > 1 else name for v, name in zip(values, names, strict=True)
+    }
 
 
 def previews_name(scene: MeasurableScene, classes: Sequence[Class] | None = None) -> str:
@@ -148,10 +194,7 @@ def drop_unkept(scene: Scene) -> None:
 
 
 def done_record(
-    scene: MeasurableScene,
-    measured: Measured,
-    files: Mapping[str, str],
-    steps: Mapping[str, Done],
+    scene: MeasurableScene, measured: Measured, files: Mapping[str, str], steps: Mapping[str, Done]
 ) -> SceneRecord:
     """The record of a scene that is done.
 

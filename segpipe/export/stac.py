@@ -50,11 +50,7 @@ ASSETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "preview": ("Labels over the image", pystac.MediaType.PNG, ("thumbnail",)),
 }
 """Title, media type and roles of a scene's files, by what they are."""
-TIMES = (
-    ("IMAGERY", "ACQUISITIONDATETIME"),
-    (None, "EXIF_DateTimeOriginal"),
-    (None, "TIFFTAG_DATETIME"),
-)
+TIMES = (("IMAGERY", "ACQUISITIONDATETIME"), (None, "EXIF_DateTimeOriginal"), (None, "TIFFTAG_DATETIME"))
 """GDAL's domain and tag that say when a scene was taken, the surest first."""
 TIME_FORMATS = ("%Y:%m:%d %H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S")
 
@@ -156,7 +152,7 @@ def _properties(card: Card | None, weights: str, labels_key: str) -> dict[str, A
     found: dict[str, Any] = {"processing:software": {"segpipe": __version__}, "segpipe:labels": labels_key}
     if card is not None:
         found["segpipe:model"] = card.name
-        found["segpipe:architecture"] = f"{card.provider.value} {card.architecture or ''}".strip()
+        found["segpipe:architecture"] = f"{card.provider} {card.architecture or ''}".strip()
         found["segpipe:weights_sha256"] = weights
     return found
 

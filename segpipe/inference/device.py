@@ -18,7 +18,7 @@ Pending = tuple[torch.Tensor, torch.cuda.Event | None]
 
 
 @dataclass
-class Answer:
+class ForwardResult:
     """What a batch gave, on its way to the host."""
 
     labels: Pending | None

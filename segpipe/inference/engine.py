@@ -21,7 +21,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import onto_model
 from segpipe.inference.block_result import BlockResult, BlockStore, Timings
 from segpipe.inference.dense_crf import dense_crf
-from segpipe.inference.device import Answer, Stopwatch, entropy, flip_views, to_host
+from segpipe.inference.device import ForwardResult, Stopwatch, entropy, flip_views, to_host
 from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
 from segpipe.inference.normalise import Normaliser
@@ -128,7 +128,7 @@ class Engine:
 
     def _consume(self, batches: Iterator[_Batch], writer: Writer) -> None:
         """Keep one batch computing on the device while the one before is stitched."""
-        pending: tuple[_Batch, Answer] | None = None
+        pending: tuple[_Batch, ForwardResult] | None = None
         try:
             for batch in batches:
                 begun = time.perf_counter()
@@ -138,7 +138,7 @@ class Engine:
                     self._stitch(*pending, writer)
                     pending = None
                 if answer is None:
-                    self._stitch(batch, Answer(None, None, None), writer)
+                    self._stitch(batch, ForwardResult(None, None, None), writer)
                 else:
                     pending = (batch, answer)
             if pending is not None:
@@ -236,27 +236,27 @@ class Engine:
     # -- forward ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _forward(self, batch: _Batch) -> Answer:
+    def _forward(self, batch: _Batch) -> ForwardResult:
         batch.watch = Stopwatch(self.model.device)
         try:
             return self._answer(batch)
         finally:
             batch.watch.stop()
 
-    def _answer(self, batch: _Batch) -> Answer:
+    def _answer(self, batch: _Batch) -> ForwardResult:
         on_cpu = self.model.device.type == "cpu"  # there a batch is computed one by one
         x = batch.tensor[: batch.used] if on_cpu else batch.tensor.to(self.model.device, non_blocking=True)
         if self.finds_objects:
             self.timings.passes += batch.used
             found = cast(ObjectModel, self.model).objects(x[: batch.used])
-            return Answer(None, None, None, found)
+            return ForwardResult(None, None, None, found)
         scores = self._probabilities(x)
         labels = None
         if self.labels_only:
             labels = best_class(scores)
         self.timings.passes += batch.used
         finite = to_host(all_finite(scores[: batch.used]))
-        return Answer(to_host(labels), None if self.labels_only else to_host(scores), finite)
+        return ForwardResult(to_host(labels), None if self.labels_only else to_host(scores), finite)
 
     def _probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Mean over the test-time views of what the network says, as probabilities (n, k, …).
@@ -288,7 +288,7 @@ class Engine:
 
     # -- stitch and write ---------------------------------------------------------------------
 
-    def _stitch(self, batch: _Batch, answer: Answer, writer: Writer) -> None:
+    def _stitch(self, batch: _Batch, answer: ForwardResult, writer: Writer) -> None:
         begun = time.perf_counter()
         labels, scores, finite = answer.wait()
         if not finite:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from dask.system import CPU_COUNT
 
-from segpipe.config.card import Card, Provider
+from segpipe.config.card import Card
 from segpipe.config.job import Compute
 from segpipe.errors import RequestError
-from segpipe.models.registry import resolve_precision
+from segpipe.models.registry import resolve_precision, runtime_without_cuda
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def resolve_settings(compute: Compute, card: Card) -> Settings:
 
 
 def resolve_device(wanted: str, card: Card) -> str:
-    """What `auto` is here; ONNX computes where its own runtime can.
+    """What `auto` is here; a model with a runtime of its own computes where that can.
 
     Raises:
         RequestError: a GPU that is not there.
@@ -60,11 +60,8 @@ def resolve_device(wanted: str, card: Card) -> str:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     who = f"torch {torch.__version__}"
-    if count and card.provider is Provider.onnx:
-        import onnxruntime
-
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            count, who = 0, f"onnxruntime {onnxruntime.__version__} (onnxruntime-gpu would)"
+    if count and (runtime := runtime_without_cuda(card)):
+        count, who = 0, runtime
     if wanted == "auto":
         return "cuda" if count else "cpu"
     index = int(wanted.partition(":")[2] or 0)

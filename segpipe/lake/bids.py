@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from segpipe.config.scan import Lake
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.files import local_file, local_folder, sorted_names
 
 IMAGES = (".nii.gz", ".nii")
 """Suffixes of an image file."""
 
 
-def list_bids(lake: Lake) -> Iterator[Found]:
+def list_bids(lake: Lake) -> Iterator[LakeEntry]:
     """The images ``sub-*/[ses-*/]DATATYPE/sub-*_SUFFIX.nii[.gz]`` of a BIDS tree, by path.
 
     A scene is named as its file, for that says subject, session and run. Where the same image is there
@@ -38,7 +38,7 @@ def _folders(parent: Path, prefix: str, labels: list[str]) -> list[Path]:
     return [parent / n for n in names if not labels or n.removeprefix(prefix) in labels]
 
 
-def _images(folder: Path, subject: str, session: Path | None, suffix: str) -> Iterator[Found]:
+def _images(folder: Path, subject: str, session: Path | None, suffix: str) -> Iterator[LakeEntry]:
     """Images of a suffix in a datatype's folder whose entities are those of the folders."""
     names = list(sorted_names(folder))
     for name in names:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from segpipe.config.scan import Lake
 from segpipe.errors import SceneError
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.files import UNFINISHED, local_folder, sorted_names
 from segpipe.lake.naming import place_name
 from segpipe.sources.dicom.series import not_a_slice, read_header, series_of
@@ -22,7 +22,7 @@ Key = tuple[str, str]
 """SeriesInstanceUID and FrameOfReferenceUID."""
 
 
-def list_dicom(lake: Lake) -> Iterator[Found]:
+def list_dicom(lake: Lake) -> Iterator[LakeEntry]:
     """The series of a tree, grouped by folder, SeriesInstanceUID and FrameOfReferenceUID.
 
     A folder with one series is that folder as a scene; of several, each is the folder with ``#series=UID``.
@@ -35,7 +35,7 @@ def list_dicom(lake: Lake) -> Iterator[Found]:
     yield from _below(root, "")
 
 
-def _below(root: Path, below: str) -> Iterator[Found]:
+def _below(root: Path, below: str) -> Iterator[LakeEntry]:
     """Series of a folder (``""`` or ending in ``/``) and of those below it."""
     names = list(sorted_names(root / below))
     yield from _series(root, below, [n for n in names if not n.endswith("/")])
@@ -44,7 +44,7 @@ def _below(root: Path, below: str) -> Iterator[Found]:
             yield from _below(root, below + name)
 
 
-def _series(root: Path, below: str, names: list[str]) -> Iterator[Found]:
+def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
     """Series of the files directly in a folder."""
     folder = root / below.rstrip("/")
     groups, broken = _grouped(folder, names)
@@ -77,7 +77,7 @@ def _grouped(folder: Path, names: list[str]) -> tuple[dict[Key, list[str]], list
     return groups, broken
 
 
-def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[Found]:
+def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[LakeEntry]:
     """A series as a scene; none where its files have gone meanwhile."""
     total, size, newest = hashlib.sha256(), 0, 0
     for file in sorted(files):
@@ -88,7 +88,7 @@ def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[Foun
         total.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         size += status.st_size
         newest = max(newest, status.st_mtime_ns)
-    yield Found(
+    yield LakeEntry(
         name=name,
         uri=uri,
         identity={"count": len(files), "sha256": total.hexdigest()},

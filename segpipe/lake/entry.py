@@ -12,7 +12,7 @@ from segpipe.sources.remote import public_uri
 
 
 @dataclass(frozen=True)
-class Found:
+class LakeEntry:
     """One scene of a lake."""
 
     name: str

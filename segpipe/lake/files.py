@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.naming import PLAIN_SUFFIXES, place_name
 from segpipe.sources.common import reason
 from segpipe.sources.discover import FOLDER_SUFFIXES, WILDCARDS
@@ -93,7 +93,7 @@ def wanted(lake: Lake) -> Wanted:
     )
 
 
-def list_files(lake: Lake) -> Iterator[Found]:
+def list_files(lake: Lake) -> Iterator[LakeEntry]:
     """The files of a lake, in the order of their paths.
 
     Hidden files and folders, such that are being written, and sidecars are left out; links to folders are
@@ -143,7 +143,7 @@ def local_folder(location: str, kind: str) -> Path:
     return folder
 
 
-def local_file(path: Path, name: str) -> Found | None:
+def local_file(path: Path, name: str) -> LakeEntry | None:
     """A file as a scene; None where it has gone, or is no file.
 
     Raises:
@@ -157,7 +157,7 @@ def local_file(path: Path, name: str) -> Found | None:
         raise RequestError(f"lake.location: {path}: {reason(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         return None
-    return Found(
+    return LakeEntry(
         name=name,
         uri=str(path),
         identity={"size": status.st_size, "mtime_ns": status.st_mtime_ns},
@@ -221,7 +221,7 @@ def _split_glob(location: str) -> tuple[str, tuple[str, ...]]:
     return scheme + mark + (folders or ("/" if path.startswith("/") else "")), tuple(parts[first:])
 
 
-def _in_folder(what: Wanted) -> Iterator[Found]:
+def _in_folder(what: Wanted) -> Iterator[LakeEntry]:
     base = Path(what.base or ".").expanduser().absolute()
     if base.is_file():
         found = local_file(base, place_name(base.name, what.plain))
@@ -247,7 +247,7 @@ def _walk(base: Path, folder: str) -> Iterator[str]:
             yield folder + name
 
 
-def _in_store(what: Wanted) -> Iterator[Found]:
+def _in_store(what: Wanted) -> Iterator[LakeEntry]:
     # Imported here: only a lake needs it.
     from obstore import list as list_objects
     from obstore.exceptions import BaseError
@@ -267,10 +267,10 @@ def _in_store(what: Wanted) -> Iterator[Found]:
         ) from error
 
 
-def _object(base: str, item: Any, plain: tuple[str, ...]) -> Found:
+def _object(base: str, item: Any, plain: tuple[str, ...]) -> LakeEntry:
     modified: datetime = item["last_modified"]
     told = {"etag": item["e_tag"]} if item["e_tag"] else {"mtime": modified.isoformat()}
-    return Found(
+    return LakeEntry(
         name=place_name(item["path"], plain),
         uri=f"{base}/{item['path']}",
         identity={"size": item["size"], **told},

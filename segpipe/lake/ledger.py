@@ -1,7 +1,7 @@
 """What became of a lake's scenes: done, in quarantine, or tried; kept beside the results.
 
 ``<out>/.lake/<scan>-<mark>/`` holds a small object for each scene, named by the scene with its content
-(`Found.digest`): ``done/``, ``quarantine/``, ``tries/``. The mark is a fingerprint of what is done with a
+(`LakeEntry.digest`): ``done/``, ``quarantine/``, ``tries/``. The mark is a fingerprint of what is done with a
 scene: with another model or other regions every scene is new.
 """
 
@@ -20,7 +20,7 @@ import obstore
 from obstore.store import ObjectStore
 from pydantic import TypeAdapter
 
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.sources.remote import public_uri
 from segpipe.store.location import delete_objects, join, open_store
 from segpipe.tables.record import SceneRecord
@@ -84,26 +84,26 @@ class Ledger:
                     table.executemany("INSERT OR REPLACE INTO known VALUES (?, ?)", rows)
             yield Known(table)
 
-    def is_done(self, found: Found) -> bool:
+    def is_done(self, found: LakeEntry) -> bool:
         """Whether a scene is done: asked again once its lease is held."""
         return self._read(f"done/{found.digest}.json") is not None
 
-    def record(self, found: Found, run: str) -> SceneRecord | None:
+    def record(self, found: LakeEntry, run: str) -> SceneRecord | None:
         """What a scene is that an open run has done; None: it has not."""
         told = self._read(f"records/{run}/{found.digest}.json") if self.is_done(found) else None
         return None if told is None else _SCENES.validate_python(told)
 
-    def finish(self, found: Found, record: SceneRecord, run: str) -> None:
+    def finish(self, found: LakeEntry, record: SceneRecord, run: str) -> None:
         """A scene is done; what it failed of before is forgotten. Its record first, the receipt last."""
         self._write(f"records/{run}/{found.digest}.json", _dump(record))
         self._write(f"done/{found.digest}.json", {**_told(found), "run": run})
         self._delete(f"tries/{found.digest}.json")
 
-    def alias(self, found: Found, same: Found) -> None:
+    def alias(self, found: LakeEntry, same: LakeEntry) -> None:
         """A scene that is done under another identity: the next scan need not look into it."""
         self._write(f"done/{found.digest}.json", {**_told(found), "same": same.digest})
 
-    def fail(self, found: Found, record: SceneRecord, run: str, most: int) -> bool:
+    def fail(self, found: LakeEntry, record: SceneRecord, run: str, most: int) -> bool:
         """A scene failed; it goes into quarantine if its cause does not pass or after ``most`` tries.
 
         Returns:
@@ -182,7 +182,7 @@ class Receipts:
 
     ledger: Ledger
     run: str
-    founds: dict[str, Found]
+    founds: dict[str, LakeEntry]
     """By the names their records have."""
 
     def finish(self, record: SceneRecord) -> None:
@@ -194,7 +194,7 @@ class Receipts:
         return self.ledger.record(self.founds[name], self.run)
 
 
-def _told(found: Found) -> dict[str, Any]:
+def _told(found: LakeEntry) -> dict[str, Any]:
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return {"name": found.name, "uri": public_uri(found.uri), "identity": found.identity, "at": at}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from segpipe.config.scan import Lake, LakeKind
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 
 
-def list_lake(lake: Lake) -> Iterator[Found]:
+def list_lake(lake: Lake) -> Iterator[LakeEntry]:
     """Every scene of a lake, in the same order each time; an empty lake yields nothing.
 
     Memory does not follow the number of scenes: nothing is kept of those that were yielded.

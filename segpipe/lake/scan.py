@@ -14,7 +14,7 @@ from segpipe.config.scan import Identity, LakeKind, Scan
 from segpipe.errors import RequestError
 from segpipe.inference.settings import Settings
 from segpipe.lake.content import content_hash
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.files import wanted
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Known, Ledger
@@ -109,7 +109,7 @@ class Looked:
 
 def new_scenes(
     scan: Scan, known: Known, looked: Looked, spent: Callable[[], float] = lambda: 0.0
-) -> Iterator[Found]:
+) -> Iterator[LakeEntry]:
     """The scenes that no receipt stands for, as the lake lists them; leases are the caller's.
 
     Args:
@@ -139,8 +139,8 @@ def new_scenes(
 
 
 def take_scenes(
-    scan: Scan, ledger: Ledger, holder: Holder, founds: Iterator[Found], known: Known, looked: Looked
-) -> Iterator[Found]:
+    scan: Scan, ledger: Ledger, holder: Holder, founds: Iterator[LakeEntry], known: Known, looked: Looked
+) -> Iterator[LakeEntry]:
     """Of new scenes those that this scan has leased; each is done once though two scans overlap."""
     for found in founds:
         if not holder.take(found.digest):
@@ -160,7 +160,7 @@ def take_scenes(
         yield found
 
 
-def _not_ours(looked: Looked, found: Found, state: str) -> None:
+def _not_ours(looked: Looked, found: LakeEntry, state: str) -> None:
     looked.counts["new"] -= 1
     looked.counts[state] += 1
     looked.size -= found.size
@@ -172,7 +172,7 @@ class Names:
     def __init__(self, taken: set[str]) -> None:
         self._taken = {name.casefold() for name in taken}
 
-    def ref(self, found: Found) -> SceneRef:
+    def ref(self, found: LakeEntry) -> SceneRef:
         """The scene under a name of its own."""
         name = found.name
         if name.casefold() in self._taken:
@@ -181,7 +181,7 @@ class Names:
         return SceneRef(name, found.uri)
 
 
-def may_pass(found: Found) -> bool:
+def may_pass(found: LakeEntry) -> bool:
     """Whether a scene that failed may do better another time: it has gone, or its store does not answer.
 
     What cannot be read though it is there is damaged.
@@ -192,7 +192,7 @@ def may_pass(found: Found) -> bool:
     )
 
 
-def dry_run_markdown(scan: Scan, looked: Looked, shown: Sequence[Found]) -> str:
+def dry_run_markdown(scan: Scan, looked: Looked, shown: Sequence[LakeEntry]) -> str:
     """What a dry run says in the UI: the counts, and the first new scenes."""
     lines = [f"# {plain_text(scan.name)}: what a scan would do", "", f"{plain_text(str(looked))}.", ""]
     if shown:

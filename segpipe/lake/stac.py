@@ -17,7 +17,7 @@ from pystac_client.stac_api_io import StacApiIO
 
 from segpipe.config.scan import Lake, StacFilter
 from segpipe.errors import RequestError
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.files import STORES
 from segpipe.lake.stac_item import NoSceneError, absolute, item_scene
 from segpipe.sources.common import reason
@@ -49,7 +49,7 @@ class _Seen:
     left_out: int = 0
 
 
-def list_stac(lake: Lake) -> Iterator[Found]:
+def list_stac(lake: Lake) -> Iterator[LakeEntry]:
     """The items of a catalogue, collection, item collection or API that pass the lake's filter.
 
     A static catalogue is walked link by link, an API is searched page by page; nothing is kept. Items without

@@ -11,7 +11,7 @@ from urllib.parse import urljoin
 
 from pystac import Asset, Item
 
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.naming import place_name
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
 from segpipe.sources.stack import SEPARATOR, STACK
@@ -32,7 +32,7 @@ def absolute(href: str, place: str) -> str:
     return normpath(Path(place).parent / href)
 
 
-def item_scene(item: Item, keys: Sequence[str], *, with_collection: bool) -> Found:
+def item_scene(item: Item, keys: Sequence[str], *, with_collection: bool) -> LakeEntry:
     """The scene of an item.
 
     Its identity is the item's ``updated`` with addresses, checksums and sizes of the assets; without
@@ -60,7 +60,7 @@ def item_scene(item: Item, keys: Sequence[str], *, with_collection: bool) -> Fou
         identity = {"files": files}
         sizes, times = [f.get("size", 0) for f in files], [t for f in files for t in _time(f)]
     place = f"{item.collection_id}/{item.id}" if with_collection and item.collection_id else item.id
-    return Found(
+    return LakeEntry(
         name=place_name(place, ()),
         uri=hrefs[0] if len(hrefs) == 1 else STACK + SEPARATOR.join(hrefs),
         identity=identity,

@@ -313,7 +313,7 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class IntensityStatistics:
     """A cell in the real unit: stored · scale + offset."""
 
     n: float
@@ -329,7 +329,7 @@ class Statistics:
     """Width of the histogram's bins. Of whole numbers 1 stored unit wide, percentiles are exact."""
 
 
-def statistics(cell: Cell, point: int, scaling: Scaling) -> Statistics:
+def statistics(cell: Cell, point: int, scaling: Scaling) -> IntensityStatistics:
     """The numbers of a cell, from exact sums.
 
     Args:
@@ -341,7 +341,7 @@ def statistics(cell: Cell, point: int, scaling: Scaling) -> Statistics:
     quantiles = PERCENTILES if scale > 0 else tuple(100 - p for p in PERCENTILES)
     found = [_percentile(cell, p) for p in quantiles]
     ends = sorted((cell.low * scale + offset, cell.high * scale + offset))
-    return Statistics(
+    return IntensityStatistics(
         n=cell.cover / FULL,
         mean=cell.total / (cell.cover << point) * scale + offset,
         sd=math.sqrt(variance / (cell.cover << point) ** 2) * abs(scale),

@@ -25,19 +25,17 @@ import numpy as np
 from segpipe.geometry.box import Box
 from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED
 from segpipe.metrics.surface_distances import (
-    Distances,
-    nearest,
-    percentile95,
-    summarise,
-    weighted_percentile95,
-)
-from segpipe.metrics.surface_points import (
     SLACK,
+    Distances,
     band_margin,
     boundary_band,
     edge_elements,
     element_table,
+    nearest,
+    percentile95,
+    summarise,
     surface_elements,
+    weighted_percentile95,
 )
 from segpipe.metrics.tally import NODATA
 

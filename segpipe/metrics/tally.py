@@ -8,8 +8,8 @@ not depend on block size, order or runner, and adding again gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -40,9 +40,6 @@ NODATA = -1
 """Predicted class of an element without a valid pixel."""
 NOT_REQUESTED = -2
 """Reference class of every element when there is no reference."""
-
-_KEYS = ("region", "label", "reference")
-_SUMS = ("cover", "size", "edge")
 
 
 def measure_tiles(geometry: Geometry) -> Iterator[Box]:
@@ -104,10 +101,63 @@ class SizeScale:
         return cls(str(data["unit"]), float(data["largest"]), int(data["bits"]), rows)
 
 
+class SumTable:
+    """Sums of whole numbers by key: int64 columns, one row a key, sorted by key, no key twice.
+
+    Tables of one scene add up to the same bits in any order, grouping and tiling.
+
+    A subclass is a dataclass of arrays whose first `KEYS` fields are the key and whose others are added up.
+    """
+
+    KEYS: ClassVar[int]
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the columns' names in order."""
+        return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_columns(cls, **columns: Any) -> Self:
+        """Return a table of rows in any order; rows with the same key are added up."""
+        rows = np.stack([np.asarray(columns[name], dtype=np.int64).ravel() for name in cls.names()])
+        rows = rows[:, np.lexsort(rows[: cls.KEYS][::-1])]
+        if not rows.size:
+            return cls(*rows)
+        keys = rows[: cls.KEYS]
+        first = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
+        return cls(*keys[:, first], *np.add.reduceat(rows[cls.KEYS :], first, axis=1))
+
+    @classmethod
+    def sum(cls, parts: Iterable[Self]) -> Self:
+        """Return the sum of tables of one scene."""
+        tables, nothing = list(parts), np.zeros(0, dtype=np.int64)
+        return cls.from_columns(
+            **{name: np.concatenate([nothing, *(getattr(t, name) for t in tables)]) for name in cls.names()}
+        )
+
+    def __len__(self) -> int:
+        return len(getattr(self, self.names()[0]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_json(self) -> dict[str, list[int]]:
+        """Return a JSON object, exact; for receipts."""
+        return {name: getattr(self, name).tolist() for name in self.names()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, list[int]]) -> Self:
+        """Return the inverse of `to_json`."""
+        return cls.from_columns(**data)
+
+
 @dataclass(frozen=True, eq=False)
-class Tally:
+class Tally(SumTable):
     """Sums by region, predicted class and reference class: one row each, sorted, none twice."""
 
+    KEYS: ClassVar[int] = 3
     region: np.ndarray
     """Index into the region set's names, int64 as all columns."""
     label: np.ndarray
@@ -122,53 +172,16 @@ class Tally:
     """How many of the elements (whole ones, however little covered) lie on the scene's border."""
 
     @classmethod
-    def from_columns(cls, **columns: Any) -> Tally:
-        """A tally of rows in any order, equal keys added up."""
-        data = {n: np.asarray(columns[n], dtype=np.int64).ravel() for n in (*_KEYS, *_SUMS)}
-        keys = np.stack([data[name] for name in _KEYS])
-        order = np.lexsort(keys[::-1])
-        keys = keys[:, order]
-        if not keys.shape[1]:
-            return cls(**data)
-        first = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
-        sums = {name: np.add.reduceat(data[name][order], first) for name in _SUMS}
-        return cls(*keys[:, first], **sums)
-
-    @classmethod
     def empty(cls) -> Tally:
-        """A tally of nothing: what `add` starts from."""
-        return cls.from_columns(**{name: [] for name in (*_KEYS, *_SUMS)})
+        """Return a tally of nothing."""
+        return cls.sum(())
 
-    def __len__(self) -> int:
-        return len(self.region)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tally) and all(
-            np.array_equal(getattr(self, n), getattr(other, n)) for n in (*_KEYS, *_SUMS)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def rows(self) -> Iterator[tuple[int, int, int, int, int, int]]:
+    def rows(self) -> Iterator[tuple[int, ...]]:
         """(region, label, reference, cover, size, edge) as Python integers."""
-        columns = [getattr(self, name).tolist() for name in (*_KEYS, *_SUMS)]
-        return zip(*columns, strict=True)
-
-    def to_json(self) -> dict[str, list[int]]:
-        """A JSON object, exact; for receipts."""
-        return {name: getattr(self, name).tolist() for name in (*_KEYS, *_SUMS)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, list[int]]) -> Tally:
-        """The inverse of `to_json`."""
-        return cls.from_columns(**data)
+        return zip(*self.to_json().values(), strict=True)
 
 
-def add(tallies: Iterable[Tally]) -> Tally:
-    """The sum of tallies of one scene: the same bits in any order and any grouping."""
-    parts = [*tallies, Tally.empty()]
-    columns = {n: np.concatenate([getattr(t, n) for t in parts]) for n in (*_KEYS, *_SUMS)}
-    return Tally.from_columns(**columns)
+add = Tally.sum
 
 
 def measure_tile(
@@ -224,12 +237,7 @@ def measure_tile(
 
 
 def _sums(
-    code: np.ndarray,
-    pairs: int,
-    cover: Cover,
-    box: Box,
-    border: np.ndarray | None,
-    scale: SizeScale,
+    code: np.ndarray, pairs: int, cover: Cover, box: Box, border: np.ndarray | None, scale: SizeScale
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of classes that a region's cover holds, and for each its cover, size and edge."""
     inner = cover.box.within(box)

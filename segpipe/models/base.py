@@ -34,7 +34,7 @@ class SegmentationModel(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
+class MaskCandidates:
     """What an instance or panoptic network proposes for one window, before masks compete."""
 
     masks: np.ndarray
@@ -56,7 +56,7 @@ class ObjectNetwork(Protocol):
     def parameters(self) -> int | None:
         """Numbers learned in training; None where the file does not tell."""
 
-    def candidates(self, batch: torch.Tensor) -> Sequence[Candidates]:
+    def candidates(self, batch: torch.Tensor) -> Sequence[MaskCandidates]:
         """Masks proposed for each window of a batch (n, c, …), normalised, on `device`."""
         ...
 

@@ -48,7 +48,7 @@ def compiled(card: Card, network: Network) -> Network:
     """
     if not isinstance(network, TorchNetwork):
         raise RequestError(
-            f"compute.compile: {card.name} ({card.provider.value}) is no PyTorch network; use compile: false"
+            f"compute.compile: {card.name} ({card.provider}) is no PyTorch network; use compile: false"
         )
     if card.window_shape is None:
         # Each scene's shape would be compiled anew, and after eight torch would quietly stop compiling.

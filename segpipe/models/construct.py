@@ -23,8 +23,7 @@ def known(card: Card, names: Collection[str]) -> str:
     raise card_error(
         card,
         "architecture",
-        f"found {card.architecture!r}; {hint}valid for provider {card.provider.value}: "
-        f"{', '.join(sorted(names))}",
+        f"found {card.architecture!r}; {hint}valid for provider {card.provider}: {', '.join(sorted(names))}",
     )
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from segpipe.config.card import WITHOUT_WEIGHTS, Card, Provider, card_error, load_card
+from segpipe.config.card import Card, card_error, load_card
 from segpipe.config.job import Precision
 from segpipe.errors import RequestError
-from segpipe.models.checks import check_input, check_objects, check_window
+from segpipe.models.card_checks import check_input, check_objects, check_window
+from segpipe.models.plugins import load_adapter, provider_spec
 from segpipe.models.weights import resolve_weights, weights_files, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from segpipe.models.base import ObjectModel, ObjectNetwork, SegmentationModel
     from segpipe.models.network import Network
-
-AS_STORED = (Provider.onnx, Provider.torchscript, Provider.exported, Provider.classical)
-"""Providers whose files fix their own arithmetic: only fp32 is asked of them."""
 
 FLOPS_EDGE = {2: 256, 3: 64}
 """Edge of what a forward pass is counted on, by number of axes."""
@@ -33,15 +30,6 @@ M = TypeVar("M")
 
 _models: dict[Key, Any] = {}
 _models_lock = threading.Lock()
-
-
-class Adapter(Protocol):
-    """What a provider's module offers."""
-
-    check: Callable[[Card], None]
-    """Everything that can be refused without building."""
-    build: Callable[[Card, torch.device, int], Network | ObjectNetwork]
-    """The network with its weights, on a device, with that many CPU threads."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ def load_model(
 
 def load_object_model(card: Card, device: str, threads: int, precision: str) -> ObjectModel:
     """The same for a card whose output is instance or panoptic."""
-    from segpipe.models.object_model import ReadyObjects
+    from segpipe.models.network import ReadyObjects
 
     return _loaded(card, device, threads, precision, ReadyObjects)
 
@@ -103,18 +91,11 @@ def _loaded(
     ready: Callable[[Card, Any, str, int], M],
     compile: bool = False,
 ) -> M:
-    if card.provider in AS_STORED:
+    if provider_spec(card).as_stored:
         precision = "fp32"
     with _models_lock:
         # Two threads that ask at once: the second waits, then finds the first one's.
-        key = (
-            card.prediction_fingerprint(),
-            weights_fingerprint(card),
-            device,
-            precision,
-            threads,
-            compile,
-        )
+        key = (card.prediction_fingerprint(), weights_fingerprint(card), device, precision, threads, compile)
         if key not in _models:
             network = build_network(card, device_of(device), threads)
             if compile:
@@ -131,11 +112,11 @@ def resolve_precision(card: Card, precision: Precision, device: str) -> str:
     Raises:
         RequestError: half precision is asked of a file that fixes its own arithmetic.
     """
-    if card.provider in AS_STORED:
+    if provider_spec(card).as_stored:
         if precision not in (Precision.auto, Precision.fp32):
             raise RequestError(
                 f"compute.precision: found {precision.value}; {card.name} runs as it is stored "
-                f"({card.provider.value}): valid: auto or fp32"
+                f"({card.provider}): valid: auto or fp32"
             )
         return "fp32"
     if precision is Precision.auto:
@@ -213,12 +194,12 @@ def check_card(card: Card) -> None:
     Raises:
         RequestError: names the card, the field, what was found and what would be valid.
     """
-    if card.weights or card.provider not in WITHOUT_WEIGHTS:
+    if card.weights or provider_spec(card).needs_weights:
         resolve_weights(card)
     if card.answers_prompts:
         found = f"found {card.output.kind}, which answers prompts"
         raise card_error(card, "output.kind", f"{found}; valid here: semantic, instance, panoptic")
-    provider(card).check(card)
+    load_adapter(card).check(card)
     check_window(card)
     check_input(card)
     if card.output.kind != "semantic":
@@ -227,19 +208,14 @@ def check_card(card: Card) -> None:
         _check_roi(card, card.roi.card)
 
 
-def provider(card: Card) -> Adapter:
-    """The provider's module, imported when first needed: each one is seconds and megabytes."""
-    try:
-        return cast(Adapter, importlib.import_module(f"segpipe.models.providers.{card.provider.value}"))
-    except ModuleNotFoundError as error:
-        raise card_error(
-            card, "provider", f"{card.provider.value} needs the package {error.name}: install it"
-        ) from error
-
-
 def build_network(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:
     """The card's network with its weights, as its provider's adapter builds it; anew at every call."""
-    return provider(card).build(card, device, threads)
+    return load_adapter(card).build(card, device, threads)
+
+
+def runtime_without_cuda(card: Card) -> str:
+    """The runtime that computes the card's model where it has no CUDA here; empty: torch, or one that has."""
+    return str(getattr(load_adapter(card), "without_cuda", str)())
 
 
 def device_of(name: str) -> torch.device:

@@ -9,10 +9,10 @@ import torch
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import Objective, ObjectModel, ObjectNetwork
-from segpipe.models.checks import check_input, check_objects, check_window
-from segpipe.models.network import TorchNetwork
-from segpipe.models.object_model import ReadyObjects
-from segpipe.models.registry import Adapter, build_network, provider
+from segpipe.models.card_checks import check_input, check_objects, check_window
+from segpipe.models.network import ReadyObjects, TorchNetwork
+from segpipe.models.plugins import Adapter, load_adapter
+from segpipe.models.registry import build_network
 
 
 class Trainable(Adapter, Protocol):
@@ -39,9 +39,9 @@ def untrained(card: Card) -> torch.nn.Module:
     """
     check_window(card)
     check_input(card)
-    adapter = provider(card)
+    adapter = load_adapter(card)
     if not hasattr(adapter, "module"):
-        raise card_error(card, "provider", f"{card.provider.value} models run here, but are not trained here")
+        raise card_error(card, "provider", f"{card.provider} models run here, but are not trained here")
     return cast(Trainable, adapter).module(card)
 
 
@@ -54,13 +54,13 @@ def objective(card: Card) -> Objective | None:
     if card.output.kind == "semantic":
         return None
     check_objects(card)
-    adapter = provider(card)
+    adapter = load_adapter(card)
     found = cast(ObjectTrainable, adapter).objective(card) if hasattr(adapter, "objective") else None
     if found is None:
         raise card_error(
             card,
             "provider",
-            f"{card.provider.value} models that find objects are not trained here: valid: torchvision's "
+            f"{card.provider} models that find objects are not trained here: valid: torchvision's "
             "Mask R-CNN, or networks of transformers",
         )
     return found
@@ -71,7 +71,7 @@ def finder(
 ) -> ObjectModel:
     """A network in training, whose `objective` there is, as what finds objects in windows."""
     return ReadyObjects(
-        card, cast(ObjectTrainable, provider(card)).finder(card, network, device), precision, threads
+        card, cast(ObjectTrainable, load_adapter(card)).finder(card, network, device), precision, threads
     )
 
 
@@ -83,5 +83,5 @@ def built_state(card: Card) -> dict[str, torch.Tensor]:
     """
     network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
-        raise card_error(card, "provider", f"{card.provider.value} has no tensors by name")
+        raise card_error(card, "provider", f"{card.provider} has no tensors by name")
     return dict(network.module.state_dict())

@@ -10,45 +10,14 @@ import threading
 import warnings
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from segpipe.config.card import WITHOUT_WEIGHTS, Card, Provider, card_error
+from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
+from segpipe.models.plugins import CompositeAdapter, WeightsFolder, load_adapter, provider_spec
 
 if TYPE_CHECKING:
     import torch
-
-ENDINGS: dict[Provider, tuple[str, ...]] = {
-    Provider.smp: (".safetensors", ".pt", ".pth"),
-    Provider.monai: (".safetensors", ".pt", ".pth"),
-    Provider.onnx: (".onnx",),
-    Provider.torchvision: (".safetensors", ".pt", ".pth"),
-    Provider.literature: (".safetensors", ".pt", ".pth"),
-    Provider.classical: (".safetensors",),
-    Provider.bundle: (".zip",),
-    Provider.transformers: (".safetensors",),
-    Provider.exported: (".pt2",),
-    Provider.torchscript: (".pt", ".pth", ".ts", ".torchscript"),
-}
-"""Kinds of file each provider reads; those of `FOLDER_FILES` read a folder."""
-
-FOLDER_FILES: dict[Provider, tuple[str, ...]] = {
-    Provider.transformers: (
-        *("config.json", "*.safetensors", "*.safetensors.index.json"),
-        *("preprocessor_config.json", "processor_config.json"),
-        *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
-        *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    ),
-    Provider.nnunet: ("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"),
-    Provider.bundle: ("configs/*.json", "configs/*.yaml", "models/model.*"),
-}
-"""What is fetched, hashed and read of the folders that some providers' models are."""
-
-_FOLDERS = {
-    Provider.transformers: (("config.json", "*.safetensors"), "save_pretrained"),
-    Provider.nnunet: (("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"), "nnUNetv2_train"),
-    Provider.bundle: (("configs/*", "models/model.*"), "monai.bundle"),
-}
 
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[^/]+)(?:/(?P<file>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -66,8 +35,11 @@ def resolve_weights(card: Card) -> Path:
     Raises:
         RequestError: nothing is there, or it is of a kind that the card's provider cannot read.
     """
-    if card.provider is Provider.ensemble:
-        raise card_error(card, "weights", f"found {card.weights!r}; an ensemble's are those of its members")
+    spec = provider_spec(card)
+    if spec.composite:
+        raise card_error(
+            card, "weights", f"found {card.weights!r}; those of provider {card.provider} are its members'"
+        )
     if not card.weights:
         raise card_error(card, "weights", "none given; valid: a path relative to the card, pkg:// or hf://")
     scheme, sign, _ = card.weights.partition("://")
@@ -76,7 +48,7 @@ def resolve_weights(card: Card) -> Path:
     elif scheme == "pkg":
         path = _from_package(card)
     elif scheme == "hf":
-        path = _from_hub(card)
+        path = _from_hub(card, spec.folder)
     else:
         raise card_error(
             card,
@@ -84,10 +56,10 @@ def resolve_weights(card: Card) -> Path:
             f"found {card.weights!r}; valid: a path relative to the card, "
             "pkg://distribution/file, or hf://org/name@commit/file",
         )
-    if card.provider in FOLDER_FILES and not (card.provider in ENDINGS and path.is_file()):
-        _check_folder(card, path)
+    if spec.folder and not (spec.files and path.is_file()):
+        _check_folder(card, path, spec.folder)
     else:
-        _check_file(card, path)
+        _check_file(card, path, spec.files)
     return path
 
 
@@ -100,70 +72,62 @@ def _from_package(card: Card) -> Path:
         raise card_error(card, "weights", str(error)) from error
 
 
-def _from_hub(card: Card) -> Path:
+def _from_hub(card: Card, folder: WeightsFolder | None) -> Path:
     """A file or folder in the Hugging Face hub's local cache, fetched first where allowed."""
     found = _HUB.fullmatch(card.weights)
-    if found is None or not _COMMIT.fullmatch(found["revision"]):
+    if found is None or not _COMMIT.fullmatch(found["revision"]) or not (found["file"] or folder):
         # A branch or a tag can move: the same card would mean other weights tomorrow.
         raise card_error(
             card,
             "weights",
-            f"found {card.weights!r}; valid: hf://org/name@REVISION[/file] with the full commit "
-            "(40 hexadecimal digits) as the revision",
+            f"found {card.weights!r}; valid: hf://org/name@REVISION{'[/file]' if folder else '/file'} with "
+            "the full commit (40 hexadecimal digits) as the revision",
         )
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
     repo, revision, file = found["repo"], found["revision"], found["file"]
     try:
-        if file is not None:
+        if file is not None or folder is None:
             return Path(hf_hub_download(repo, file, revision=revision))
-        patterns = list(FOLDER_FILES[card.provider])
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(folder.files)))
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise card_error(
-            card,
-            "weights",
-            f"{card.weights} is not in the local cache and was not fetched: {reason}",
+            card, "weights", f"{card.weights} is not in the local cache and was not fetched: {reason}"
         ) from error
 
 
-def _check_file(card: Card, path: Path) -> None:
-    endings = ENDINGS[card.provider]
+def _check_file(card: Card, path: Path, endings: tuple[str, ...]) -> None:
     valid = f"valid: a file ending in {', '.join(endings)}"
     if not path.is_file():
         found = "a folder, not a file," if path.is_dir() else "no file"
         raise card_error(card, "weights", f"{found} at {path} ({card.weights}); {valid}")
     if path.suffix not in endings:
+        raise card_error(card, "weights", f"provider {card.provider} does not read {path.name}; {valid}")
+
+
+def _check_folder(card: Card, path: Path, folder: WeightsFolder) -> None:
+    if not all(list(path.glob(pattern)) for pattern in folder.needed):
         raise card_error(
             card,
             "weights",
-            f"provider {card.provider.value} does not read {path.name}; {valid}",
-        )
-
-
-def _check_folder(card: Card, path: Path) -> None:
-    needed, written_by = _FOLDERS[card.provider]
-    if not all(list(path.glob(pattern)) for pattern in needed):
-        raise card_error(
-            card,
-            "weights",
-            f"found no {' with '.join(needed)} in {path} ({card.weights}); valid: a folder as {written_by} "
-            "writes it, or hf://org/name@commit without a file",
+            f"found no {' with '.join(folder.needed)} in {path} ({card.weights}); valid: a folder as "
+            f"{folder.written_by} writes it, or hf://org/name@commit without a file",
         )
 
 
 def weights_files(card: Card) -> list[Path]:
     """Every file the card's weights consist of, in a fixed order; of an ensemble, its members' in turn."""
-    if card.provider is Provider.ensemble:
-        return [file for member in _members(card) for file in weights_files(member)]
-    if not card.weights and card.provider in WITHOUT_WEIGHTS:
+    spec = provider_spec(card)
+    if spec.composite:
+        return [file for member in member_cards(card) for file in weights_files(member)]
+    if not card.weights and not spec.needs_weights:
         return []
     path = resolve_weights(card)
-    if path.is_file():
+    if spec.folder is None or path.is_file():
         return [path]
-    return sorted(file for pattern in FOLDER_FILES[card.provider] for file in path.glob(pattern))
+    return sorted(file for pattern in spec.folder.files for file in path.glob(pattern))
 
 
 def weights_fingerprint(card: Card) -> str:
@@ -174,26 +138,24 @@ def weights_fingerprint(card: Card) -> str:
     Raises:
         RequestError: as `resolve_weights`.
     """
-    if card.provider is Provider.ensemble:
+    if provider_spec(card).composite:
         parts = "".join(
-            f"{member.prediction_fingerprint()}\0{weights_fingerprint(member)}\n" for member in _members(card)
+            f"{member.prediction_fingerprint()}\0{weights_fingerprint(member)}\n"
+            for member in member_cards(card)
         )
         return hashlib.sha256(parts.encode()).hexdigest()
-    if not card.weights and card.provider in WITHOUT_WEIGHTS:
-        return ""
     files = weights_files(card)
+    if not files:
+        return ""
     if resolve_weights(card).is_file():
         return _digest(files[0])
     lines = "".join(f"{file.name}\0{_digest(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _members(card: Card) -> list[Card]:
-    from segpipe.models.ensemble_members import (
-        member_cards,  # which tells its mistakes with this module
-    )
-
-    return member_cards(card)
+def member_cards(card: Card) -> list[Card]:
+    """The cards whose models make up that of a card whose provider is composite."""
+    return cast(CompositeAdapter, load_adapter(card)).members(card)
 
 
 def _digest(path: Path) -> str:

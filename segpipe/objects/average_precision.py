@@ -33,7 +33,7 @@ UNSCORED = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Detections:
+class ScoredMatches:
     """What average precision needs to know of one class in one scene."""
 
     scores: np.ndarray
@@ -61,7 +61,7 @@ class AveragePrecision:
     """What the scores allow to say."""
 
 
-def detections(scene: Overlaps) -> dict[int, Detections]:
+def detections(scene: Overlaps) -> dict[int, ScoredMatches]:
     """A scene's predicted objects with their partners, by class value."""
     predicted, reference = scene.predicted, scene.reference
     pairs = np.flatnonzero(scene.iou >= 0.5)
@@ -74,22 +74,22 @@ def detections(scene: Overlaps) -> dict[int, Detections]:
     result = {}
     for value in scene.classes:
         p, r = predicted.objects.classes == value, reference.objects.classes == value
-        result[value] = Detections(
+        result[value] = ScoredMatches(
             predicted.objects.scores[p], iou[p], predicted.mostly_void[p], found[r], reference.mostly_void[r]
         )
     return result
 
 
-def average_precision(scenes: Iterable[dict[int, Detections]]) -> dict[int, AveragePrecision]:
+def average_precision(scenes: Iterable[dict[int, ScoredMatches]]) -> dict[int, AveragePrecision]:
     """Average precision over scenes, by class value of every class that any has (`detections`)."""
     scenes = list(scenes)
     values = sorted({value for scene in scenes for value in scene})
     return {value: _of_class([scene[value] for scene in scenes if value in scene]) for value in values}
 
 
-def _of_class(parts: list[Detections]) -> AveragePrecision:
+def _of_class(parts: list[ScoredMatches]) -> AveragePrecision:
     """Average precision of one class over scenes."""
-    columns = (np.concatenate([getattr(p, n) for p in parts]) for n in Detections.__dataclass_fields__)
+    columns = (np.concatenate([getattr(p, n) for p in parts]) for n in ScoredMatches.__dataclass_fields__)
     scores, iou, void, found, found_void = columns
     by_threshold = []
     for threshold in IOU_THRESHOLDS:

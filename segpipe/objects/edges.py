@@ -19,14 +19,15 @@ window that was shifted at the scene's end still overlaps the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 
 from segpipe.geometry.box import Box
-from segpipe.metrics.tally import compact
+from segpipe.metrics.tally import SumTable, compact
 from segpipe.objects.nodes import Nodes, window_number
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.windows import Index, Lattice
@@ -42,12 +43,13 @@ class Overhang:
 
 
 @dataclass(frozen=True, eq=False)
-class PairCounts:
+class PairCounts(SumTable):
     """Elements that two neighbouring windows both see, by the ids they give: sorted, none twice, int64.
 
     ``low`` is the window with the smaller number. One of the two ids may be 0: no object.
     """
 
+    KEYS: ClassVar[int] = 4
     low: np.ndarray
     """`window_number` of the first window."""
     high: np.ndarray
@@ -58,9 +60,6 @@ class PairCounts:
     """Local id in the second."""
     count: np.ndarray
     """Elements."""
-
-    def __len__(self) -> int:
-        return len(self.count)
 
 
 def overhang_boxes(lattice: Lattice, index: Index) -> list[tuple[Index, Box]]:
@@ -105,19 +104,17 @@ def window_edges(overhang: Overhang, lattice: Lattice, read: Callable[[Box], np.
     codes, place = compact(((side * base + mine) * base + raw)[some])
     count = np.bincount(place, minlength=len(codes))
     numbers = np.array([window_number(lattice, other) for other, _ in boxes], np.int64)
-    return _ordered(
-        np.full(len(codes), window_number(lattice, overhang.index)),
-        numbers[codes // base**2],
-        codes // base % base,
-        codes % base,
-        count,
-    )
+    own, other = np.full(len(codes), window_number(lattice, overhang.index)), numbers[codes // base**2]
+    own_id, other_id = codes // base % base, codes % base
+    swap = own > other
+    return PairCounts.from_columns(
+        low=np.where(swap, other, own), high=np.where(swap, own, other),
+        low_id=np.where(swap, other_id, own_id), high_id=np.where(swap, own_id, other_id), count=count,
+    )  # fmt: skip
 
 
-def add_pairs(parts: Iterable[PairCounts]) -> PairCounts:
-    """The sum of counts, each window's half once: the same bits in any order and grouping."""
-    nothing = np.zeros((5, 0), np.int64)
-    return _ordered(*np.concatenate([nothing, *(np.stack(list(vars(p).values())) for p in parts)], axis=1))
+add_pairs = PairCounts.sum
+"""The sum of counts, each window's half once."""
 
 
 def matches(pairs: PairCounts, nodes: Nodes, stuff: Collection[int] = ()) -> np.ndarray:
@@ -143,28 +140,6 @@ def matches(pairs: PairCounts, nodes: Nodes, stuff: Collection[int] = ()) -> np.
     classes = nodes.classes[ends]
     same = (classes[:, 0] == classes[:, 1]) & ~np.isin(classes[:, 0], [*stuff])
     return np.asarray(ends[same])
-
-
-def _ordered(
-    one: np.ndarray, two: np.ndarray, one_id: np.ndarray, two_id: np.ndarray, count: np.ndarray
-) -> PairCounts:
-    """Rows in any order and direction, equal ones added up."""
-    swap = one > two
-    rows = np.stack(
-        [
-            np.where(swap, two, one),
-            np.where(swap, one, two),
-            np.where(swap, two_id, one_id),
-            np.where(swap, one_id, two_id),
-            count,
-        ]
-    ).astype(np.int64)
-    if not rows.size:
-        return PairCounts(*rows)
-    rows = rows[:, np.lexsort(rows[3::-1])]
-    begin = np.flatnonzero(np.r_[True, (np.diff(rows[:4]) != 0).any(0)])
-    columns = [*rows[:4, begin], np.add.reduceat(rows[4], begin)]
-    return PairCounts(*columns)
 
 
 def _margin(pairs: PairCounts, ids: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.ndimage import find_objects
@@ -109,7 +109,8 @@ def add_nodes(parts: Iterable[Nodes], ndim: int) -> Nodes:
         ndim: axes of the scene.
     """
     nothing = np.zeros((0, 6 + 2 * ndim), np.int64)
-    return _nodes(np.concatenate([nothing, *(np.column_stack(list(vars(p).values())) for p in parts)]), ndim)
+    rows = (np.column_stack([getattr(part, f.name) for f in fields(part)]) for part in parts)
+    return _nodes(np.concatenate([nothing, *rows]), ndim)
 
 
 def _nodes(rows: np.ndarray, ndim: int) -> Nodes:

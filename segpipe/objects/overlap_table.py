@@ -8,29 +8,28 @@ is compared; they are kept apart, because an object that lies mostly in them can
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
-from segpipe.metrics.tally import MOST_ELEMENTS, SizeScale, compact
+from segpipe.metrics.tally import MOST_ELEMENTS, SizeScale, SumTable, compact
 
 VOID = -1
 """Id of an element that is left out."""
 
-_COLUMNS = ("predicted", "reference", "count", "size")
-
 
 @dataclass(frozen=True, eq=False)
-class OverlapTable:
+class OverlapTable(SumTable):
     """Elements by (predicted id, reference id), at least one an object: sorted, none twice.
 
     The area of an object is the sum of its rows.
     """
 
+    KEYS: ClassVar[int] = 2
     predicted: np.ndarray
     """Predicted id, 0 for no object or `VOID`; int64 as all columns."""
     reference: np.ndarray
@@ -41,46 +40,13 @@ class OverlapTable:
     """Area or volume, in 2**-bits of the scene's largest element (`SizeScale`)."""
 
     @classmethod
-    def from_columns(cls, **columns: Any) -> OverlapTable:
-        """A table of rows in any order, equal pairs added up, pairs without an object left out."""
-        data = [np.asarray(columns[name], dtype=np.int64).ravel() for name in _COLUMNS]
-        keep = (data[0] > 0) | (data[1] > 0)
-        predicted, reference, count, size = (column[keep] for column in data)
-        order = np.lexsort((reference, predicted))
-        predicted, reference = predicted[order], reference[order]
-        if not len(order):
-            return cls(predicted, reference, count, size)
-        new = (np.diff(predicted) != 0) | (np.diff(reference) != 0)
-        first = np.flatnonzero(np.r_[True, new])
-        sums = (np.add.reduceat(column[order], first) for column in (count, size))
-        return cls(predicted[first], reference[first], *sums)
-
-    def __len__(self) -> int:
-        return len(self.count)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OverlapTable) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in _COLUMNS
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def to_json(self) -> dict[str, list[int]]:
-        """A JSON object, exact; for receipts."""
-        return {name: getattr(self, name).tolist() for name in _COLUMNS}
-
-    @classmethod
-    def from_json(cls, data: dict[str, list[int]]) -> OverlapTable:
-        """The inverse of `to_json`."""
-        return cls.from_columns(**data)
+    def from_columns(cls, **columns: Any) -> Self:
+        """Return a table of rows in any order, equal pairs added up, pairs without an object left out."""
+        keep = (np.asarray(columns["predicted"]) > 0) | (np.asarray(columns["reference"]) > 0)
+        return super().from_columns(**{name: np.asarray(column)[keep] for name, column in columns.items()})
 
 
-def add(tables: Iterable[OverlapTable]) -> OverlapTable:
-    """The sum of tables of one scene: the same bits in any order, grouping and tiling."""
-    parts = list(tables)
-    nothing = np.zeros(0, dtype=np.int64)
-    columns = {n: np.concatenate([nothing, *(getattr(t, n) for t in parts)]) for n in _COLUMNS}
-    return OverlapTable.from_columns(**columns)
+add = OverlapTable.sum
 
 
 def overlap_tile(predicted: np.ndarray, reference: np.ndarray, box: Box, scale: SizeScale) -> OverlapTable:
@@ -179,7 +145,7 @@ class Minimum:
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class ObjectSide:
     """The objects of prediction or reference that take part, by ascending id."""
 
     objects: Objects
@@ -198,8 +164,8 @@ class Side:
 class Overlaps:
     """The objects of one scene, and every pair of one class that has elements in common."""
 
-    predicted: Side
-    reference: Side
+    predicted: ObjectSide
+    reference: ObjectSide
     first: np.ndarray
     """Index of a pair's predicted object."""
     second: np.ndarray
@@ -245,7 +211,7 @@ def overlaps(
     Raises:
         SceneError: an id of the table has no class.
     """
-    columns = {name: getattr(table, name) for name in _COLUMNS}
+    columns = {name: getattr(table, name) for name in OverlapTable.names()}
     for side, objects in (("predicted", predicted), ("reference", reference)):
         columns[side] = _one_segment(columns[side], objects, stuff, side)
         columns[side] = _large(columns, side, scale, minimum or Minimum())
@@ -281,11 +247,11 @@ def _large(columns: dict[str, np.ndarray], side: str, scale: SizeScale, minimum:
     return _renamed(column, ids, np.where((count >= minimum.elements) & (size >= minimum.size), ids, 0))
 
 
-def _side(objects: Objects, own: np.ndarray, other: np.ndarray, count: np.ndarray, side: str) -> Side:
+def _side(objects: Objects, own: np.ndarray, other: np.ndarray, count: np.ndarray, side: str) -> ObjectSide:
     """The objects in a column, with their elements in and outside the other side's void."""
     ids = np.unique(own[own > 0])
     areas = (_sums(own[where], count[where], ids) for where in (other >= 0, other < 0))
-    return Side(objects.take(ids, side), *areas)
+    return ObjectSide(objects.take(ids, side), *areas)
 
 
 def _renamed(column: np.ndarray, ids: np.ndarray, new: np.ndarray) -> np.ndarray:

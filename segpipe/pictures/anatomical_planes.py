@@ -26,7 +26,7 @@ SLAB_ELEMENTS = 2**24
 RIGHT, FRONT, UP = 0, 1, 2  # axes of RAS
 
 
-class View(NamedTuple):
+class PlaneView(NamedTuple):
     """A plane by its axes of RAS: the one cut through, of the rows (top +) and of the columns (left +)."""
 
     name: str
@@ -35,8 +35,8 @@ class View(NamedTuple):
     left: int
 
 
-AXIAL = View("Axial", UP, FRONT, RIGHT)
-_VIEWS = (AXIAL, View("Coronal", FRONT, UP, RIGHT), View("Sagittal", RIGHT, UP, FRONT))
+AXIAL = PlaneView("Axial", UP, FRONT, RIGHT)
+_VIEWS = (AXIAL, PlaneView("Coronal", FRONT, UP, RIGHT), PlaneView("Sagittal", RIGHT, UP, FRONT))
 LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))
 """Plus and minus of each axis of RAS."""
 _GAP, _FOOT = 8, 26
@@ -65,13 +65,13 @@ class Anatomy:
             axis[int(ras)], sign[int(ras)] = 2 - voxel, int(direction)
         return cls((axis[0], axis[1], axis[2]), (sign[0], sign[1], sign[2]))
 
-    def upright(self, array: np.ndarray, view: View) -> np.ndarray:
+    def upright(self, array: np.ndarray, view: PlaneView) -> np.ndarray:
         """A cut (…, rows, columns), axes in array order, with the view's top and left where they belong."""
         turned = array if self.axis[view.top] < self.axis[view.left] else array.swapaxes(-1, -2)
         # anatomical plus is up and left, so an index that grows toward it is reversed
         return turned[..., :: -self.sign[view.top], :: -self.sign[view.left]]
 
-    def millimetres(self, geometry: VolumeGeometry, view: View) -> tuple[float, float]:
+    def millimetres(self, geometry: VolumeGeometry, view: PlaneView) -> tuple[float, float]:
         """Height and width of a cut."""
         high, wide = (
             geometry.shape[a] * geometry.spacing[a] for a in (self.axis[view.top], self.axis[view.left])
@@ -80,7 +80,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True, eq=False)
-class Extents:
+class ClassExtents:
     """How many voxels the structures have at each index along each axis."""
 
     classes: tuple[Class, ...]
@@ -106,7 +106,7 @@ class Extents:
         return tuple(middle), self.classes[largest].name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VolumePictures:
     """The three planes in a row, once per kind of picture."""
 
@@ -125,10 +125,10 @@ class VolumePictures:
     place: str
     """Where the planes are, in words."""
     notes: tuple[str, ...]
-    extents: Extents
+    extents: ClassExtents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Cut:
     """One plane as sampled, turned upright."""
 
@@ -162,8 +162,7 @@ def volume_pictures(
     bounds, what = tissue_limits(every, seen)
     room = width - 2 * _GAP
     scale = min(
-        room / sum(c.millimetres[1] for c in cuts),
-        0.75 * width / max(c.millimetres[0] for c in cuts),
+        room / sum(c.millimetres[1] for c in cuts), 0.75 * width / max(c.millimetres[0] for c in cuts)
     )
     drawn = [_draw(cut, scale, bounds, classes, nodata) for cut in cuts]
     pictures = {key: _compose([d[key] for d in drawn], cuts, 1 / scale) for key in drawn[0]}
@@ -173,9 +172,10 @@ def volume_pictures(
         notes.append("The volume is oblique: planes follow its own axes, named for the closest.")
     arrays = [c.labels for c in cuts] + [c.reference for c in cuts if c.reference is not None]
     place = f"through the median voxel of {name}" if name else "through the middle of the volume"
-    seen_labels = tuple(a.ravel() for a in arrays)
-    axial = drawn[0]["labels"]
-    return VolumePictures(pictures, axial, centre, seen_labels, bounds, what, place, tuple(notes), extents)
+    return VolumePictures(
+        pictures=pictures, axial=drawn[0]["labels"], centre=centre, seen=tuple(a.ravel() for a in arrays),
+        bounds=bounds, range=what, place=place, notes=tuple(notes), extents=extents,
+    )  # fmt: skip
 
 
 def _draw(
@@ -195,7 +195,7 @@ def _draw(
 
 def structure_extents(
     read_labels: ArrayReader, shape: tuple[int, ...], classes: Sequence[Class], nodata: int | None
-) -> Extents:
+) -> ClassExtents:
     """Where the classes are that are not background, in one pass over slabs."""
     kept = [c for c in classes if not c.background and c.value != nodata]
     counts = [np.zeros((len(kept), n), dtype=np.int64) for n in shape]
@@ -210,7 +210,7 @@ def structure_extents(
                 counts[0][index, start:stop] += mask.sum(axis=(1, 2))
                 counts[1][index] += mask.sum(axis=(0, 2))
                 counts[2][index] += mask.sum(axis=(0, 1))
-    return Extents(tuple(kept), tuple(counts))
+    return ClassExtents(tuple(kept), tuple(counts))
 
 
 def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, float], str]:
@@ -234,7 +234,7 @@ def tissue_limits(values: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, f
 
 
 def _cut(
-    view: View,
+    view: PlaneView,
     read: Readers,
     geometry: VolumeGeometry,
     centre: tuple[int, ...],
@@ -250,16 +250,11 @@ def _cut(
 
     values, valid = sample_image(read.image, plane, (channel,))
     return _Cut(
-        view.name,
-        (*LETTERS[view.left], *LETTERS[view.top]),
-        anatomy.millimetres(geometry, view),
-        anatomy.upright(values[0], view),
-        anatomy.upright(valid, view),
-        anatomy.upright(sample_labels(read.labels, plane), view),
-        sampled(read.reference),
-        sampled(read.uncertainty),
-        sampled(read.ids),
-    )
+        name=view.name, letters=(*LETTERS[view.left], *LETTERS[view.top]),
+        millimetres=anatomy.millimetres(geometry, view), values=anatomy.upright(values[0], view),
+        valid=anatomy.upright(valid, view), labels=anatomy.upright(sample_labels(read.labels, plane), view),
+        reference=sampled(read.reference), uncertainty=sampled(read.uncertainty), ids=sampled(read.ids),
+    )  # fmt: skip
 
 
 def _compose(planes: Sequence[np.ndarray], cuts: Sequence[_Cut], per_pixel: float) -> np.ndarray:

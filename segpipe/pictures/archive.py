@@ -34,7 +34,7 @@ class LegendEntry:
     color: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Panel:
     """One picture."""
 
@@ -53,7 +53,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Slice:
+class SlicePicture:
     """One slice of a stack."""
 
     jpeg: bytes
@@ -61,11 +61,11 @@ class Slice:
     """Which one it is, and where."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SliceStack:
     """Slices of a volume to leaf through, all of one size."""
 
-    slices: tuple[Slice, ...]
+    slices: tuple[SlicePicture, ...]
     """From the feet up."""
     first: int
     """Which one to show first."""
@@ -74,7 +74,7 @@ class SliceStack:
     caption: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Previews:
     """All pictures of a scene."""
 
@@ -120,15 +120,10 @@ def assemble(
     """
     small = pictures["labels"] if thumbnail is None else thumbnail
     return Previews(
-        tuple(panels),
-        tuple(legend),
-        tuple(difference_legend),
-        _composite(panels, pictures, legend, difference_legend),
-        _thumbnail(small),
-        tuple(notes),
-        slices,
-        tuple(phrases),
-    )
+        panels=tuple(panels), legend=tuple(legend), difference_legend=tuple(difference_legend),
+        composite=_composite(panels, pictures, legend, difference_legend), thumbnail=_thumbnail(small),
+        notes=tuple(notes), slices=slices, phrases=tuple(phrases),
+    )  # fmt: skip
 
 
 def _thumbnail(picture: np.ndarray) -> bytes:
@@ -171,16 +166,16 @@ def load_previews(content: bytes) -> Previews:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             index = json.loads(archive.read("index.json"))
+            legends = {
+                name: tuple(LegendEntry(**entry) for entry in index[name])
+                for name in ("legend", "difference_legend")
+            }
             return Previews(
-                _load_panels(archive, index["panels"]),
-                tuple(LegendEntry(**entry) for entry in index["legend"]),
-                tuple(LegendEntry(**entry) for entry in index["difference_legend"]),
-                archive.read("composite.png"),
-                archive.read("thumbnail.webp"),
-                tuple(index["notes"]),
-                _load_slices(archive, index["slices"]),
-                _load_panels(archive, index.get("phrases", ())),  # archives from before there were any
-            )
+                panels=_load_panels(archive, index["panels"]), **legends,
+                composite=archive.read("composite.png"), thumbnail=archive.read("thumbnail.webp"),
+                notes=tuple(index["notes"]), slices=_load_slices(archive, index["slices"]),
+                phrases=_load_panels(archive, index.get("phrases", ())),  # older archives have none
+            )  # fmt: skip
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"stored previews cannot be read ({error}); run the job again") from error
 
@@ -193,7 +188,7 @@ def _load_slices(archive: zipfile.ZipFile, index: dict[str, Any] | None) -> Slic
     if index is None:
         return None
     slices = tuple(
-        Slice(archive.read(f"slice-{number:03d}.jpeg"), entry["caption"])
+        SlicePicture(archive.read(f"slice-{number:03d}.jpeg"), entry["caption"])
         for number, entry in enumerate(index["slices"])
     )
     return SliceStack(**{**index, "slices": slices})

@@ -9,12 +9,12 @@ import numpy as np
 
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import VolumeGeometry
-from segpipe.pictures.anatomical_planes import AXIAL, UP, Anatomy, Extents
+from segpipe.pictures.anatomical_planes import UP, Anatomy, ClassExtents
 from segpipe.pictures.archive import Panel
+from segpipe.pictures.axial_slices import lettered, sample_slices, slice_name
 from segpipe.pictures.colors import rgb
-from segpipe.pictures.drawing import edges, resize, stretch, webp
-from segpipe.pictures.sampling import Plane, Readers, Stack, sample_image, sample_labels
-from segpipe.pictures.slices import lettered, slice_name
+from segpipe.pictures.drawing import edges, webp
+from segpipe.pictures.sampling import Plane, Readers
 
 if TYPE_CHECKING:
     from segpipe.objects.merge import SceneObjects
@@ -122,7 +122,7 @@ def phrase_slices(
     read: Readers,
     geometry: VolumeGeometry,
     shown: Sequence[Class],
-    extents: Extents,
+    extents: ClassExtents,
     classes: Sequence[Class],
     nodata: int | None,
     bounds: tuple[float, float],
@@ -135,30 +135,17 @@ def phrase_slices(
     Returns:
         phrase, RGBA and where the slice is.
     """
-    anatomy = Anatomy.of(geometry)
-    across = anatomy.axis[UP]
+    across = Anatomy.of(geometry).axis[UP]
     counts = {c.value: extents.along(c.value, across) for c in shown}
     drawn = [c for c in shown if counts[c.value].any()]
     if not drawn:
         return []
     at = np.unique([int(counts[c.value].argmax()) for c in drawn])
-    sides = anatomy.millimetres(geometry, AXIAL)
-    size = tuple(max(1, round(EDGE * side / max(sides))) for side in sides)
-    edge = max(n for axis, n in enumerate(geometry.shape) if axis != across)
-    stack = Stack(geometry.shape, across, tuple(at.tolist()), max(1, edge // EDGE))
-    values, valid = sample_image(read.image, stack, (channel,))
-    labels = sample_labels(read.labels, stack)
-    ids = labels if read.ids is None else sample_labels(read.ids, stack)
+    sampled = sample_slices(read, geometry, at, bounds, channel, EDGE)
     result = []
     for item in drawn:
         index = int(counts[item.value].argmax())
-        i = int(np.searchsorted(at, index))
-        base = stretch(anatomy.upright(values[:, i], AXIAL), anatomy.upright(valid[i], AXIAL), [bounds])
-        base = resize(base, (size[0], size[1]), smooth=True)
-        own, outlined = (
-            resize(anatomy.upright(part[i], AXIAL), (size[0], size[1]), smooth=False)
-            for part in (labels, ids)
-        )
+        base, own, outlined = sampled(int(np.searchsorted(at, index)))
         picture = lettered(highlighted(base, own, item, classes, nodata, outlined))
         opaque = np.full((*picture.shape[:2], 1), 255, np.uint8)
         result.append((item, np.dstack([picture, opaque]), f"{slice_name(geometry, index)}, has most of it."))
@@ -172,5 +159,10 @@ def phrase_panels(drawn: Sequence[tuple[Class, np.ndarray, str]]) -> tuple[Panel
         high, wide = picture.shape[:2]
         said = f"{item.name}: its objects are filled and outlined, everything else is dim. {place}".strip()
         content = webp(picture, _QUALITY)
-        panels.append(Panel(f"phrase-{number:02d}", item.name, place, said, content, wide, high, "webp"))
+        panels.append(
+            Panel(
+                key=f"phrase-{number:02d}", title=item.name, caption=place, alt=said, content=content,
+                width=wide, height=high, kind="webp",
+            )
+        )  # fmt: skip
     return tuple(panels)

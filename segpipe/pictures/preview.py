@@ -14,6 +14,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.pictures.anatomical_planes import volume_pictures
 from segpipe.pictures.archive import LegendEntry, Panel, Previews, assemble
+from segpipe.pictures.axial_slices import axial_slices
 from segpipe.pictures.drawing import DIFFERENCE, heat, layers, limits, png, resize, scale_bar, stretch, webp
 from segpipe.pictures.phrase_pictures import (
     highlighted,
@@ -25,7 +26,6 @@ from segpipe.pictures.phrase_pictures import (
     spotted,
 )
 from segpipe.pictures.sampling import ArrayReader, ImageReader, Readers, sample_image, sample_labels, thinned
-from segpipe.pictures.slices import axial_slices
 
 if TYPE_CHECKING:
     from segpipe.objects.merge import SceneObjects
@@ -43,7 +43,7 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RasterPictures:
     """A raster's pictures before they are encoded."""
 
@@ -137,7 +137,9 @@ def raster_pictures(
     ranges = "; ".join(f"{low:.4g} to {high:.4g}" for low, high in bounds)
     caption = f"{shown}, stretched from the 2nd to the 98th percentile of the scene ({ranges})."
     seen = (labels,) if reference is None else (labels, reference)
-    return RasterPictures(pictures, seen, caption, tuple(notes), tuple(phrases))
+    return RasterPictures(
+        pictures=pictures, seen=seen, caption=caption, notes=tuple(notes), phrases=tuple(phrases)
+    )
 
 
 def _notes(geometry: RasterGeometry, factor: int) -> list[str]:
@@ -286,6 +288,6 @@ def _panel(key: str, caption: str, picture: np.ndarray) -> Panel:
     high, wide = picture.shape[:2]
     flat = key == "difference"
     return Panel(
-        key, title, caption, f"{title}: {caption}", png(picture) if flat else webp(picture), wide, high,
-        "png" if flat else "webp",
+        key=key, title=title, caption=caption, alt=f"{title}: {caption}", width=wide, height=high,
+        content=png(picture) if flat else webp(picture), kind="png" if flat else "webp",
     )  # fmt: skip

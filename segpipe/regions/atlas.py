@@ -37,12 +37,12 @@ class AtlasRegions(RegionSet):
 
     def __init__(self, file: LabelFile, scene: Geometry, names: dict[int, str]) -> None:
         self._file = file
-        self._map: GridMap | None
+        self._map: AtlasMap | None
         try:
             notes = same_grid(scene, file.geometry)
             self._map = None
         except SceneError:
-            self._map = GridMap(scene, file.geometry)
+            self._map = AtlasMap(scene, file.geometry)
             notes = ["on another grid than the scene: resampled to the nearest element"]
         self.notes = tuple(f"regions: {note}" for note in notes)
         found, outside = self._scan(scene)
@@ -71,11 +71,7 @@ class AtlasRegions(RegionSet):
 
     def identity(self) -> dict[str, Any]:
         """Of the file (size, time) and of the names."""
-        return {
-            "kind": "atlas",
-            "source": self._file.source.identity,
-            "names": self._names_digest,
-        }
+        return {"kind": "atlas", "source": self._file.source.identity, "names": self._names_digest}
 
     def close(self) -> None:
         """Release the atlas's file."""
@@ -117,7 +113,7 @@ class AtlasRegions(RegionSet):
     def _scan(self, scene: Geometry) -> tuple[set[int], dict[int, int]]:
         """Ids in the whole atlas, and the fixed-point cover of each beyond the scene."""
         atlas = self._file.geometry
-        back = None if self._map is None else GridMap(atlas, scene)
+        back = None if self._map is None else AtlasMap(atlas, scene)
         found: set[int] = set()
         beyond: dict[int, int] = {}
         step = (2048, 2048) if atlas.ndim == 2 else (128, 128, 128)
@@ -139,7 +135,7 @@ class AtlasRegions(RegionSet):
         return found, {i: round(n * ratio) for i, n in beyond.items()}
 
 
-class GridMap:
+class AtlasMap:
     """From the elements of one grid to the indices of another, through space."""
 
     def __init__(self, start: Geometry, end: Geometry) -> None:
@@ -192,10 +188,7 @@ class GridMap:
             x, y = np.broadcast_arrays(x, y)
             x, y = self._transformer.transform(x, y)
             x, y = np.where(np.isfinite(x), x, -1e15), np.where(np.isfinite(y), y, -1e15)
-            found = [
-                back.a * x + back.b * y + back.c - 0.5,
-                back.d * x + back.e * y + back.f - 0.5,
-            ]
+            found = [back.a * x + back.b * y + back.c - 0.5, back.d * x + back.e * y + back.f - 0.5]
         far = 2.0**40  # beyond any grid, and safe as an integer
         return [np.clip(np.broadcast_to(axis, box.shape), -far, far) for axis in found[::-1]]
 

@@ -62,8 +62,7 @@ class PolygonRegions(RegionSet):
                 continue
             left, top, right, bottom = polygon.bounds
             cells = Box(
-                (int(np.floor(top)), int(np.floor(left))),
-                (int(np.ceil(bottom)), int(np.ceil(right))),
+                (int(np.floor(top)), int(np.floor(left))), (int(np.ceil(bottom)), int(np.ceil(right)))
             ).intersect(tile)
             fraction = unit_cover(polygon, cells)
             if fraction.any():

@@ -32,8 +32,8 @@ class Strip:
     """Scenes without a number."""
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, kw_only=True)
+class SizePairs:
     """Predicted and reference size of one class, scene by scene."""
 
     label: str
@@ -121,7 +121,7 @@ def distribution(
     return _svg(_WIDTH, height, title, parts)
 
 
-def bland_altman(pairs: Agreement, form: Callable[[float], str], links: Mapping[str, str]) -> Markup:
+def bland_altman(pairs: SizePairs, form: Callable[[float], str], links: Mapping[str, str]) -> Markup:
     """Difference over mean of both sizes: a dot a scene, the mean difference and the limits of agreement.
 
     Scenes outside the limits are linked.

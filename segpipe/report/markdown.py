@@ -8,10 +8,10 @@ import re
 import pandas as pd
 
 from segpipe.regions.base import SCENE
-from segpipe.report.class_bars import class_bars
-from segpipe.report.phrases import finding, phrase_rows
+from segpipe.report.charts import class_bars
+from segpipe.report.phrase_view import phrase_rows, phrases_sentence
 from segpipe.tables import units
-from segpipe.tables.phrases import asked_table
+from segpipe.tables.phrase_table import phrase_table
 from segpipe.tables.record import RunRecord
 
 HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
@@ -74,11 +74,11 @@ def run_markdown(
 
 def _asked(record: RunRecord, regions: pd.DataFrame) -> list[str]:
     """Every phrase of a prompted run, those that were not found too."""
-    table = asked_table(record, regions)
+    table = phrase_table(record, regions)
     rows = [[plain_text(cell) for cell in row] for row in phrase_rows(table)]
     if not rows:
         return []
-    said, heads = finding(table), ["Phrase", "Outcome", "Objects", "Size", "In words"]
+    said, heads = phrases_sentence(table), ["Phrase", "Outcome", "Objects", "Size", "In words"]
     return [*([plain_text(said), ""] if said else []), *markdown_table(heads, rows, (0, 1, 4))]
 
 
@@ -125,7 +125,7 @@ def headline(
 ) -> list[str]:
     """The run in a few lines of plain text, for a terminal: what was asked, sizes per class, main means."""
     lines = [f"{record.job_name}: {len(record.done)} of {len(record.scenes)} scenes done"]
-    for phrase, _, objects, _, note in phrase_rows(asked_table(record, regions)):
+    for phrase, _, objects, _, note in phrase_rows(phrase_table(record, regions)):
         lines.append(f"  {phrase:<16} {objects:>12} objects  {note}")
     for group in class_bars(regions, metrics, record.legend):
         for bar in group.bars[:CLASSES]:

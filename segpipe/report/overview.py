@@ -13,20 +13,17 @@ import pandas as pd
 from markupsafe import Markup
 
 from segpipe.regions.base import SCENE
-from segpipe.report.cells import Cell, Head
-from segpipe.report.figures import LEAST_SCENES, Agreement, Strip, bland_altman, distribution
+from segpipe.report.cells import MISSING, Head, PageCell, number_cell
+from segpipe.report.figures import LEAST_SCENES, SizePairs, Strip, bland_altman, distribution
 from segpipe.tables import units
+from segpipe.tables.frames import SIZE_COLUMNS
 from segpipe.tables.record import ClassInfo, RunRecord, SceneRecord
-from segpipe.tables.uncertainty import ALL_CLASSES
+from segpipe.tables.scene_tables import ALL_CLASSES
 
 CLASSES = 12
 """Rows of a distribution: the classes with the largest sizes."""
 PLOTS = 6
 """Classes with a Bland–Altman plot: the largest again."""
-_COMPARED = {"area_m2": "m2", "volume_mm3": "mm3", "area_px": "px"}
-"""Ending of the metric table's columns of sizes."""
-
-
 _THREE = partial(units.number, places=3)
 
 
@@ -35,12 +32,12 @@ class SceneRow:
     """A scene in the index."""
 
     scene: SceneRecord
-    cells: tuple[Cell, ...]
-    """Under `SceneTable.heads`."""
+    cells: tuple[PageCell, ...]
+    """Under `SceneIndex.heads`."""
 
 
 @dataclass(frozen=True)
-class SceneTable:
+class SceneIndex:
     """All scenes: failed ones first, then the worst."""
 
     heads: tuple[Head, ...]
@@ -109,35 +106,37 @@ def scene_table(
     metrics: pd.DataFrame | None,
     limit: int,
     uncertainty: pd.DataFrame | None = None,
-) -> SceneTable:
+) -> SceneIndex:
     """At most ``limit`` scenes with the numbers one looks for first.
 
     Worst first, by mIoU; without a reference the least sure first, by entropy.
     """
     scores = scene_scores(metrics, record.legend)
     whole = whole_scenes(regions)
-    columns: list[tuple[Head, Callable[[str], Cell]]] = []
+    columns: list[tuple[Head, Callable[[str], PageCell]]] = []
     if len(scores):
         columns += [
-            (Head("mIoU", "", True, "", "miou"), _number(scores["miou"].to_dict())),
-            (Head("Mean Dice", "", True, "", "dice"), _number(scores["dice"].to_dict())),
-            (Head("Weakest class", "", False, ""), _weakest(scores)),
+            (Head("mIoU", numeric=True, definition="miou"), _number(scores["miou"].to_dict())),
+            (Head("Mean Dice", numeric=True, definition="dice"), _number(scores["dice"].to_dict())),
+            (Head("Weakest class"), _weakest(scores)),
         ]
     doubt = scene_entropy(uncertainty)
     if doubt:
-        columns.append((Head("Entropy", "", True, "", "uncertainty"), _number(doubt)))
+        columns.append((Head("Entropy", numeric=True, definition="uncertainty"), _number(doubt)))
     if any(s.asked for s in record.scenes):
-        columns.append((Head("Phrases found", "", True, "", "asked"), _phrases_found(record.scenes)))
+        columns.append(
+            (Head("Phrases found", numeric=True, definition="asked"), _phrases_found(record.scenes))
+        )
     for column in units.SIZES:
         if column in whole and (names := largest_classes(regions, column, record.legend)):
             sizes = whole[whole["class"] == names[0]].set_index("scene")[column]
             unit = units.size_unit(column, sizes.dropna().tolist())
-            head = Head(names[0], unit.symbol, True, "", "size")
+            head = Head(names[0], unit=unit.symbol, numeric=True, definition="size")
             columns.append((head, _number(sizes.to_dict(), partial(units.size, unit=unit))))
     seen = whole.groupby("scene", sort=False)["seen"].first().to_dict() if "seen" in whole else {}
-    columns.append((Head("Seen", "", True, "", "share"), _number(seen, units.percent)))
+    columns.append((Head("Seen", numeric=True, definition="share"), _number(seen, units.percent)))
     times = {s.name: sum(s.timings.values()) if s.timings else math.nan for s in record.scenes}
-    columns.append((Head("Time", "", True, ""), _number(times, units.duration)))
+    columns.append((Head("Time", numeric=True), _number(times, units.duration)))
     order: Sequence[SceneRecord] = record.done
     if len(scores):
         last = scores["miou"].fillna(math.inf).to_dict()
@@ -147,41 +146,33 @@ def scene_table(
     shown = (*record.failed, *order)[:limit]
     rows = tuple(SceneRow(s, tuple(draw(s.name) for _, draw in columns)) for s in shown)
     order_said = "lowest mIoU first" if len(scores) else "highest entropy first" if doubt else ""
-    return SceneTable(tuple(head for head, _ in columns), rows, order_said)
+    return SceneIndex(tuple(head for head, _ in columns), rows, order_said)
 
 
-def _number(values: Mapping[Any, Any], form: Callable[[float], str] = _THREE) -> Callable[[str], Cell]:
-    def draw(scene: str) -> Cell:
-        value = float(values.get(scene, math.nan))
-        return (
-            Cell(form(value), repr(value), tone="num")
-            if math.isfinite(value)
-            else Cell("—", tone="num muted")
-        )
-
-    return draw
+def _number(values: Mapping[Any, Any], form: Callable[[float], str] = _THREE) -> Callable[[str], PageCell]:
+    return lambda scene: number_cell(float(values.get(scene, math.nan)), form)
 
 
-def _phrases_found(scenes: Sequence[SceneRecord]) -> Callable[[str], Cell]:
+def _phrases_found(scenes: Sequence[SceneRecord]) -> Callable[[str], PageCell]:
     """``3 of 5`` phrases of a scene, in order of the first number."""
     asked = {s.name: [a.outcome == "found" for a in s.asked] for s in scenes if s.asked}
 
-    def draw(scene: str) -> Cell:
+    def draw(scene: str) -> PageCell:
         hits = asked.get(scene)
         if hits is None:
-            return Cell("—", tone="num muted")
-        return Cell(f"{sum(hits):,} of {len(hits):,}", str(sum(hits)), tone="num")
+            return MISSING
+        return PageCell(f"{sum(hits):,} of {len(hits):,}", str(sum(hits)), tone="num")
 
     return draw
 
 
-def _weakest(scores: pd.DataFrame) -> Callable[[str], Cell]:
+def _weakest(scores: pd.DataFrame) -> Callable[[str], PageCell]:
     known = {
         name: f"{weakest} {units.number(iou, 3)}"
         for name, weakest, iou in scores[["weakest", "iou"]].itertuples(name=None)
         if isinstance(weakest, str)
     }
-    return lambda scene: Cell(known.get(scene, "—"), tone="" if scene in known else "muted")
+    return lambda scene: PageCell(known.get(scene, "—"), tone="" if scene in known else "muted")
 
 
 def figures(
@@ -270,9 +261,9 @@ def _sizes(rows: pd.DataFrame, column: str, names: Sequence[str], links: Mapping
     return [Figure(title, "box", svg, caption)]
 
 
-def agreements(rows: pd.DataFrame, column: str, names: Sequence[str]) -> list[Agreement]:
+def size_pairs(rows: pd.DataFrame, column: str, names: Sequence[str]) -> list[SizePairs]:
     """Predicted and reference sizes of each class, in SI, over scenes that have it in either map."""
-    ending = _COMPARED[column]
+    ending = next(unit for unit, name in SIZE_COLUMNS.items() if name == column)
     sides = [f"predicted_{ending}", f"reference_{ending}"]
     if not set(sides) <= set(rows.columns):
         return []
@@ -282,7 +273,12 @@ def agreements(rows: pd.DataFrame, column: str, names: Sequence[str]) -> list[Ag
         own = own[own[sides].sum(axis=1) > 0]
         if len(own) >= LEAST_SCENES:
             predicted, reference = (tuple(own[s].astype(float).tolist()) for s in sides)
-            found.append(Agreement(name, ending, tuple(own["scene"].astype(str)), predicted, reference))
+            found.append(
+                SizePairs(
+                    label=name, unit=ending, scenes=tuple(own["scene"].astype(str)), predicted=predicted,
+                    reference=reference,
+                )
+            )  # fmt: skip
     return found
 
 
@@ -290,11 +286,12 @@ def _agreements(
     rows: pd.DataFrame, column: str, names: Sequence[str], links: Mapping[str, str]
 ) -> list[Figure]:
     result = []
-    for pairs in agreements(rows, column, names)[:PLOTS]:
+    for pairs in size_pairs(rows, column, names)[:PLOTS]:
         unit = units.size_unit(column, [*pairs.predicted, *pairs.reference])
         lower, middle, upper = (units.size(v, unit) for v in pairs.limits)
-        sides = (tuple(v * unit.factor for v in side) for side in (pairs.predicted, pairs.reference))
-        shown = Agreement(pairs.label, unit.symbol, pairs.scenes, *sides)
+        sides = (pairs.predicted, pairs.reference)
+        predicted, reference = (tuple(v * unit.factor for v in side) for side in sides)
+        shown = replace(pairs, unit=unit.symbol, predicted=predicted, reference=reference)
         svg = bland_altman(shown, partial(units.number, places=unit.decimals), links)
         outside = int(((pairs.differences < pairs.limits[0]) | (pairs.differences > pairs.limits[2])).sum())
         caption = (

@@ -9,15 +9,14 @@ from typing import Any
 import pandas as pd
 
 from segpipe.pictures.archive import LegendEntry, Panel, Previews, SliceStack
-from segpipe.report.class_bars import Bars, class_bars
-from segpipe.report.confusion import Matrix, confusion_matrix
-from segpipe.report.phrases import phrase_captions
+from segpipe.report.charts import Bars, Matrix, class_bars, confusion_matrix
+from segpipe.report.phrase_view import phrase_captions
 from segpipe.report.templates import data_uri
 from segpipe.tables import units
 from segpipe.tables.record import ClassInfo, SceneRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """A panel with its legend."""
 
@@ -30,7 +29,7 @@ class Picture:
     legend: tuple[LegendEntry, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slider:
     """Slices to leaf through."""
 
@@ -43,7 +42,7 @@ class Slider:
     legend: tuple[LegendEntry, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SceneView:
     """Everything a template says of one scene."""
 
@@ -73,7 +72,7 @@ def scene_view(
         previews: None: it is shown without pictures.
         tables: its own rows, by the name of the table; empty: its bars and matrix are shown elsewhere.
         classes: of the run.
-        asked: of a prompted run, its own rows of `asked_table`: the numbers under pictures of phrases.
+        asked: of a prompted run, its own rows of `phrase_table`: the numbers under pictures of phrases.
     """
     timings = [(k, units.duration(v)) for k, v in scene.timings.items()]
     details = (
@@ -84,22 +83,28 @@ def scene_view(
     )
     regions = tables.get("regions")
     return SceneView(
-        scene,
-        _facts(scene),
-        tuple(_picture(p, previews) for p in previews.panels) if previews else (),
-        _slider(previews.slices, previews.legend) if previews and previews.slices else None,
-        () if regions is None else class_bars(regions, tables.get("metrics"), classes),
-        confusion_matrix(tables.get("confusion"), classes),
-        (*scene.notes, *(previews.notes if previews else ())),
-        details,
-        _phrases(previews, asked, classes) if previews else (),
+        scene=scene,
+        facts=_facts(scene),
+        pictures=_pictures(previews) if previews else (),
+        slider=_slider(previews.slices, previews.legend) if previews and previews.slices else None,
+        bars=() if regions is None else class_bars(regions, tables.get("metrics"), classes),
+        matrix=confusion_matrix(tables.get("confusion"), classes),
+        notes=(*scene.notes, *(previews.notes if previews else ())),
+        details=details,
+        phrases=_phrases(previews, asked, classes) if previews else (),
     )
 
 
-def _picture(panel: Panel, previews: Previews) -> Picture:
-    legend = {"labels": previews.legend, "difference": previews.difference_legend}.get(panel.key, ())
-    source = data_uri(panel.kind, panel.content)
-    return Picture(panel.title, panel.caption, panel.alt, source, panel.width, panel.height, legend)
+def _pictures(previews: Previews) -> tuple[Picture, ...]:
+    legends = {"labels": previews.legend, "difference": previews.difference_legend}
+    return tuple(_picture(p, p.caption, legends.get(p.key, ())) for p in previews.panels)
+
+
+def _picture(panel: Panel, caption: str, legend: tuple[LegendEntry, ...]) -> Picture:
+    return Picture(
+        title=panel.title, caption=caption, alt=panel.alt, src=data_uri(panel.kind, panel.content),
+        width=panel.width, height=panel.height, legend=legend,
+    )  # fmt: skip
 
 
 def _phrases(
@@ -111,15 +116,16 @@ def _phrases(
     pictures = []
     for panel in previews.phrases:
         said = ". ".join(filter(None, (numbers.get(panel.title, ""), panel.caption)))
-        source = data_uri(panel.kind, panel.content)
-        dot = (LegendEntry(panel.title, colors.get(panel.title, "")),)
-        pictures.append(Picture(panel.title, said, panel.alt, source, panel.width, panel.height, dot))
+        pictures.append(_picture(panel, said, (LegendEntry(panel.title, colors.get(panel.title, "")),)))
     return tuple(pictures)
 
 
 def _slider(stack: SliceStack, legend: tuple[LegendEntry, ...]) -> Slider:
     frames = tuple((data_uri("jpeg", s.jpeg), s.caption) for s in stack.slices)
-    return Slider(frames, stack.first, stack.width, stack.height, stack.caption, legend)
+    return Slider(
+        frames=frames, first=stack.first, width=stack.width, height=stack.height, caption=stack.caption,
+        legend=legend,
+    )  # fmt: skip
 
 
 def _facts(scene: SceneRecord) -> tuple[str, ...]:

@@ -14,23 +14,23 @@ import pandas as pd
 
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.geometry.alignment import same_grid
-from segpipe.report.comparison.changes import (
+from segpipe.report.comparison import Comparison, Difference, render_comparison
+from segpipe.report.run_changes import (
     BOTH,
     KEY,
     NO_REGION,
     SIDES,
-    Side,
+    RunSide,
     class_totals,
     compare_tables,
     side_by_side,
 )
-from segpipe.report.comparison.page import Comparison, Difference, render_comparison
 from segpipe.runs.run import load_run, read_tables
 from segpipe.sources import open_source
 from segpipe.store.atomic import write_atomic
 from segpipe.store.location import check_writable, is_url, join, open_store
-from segpipe.tables.files import csv_bytes, parquet_bytes
 from segpipe.tables.record import GeometrySummary, RunRecord, SceneRecord
+from segpipe.tables.table_files import csv_bytes, parquet_bytes
 
 _LISTED = 3
 """Names told in a warning; the table has all."""
@@ -87,7 +87,7 @@ def _write(found: Comparison) -> None:
             write_atomic(Path(found.location) / name, data)
 
 
-def _load(location: str) -> Side:
+def _load(location: str) -> RunSide:
     run, record = load_run(location)
     try:
         obstore.head(open_store(run.location), "regions.parquet")
@@ -96,7 +96,7 @@ def _load(location: str) -> Side:
             f"{location}: regions.parquet is not there; make it again with `segpipe report {location}`"
         ) from error
     regions, metrics, _ = read_tables(run)
-    return Side(run.location, record, side_by_side(regions, metrics))
+    return RunSide(run.location, record, side_by_side(regions, metrics))
 
 
 # ------------------------------------------------------------------ what differs
@@ -131,7 +131,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _notes(before: Side, after: Side) -> Iterator[str]:
+def _notes(before: RunSide, after: RunSide) -> Iterator[str]:
     """Where the work of the two runs parts, by the keys of their stages."""
     if before.location == after.location:
         yield "The two are the same run."
@@ -142,12 +142,12 @@ def _notes(before: Side, after: Side) -> Iterator[str]:
         yield f"{what}: {where} scenes done in both runs."
 
 
-def _common(before: Side, after: Side) -> Iterator[tuple[str, SceneRecord, SceneRecord]]:
+def _common(before: RunSide, after: RunSide) -> Iterator[tuple[str, SceneRecord, SceneRecord]]:
     theirs = after.scenes
     return ((name, own, theirs[name]) for name, own in before.scenes.items() if name in theirs)
 
 
-def _nothing_in_common(before: Side, after: Side) -> str:
+def _nothing_in_common(before: RunSide, after: RunSide) -> str:
     first, second = (_some(sorted(side.scenes)) or "none" for side in (before, after))
     common = [name for name, *_ in _common(before, after)]
     if not common:
@@ -161,7 +161,7 @@ def _nothing_in_common(before: Side, after: Side) -> str:
 # ------------------------------------------------------------------ like with like?
 
 
-def _warnings(before: Side, after: Side, rows: pd.DataFrame) -> Iterator[str]:
+def _warnings(before: RunSide, after: RunSide, rows: pd.DataFrame) -> Iterator[str]:
     """Why a change may come from something else than the model or its settings."""
     yield from _other_scenes(before, after)
     moved = []
@@ -180,7 +180,7 @@ def _warnings(before: Side, after: Side, rows: pd.DataFrame) -> Iterator[str]:
         yield f"{len(renamed)} classes have another value in label maps: {_some(renamed)}; matched by name"
 
 
-def _other_scenes(before: Side, after: Side) -> Iterator[str]:
+def _other_scenes(before: RunSide, after: RunSide) -> Iterator[str]:
     for side, own, other in (("before", before, after), ("after", after, before)):
         only = [name for name in own.scenes if name not in other.scenes]
         if only:
@@ -192,7 +192,7 @@ def _other_scenes(before: Side, after: Side) -> Iterator[str]:
         yield f"{len(files)} scenes of the same name come from another file: {_some(files)}"
 
 
-def _other_grid(before: Side, after: Side, own: SceneRecord, other: SceneRecord) -> str:
+def _other_grid(before: RunSide, after: RunSide, own: SceneRecord, other: SceneRecord) -> str:
     """How two scenes of one name differ in place, in words; empty: they do not.
 
     The label files tell it, where both runs have one and the scene was not the same to the bit; else

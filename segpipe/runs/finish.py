@@ -19,13 +19,12 @@ from segpipe.models.weights import weights_fingerprint
 from segpipe.pictures.archive import Previews, load_previews
 from segpipe.pipeline.measure import Measured
 from segpipe.prompts.phrase_classes import phrase_classes
-from segpipe.report.page import render_pages
+from segpipe.report.run_page import render_pages
 from segpipe.runs.check import ResolvedJob
 from segpipe.store.atomic import write_atomic
-from segpipe.tables.all_tables import read_measured, run_tables
-from segpipe.tables.files import write_table
 from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record
-from segpipe.tables.results import results_json
+from segpipe.tables.run_tables import read_measured, run_tables
+from segpipe.tables.table_files import columns_json, results_json, write_table
 
 PACKAGES = ("segpipe", "torch", "prefect", "zarr", "rasterio", "nibabel", "numpy", "monai")
 """Versions that a report names."""
@@ -79,10 +78,11 @@ def _write(run: RunFolder, record: RunRecord, measured: Mapping[str, Measured]) 
         return None if pictures is None else load_previews(pictures)
 
     with local_folder(run) as folder:
-        written = ["results.json"]
+        written = ["results.json", "columns.json"]
         for name, table in tables.items():
             written += [path.name for path in write_table(table, folder / name)]
         write_atomic(folder / "results.json", results_json(record.job_name, record.run_id, tables).encode())
+        write_atomic(folder / "columns.json", columns_json(tables).encode())
         for path, text in render_pages(record, previews, tables):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, text.encode())
@@ -125,7 +125,7 @@ def model_summary(card: Card) -> ModelSummary:
     return ModelSummary(
         name=card.name,
         title=card.title,
-        provider=f"{card.provider.value} {card.architecture or ''}".strip(),
+        provider=f"{card.provider} {card.architecture or ''}".strip(),
         data=card.data,
         scores=card.scores,
         limits=card.limits,

@@ -18,7 +18,7 @@ import pandas as pd
 from segpipe.config.job import Job
 from segpipe.errors import RequestError
 from segpipe.export.run_folder import RunFolder, now
-from segpipe.report.page import page_paths
+from segpipe.report.run_page import page_paths
 from segpipe.store.location import is_url, join, open_store
 from segpipe.tables.record import RunRecord, load_record
 

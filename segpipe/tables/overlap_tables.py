@@ -1,4 +1,4 @@
-"""The tables: regions, metrics and confusion, as data frames and as files.
+"""The tables of regions, metrics, agreement and confusion, as data frames.
 
 Counts are in elements of the scene, areas and volumes in SI. A number that is not there is empty,
 and `state` says why; 0 is only ever a measured 0.
@@ -7,12 +7,27 @@ and `state` says why; 0 is only ever a measured 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from segpipe.metrics.overlap import Counts, RegionCounts, class_counts, is_compared, ratio, reasons, totals
+from segpipe.metrics.overlap import (
+    ONE_CLASS,
+    ClassCounts,
+    Counts,
+    RegionCounts,
+    balanced_accuracy,
+    class_counts,
+    cohen_kappa,
+    frequency_weighted_iou,
+    is_compared,
+    pixel_accuracy,
+    ratio,
+    reasons,
+    totals,
+)
 from segpipe.metrics.tally import NODATA, NOT_REQUESTED, SizeScale, Tally
 from segpipe.regions.base import FULL
 from segpipe.tables.frames import (
@@ -26,20 +41,24 @@ from segpipe.tables.frames import (
     SIZE_COLUMNS,
     ClassLike,
     Piece,
-    frame,
+    column_types,
+    fixed_counts,
+    table_of_pieces,
     text_of,
 )
 
-_HEAD = {"scene": "str", "region": "str"}
-_CLASS = {"class": "str", "value": "Int64"}
+if TYPE_CHECKING:
+    from segpipe.pipeline.measure import Measured
+
 _NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class SceneResult:
+class SceneTallies:
     """What measuring left of one scene."""
 
     scene: str
+    _: KW_ONLY
     regions: tuple[str, ...]
     """Names, by index; of a failed scene as far as they are known."""
     attempts: int
@@ -53,12 +72,20 @@ class SceneResult:
     reason: str = ""
     """Why it failed, in one line."""
 
+    @classmethod
+    def of(cls, scene: str, measured: Measured, attempts: int) -> SceneTallies:
+        """Return the tallies of a measured scene."""
+        return cls(
+            scene, regions=measured.regions, attempts=attempts, tally=measured.tally,
+            scale=SizeScale.from_dict(measured.scale), outside=measured.outside,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class _SceneGroups:
     """The regions of all scenes one after the other, *groups*, so that a table is made at once."""
 
-    results: Sequence[SceneResult]
+    results: Sequence[SceneTallies]
     scene: np.ndarray
     """Of each group: index of its scene."""
     regions: list[str]
@@ -67,7 +94,7 @@ class _Batch:
     """Of all scenes, its region a group."""
 
     @classmethod
-    def of(cls, results: Iterable[SceneResult]) -> _Batch:
+    def of(cls, results: Iterable[SceneTallies]) -> _SceneGroups:
         """The groups in the order given; a failed scene has at least one, without a name."""
         results = list(results)
         names = [r.regions if r.tally is not None else r.regions or ("",) for r in results]
@@ -153,32 +180,20 @@ class _Rows:
         """A column of sums for the rows; 0 where nothing was counted."""
         return np.asarray(np.append(sums, np.zeros(1, dtype=sums.dtype))[self.place])
 
-    def head(self, batch: _Batch) -> dict[str, np.ndarray]:
+    def head(self, batch: _SceneGroups) -> dict[str, np.ndarray]:
         """The columns that say what the rows are of."""
         head = batch.head(self.group)
         return {**head, "class": self.names, "value": self.value, "attempts": batch.attempts(self.group)}
 
 
-def region_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
-    """Area or volume by scene, region and class, in the order given.
+def region_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) -> pd.DataFrame:
+    """Return area or volume by scene, region and class, in the order given.
 
-    Every class has a row in every region. Columns: ``count``, elements, a share of those on a
-    polygon's edge; ``area_m2``, ``volume_mm3`` or ``area_px``, whichever the scenes have;
-    ``share`` of the seen part of the region, by size; ``seen``, share of the region with valid
-    pixels; ``touches_edge``, whether elements of the class lie on the scene's border.
+    Every class has a row in every region. ``count`` is in elements, a share of those on a polygon's edge.
     """
-    batch = _Batch.of(results)
-    types: dict[str, str] = {
-        **_HEAD,
-        **_CLASS,
-        "count": "float64",
-        **{SIZE_COLUMNS[unit]: "float64" for unit in batch.units},
-        "share": "float64",
-        "state": "str",
-        "seen": "float64",
-        "touches_edge": "boolean",
-        "attempts": "Int64",
-    }
+    batch = _SceneGroups.of(results)
+    types = column_types("regions", batch.units)
+    del types["objects"]  # `with_counts` adds them, where a model finds objects
     group, label, (cover, size, edge) = _by_label(batch.tally)
     groups, failed = len(batch.scene), batch.failed
     rows = _Rows.of(groups, classes, group, label)
@@ -197,10 +212,10 @@ def region_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -
     }
     columns = {name: np.where(measured, values, np.nan) for name, values in numbers.items()}
     columns |= {"state": text_of((FAILED, MEASURED, NO_DATA), states), "seen": seen[rows.group]}
-    return frame([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
+    return table_of_pieces([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
 
 
-def _outside(batch: _Batch) -> np.ndarray:
+def _outside(batch: _SceneGroups) -> np.ndarray:
     """Of each group its fixed-point cover beyond the scene."""
     result = np.zeros(len(batch.scene), dtype=np.int64)
     first = np.searchsorted(batch.scene, np.arange(len(batch.results)))
@@ -220,7 +235,7 @@ def _by_label(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return region[first], label[first], np.add.reduceat(sums, first, axis=1)
 
 
-def metric_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
+def metric_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) -> pd.DataFrame:
     """Overlap with the reference by scene, region and class, in the order given.
 
     ``tp``, ``fp``, ``fn`` and ``tn`` are elements with a valid pixel and a reference; over the same
@@ -231,29 +246,7 @@ def metric_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -
     gets a row too: it counts as wrong in what is over all classes at once (`agreement_table`), and
     not in any mean of IoU or Dice.
     """
-    batch = _Batch.of(results)
-    sizes = [f"{what}_{unit}" for unit in batch.units for what in ("predicted", "reference", "difference")]
-    numbers = (
-        "tp",
-        "fp",
-        "fn",
-        "tn",
-        "iou",
-        "dice",
-        "precision",
-        "recall",
-        "specificity",
-        *sizes,
-        "size_ratio",
-    )
-    types: dict[str, str] = {
-        **_HEAD,
-        **_CLASS,
-        **dict.fromkeys(numbers, "float64"),
-        "reason": "str",
-        "state": "str",
-        "attempts": "Int64",
-    }
+    batch = _SceneGroups.of(results)
     found = class_counts(batch.tally)
     groups = len(batch.scene)
     rows = _Rows.of(groups, classes, found.group, found.value)
@@ -272,10 +265,12 @@ def metric_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -
     columns = {name: np.where(case == 1, v, np.nan) for name, v in _overlap(batch, full).items()}
     columns["reason"] = np.where(case == 1, reasons(full, rows.stranger, NOT_A_CLASS), why)
     columns["state"] = text_of((FAILED, MEASURED, NO_DATA, NOT_REQUESTED_STATE), case)
-    return frame([Piece(len(rows.group), {**rows.head(batch), **columns})], types)
+    return table_of_pieces(
+        [Piece(len(rows.group), {**rows.head(batch), **columns})], column_types("metrics", batch.units)
+    )
 
 
-def _overlap(batch: _Batch, rows: RegionCounts) -> dict[str, np.ndarray]:
+def _overlap(batch: _SceneGroups, rows: RegionCounts) -> dict[str, np.ndarray]:
     """The numbers of the metric table's rows."""
     counts = rows.counts
     numbers = {name: getattr(counts, name) / FULL for name in ("tp", "fp", "fn")}
@@ -291,20 +286,56 @@ def _overlap(batch: _Batch, rows: RegionCounts) -> dict[str, np.ndarray]:
     return numbers
 
 
-def confusion_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]) -> pd.DataFrame:
+def agreement_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return agreement over all classes by scene and region, of a metric table.
+
+    The four numbers are over every value that prediction or reference has there, background and values that
+    are no class of the model among them; ``classes`` are these values' names.
+    """
+    group = metrics.groupby(["scene", "region"], sort=False).ngroup().to_numpy(dtype=np.int64)
+    order = np.argsort(group, kind="stable")
+    rows, group = metrics.iloc[order], group[order]
+    heads = rows.iloc[np.flatnonzero(np.diff(group, prepend=-1))]
+    counts, groups = fixed_counts(rows), len(heads)
+    cells = ClassCounts(group, rows["value"].to_numpy(dtype=np.int64), counts, groups)
+    compared = totals(group, counts.actual, groups)
+    kappa = cohen_kappa(cells)
+    why = np.where(np.isnan(kappa), ONE_CLASS, "").astype(object)
+    names, n_classes = _names(rows, group, ~counts.undefined, groups)
+    columns = {name: heads[name].to_numpy() for name in ("scene", "region", "state", "attempts")}
+    columns |= {
+        "count": np.where(heads["tp"].notna(), compared / FULL, np.nan),
+        "pixel_accuracy": pixel_accuracy(cells),
+        "balanced_accuracy": balanced_accuracy(cells),
+        "kappa": kappa,
+        "frequency_weighted_iou": frequency_weighted_iou(cells),
+        "classes": names,
+        "n_classes": n_classes,
+        "n_reference_classes": np.bincount(group[counts.actual > 0], minlength=groups),
+        "reason": np.where(compared > 0, why, heads["reason"].to_numpy(dtype=object)),
+    }
+    return table_of_pieces([Piece(groups, columns)], column_types("agreement"))
+
+
+def _names(
+    rows: pd.DataFrame, group: np.ndarray, present: np.ndarray, groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each group the classes that are present, as one text, and how many they are."""
+    words = rows["class"].to_numpy(dtype=object)[present].tolist()
+    number = np.bincount(group[present], minlength=groups)
+    stop = np.cumsum(number)
+    spans = zip((stop - number).tolist(), stop.tolist(), strict=True)
+    return np.array([", ".join(words[begin:end]) for begin, end in spans], dtype=object), number
+
+
+def confusion_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) -> pd.DataFrame:
     """The confusion matrices as one long table: scene × region × reference class × predicted class.
 
     Only pairs that occur have a row: in a region that has any, a pair without one is a measured 0;
     one that has none was not compared, and the metric table says why. ``count`` is in elements with
     a valid pixel and a reference, their size in ``area_m2``, ``volume_mm3`` or ``area_px``.
     """
-    batch = _Batch.of(results)
-    types: dict[str, str] = {
-        **_HEAD,
-        **{"reference": "str", "reference_value": "Int64", "predicted": "str", "predicted_value": "Int64"},
-        "count": "float64",
-        **{SIZE_COLUMNS[unit]: "float64" for unit in batch.units},
-    }
+    batch = _SceneGroups.of(results)
     tally, known = batch.tally, {c.value: c.name for c in classes}
     kept = np.flatnonzero(is_compared(tally))
     order = kept[np.lexsort((tally.label[kept], tally.reference[kept], tally.region[kept]))]
@@ -316,4 +347,4 @@ def confusion_table(results: Iterable[SceneResult], classes: Sequence[ClassLike]
         columns[f"{what}_value"] = values
     columns["count"] = tally.cover[order] / FULL
     columns |= {SIZE_COLUMNS[unit]: batch.sizes(group, tally.size[order], unit) for unit in batch.units}
-    return frame([Piece(len(order), columns)], types)
+    return table_of_pieces([Piece(len(order), columns)], column_types("confusion", batch.units))

@@ -2,29 +2,218 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from segpipe.errors import RequestError
-from segpipe.metrics.bootstrap import RESAMPLES, Intervals, mean_intervals, pooled_intervals
-from segpipe.metrics.overlap import ClassCounts, class_counts, grouped_mean, is_compared, mean
+from segpipe.metrics.bootstrap import RESAMPLES, Intervals, Statistic, mean_intervals, pooled_intervals
+from segpipe.metrics.overlap import (
+    CaseCounts,
+    ClassCounts,
+    Counts,
+    balanced_accuracy,
+    class_counts,
+    cohen_kappa,
+    frequency_weighted_iou,
+    grouped_mean,
+    is_compared,
+    mean,
+    pixel_accuracy,
+    totals,
+)
 from segpipe.metrics.tally import Tally
-from segpipe.regions.base import SCENE
-from segpipe.tables.frames import FAILED, NOT_REQUESTED_STATE, ClassLike, Piece, frame
-from segpipe.tables.summary_rows import REGIONS, Line, Scope, merged, summary_lines
+from segpipe.regions.base import FULL, SCENE
+from segpipe.tables.frames import (
+    FAILED,
+    NOT_REQUESTED_STATE,
+    ClassLike,
+    Piece,
+    column_types,
+    fixed_counts,
+    table_of_pieces,
+)
 
 MIN_REFERENCE = 1000
 """Elements of the reference from which a class counts in the summary's mean without rare ones."""
-_COUNTED = ("n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed")
-_COLUMNS = {
-    **dict.fromkeys(("metric", "class", "over", "region"), "str"),
-    **dict.fromkeys(("value", "low", "high"), "float64"),
-    "interval": "str",
-    **dict.fromkeys(_COUNTED, "Int64"),
+
+REGIONS = "regions"
+"""Scope of the numbers over the regions in the scenes; `SCENE`: over whole scenes."""
+_AGREEMENT: dict[str, Statistic] = {
+    "pixel accuracy": pixel_accuracy,
+    "balanced accuracy": balanced_accuracy,
+    "Cohen's kappa": cohen_kappa,
+    "frequency-weighted IoU": frequency_weighted_iou,
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """The cells (scene × region × class) of whole scenes, or of the regions in them."""
+
+    region: str
+    """`SCENE` or `REGIONS`."""
+    cells: ClassCounts
+    """A group is a region of a scene."""
+    scene: np.ndarray
+    """Of each group: index of the scene, ascending."""
+    scenes: tuple[str, ...]
+    """Names, sorted: nothing depends on the order of the rows."""
+    pooled: ClassCounts
+    """The counts of each value, summed over regions and scenes: one group."""
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, region: str) -> Scope:
+        """These rows of a metric table."""
+        scenes, scene = np.unique(rows["scene"].to_numpy(dtype=object), return_inverse=True)
+        part, parts = pd.factorize(rows["region"])
+        pairs, group = np.unique(scene * max(len(parts), 1) + part, return_inverse=True)
+        order = np.argsort(group, kind="stable")
+        value = rows["value"].to_numpy(dtype=np.int64)[order]
+        cells = ClassCounts(group[order], value, fixed_counts(rows)[order], len(pairs))
+        pooled = merge_groups(cells, np.zeros(len(pairs), dtype=np.int64), 1)
+        return cls(region, cells, pairs // max(len(parts), 1), tuple(scenes.tolist()), pooled)
+
+    @property
+    def compared(self) -> np.ndarray:
+        """Of each group: whether anything was compared; bool."""
+        return totals(self.cells.group, self.cells.counts.actual, self.cells.groups) > 0
+
+
+def merge_groups(cells: ClassCounts, into: np.ndarray, groups: int) -> ClassCounts:
+    """Counts with groups put together.
+
+    Args:
+        cells: the counts.
+        into: for each group where it goes, -1: nowhere.
+        groups: how many there are then.
+    """
+    kept = into[cells.group] >= 0
+    values, code = np.unique(cells.value[kept], return_inverse=True)
+    many = max(len(values), 1)
+    found, place = np.unique(into[cells.group[kept]] * many + code, return_inverse=True)
+    counts = cells.counts[kept]
+    sums = (totals(place, v, len(found)) for v in (counts.tp, counts.fp, counts.fn))
+    return ClassCounts(found // many, values[found % many], Counts(*sums), groups)
+
+
+@dataclass(frozen=True, eq=False)
+class SummaryRow(ABC):
+    """One row of the summary."""
+
+    metric: str
+    over: str
+    """What is averaged, from the inside out, or summed."""
+    pooled: bool
+    """Whether it is of sums, and not a mean of the regions' and scenes' numbers."""
+    name: str = field(default="", kw_only=True)
+    """Of the class, where it is about one."""
+
+    @abstractmethod
+    def numbers(self, cells: ClassCounts) -> np.ndarray:
+        """Of each group the number; float64, NaN where undefined."""
+
+    @abstractmethod
+    def cases(self, scope: Scope) -> CaseCounts:
+        """What entered it."""
+
+    def of_sums(self, scope: Scope) -> SummaryRow:
+        """The line that makes the same number of sums over parts of a scene."""
+        return self
+
+    def sources(self, clusters: ClassCounts) -> int:
+        """How many clusters have a part in the number of their sum."""
+        return int((~np.isnan(self.numbers(clusters))).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class ClassRow(SummaryRow):
+    """A mean over classes, or one class."""
+
+    score: str
+    """``iou`` or ``dice``."""
+    values: np.ndarray
+    """Of the classes."""
+    least: int = 0
+    """A class enters where the reference has this much of it, in 1/65536."""
+
+    def _chosen(self, cells: ClassCounts) -> np.ndarray:
+        one = len(self.values) == 1
+        wanted = cells.value == self.values[0] if one else np.isin(cells.value, self.values)
+        return wanted & (cells.counts.actual >= self.least)
+
+    def numbers(self, cells: ClassCounts) -> np.ndarray:
+        chosen = self._chosen(cells)
+        return grouped_mean(getattr(cells.counts[chosen], self.score), cells.group[chosen], cells.groups)
+
+    def cases(self, scope: Scope) -> CaseCounts:
+        cells = scope.pooled if self.pooled else scope.cells
+        found = CaseCounts.of(cells.counts[self._chosen(cells)])
+        if not self.pooled:
+            return found
+        return CaseCounts(found.defined, found.missed, found.hallucinated, len(self.values) - found.defined)
+
+    def of_sums(self, scope: Scope) -> SummaryRow:
+        if not self.least:
+            return self
+        values = np.unique(scope.cells.value[self._chosen(scope.cells)])
+        return ClassRow(self.metric, self.over, self.pooled, self.score, values)
+
+
+@dataclass(frozen=True, eq=False)
+class AgreementRow(SummaryRow):
+    """A number over all values at once; regions of scenes enter it, not classes."""
+
+    statistic: Statistic
+
+    def numbers(self, cells: ClassCounts) -> np.ndarray:
+        return self.statistic(cells)
+
+    def cases(self, scope: Scope) -> CaseCounts:
+        if not self.pooled:
+            defined = int((~np.isnan(self.numbers(scope.cells))).sum())
+        elif np.isnan(self.numbers(scope.pooled)[0]):
+            defined = 0
+        else:
+            defined = int(scope.compared.sum())
+        return CaseCounts(defined, 0, 0, scope.cells.groups - defined)
+
+    def sources(self, clusters: ClassCounts) -> int:
+        """All: a kappa may be defined of the sum and of no cluster."""
+        return clusters.groups
+
+
+def summary_rows(
+    region: str, classes: Sequence[ClassLike], min_reference: int
+) -> Iterator[ClassRow | AgreementRow]:
+    """The rows over whole scenes, or over the regions in them, in order."""
+    front = [c for c in classes if not c.background]
+    left_out = [c.name for c in classes if c.background]
+    of = f"classes (without {', '.join(left_out)})" if left_out else "classes"
+    only = "scenes" if region == SCENE else "regions, then scenes"
+    then, sums = f"then {only}", f"sums over {only}"
+    every = np.array([c.value for c in front], dtype=np.int64)
+    scores = (("mIoU", "iou"), ("mean Dice", "dice"))
+    for name, score in scores:
+        yield ClassRow(name, f"{of}, {then}", False, score, every)
+    for name, score in scores:
+        yield ClassRow(f"pooled {name}", f"{of}, of {sums}", True, score, every)
+    yield AgreementRow("pixel accuracy", f"all compared elements of all {only}", True, pixel_accuracy)
+    many = f"{of} with at least {min_reference} reference elements in it, {then}"
+    title = f"mIoU of classes with reference ≥ {min_reference}"
+    yield ClassRow(title, many, False, "iou", every, least=min_reference * FULL)
+    for name, statistic in _AGREEMENT.items():
+        yield AgreementRow(f"mean {name}", f"all values compared, {then}", False, statistic)
+        if statistic is not pixel_accuracy:  # pooled above
+            yield AgreementRow(f"pooled {name}", f"all values compared, of {sums}", True, statistic)
+    for c in front:
+        own = np.array([c.value], dtype=np.int64)
+        for score_name, score in (("IoU", "iou"), ("Dice", "dice")):
+            yield ClassRow(f"mean {score_name}", only, False, score, own, name=c.name)
+            yield ClassRow(f"pooled {score_name}", sums, True, score, own, name=c.name)
 
 
 def summary_table(
@@ -64,7 +253,7 @@ def summary_table(
     failed = int(asked.loc[asked["state"] == FAILED, "scene"].nunique())
     kept = asked[asked["state"] != FAILED]
     if not len(kept) and not failed:
-        return frame([], _COLUMNS)
+        return table_of_pieces([], column_types("summary"))
     whole = kept["region"] == SCENE
     scopes = [Scope.of(kept[whole], SCENE)]
     if not whole.all():
@@ -75,12 +264,12 @@ def summary_table(
             clusters = _Clusters.of_blocks(scope, blocks)
         else:
             clusters = _Clusters.of_scenes(scope, groups, grouped_by)
-        lines = list(summary_lines(scope.region, classes, min_reference))
+        lines = list(summary_rows(scope.region, classes, min_reference))
         pieces.append(_piece(scope, lines, clusters, failed))
-    return frame(pieces, _COLUMNS)
+    return table_of_pieces(pieces, column_types("summary"))
 
 
-def _piece(scope: Scope, lines: Sequence[Line], clusters: _Clusters, failed: int) -> Piece:
+def _piece(scope: Scope, lines: Sequence[SummaryRow], clusters: _Clusters, failed: int) -> Piece:
     """The lines as rows."""
     by_scene = np.full((len(scope.scenes), len(lines)), np.nan)
     values = []
@@ -128,7 +317,7 @@ class _Clusters:
         found, index = np.unique(np.array(owners, dtype=object)[compared], return_inverse=True)
         of_scene = np.full(len(compared), -1)
         of_scene[compared] = index
-        cells = merged(scope.cells, of_scene[scope.scene], len(found))
+        cells = merge_groups(scope.cells, of_scene[scope.scene], len(found))
         return cls("scenes" if groups is None else grouped_by, cells, of_scene)
 
     @classmethod
@@ -144,12 +333,12 @@ class _Clusters:
         }
         number = np.repeat(np.arange(len(kept)), [len(here) for _, here in kept])
         cells = class_counts(Tally.from_columns(region=number, **columns))
-        if _listed(merged(cells, np.zeros(len(kept), dtype=np.int64), 1)) != _listed(scope.pooled):
+        if _listed(merge_groups(cells, np.zeros(len(kept), dtype=np.int64), 1)) != _listed(scope.pooled):
             raise ValueError(f"the blocks do not add up to scene {scope.scenes[0]}")
         return cls("blocks", cells, None)
 
     def intervals(
-        self, scope: Scope, lines: Sequence[Line], by_scene: np.ndarray
+        self, scope: Scope, lines: Sequence[SummaryRow], by_scene: np.ndarray
     ) -> tuple[Intervals, list[str]]:
         """The lines' intervals, and what was resampled for each.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from segpipe.config.recipe import Keep, Recipe
+from segpipe.config.recipe import KeptWeights, Recipe
 from segpipe.errors import RequestError
 from segpipe.inference.queues import Prefetch
 from segpipe.models.base import Truth
@@ -28,7 +28,7 @@ AHEAD = 4
 
 
 @dataclass
-class Moment:
+class MetricsRow:
     """Where training is: a row of the history, and what is told."""
 
     step: int
@@ -45,7 +45,7 @@ class Moment:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a checkpoint keeps beside tensors."""
 
     step: int = 0
@@ -54,7 +54,7 @@ class Progress:
     worse: int = 0
     """Trials since the best."""
     stopped: bool = False
-    history: list[Moment] = field(default_factory=list)
+    history: list[MetricsRow] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """Of the steps since the last row of the history."""
 
@@ -77,7 +77,7 @@ class Training:
         self.loss = build_loss(recipe.loss, len(recipe.card.classes)).to(network.device)
         self.optimiser = torch.optim.AdamW(network.groups(), lr=recipe.optimise.rate)
         self.scaler = torch.amp.GradScaler(enabled=network.precision == "fp16")
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.forward = world.wrap(network.module)
         self._resume()
 
@@ -90,7 +90,7 @@ class Training:
         """Whether nothing is left to do."""
         return self.progress.stopped or self.progress.step >= self.recipe.optimise.steps
 
-    def run(self, told: Callable[[Moment], None], should_stop: Callable[[], bool]) -> bool:
+    def run(self, told: Callable[[MetricsRow], None], should_stop: Callable[[], bool]) -> bool:
         """Train until the end, or until time is up or a stop is asked for.
 
         Args:
@@ -186,7 +186,7 @@ class Training:
 
     def _judge(self) -> None:
         progress, judge = self.progress, self.recipe.judge
-        moment = Moment(
+        moment = MetricsRow(
             step=progress.step,
             steps=self.recipe.optimise.steps,
             loss=self.world.mean(sum(progress.losses) / len(progress.losses)),
@@ -198,7 +198,7 @@ class Training:
             moment.score, moment.miou = trial.score, trial.miou
             if trial.score > progress.best:
                 progress.best, progress.worse = trial.score, 0
-                if judge.keep is Keep.best:
+                if judge.keep is KeptWeights.best:
                     torch.save(self.network.average.state_dict(), self.folder / "best.pt")
             else:
                 progress.worse += 1
@@ -210,7 +210,7 @@ class Training:
     def take_best(self) -> None:
         """Make the weights of the best trial the result, where the recipe says so."""
         best = self.folder / "best.pt"
-        if self.recipe.judge.keep is Keep.best and best.exists():
+        if self.recipe.judge.keep is KeptWeights.best and best.exists():
             self.network.average.load_state_dict(torch.load(best, weights_only=True))
 
     def _save(self) -> None:
@@ -234,5 +234,5 @@ class Training:
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         progress = dict(state["progress"])
-        history = [Moment(**moment) for moment in progress.pop("history")]
-        self.progress = Progress(**progress, history=history)
+        history = [MetricsRow(**moment) for moment in progress.pop("history")]
+        self.progress = TrainingProgress(**progress, history=history)

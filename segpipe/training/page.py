@@ -13,7 +13,7 @@ from segpipe.config.recipe import Recipe
 from segpipe.pictures.drawing import DIFFERENCE
 from segpipe.report.figures import ticks
 from segpipe.report.templates import data_uri, render
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.pictures import Sample
 
 WIDE, HIGH, LEFT, RIGHT, BOTTOM = 640, 220, 56, 28, 28
@@ -26,7 +26,7 @@ class FoldView:
     name: str
     state: str
     scores: str
-    rows: Sequence[Moment]
+    rows: Sequence[MetricsRow]
     samples: Sequence[Sample]
     facts: Mapping[str, str]
 

@@ -16,14 +16,14 @@ import yaml
 
 from segpipe import __version__
 from segpipe.config.card import Card, load_card
-from segpipe.config.recipe import Keep, Recipe, SplitBy
+from segpipe.config.recipe import KeptWeights, Recipe, SplitBy
 from segpipe.errors import RequestError
 from segpipe.inference.settings import resolve_device
 from segpipe.sources import discover
 from segpipe.sources.base import SceneRef
 from segpipe.sources.labels import find_reference
 from segpipe.training.distributed import World, join_world
-from segpipe.training.loop import Moment, Training
+from segpipe.training.loop import MetricsRow, Training
 from segpipe.training.losses.build import build_loss
 from segpipe.training.network import TrainNetwork, begin_with, precision_here
 from segpipe.training.page import FoldView, training_page
@@ -40,7 +40,7 @@ class Told:
 
     scenes: Callable[[int, int], None]
     """How many are ready, of how many."""
-    moment: Callable[[str, Moment], None]
+    moment: Callable[[str, MetricsRow], None]
     """Of which fold, and where it is."""
 
 
@@ -160,7 +160,7 @@ def _one(
     network = TrainNetwork(recipe, where, precision_here(recipe.compute.precision, where))
     training = Training(recipe, scenes, fold, network, folder, world)
 
-    def tell(moment: Moment) -> None:
+    def tell(moment: MetricsRow) -> None:
         if world.first:
             _show(recipe, training, folder, "training", "")
             told.moment(folder.name, moment)
@@ -228,7 +228,7 @@ def scores_text(recipe: Recipe, fold: Fold, trial: Trial | None) -> str:
     measure = trial.measure
     units = "scenes" if recipe.split.by is SplitBy.scene else f"blocks of {recipe.split.block} elements"
     how = f"Part {fold.apart} of {recipe.split.folds} parts of {units}, never learned from"
-    if recipe.judge.keep is Keep.best:
+    if recipe.judge.keep is KeptWeights.best:
         how += ", but the best of several trials on it was kept, so this flatters"
     count = trial.table["scene"].nunique()
     if recipe.split.by is SplitBy.block and measure == "dice":

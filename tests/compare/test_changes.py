@@ -22,7 +22,7 @@ from world import (
     write_yaml,
 )
 
-from segpipe.report.comparison.page import headline
+from segpipe.report.comparison import headline
 from segpipe.runs.compare import compare_runs
 from tests.compare.tools import NAMES, SHIFT, layers, read, run_job
 

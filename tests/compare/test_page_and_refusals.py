@@ -15,7 +15,7 @@ import pytest
 from world import Ended, World, polygon, write_polygons
 
 from segpipe.errors import RequestError
-from segpipe.report.comparison.page import headline
+from segpipe.report.comparison import headline
 from segpipe.runs.compare import compare_runs
 from tests.compare.tools import NAMES, read, run_job
 

@@ -13,8 +13,8 @@ import pytest
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.common import SLAB_BYTES
 from segpipe.export.nifti import write_nifti, write_nifti_scores
+from segpipe.export.staging import SLAB_BYTES
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
 

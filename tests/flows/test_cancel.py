@@ -102,7 +102,7 @@ def check_resumes(job: Job, undisturbed: dict[str, bytes]) -> None:
 def served(flow_server: str, server_environment: dict[str, str], tmp_path: Path) -> Iterator[None]:
     """`segpipe serve` on the server of these tests."""
     address = urlsplit(flow_server)
-    command = [sys.executable, "-m", "segpipe.cli.main", "serve", "--host", str(address.hostname)]
+    command = [sys.executable, "-m", "segpipe.cli", "serve", "--host", str(address.hostname)]
     with (tmp_path / "serve.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--port", str(address.port)],
@@ -152,7 +152,7 @@ def test_a_served_run_is_cancelled_by_the_api(
 
 def start(job_file: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """`segpipe run` as a terminal starts it: in a process group of its own, with Ctrl-C enabled."""
-    command = [sys.executable, "-m", "segpipe.cli.main", "run", str(job_file)]
+    command = [sys.executable, "-m", "segpipe.cli", "run", str(job_file)]
     return subprocess.Popen(
         command,
         env=environment,

@@ -78,7 +78,7 @@ def test_the_form_of_a_question_begins_with_the_question() -> None:
     assert deployment.entrypoint == "flows.prompt.prompt"
     schema: dict[str, Any] = deployment._parameter_openapi_schema.model_dump(mode="json")
     assert list(schema["properties"]) == ["question"]
-    question = schema["definitions"]["Question"]
+    question = schema["definitions"]["PromptJob"]
     assert [*question["properties"]][:3] == question["required"] == ["scenes", "model", "prompts"]
     options = schema["definitions"]["PromptOptions"]["properties"]
     assert [*options][:3] == ["text", "grounder", "threshold"]

@@ -191,7 +191,7 @@ def test_two_scans_started_at_once(services: Services, client: SyncPrefectClient
     file = tmp_path / "scan.yaml"
     file.write_text(json.dumps(parameters))
     other = subprocess.run(
-        [sys.executable, "-m", "segpipe.cli.main", "scan", str(file)],
+        [sys.executable, "-m", "segpipe.cli", "scan", str(file)],
         cwd=ROOT, env=services.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert other.returncode == 0, other.stderr

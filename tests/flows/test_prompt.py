@@ -22,8 +22,7 @@ from prefect.states import Cancelling
 from scipy import ndimage
 
 from flows.prompt import prompt
-from segpipe.config.job import Job
-from segpipe.config.prompt_form import Question
+from segpipe.config.job import Job, PromptJob
 from tests.flows.conftest import record_of, run_folder, wait_until
 from tests.prompts.asked_world import make_card, make_job
 
@@ -72,7 +71,7 @@ def test_boxes_become_objects_files_and_rows(
     card: Path, tmp_path: Path, on_server: SyncPrefectClient
 ) -> None:
     job = make_job(tmp_path, card, SHAPE, BOXES)
-    assert prompt(Question.of(job), return_state=True).is_completed()
+    assert prompt(PromptJob.model_validate(job.model_dump()), return_state=True).is_completed()
     folder, ids = run_folder(job), ids_of(job)
     table = pd.read_csv(folder / "instances.csv")
     found = np.unique(ids[ids > 0])
@@ -94,7 +93,7 @@ def test_words_are_accounted_for(
     job = make_job(
         tmp_path, card, SHAPE, [], path="", crs="", text=["water . volcano"], grounder=str(thresholds)
     )
-    state = prompt(Question.of(job), return_state=True)
+    state = prompt(PromptJob.model_validate(job.model_dump()), return_state=True)
     assert state.is_completed(), state.message
     asked = pd.read_csv(run_folder(job) / "asked.csv").set_index("phrase")
     with rasterio.open(tmp_path / "scene.tif") as file:
@@ -112,20 +111,20 @@ def test_a_second_question_reads_what_is_kept(
     card: Path, tmp_path: Path, on_server: SyncPrefectClient
 ) -> None:
     first = make_job(tmp_path, card, SHAPE, BOXES)
-    assert prompt(Question.of(first), return_state=True).is_completed()
+    assert prompt(PromptJob.model_validate(first.model_dump()), return_state=True).is_completed()
     assert encoder_passes(first) > 0
     kept = windows_kept(first)
     again = Job.model_validate(
         {**first.model_dump(), "name": "again", "prompts": {**first.prompts.model_dump(), "choice": "large"}}
     )
-    assert prompt(Question.of(again), return_state=True).is_completed()
+    assert prompt(PromptJob.model_validate(again.model_dump()), return_state=True).is_completed()
     # larger masks may reach further windows: only these are new
     assert encoder_passes(again) == windows_kept(again) - kept
 
 
 def test_nothing_asked_is_told(card: Path, tmp_path: Path, on_server: SyncPrefectClient) -> None:
     job = make_job(tmp_path, card, SHAPE, [], path="", crs="")
-    state = prompt(Question.of(job), return_state=True)
+    state = prompt(PromptJob.model_validate(job.model_dump()), return_state=True)
     assert state.is_failed()
     assert state.message == "prompts: nothing is asked; valid: `text`, `path`, `earlier` or `everything`"
 
@@ -163,7 +162,7 @@ def test_a_run_that_was_ended_goes_on_without_encoding_again(
 ) -> None:
     boxes = [(x, y, x + 9, y + 9) for x in range(4, 1000, 64) for y in range(4, 1000, 64)]
     job = make_job(tmp_path, card, (1024, 1024), boxes)
-    command = [sys.executable, "-m", "segpipe.cli.main", "prompt", str(tmp_path / "job.yaml")]
+    command = [sys.executable, "-m", "segpipe.cli", "prompt", str(tmp_path / "job.yaml")]
     process = subprocess.Popen(
         command,
         env=server_environment,
@@ -176,9 +175,9 @@ def test_a_run_that_was_ended_goes_on_without_encoding_again(
     names = [path.stem for path in Path(job.outputs.dir, ".store").glob("embed-*/receipts-*/*.json")]
     stamps = {path: path.stat().st_mtime_ns for name in names for path in shards(job, name)}
     assert len(stamps) >= 2 * len(names) >= 10  # the encoder's map, and what has data
-    assert prompt(Question.of(job), return_state=True).is_completed()
+    assert prompt(PromptJob.model_validate(job.model_dump()), return_state=True).is_completed()
     undisturbed = Job.model_validate({**job.model_dump(), "outputs": {"dir": str(tmp_path / "undisturbed")}})
-    assert prompt(Question.of(undisturbed), return_state=True).is_completed()
+    assert prompt(PromptJob.model_validate(undisturbed.model_dump()), return_state=True).is_completed()
     assert len(names) < encoder_passes(undisturbed)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     np.testing.assert_array_equal(ids_of(job), ids_of(undisturbed))
@@ -188,7 +187,7 @@ def test_the_command_asks_a_run_again(
     card: Path, tmp_path: Path, server_environment: dict[str, str], on_server: SyncPrefectClient
 ) -> None:
     job = make_job(tmp_path, card, SHAPE, BOXES)
-    assert prompt(Question.of(job), return_state=True).is_completed()
+    assert prompt(PromptJob.model_validate(job.model_dump()), return_state=True).is_completed()
     run = run_folder(job)
     other = make_job(tmp_path / "other", card, SHAPE, BOXES[:2])
     command = [

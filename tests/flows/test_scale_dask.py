@@ -87,7 +87,7 @@ def in_bucket(path: Path, out: str, compute: dict[str, Any]) -> Path:
 @contextmanager
 def segpipe_run(world: World, job: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`segpipe run` as a process."""
-    command = [sys.executable, "-m", "segpipe.cli.main", "run", str(job)]
+    command = [sys.executable, "-m", "segpipe.cli", "run", str(job)]
     with started(command, world.environment, log) as process:
         yield process
 

@@ -21,7 +21,7 @@ from flows.scan import scan
 from segpipe.cli.main import execute
 from segpipe.config.scan import Scan
 from segpipe.export.run_folder import RunFolder, now
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
@@ -169,7 +169,7 @@ def test_two_scans_at_once_do_nothing_twice(
     """The other scan is at one scene, and has done another since the ledger was read."""
     asked = make()
     ledger = check_scan(asked).ledger
-    listed: dict[str, Found] = {found.name: found for found in list_lake(asked.lake)}
+    listed: dict[str, LakeEntry] = {found.name: found for found in list_lake(asked.lake)}
     with Holder(ledger.objects, "other", 60).alive() as other:
         assert other.take(listed["scene_0"].digest)
         state = scan(asked, return_state=True)

@@ -35,7 +35,7 @@ from world import Ended, write_raster
 
 from flows.train import train_model
 from segpipe.config.card import load_card
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from tasks.training import training_markdown
 from tests.flows.conftest import wait_until
 from tests.signals import enable_ctrl_c
@@ -80,7 +80,7 @@ def recipe_file(few_rasters: Path, tmp_path: Path) -> RecipeMaker:
 def start(recipe: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     """`segpipe train` as a terminal starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "segpipe.cli.main", "train", str(recipe)],
+        [sys.executable, "-m", "segpipe.cli", "train", str(recipe)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=enable_ctrl_c,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def test_the_ui_shows_the_first_places_that_are_kept_apart(
         for caption, color in {**COLORS, "difference": (0, 0, 0)}.items():
             picture = Image.new("RGB", (480, 240 + 60 * number), color)
             picture.save(tmp_path / "samples" / f"{number}-{caption}.jpg")
-    text = training_markdown(recipe_of(few_rasters), "fold-0", Moment(6, 6, 0.25, 0.1, 0.75), tmp_path)
+    text = training_markdown(recipe_of(few_rasters), "fold-0", MetricsRow(6, 6, 0.25, 0.1, 0.75), tmp_path)
     rows = [line for line in text.splitlines() if "image/jpeg" in line]
     assert len(rows) == min(count, 3)
     assert ("| Image | Reference | Predicted |" in text) == bool(count)

@@ -44,7 +44,7 @@ def served(flow_server: str, flow_home: Path, tmp_path_factory: pytest.TempPathF
     """`segpipe serve` on the server of these tests; where the UI is."""
     address = urlsplit(flow_server)
     environment = {**os.environ, "PREFECT_API_URL": flow_server, "PREFECT_HOME": str(flow_home)}
-    command = [sys.executable, "-m", "segpipe.cli.main", "serve", "--host", str(address.hostname)]
+    command = [sys.executable, "-m", "segpipe.cli", "serve", "--host", str(address.hostname)]
     with (tmp_path_factory.mktemp("serve") / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--port", str(address.port)],

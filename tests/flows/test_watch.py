@@ -19,8 +19,8 @@ from prefect.states import Cancelling, Paused
 
 import flows.watch
 from flows.names import name_of
-from flows.rates import Moment, Rates, left_told, rate_told
-from flows.scene_table import FINISHED, SceneTable
+from flows.rates import Rates, RateSample, left_told, rate_told
+from flows.scene_table import FINISHED, SceneTableArtifact
 from flows.segment import segment
 from segpipe.config.job import Job
 from segpipe.tables.record import SceneRecord
@@ -58,7 +58,7 @@ def test_rates_are_those_of_the_last_minute() -> None:
     rates = Rates()
     assert (rates.elements, rates.busy(1)) == (0, None)
     for at, blocks in ((0.0, 0), (40.0, 1), (70.0, 5), (100.0, 10)):
-        rates.add(Moment(at, blocks, blocks * 1e6, blocks * 4.0))
+        rates.add(RateSample(at, blocks, blocks * 1e6, blocks * 4.0))
     assert rates.elements == pytest.approx(9e6 / 60)
     assert rates.pieces == pytest.approx(9 / 60)
     assert rates.busy(1) == pytest.approx(36 / 60)
@@ -75,7 +75,7 @@ def test_rates_are_told_with_their_unit() -> None:
 
 
 def test_the_table_of_scenes_is_bounded_and_tells_failures_first() -> None:
-    table = SceneTable()
+    table = SceneTableArtifact()
     table.add(SceneRecord("bad|one", "bad.tif", "failed", error="bad.tif: the file is empty (0 bytes)"))
     for number in range(500):
         table.add(SceneRecord(f"s{number}", "", "done", timings={"predict": 1.0, "measure": 0.5}))

@@ -13,7 +13,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from segpipe.config.scan import Lake
 from segpipe.errors import SceneError
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.listing import list_lake
 from segpipe.sources import open_source
 
@@ -28,7 +28,7 @@ BIDS = [
 ]  # fmt: skip
 
 
-def _all(location: Path, kind: str, **fields: Any) -> list[Found]:
+def _all(location: Path, kind: str, **fields: Any) -> list[LakeEntry]:
     return list(list_lake(Lake.model_validate({"location": str(location), "kind": kind, **fields})))
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
 from segpipe.lake import files
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.listing import list_lake
 from segpipe.lake.naming import place_name
 from segpipe.sources import open_source
@@ -41,7 +41,7 @@ def _tree(folder: Path, names: list[str] = TREE) -> None:
         (folder / name).write_bytes(b"x" * len(name))
 
 
-def _all(location: Any, **fields: Any) -> list[Found]:
+def _all(location: Any, **fields: Any) -> list[LakeEntry]:
     return list(list_lake(Lake(location=str(location), **fields)))
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.ledger import Ledger
 from segpipe.tables.record import SceneRecord
 
 
-def found(name: str, etag: str = "1") -> Found:
-    return Found(
+def found(name: str, etag: str = "1") -> LakeEntry:
+    return LakeEntry(
         name, f"s3://lake/{name}.tif", {"etag": etag, "size": 3}, 3, datetime(2026, 1, 1, tzinfo=UTC)
     )
 
@@ -32,7 +32,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(str(tmp_path), "nightly-12345678")
 
 
-def state(ledger: Ledger, scene: Found) -> str | None:
+def state(ledger: Ledger, scene: LakeEntry) -> str | None:
     with ledger.known() as known:
         return known.state(scene.digest)
 
@@ -90,7 +90,7 @@ def test_a_run_that_was_left_has_its_records(ledger: Ledger) -> None:
 
 
 def test_what_is_done_under_another_identity_is_known_by_both(ledger: Ledger) -> None:
-    same = Found("a", "s3://lake/a.tif", {"sha256": "00"}, 3, None)
+    same = LakeEntry("a", "s3://lake/a.tif", {"sha256": "00"}, 3, None)
     ledger.finish(same, done("a"), "run-1")
     ledger.alias(found("a"), same)
     assert state(ledger, found("a")) == "done"

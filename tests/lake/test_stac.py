@@ -18,7 +18,7 @@ import pytest
 from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
 from segpipe.lake import stac
-from segpipe.lake.entry import Found
+from segpipe.lake.entry import LakeEntry
 from segpipe.lake.listing import list_lake
 from segpipe.sources import open_source
 
@@ -60,7 +60,7 @@ def _catalogue(folder: Path, *collections: tuple[str, list[pystac.Item]]) -> Pat
     return folder / "catalog.json"
 
 
-def _all(location: Any, **fields: Any) -> list[Found]:
+def _all(location: Any, **fields: Any) -> list[LakeEntry]:
     return list(list_lake(Lake.model_validate({"location": str(location), "kind": "stac", "stac": fields})))
 
 
@@ -110,7 +110,7 @@ def test_identity_is_updated_with_checksums_and_sizes(tmp_path: Path) -> None:
 def test_a_signed_address_is_the_same_scene_in_every_listing(tmp_path: Path) -> None:
     """Each listing has another signature; two items may have their file's number in the query only."""
 
-    def listed(item: pystac.Item) -> Found:
+    def listed(item: pystac.Item) -> LakeEntry:
         item.common_metadata.updated = datetime(2026, 2, 3, tzinfo=UTC)
         (found,) = _all(_catalogue(tmp_path, ("landsat", [item])))
         return found

@@ -14,7 +14,7 @@ from sklearn.metrics import (
     jaccard_score,
 )
 
-from segpipe.metrics import agreement
+from segpipe.metrics import overlap as agreement
 from segpipe.metrics.overlap import class_counts
 from segpipe.metrics.tally import FULL, Tally
 

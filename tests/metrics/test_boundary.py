@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from segpipe.metrics.surface_points import MOST_SHIFTS, band_margin
+from segpipe.metrics.surface_distances import MOST_SHIFTS, band_margin
 from tests.metrics.masks import box_mask, few, measure, pairs
 
 

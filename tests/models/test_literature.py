@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models import vgg
 
-from segpipe.models.providers.literature import (
+from segpipe.models.providers.builtin import (
     ARCHITECTURES,
     SETRPUP,
     DeepLabV1,

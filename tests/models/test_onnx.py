@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, interpolate
 
 from segpipe.config.card import load_card
 from segpipe.errors import RequestError
-from segpipe.models.registry import load_model
+from segpipe.models.registry import load_model, runtime_without_cuda
 from segpipe.models.weights import resolve_weights
 
 onnx = pytest.importorskip("onnx", reason="needs onnx to build small graphs")
@@ -155,3 +155,10 @@ def test_weights_outside_the_file_are_refused(make_card, tmp_path):
     conv_file(tmp_path / "net.onnx", (None, 4, None, None), external=True)
     with pytest.raises(RequestError, match="without external data"):
         load_model(make_card("onnx", "net.onnx"), "cpu", 2, "fp32")
+
+
+def test_onnxruntime_without_cuda_is_told_and_torch_is_asked_of_no_adapter(make_card):
+    there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    told = runtime_without_cuda(make_card("onnx", "net.onnx"))
+    assert told == ("" if there else f"onnxruntime {onnxruntime.__version__} (onnxruntime-gpu would)")
+    assert runtime_without_cuda(make_card("smp", "w.pt")) == ""

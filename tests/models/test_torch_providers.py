@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from segpipe.config.card import load_card
 from segpipe.errors import RequestError
-from segpipe.models.registry import load_model
+from segpipe.models.registry import check_card, load_model
 
 SMP = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3"]
 SMP += ["DeepLabV3Plus", "UPerNet", "Segformer"]
@@ -282,9 +282,13 @@ def test_deepbet_through_its_card_equals_the_file(name):
     assert torch.allclose(expected.sum(dim=1), torch.ones(1, 64, 64, 96), atol=1e-5)
 
 
-def test_torchscript_runs_only_when_the_card_allows_it(make_card):
+def test_torchscript_runs_only_when_the_card_allows_it(make_card, tmp_path):
+    torch.jit.script(torch.nn.Conv2d(4, 3, 1)).save(str(tmp_path / "net.pt"))
+    card = make_card("torchscript", "net.pt")
     with pytest.raises(RequestError, match="allow_torchscript: true"):
-        make_card("torchscript", "net.pt")
+        check_card(card)
+    with pytest.raises(RequestError, match="allow_torchscript: true"):
+        load_model(card, "cpu", 1, "fp32")
 
 
 def test_damaged_torchscript_and_arguments_are_refused(make_card, tmp_path):

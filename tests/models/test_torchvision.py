@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torchvision.models import detection, segmentation
 
 from segpipe.errors import RequestError
-from segpipe.models.object_model import ReadyObjects
+from segpipe.models.network import ReadyObjects
 from segpipe.models.providers.torchvision import build
 from segpipe.models.registry import load_model
 from segpipe.models.trainable import untrained

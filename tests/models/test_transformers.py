@@ -7,12 +7,10 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
-from segpipe.config.card import Provider
 from segpipe.errors import RequestError
 from segpipe.models.providers.transformers import build
 from segpipe.models.registry import check_card, load_model
 from segpipe.models.trainable import untrained
-from segpipe.models.weights import ENDINGS
 from tests.models.tiny_transformers import (
     CONFIGS,
     EOMT,
@@ -205,7 +203,6 @@ def test_untrained_networks_are_made_from_arguments(make_card):
             untrained(card.model_copy(update={"arguments": arguments}))
 
 
-@pytest.mark.skipif(Provider.transformers not in ENDINGS, reason="weights.py takes folders alone for now")
 def test_trained_tensors_come_back_from_one_file(make_card, tmp_path):
     architecture = "EomtForUniversalSegmentation"
     network = untrained(card_for(make_card, architecture, weights="", arguments=EOMT)).eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 
-from segpipe.models.object_model import ReadyObjects
+from segpipe.models.network import ReadyObjects
 from segpipe.models.providers.transformers import build
 from tests.models.tiny_transformers import LOW_RESOLUTION, PROCESSORS, QUERIES, SEEDS, answer, card_for, saved
 

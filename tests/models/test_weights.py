@@ -46,6 +46,7 @@ def test_path_is_relative_to_the_card_not_to_the_working_folder(make_card, tmp_p
         ("smp", ".", "a folder, not a file"),
         ("transformers", ".", "found no config.json"),
         ("smp", "https://example.org/w.pt", "valid: a path relative to the card, pkg://"),
+        ("smp", f"hf://org/name@{COMMIT}", "valid: hf://org/name@REVISION/file with the full commit"),
         ("smp", "pkg://no-such-thing/w.pt", "'no-such-thing' is not installed"),
         ("smp", "hf://org/name/w.safetensors", "with the full commit"),
         ("smp", "hf://org/name@main/w.safetensors", "with the full commit"),

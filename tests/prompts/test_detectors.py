@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from skimage.measure import label, regionprops
 
 from benchmarks.detector_files import clipseg, dino, owl, save
-from segpipe.config.card import Provider
 from segpipe.errors import RequestError
-from segpipe.models.weights import FOLDER_FILES
+from segpipe.models.plugins import BUILT_IN
 from segpipe.prompts.grounding.base import Outcome
 from segpipe.prompts.grounding.detectors import ClipSeg, load_detector
 
@@ -181,7 +180,7 @@ def test_what_is_fetched_of_a_published_folder_is_enough(tmp_path: Path, make: A
     assert (folder / "preprocessor_config.json").is_file()
     fetched.mkdir()
     for file in folder.iterdir():
-        if any(fnmatch(file.name, pattern) for pattern in FOLDER_FILES[Provider.transformers]):
+        if any(fnmatch(file.name, pattern) for pattern in BUILT_IN.transformers.folder.files):
             shutil.copy(file, fetched)
     found = load_detector(fetched, CPU, 0.0).ground(WINDOW, PHRASES).detections
     assert len(found) == len(expected) > 0

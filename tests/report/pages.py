@@ -12,7 +12,7 @@ import pandas as pd
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.pictures.preview import raster_preview
-from segpipe.report.page import render_pages
+from segpipe.report.run_page import render_pages
 from segpipe.sources.base import Pixels
 from segpipe.tables.record import ClassInfo, GeometrySummary, ModelSummary, RunRecord, SceneRecord
 

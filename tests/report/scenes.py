@@ -8,7 +8,7 @@ from segpipe.geometry.box import grid_boxes
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.metrics.tally import SizeScale, add, measure_tile
 from segpipe.regions import load_regions
-from segpipe.tables.overlap_tables import SceneResult
+from segpipe.tables.overlap_tables import SceneTallies
 
 CLASSES = [
     Class(value=0, name="background", color="#000000", background=True),
@@ -41,7 +41,7 @@ def result(name, labels, reference=None, spacing=2.0, tile=None, **more):
         )
         for b in grid_boxes(labels.shape, tile or labels.shape)
     )
-    return SceneResult(name, regions.names, 1, tally, scale, **more)
+    return SceneTallies(name, regions=regions.names, attempts=1, tally=tally, scale=scale, **more)
 
 
 def rows(table, *columns):

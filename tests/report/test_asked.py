@@ -24,9 +24,9 @@ from segpipe.pictures.colors import rgb
 from segpipe.pictures.preview import raster_pictures, raster_preview, volume_preview
 from segpipe.pictures.sampling import Readers
 from segpipe.report.markdown import headline, run_markdown
-from segpipe.report.page import INDEX, render_pages
-from segpipe.report.phrases import asked_view, finding, phrase_captions, words
-from segpipe.tables.phrases import asked_table
+from segpipe.report.phrase_view import describe_outcome, phrase_captions, phrase_view, phrases_sentence
+from segpipe.report.run_page import INDEX, render_pages
+from segpipe.tables.phrase_table import phrase_table
 from segpipe.tables.record import AskedPhrase, ClassInfo, RunRecord, SceneRecord, dump_record, load_record
 from tests.report.drawings import decoded, raster_input, reader
 from tests.report.pages import EVIL, Reader
@@ -109,7 +109,7 @@ def instances(*rows: tuple[str, int, str, float, float]) -> pd.DataFrame:
 
 
 def only_page(record: RunRecord, table: pd.DataFrame, found: pd.DataFrame, previews=None) -> str:
-    tables = {"regions": table, "instances": found, "asked": asked_table(record, table, found)}
+    tables = {"regions": table, "instances": found, "asked": phrase_table(record, table, found)}
     (page,) = dict(render_pages(record, {"a": previews}.get, tables)).values()
     return page
 
@@ -130,7 +130,7 @@ def test_a_row_for_each_scene_and_phrase() -> None:
     sizes = {("a", "lake"): (3, 5000.0), ("a", "unnamed"): (2, 300.0)}
     found = instances(("a", 1, "lake", 0.9, 4000.0), ("a", 2, "lake", 0.6, 600.0),
                       ("a", 3, "lake", math.nan, 400.0))  # fmt: skip
-    table = asked_table(record, regions(record, sizes), found)
+    table = phrase_table(record, regions(record, sizes), found)
     assert table[["scene", "phrase", "outcome"]].to_numpy().tolist() == [
         ["a", "lake", "found"],
         ["a", "dock", "below threshold"],
@@ -146,7 +146,7 @@ def test_a_row_for_each_scene_and_phrase() -> None:
     b = table[table["scene"] == "b"]
     assert b[["found", "objects", "area_m2", "best", "mean_score"]].isna().all(axis=None)
     assert set(b["note"]) == {"ends at byte 12"}
-    assert asked_table(run(scene("a", ())), regions(record, sizes)).empty
+    assert phrase_table(run(scene("a", ())), regions(record, sizes)).empty
 
 
 def test_each_outcome_in_words() -> None:
@@ -161,8 +161,8 @@ def test_each_outcome_in_words() -> None:
             AskedPhrase("jetty", "not found"),
         )), classes=(),
     )  # fmt: skip
-    table = asked_table(record, regions(run(scene("a")), {("a", "lake"): (3, 1.0)}).assign(state="measured"))
-    told = {str(row["phrase"]): words(row) for row in table.to_dict("records")}
+    table = phrase_table(record, regions(run(scene("a")), {("a", "lake"): (3, 1.0)}).assign(state="measured"))
+    told = {str(row["phrase"]): describe_outcome(row) for row in table.to_dict("records")}
     assert told == {
         "lake": "4 found, 2 below the threshold, the best score is 0.90; 1 merged into other objects",
         "dock": "not found: 3 below the threshold, the best score is 0.22",
@@ -175,8 +175,8 @@ def test_each_outcome_in_words() -> None:
         "jetty": "not found",
     }
     lost = table.assign(objects=0).iloc[0].to_dict()
-    assert words(lost).endswith("; none of them is left in the map")
-    assert finding(table) == (
+    assert describe_outcome(lost).endswith("; none of them is left in the map")
+    assert phrases_sentence(table) == (
         "2 of 9 phrases found; not found: dock, volcano, sea, no lake, reef, buoy, jetty."
     )
 
@@ -234,7 +234,7 @@ def test_many_scenes_are_summed_and_have_their_own() -> None:
     sizes = {("a", "lake"): (3, 1e6), ("d", "lake"): (1, 5e5)}
     table = regions(record, sizes)
     found = instances(("a", 1, "lake", 0.9, 1e6), ("d", 1, "lake", 0.3, 5e5), ("a", 2, "lake", 0.6, 1.0))
-    tables = {"regions": table, "instances": found, "asked": asked_table(record, table, found)}
+    tables = {"regions": table, "instances": found, "asked": phrase_table(record, table, found)}
     pages = dict(render_pages(record, lambda name: None, tables))
     index = Reader(pages[INDEX])
     lake, dock, volcano = index.rows["phrases-table"][1:]
@@ -264,8 +264,8 @@ def test_plain_text_has_the_negatives_too() -> None:
     assert lines[1].split()[:3] == ["lake", "3", "objects"]
     assert lines[3] == f"  volcano                     0 objects  {NEAREST}"
     assert "Phrase" not in run_markdown(run(scene("a", ())), table)
-    assert phrase_captions(asked_table(record, table))["lake"] == "3 objects, 190.0 ha"
-    assert asked_view(asked_table(run(scene("a", ())), table), None, (), ()) is None
+    assert phrase_captions(phrase_table(record, table))["lake"] == "3 objects, 190.0 ha"
+    assert phrase_view(phrase_table(run(scene("a", ())), table), None, (), ()) is None
 
 
 def test_a_phrase_is_filled_and_outlined_and_all_else_dim() -> None:

@@ -17,11 +17,11 @@ from segpipe.config.card import Class
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.pictures.archive import THUMBNAIL_BYTES, Previews
 from segpipe.pictures.preview import raster_preview, volume_preview
-from segpipe.report.confusion import DARK
-from segpipe.report.page import INDEX, render_pages, scene_path
+from segpipe.report.charts import DARK
+from segpipe.report.run_page import INDEX, render_pages, scene_path
 from segpipe.sources.base import Pixels
-from segpipe.tables.files import write_table
 from segpipe.tables.record import ClassInfo, GeometrySummary, RunRecord, SceneRecord
+from segpipe.tables.table_files import write_table
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

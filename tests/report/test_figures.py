@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from segpipe.report.confusion import LISTED, OTHERS, confusion_matrix
-from segpipe.report.figures import Agreement, Strip, bland_altman, distribution, ticks
-from segpipe.report.overview import agreements
+from segpipe.report.charts import MATRIX_CLASSES, OTHERS, confusion_matrix
+from segpipe.report.figures import SizePairs, Strip, bland_altman, distribution, ticks
+from segpipe.report.overview import size_pairs
 from segpipe.tables.record import ClassInfo
 
 CLASSES = (
@@ -30,10 +30,12 @@ MINI = (512, 430, 520, 428, 500, 600, 364, 380, 658, 445, 432, 626, 260, 477, 25
 
 def test_limits_of_agreement_are_the_published_ones() -> None:
     people = tuple(str(i) for i in range(17))
-    lower, middle, upper = Agreement("flow", "l/min", people, WRIGHT, MINI).limits
+    lower, middle, upper = SizePairs(
+        label="flow", unit="l/min", scenes=people, predicted=WRIGHT, reference=MINI
+    ).limits
     assert middle == pytest.approx(-2.1, abs=0.05)
     assert (upper - lower) / (2 * 1.96) == pytest.approx(38.8, abs=0.05)
-    pairs = Agreement("flow", "l/min", people, WRIGHT, MINI)
+    pairs = SizePairs(label="flow", unit="l/min", scenes=people, predicted=WRIGHT, reference=MINI)
     svg = str(bland_altman(pairs, lambda v: f"{v:.0f}", {"14": "./scenes/14/report.html"}))
     assert svg.count("h0") == 17
     # outside mean ± 1.96 SD (-78.1 to 73.9) is only the one with 178 and 259
@@ -46,11 +48,11 @@ def test_scenes_without_the_class_are_in_no_bland_altman_plot() -> None:
     frame = pd.DataFrame(rows, columns=["scene", "predicted_m2", "reference_m2"]).assign(
         **{"class": "forest"}
     )
-    (found,) = agreements(frame, "area_m2", ["forest", "water"])
+    (found,) = size_pairs(frame, "area_m2", ["forest", "water"])
     assert found.scenes == ("b", "c", "e")
     assert found.differences.tolist() == [-1.0, -3.0, 0.0] and found.means.tolist() == [1.5, 1.5, 4.0]
-    assert agreements(frame.iloc[:3], "area_m2", ["forest"]) == []  # of two scenes it says nothing
-    assert agreements(frame.drop(columns="reference_m2"), "area_m2", ["forest"]) == []
+    assert size_pairs(frame.iloc[:3], "area_m2", ["forest"]) == []  # of two scenes it says nothing
+    assert size_pairs(frame.drop(columns="reference_m2"), "area_m2", ["forest"]) == []
 
 
 def test_a_distribution_draws_scipys_quartiles() -> None:
@@ -100,12 +102,12 @@ def test_the_confusion_matrix_is_scikit_learns() -> None:
 
 
 def test_small_classes_share_a_row_of_the_confusion_matrix() -> None:
-    names = [f"c{i:02d}" for i in range(LISTED + 4)]
+    names = [f"c{i:02d}" for i in range(MATRIX_CLASSES + 4)]
     rows = [("a", "scene", n, n, float(i + 1)) for i, n in enumerate(names)]
     rows += [("a", "scene", names[0], names[1], 100.0), ("a", "scene", names[-1], names[2], 0.5)]
     table = pd.DataFrame(rows, columns=["scene", "region", "reference", "predicted", "count"])
     matrix = confusion_matrix(table, [ClassInfo(i, n, "#101010") for i, n in enumerate(names)])
-    assert len(matrix.rows) == LISTED and matrix.folded == 5
+    assert len(matrix.rows) == MATRIX_CLASSES and matrix.folded == 5
     kept = [r.name for r in matrix.rows]
     assert kept == [names[0], names[1], *names[7:], OTHERS]  # in their order; c02 to c06 together
     assert matrix.rows[-1].cells[-1].count == "25"  # 3 + 4 + 5 + 6 + 7

@@ -20,7 +20,7 @@ from segpipe.objects.overlap_table import overlap_tile
 from segpipe.objects.region_members import Members
 from segpipe.objects.table import ObjectTable
 from segpipe.sources.labels import IdRule
-from segpipe.tables.found_objects import SceneFound, found_table, panoptic_table, with_counts
+from segpipe.tables.object_tables import SceneDetections, detections_table, panoptic_table, with_counts
 from segpipe.tables.record import ClassInfo
 from tests.instances.scene import Oracle, discs, scene_ids, square_lattice
 
@@ -33,7 +33,7 @@ CLASSES = [
 UTM = rasterio.CRS.from_epsg(32633).to_wkt()
 
 
-def found(truth: np.ndarray, geometry: Geometry, classes: dict[int, int], **more: object) -> SceneFound:
+def found(truth: np.ndarray, geometry: Geometry, classes: dict[int, int], **more: object) -> SceneDetections:
     """A scene whose model found these objects, under ids by their first element."""
     lattice = square_lattice(truth.shape, 32, 8)
     ids, objects, _ = scene_ids(Oracle(truth, lattice, classes), lattice, stuff=[2])
@@ -42,7 +42,9 @@ def found(truth: np.ndarray, geometry: Geometry, classes: dict[int, int], **more
     scale = SizeScale.of(geometry)
     np.add.at(sums, ids[ids > 0] - 1, where)
     np.add.at(size, ids[ids > 0] - 1, scale.rows[where[:, 0]])
-    return SceneFound("s", ObjectTable(objects, size, sums), scale=scale, geometry=geometry, **more)
+    return SceneDetections(
+        "s", table=ObjectTable(objects, size, sums), scale=scale, geometry=geometry, **more
+    )
 
 
 def by_parity(truth: np.ndarray) -> dict[int, int]:
@@ -52,7 +54,7 @@ def by_parity(truth: np.ndarray) -> dict[int, int]:
 def test_centroids_boxes_and_sizes_are_those_of_scikit_image() -> None:
     truth = discs((90, 110), 40, seed=3, radius=(2, 9))
     place = RasterGeometry(truth.shape, (9.0, 2.0, 5e5, 3.0, -10.0, 5e6), UTM)  # turned and sheared
-    table = found_table([found(truth, place, by_parity(truth))], CLASSES, 1)
+    table = detections_table([found(truth, place, by_parity(truth))], CLASSES, 1)
     first = {tuple(np.argwhere(truth == p.label)[0]): p for p in regionprops(truth)}
     props = [first[key] for key in sorted(first)]
     assert table["id"].tolist() == list(range(1, len(props) + 1))
@@ -72,9 +74,9 @@ def test_centroids_of_a_volume_are_in_millimetres() -> None:
     truth = np.zeros((8, 9, 10), int)
     truth[1:4, 2:5, 3:8] = 7
     affine = np.array([[-1.0, 0.2, 0, 10], [0.1, 2, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1]])
-    [row] = found_table([found(truth, volume_geometry(truth.shape, affine), {7: 9})], CLASSES, 1).to_dict(
-        "records"
-    )
+    [row] = detections_table(
+        [found(truth, volume_geometry(truth.shape, affine), {7: 9})], CLASSES, 1
+    ).to_dict("records")
     centre = affine @ [5, 3, 2, 1]  # i, j, k
     assert [row["centre_x"], row["centre_y"], row["centre_z"]] == pytest.approx(centre[:3].tolist())
     assert row["volume_mm3"] == pytest.approx(45 * abs(np.linalg.det(affine[:3, :3])))
@@ -99,7 +101,7 @@ def test_counts_of_objects_by_the_region_that_has_most_of_them() -> None:
     regions = pd.DataFrame(rows, columns=["scene", "region", "value"]).astype({"value": "Int64"})
     regions = regions.assign(count=1.0, share=0.5, state="measured")
     regions.loc[len(regions)] = ["gone", "scene", 4, np.nan, np.nan, "failed"]
-    table = with_counts(regions, [scene, SceneFound("gone", reason="broken")], [4, 9])
+    table = with_counts(regions, [scene, SceneDetections("gone", reason="broken")], [4, 9])
     assert list(table.columns) == ["scene", "region", "value", "count", "objects", "share", "state"]
     counts = {(r.scene, r.region, r.value): r.objects for r in table.itertuples() if not pd.isna(r.objects)}
     assert counts == {
@@ -107,19 +109,27 @@ def test_counts_of_objects_by_the_region_that_has_most_of_them() -> None:
         ("s", "a", 4): 1, ("s", "a", 9): 0,
         ("s", "b", 4): 1, ("s", "b", 9): 1,
     }  # fmt: skip
-    assert found_table([scene], CLASSES, 1)["region"].tolist() == ["a", "b", "b", "a", ""]
-    assert found_table([scene], CLASSES, 1, [2])["region"].tolist() == ["a", "b", "b", "", ""]  # 2 is stuff
+    assert detections_table([scene], CLASSES, 1)["region"].tolist() == ["a", "b", "b", "a", ""]
+    assert detections_table([scene], CLASSES, 1, [2])["region"].tolist() == [
+        "a",
+        "b",
+        "b",
+        "",
+        "",
+    ]  # 2 is stuff
 
 
-def compared(predicted: np.ndarray, truth: np.ndarray, classes: dict[int, int], **more: object) -> SceneFound:
+def compared(
+    predicted: np.ndarray, truth: np.ndarray, classes: dict[int, int], **more: object
+) -> SceneDetections:
     """A scene with a reference whose values are class × 1000 + number."""
     place = RasterGeometry(truth.shape, (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None)
     scene = found(predicted, place, classes)
     lattice = square_lattice(truth.shape, 32, 8)
     ids, _, _ = scene_ids(Oracle(predicted, lattice, classes), lattice, stuff=[2])
     table = overlap_tile(ids, truth, Box.whole(truth.shape), SizeScale.of(place))
-    return SceneFound(
-        "s", scene.table, scale=scene.scale, geometry=place, overlaps=table, rule=IdRule(1000), **more
+    return SceneDetections(
+        "s", table=scene.table, scale=scene.scale, geometry=place, overlaps=table, rule=IdRule(1000), **more
     )
 
 
@@ -132,7 +142,7 @@ def test_quality_of_a_scene_by_hand() -> None:
     predicted[:, 30:33], truth[:, 30:32] = 3, 2001  # 20 of …
     predicted[:, 40:44], truth[:, 40:44] = 4, 2002  # … and 40: 60 of 70 as one segment
     scene = compared(predicted, truth, {1: 4, 2: 9, 3: 2, 4: 2})
-    table = panoptic_table([scene, SceneFound("t", reason="broken")], CLASSES, [2], 1)
+    table = panoptic_table([scene, SceneDetections("t", reason="broken")], CLASSES, [2], 1)
     rows = table[table["scene"] == "s"].set_index("class")
     assert rows.loc[["even", "odd", "sea"], ["tp", "fp", "fn"]].to_numpy().tolist() == [
         [1, 0, 2], [0, 1, 0], [1, 0, 0],
@@ -149,7 +159,7 @@ def test_quality_of_a_scene_by_hand() -> None:
     assert math.isnan(rows.loc["sea", "ap"])
     [failed] = table[table["scene"] == "t"].to_dict("records")
     assert (failed["class"], failed["state"], failed["reason"]) == ("all", "failed", "broken")
-    objects = found_table([scene], CLASSES, 1).set_index("class")
+    objects = detections_table([scene], CLASSES, 1).set_index("class")
     assert objects.loc["even", ["partner", "iou"]].tolist() == [4001, 0.8]
     assert objects.loc["odd", ["partner", "iou"]].isna().all()
 
@@ -203,6 +213,6 @@ def test_small_objects_are_left_out_on_both_sides() -> None:
 def test_no_objects_and_failed_scenes() -> None:
     place = RasterGeometry((10, 12), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), None)
     empty = found(np.zeros((10, 12), int), place, {})
-    assert len(found_table([empty], CLASSES, 1)) == 0
+    assert len(detections_table([empty], CLASSES, 1)) == 0
     columns = ["scene", "id", "class", "value", "score", "count", "touches_edge", "region"]
-    assert list(found_table([SceneFound("x", reason="broken")], CLASSES, 1).columns) == columns
+    assert list(detections_table([SceneDetections("x", reason="broken")], CLASSES, 1).columns) == columns

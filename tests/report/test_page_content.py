@@ -10,18 +10,22 @@ import pytest
 
 from segpipe.config.card import Class
 from segpipe.report.cells import page_table
-from segpipe.report.class_bars import class_bars
-from segpipe.report.definitions import DEFINITIONS
+from segpipe.report.charts import class_bars
+from segpipe.report.definitions import definitions
 from segpipe.report.overview import scene_scores, scene_table
-from segpipe.report.page import FAILURES, INDEX
+from segpipe.report.run_page import FAILURES, INDEX
 from segpipe.tables import units
-from segpipe.tables.agreement import agreement_table
-from segpipe.tables.frames import Found
-from segpipe.tables.intensity import SceneIntensity, intensity_table
-from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.frames import SceneValue
+from segpipe.tables.overlap_tables import SceneTallies, agreement_table, metric_table, region_table
+from segpipe.tables.scene_tables import (
+    SceneIntensity,
+    SceneSurfaces,
+    calibration_table,
+    intensity_table,
+    surface_table,
+    uncertainty_table,
+)
 from segpipe.tables.summary import summary_table
-from segpipe.tables.surface import SceneSurfaces, surface_table
-from segpipe.tables.uncertainty import calibration_table, uncertainty_table
 from tests.report.pages import (
     CLASSES,
     Reader,
@@ -124,7 +128,7 @@ def test_definitions_are_one_click_away() -> None:
         ids = [a["id"] for tag, a in tags if tag == "details" and (a.get("id") or "").startswith("def-")]
         marks = {a["href"] for _, a in tags if "why-link" in (a.get("class") or "")}
         assert marks and marks <= {f"#{i}" for i in ids}
-        assert len(ids) == len(set(ids)) < len(DEFINITIONS)
+        assert len(ids) == len(set(ids)) < len(definitions())
     text = re.sub(r"<[^>]+>", " ", full_page())
     assert "TP / (TP + FP + FN)" in text and "never 0 or 1" in text
     assert "Hausdorff" not in text
@@ -143,16 +147,16 @@ def test_columns_that_nobody_described_are_shown_all_the_same() -> None:
 def test_every_column_of_every_table_is_described() -> None:
     """Of the tables that the library writes, by their own functions."""
     cards = [Class(value=c.value, name=c.name, color=c.color, background=c.background) for c in CLASSES]
-    metric = metric_table([SceneResult("east", ("scene",), 1, reason="broken")], cards)
+    metric = metric_table([SceneTallies("east", regions=("scene",), attempts=1, reason="broken")], cards)
     tables = {
         "regions": region_table([], cards), "metrics": metric, "summary": summary_table(metric, cards),
         "agreement": agreement_table(metric), "intensity": intensity_table([SceneIntensity("east")], cards),
         "surface": surface_table([SceneSurfaces("east", failed=True)], cards),
         "uncertainty": uncertainty_table([SceneIntensity("east")], cards),
-        "calibration": calibration_table([Found("east", failed=True)]),
+        "calibration": calibration_table([SceneValue("east", failed=True)]),
     }  # fmt: skip
     for name, frame in tables.items():
-        table = page_table(name, name, f"{name}.csv", frame, CLASSES)
+        table = page_table(name, name, frame, CLASSES)
         assert [h.label for h in table.heads if not h.meaning] == [], name
         assert len({h.label for h in table.heads}) == len(table.heads), name
 
@@ -228,6 +232,6 @@ def test_missing_values_sort_last() -> None:
     frame = pd.DataFrame(
         {"scene": ["a", "b"], "iou": [0.5, float("nan")], "attempts": pd.array([1, pd.NA], "Int64")}
     )
-    table = page_table("metrics", "Metrics", "metrics.csv", frame, CLASSES)
+    table = page_table("metrics", "Metrics", frame, CLASSES)
     assert [(c.text, c.sort) for c in table.rows[1]] == [("b", ""), ("—", ""), ("—", "")]
     assert table.rows[0][1].sort == "0.5"

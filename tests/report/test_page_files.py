@@ -12,7 +12,7 @@ import pytest
 
 from segpipe.pictures.archive import THUMBNAIL_BYTES
 from segpipe.report.cells import ROWS
-from segpipe.report.page import INDEX, INDEX_ROWS, page_paths
+from segpipe.report.run_page import INDEX, INDEX_ROWS, page_paths
 from segpipe.tables.record import ClassInfo, ModelSummary
 from tests.report.pages import (
     EVIL,

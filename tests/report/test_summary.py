@@ -18,7 +18,7 @@ from sklearn.metrics import (
 
 from segpipe.errors import RequestError
 from segpipe.metrics.tally import FULL, IGNORED, SizeScale, Tally
-from segpipe.tables.overlap_tables import SceneResult, metric_table, region_table
+from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.summary import summary_table
 from tests.report.scenes import CLASSES, result
 
@@ -30,7 +30,7 @@ def test_summary_counts_missed_hallucinated_undefined_and_failed():
         result("b", [[7, 0]], [[1, 0]]),
         result("c", [[0, 0]], [[0, 0]]),
         result("d", [[7, 7]], [[7, 0]]),
-        SceneResult("e", ("scene",), 2, reason="broken"),
+        SceneTallies("e", regions=("scene",), attempts=2, reason="broken"),
     ]
     summary = summary_table(metric_table(scenes, CLASSES), CLASSES, min_reference=1)
     counted = ("value", "n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed")
@@ -49,7 +49,7 @@ def test_summary_counts_missed_hallucinated_undefined_and_failed():
 
 
 def test_all_failed_says_so():
-    scenes = [SceneResult(n, ("scene",), 1, reason="x") for n in "ab"]
+    scenes = [SceneTallies(n, regions=("scene",), attempts=1, reason="x") for n in "ab"]
     summary = summary_table(metric_table(scenes, CLASSES), CLASSES)
     assert summary["value"].isna().all()
     assert set(summary["n_failed"]) == {2}
@@ -118,10 +118,16 @@ def test_regions_are_averaged_before_scenes():
 
     scale = SizeScale("px", 1.0, 16, np.array([1 << 16]))
     scenes = [
-        SceneResult(
-            "a", ("scene", "north", "south"), 1, tally((0, 1, 1), (0, 1, 0), (1, 1, 1), (2, 1, 0)), scale
+        SceneTallies(
+            "a",
+            regions=("scene", "north", "south"),
+            attempts=1,
+            tally=tally((0, 1, 1), (0, 1, 0), (1, 1, 1), (2, 1, 0)),
+            scale=scale,
         ),
-        SceneResult("b", ("scene", "north"), 1, tally((0, 1, 1), (1, 1, 1)), scale),
+        SceneTallies(
+            "b", regions=("scene", "north"), attempts=1, tally=tally((0, 1, 1), (1, 1, 1)), scale=scale
+        ),
     ]
     summary = summary_table(metric_table(scenes, CLASSES), CLASSES)
     first = summary.groupby("region").first()

@@ -22,11 +22,15 @@ from sklearn.metrics import (
 )
 
 from segpipe.metrics.tally import FULL, IGNORED
-from segpipe.tables.agreement import agreement_table
-from segpipe.tables.files import csv_bytes, parquet_bytes, write_table
-from segpipe.tables.overlap_tables import SceneResult, confusion_table, metric_table, region_table
-from segpipe.tables.results import MOST_ROWS, results_json
+from segpipe.tables.overlap_tables import (
+    SceneTallies,
+    agreement_table,
+    confusion_table,
+    metric_table,
+    region_table,
+)
 from segpipe.tables.summary import summary_table
+from segpipe.tables.table_files import MOST_ROWS, csv_bytes, parquet_bytes, results_json, write_table
 from tests.report.scenes import CLASSES, NAMES, SIZES, result, rows
 
 INNER = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 255, 0], [0, 0, 0, 0, 0]]
@@ -52,7 +56,7 @@ def test_regions_of_one_scene():
 
 
 def test_failed_and_unseen_scenes_have_rows_without_numbers():
-    failed = SceneResult("broken", ("scene",), 3, reason="no such file")
+    failed = SceneTallies("broken", regions=("scene",), attempts=3, reason="no such file")
     table = region_table([result("empty", [[255, 255]]), failed], CLASSES)
     assert list(table["state"]) == ["no_data"] * 3 + ["failed"] * 3
     assert table[["count", "area_m2", "share", "touches_edge"]].isna().all().all()
@@ -71,7 +75,7 @@ def test_failed_and_unseen_scenes_have_rows_without_numbers():
 
 
 def test_failed_alone_still_has_rows():
-    table = region_table([SceneResult("x", (), 1, reason="?")], CLASSES)
+    table = region_table([SceneTallies("x", regions=(), attempts=1, reason="?")], CLASSES)
     assert rows(table, "scene", "region", "value", "state") == [
         ("x", "", 0, "failed"), ("x", "", 1, "failed"), ("x", "", 7, "failed"),
     ]  # fmt: skip
@@ -241,7 +245,10 @@ def test_permuting_class_ids_permutes_rows(seed, order):
 
 
 def test_files_hold_the_table(tmp_path):
-    scenes = [result('zoë, "a"', INNER, spacing=0.1), SceneResult("b", ("scene",), 2, reason="x")]
+    scenes = [
+        result('zoë, "a"', INNER, spacing=0.1),
+        SceneTallies("b", regions=("scene",), attempts=2, reason="x"),
+    ]
     table = region_table(scenes, CLASSES)
     csv, parquet = write_table(table, tmp_path / "out" / "regions")
     first = csv.read_bytes(), parquet.read_bytes()

@@ -13,7 +13,7 @@ import torch
 
 from segpipe.config.recipe import Recipe
 from segpipe.training.distributed import World
-from segpipe.training.loop import Moment, Training
+from segpipe.training.loop import MetricsRow, Training
 from segpipe.training.network import TrainNetwork
 from tests.training.conftest import CLASSES, RasterFolder, fold_of, prepared, recipe_of
 
@@ -37,7 +37,7 @@ def never() -> bool:
     return False
 
 
-def ignored(moment: Moment) -> None:
+def ignored(moment: MetricsRow) -> None:
     """Nobody is told."""
 
 
@@ -135,7 +135,7 @@ def test_a_killed_call_goes_on_from_the_last_trial(rasters: Rasters, tmp_path: P
 def test_a_finished_training_does_nothing_more(rasters: Rasters, tmp_path: Path) -> None:
     first = training_of(rasters(), tmp_path)
     first.run(ignored, never)
-    told: list[Moment] = []
+    told: list[MetricsRow] = []
     second = training_of(rasters(), tmp_path)
     assert second.finished
     assert second.run(told.append, never)
@@ -202,7 +202,7 @@ def test_the_result_is_a_moving_average_of_the_weights(rasters: Rasters, tmp_pat
 
 
 def test_history_holds_mean_losses_and_rates(rasters: Rasters, tmp_path: Path) -> None:
-    told: list[Moment] = []
+    told: list[MetricsRow] = []
     training = training_of(rasters(optimise={"steps": 5}, judge={"every": 2}), tmp_path / "two")
     training.run(told.append, never)
     single = training_of(rasters(optimise={"steps": 5}, judge={"every": 1}), tmp_path / "one")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from segpipe.config.card import load_card
 from segpipe.config.recipe import Recipe
 from segpipe.models.registry import load_model
-from segpipe.training.loop import Moment
+from segpipe.training.loop import MetricsRow
 from segpipe.training.run import SILENT, Result, Told, mark, train
 from segpipe.training.validation import try_model
 from tests.training.conftest import RasterFolder, fold_of, prepared, recipe_of
@@ -51,7 +51,7 @@ def listen(recipe: Recipe) -> Trained:
     ready: list[tuple[int, int]] = []
     moments: list[tuple[str, int]] = []
 
-    def moment(fold: str, moment: Moment) -> None:
+    def moment(fold: str, moment: MetricsRow) -> None:
         moments.append((fold, moment.step))
 
     result = train(recipe, Told(lambda n, total: ready.append((n, total)), moment))

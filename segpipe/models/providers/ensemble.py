@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
-from segpipe.config.card import Card, card_error
-from segpipe.models.ensemble_members import check_members, dropout_passes, member_cards
+from segpipe.config.card import Card, card_error, load_card
+from segpipe.models.construct import only_arguments
 from segpipe.models.network import Network, TorchNetwork, at_resolution, output_channels
 from segpipe.models.outputs import activate
+from segpipe.models.plugins import provider_spec
 from segpipe.models.registry import build_network, check_card
+
+ARGUMENTS = ("cards", "card", "dropout", "seed")
 
 
 @dataclass
@@ -89,9 +93,9 @@ def check(card: Card) -> None:
     Raises:
         RequestError: names the member and the field.
     """
-    check_members(card)
-    dropout_passes(card)
-    for member in member_cards(card):
+    _check_members(card)
+    _dropout_passes(card)
+    for member in members(card):
         check_card(member)
 
 
@@ -101,19 +105,19 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     Raises:
         RequestError: as `check`; or a member that is to drop has no dropout layers.
     """
-    check_members(card)
-    passes, seed = dropout_passes(card)
-    members = [Member(found, _network(found, device, threads)) for found in member_cards(card)]
+    _check_members(card)
+    passes, seed = _dropout_passes(card)
+    averaged = [Member(found, _network(found, device, threads)) for found in members(card)]
     if not passes:
-        return MeanNetwork(members, device)
-    (member,) = members
+        return MeanNetwork(averaged, device)
+    (member,) = averaged
     _activate_dropout(card, member.network)
     return DropoutNetwork(member, device, passes, seed)
 
 
 def _network(card: Card, device: torch.device, threads: int) -> Network:
     network = build_network(card, device, threads)
-    assert callable(network)  # semantic: `check_members` saw to it
+    assert callable(network)  # semantic: `_check_members` saw to it
     return network
 
 
@@ -127,3 +131,93 @@ def _activate_dropout(card: Card, network: Network) -> None:
         )
     for layer in dropping:
         layer.train()
+
+
+def members(card: Card) -> list[Card]:
+    """The cards of an ensemble, in the order given: of ``cards``, or the one of ``card``.
+
+    Raises:
+        RequestError: none or both are given, a file is wrong, or a member is an ensemble itself.
+    """
+    only_arguments(card, ARGUMENTS)
+    cards, one = card.arguments.get("cards"), card.arguments.get("card")
+    paths = [one] if cards is None else cards
+    if (cards is None) == (one is None) or not isinstance(paths, list) or not paths:
+        raise card_error(
+            card, "arguments", "valid: `cards`, a list of model cards, or `card` with `dropout`, one member"
+        )
+    found = []
+    for path in paths:
+        if not isinstance(path, str):
+            raise card_error(card, "arguments.cards", f"found {path!r}; valid: paths relative to this card")
+        member = load_card(card.folder / path)
+        if provider_spec(member).composite:
+            raise card_error(card, "arguments.cards", f"{path} is an ensemble; list its members instead")
+        found.append(member)
+    return found
+
+
+def _check_members(card: Card) -> None:
+    """Whether members and ensemble see the same input and name the same classes.
+
+    Raises:
+        RequestError: names the member and the field, what it has and what the ensemble has.
+    """
+    if card.output.activation != "none" or card.output.kind != "semantic":
+        raise card_error(
+            card,
+            "output",
+            "an ensemble's answer is a mean of probabilities: valid: activation none, semantic",
+        )
+    for member in members(card):
+        for field, found, wanted in _in_common(member, card):
+            if found != wanted:
+                raise card_error(card, field, f"found {wanted}; its member {member.name} has {found}")
+        if member.roi is not None:
+            raise card_error(card, "arguments.cards", f"{member.name} has a roi; give that to the ensemble")
+        if card.window.stride % member.window.stride:
+            raise card_error(
+                card,
+                "window.stride",
+                f"found {card.window.stride}; {member.name} has {member.window.stride}: valid: a multiple",
+            )
+        rigid = (member.window.fixed, member.window_shape)
+        if member.window.fixed and rigid != (card.window.fixed, card.window_shape):
+            raise card_error(
+                card,
+                "window",
+                f"{member.name} takes {list(member.window_shape or ())} only: give that, fixed",
+            )
+
+
+def _in_common(member: Card, card: Card) -> list[tuple[str, Any, Any]]:
+    """Field, the member's value and the ensemble's, of all that must be equal."""
+    fields = ("bands", "orientation", "spacing", "image_resampling", "normalisation")
+    pairs = [(f"input.{f}", getattr(member.input, f), getattr(card.input, f)) for f in fields]
+    return [
+        ("kind", member.kind, card.kind),
+        ("output.kind", member.output.kind, "semantic"),
+        *pairs,
+        ("window.padding", member.window.padding, card.window.padding),
+        ("classes", list(member.values), list(card.values)),
+    ]
+
+
+def _dropout_passes(card: Card) -> tuple[int, int]:
+    """Passes with dropout active, and the seed of the first; (0, 0) where none are asked for.
+
+    Raises:
+        RequestError: no whole numbers, or several members.
+    """
+    passes, seed = card.arguments.get("dropout"), card.arguments.get("seed", 0)
+    if passes is None and "card" not in card.arguments and "seed" not in card.arguments:
+        return 0, 0
+    if "card" not in card.arguments:
+        raise card_error(card, "arguments.dropout", "goes with `card`, one member, and not with `cards`")
+    for name, value, least in (("dropout", passes, 2), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise card_error(
+                card, f"arguments.{name}", f"found {value!r}; valid: a whole number from {least}"
+            )
+    assert isinstance(passes, int)
+    return passes, int(seed)

@@ -42,15 +42,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 
-_UNREADABLE = (
-    EPFail,
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NotImplemented,
-    RuntimeException,
-)
+_UNREADABLE = (EPFail, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException)
 
 
 @dataclass
@@ -86,6 +78,13 @@ class OnnxNetwork:
         feed = {self.input: np.ascontiguousarray(windows)}
         scores: np.ndarray = self.session.run([self.output], feed)[0]
         return scores[:count]
+
+
+def without_cuda() -> str:
+    """This onnxruntime, where it has no CUDA."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return ""
+    return f"onnxruntime {onnxruntime.__version__} (onnxruntime-gpu would)"
 
 
 def check(card: Card) -> None:
@@ -182,18 +181,13 @@ def _providers(card: Card, device: torch.device, threads: int) -> list[Any]:
         return [(EXECUTION[wanted][0], {"device_id": device.index or 0}), "CPUExecutionProvider"]
     if device.type != "cuda":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if without_cuda():
         logger.warning(
-            "%s: onnxruntime has no CUDA here (install onnxruntime-gpu): the model runs on the CPU",
-            card.name,
+            "%s: onnxruntime has no CUDA here (install onnxruntime-gpu): the model runs on the CPU", card.name
         )
         return ["CPUExecutionProvider"]
     # Fixed algorithms and whole float32: the default search and TF32 change bits between runs.
-    settings = {
-        "device_id": device.index or 0,
-        "cudnn_conv_algo_search": "DEFAULT",
-        "use_tf32": 0,
-    }
+    settings = {"device_id": device.index or 0, "cudnn_conv_algo_search": "DEFAULT", "use_tf32": 0}
     return [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
 
 
@@ -211,9 +205,7 @@ def _check_shape(card: Card, shape: list[int | str | None], channels_last: bool)
     """Whether the file's fixed sizes are the card's."""
     if len(shape) != card.ndim + 2:
         raise card_error(
-            card,
-            "kind",
-            f"a {card.kind} model takes {card.ndim + 2} axes; the file's input has {shape}",
+            card, "kind", f"a {card.kind} model takes {card.ndim + 2} axes; the file's input has {shape}"
         )
     channels, spatial = (shape[-1], shape[1:-1]) if channels_last else (shape[1], shape[2:])
     if isinstance(channels, int) and channels != card.channels:
@@ -228,9 +220,7 @@ def _check_shape(card: Card, shape: list[int | str | None], channels_last: bool)
     whole = card.window.size == "whole"
     if not fits or not (whole or card.window.fixed):
         raise card_error(
-            card,
-            "window",
-            f"the file takes {spatial} only; give that as `size` with `fixed: true`",
+            card, "window", f"the file takes {spatial} only; give that as `size` with `fixed: true`"
         )
 
 

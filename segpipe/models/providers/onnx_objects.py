@@ -24,7 +24,7 @@ from torchvision.ops import batched_nms, box_convert
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
-from segpipe.models.base import Candidates
+from segpipe.models.base import MaskCandidates
 
 DECODERS = ("masks", "yolo-seg")
 ARGUMENTS = {"masks": ("decode", "logits"), "yolo-seg": ("decode", "detections", "iou")}
@@ -46,11 +46,11 @@ class OnnxObjects:
     parameters: int | None = None
     rule: Literal["transformers", "paper"] = "paper"
 
-    def candidates(self, batch: torch.Tensor) -> Sequence[Candidates]:
+    def candidates(self, batch: torch.Tensor) -> Sequence[MaskCandidates]:
         """Masks proposed for each window of a batch (n, c, …), each window by itself."""
         return [self._decoded(window) for window in batch.split(1)]
 
-    def _decoded(self, window: torch.Tensor) -> Candidates:
+    def _decoded(self, window: torch.Tensor) -> MaskCandidates:
         values = window.numpy().astype(self.dtype, copy=False)
         if self.channels_last:
             values = np.moveaxis(values, 1, -1)
@@ -122,7 +122,7 @@ def _in_front(card: Card) -> list[int]:
 
 def decode_masks(
     card: Card, masks: torch.Tensor, classes: torch.Tensor, scores: torch.Tensor, shape: tuple[int, ...]
-) -> Candidates:
+) -> MaskCandidates:
     """Candidates of masks (n, …), (n, 1, …) or (1, n, …), classes and scores of n elements.
 
     Raises:
@@ -145,12 +145,12 @@ def decode_masks(
     if card.arguments.get("logits", False):
         stack = stack.sigmoid()
     values = np.asarray(card.values, np.int64)[numbers.numpy()]
-    return Candidates(stack.numpy(), values, scores.reshape(-1).float().numpy())
+    return MaskCandidates(stack.numpy(), values, scores.reshape(-1).float().numpy())
 
 
 def decode_yolo(
     card: Card, rows: torch.Tensor, prototypes: torch.Tensor, shape: tuple[int, ...]
-) -> Candidates:
+) -> MaskCandidates:
     """Candidates of YOLO's segmentation head for one window.
 
     Each anchor's best class counts. A mask is the sigmoid of its coefficients' mix of prototypes, cut to its
@@ -178,7 +178,7 @@ def decode_yolo(
     scale = torch.tensor([width / shape[1], height / shape[0]]).repeat(2)
     masks = _upsampled(_cut(masks, boxes[kept] * scale), shape)
     values = np.asarray(classes, np.int64)[best[kept].numpy()]
-    return Candidates(masks.numpy(), values, scores[kept].clamp(0, 1).numpy())
+    return MaskCandidates(masks.numpy(), values, scores[kept].clamp(0, 1).numpy())
 
 
 def _cut(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,10 @@ def check(card: Card) -> None:
     """
     if not card.allow_torchscript:
         raise card_error(
-            card, "allow_torchscript", "TorchScript is a program: set it to true if you trust it"
+            card,
+            "allow_torchscript",
+            "provider torchscript runs the file as a program: set `allow_torchscript: true` if you trust its "
+            "origin",
         )
     only_arguments(card, ())
 

@@ -26,7 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.base import Candidates, ObjectNetwork, Truth
+from segpipe.models.base import MaskCandidates, ObjectNetwork, Truth
 from segpipe.models.construct import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
 from segpipe.models.weights import load_state, resolve_weights
@@ -96,10 +96,10 @@ class MaskRCNNObjects:
         """Numbers learned in training."""
         return sum(p.numel() for p in self._network.parameters())
 
-    def candidates(self, batch: torch.Tensor) -> list[Candidates]:
+    def candidates(self, batch: torch.Tensor) -> list[MaskCandidates]:
         """The network's detections, masks pasted into the window."""
         return [
-            Candidates(
+            MaskCandidates(
                 found["masks"][:, 0].float().cpu().numpy(),
                 self._values[found["labels"].cpu().numpy()],
                 found["scores"].float().cpu().numpy(),

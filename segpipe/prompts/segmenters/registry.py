@@ -21,7 +21,7 @@ def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
     Raises:
         RequestError: names the field, what was found and what would be valid.
     """
-    if card.provider.value == "literature":
+    if card.provider == "literature":
         from segpipe.prompts.segmenters import looknet_segmenter as look_segmenter
 
         return look_segmenter.embedding_shapes(look_segmenter.read_card(card))
@@ -47,7 +47,7 @@ def load_segmenter(
     Raises:
         RequestError: as `check_segmenter`; or the weights do not fit.
     """
-    if card.provider.value == "literature":
+    if card.provider == "literature":
         from segpipe.prompts.segmenters.looknet_segmenter import LookSegmenter
 
         return LookSegmenter(card, device, threads, precision, batch)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers as library
 
-from segpipe.config.card import Card, Provider, card_error
+from segpipe.config.card import Card, card_error
 from segpipe.models.construct import only_arguments
 from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
 from segpipe.models.weights import resolve_weights
@@ -77,9 +77,9 @@ def read_folder(card: Card) -> SamFolder:
     Raises:
         RequestError: it is none of a promptable network, or does not fit the card.
     """
-    if card.provider is not Provider.transformers:
+    if card.provider != "transformers":
         raise card_error(
-            card, "provider", f"found {card.provider.value}; valid for prompts: transformers, literature"
+            card, "provider", f"found {card.provider}; valid for prompts: transformers, literature"
         )
     if card.output.kind != "prompted":
         raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")

@@ -27,7 +27,14 @@ from segpipe.sources.common import (
     resolve_channels,
     scaling_of,
 )
-from segpipe.sources.dicom.series import DICOM_ERRORS, Slice, in_order, read_series, series_affine, tilted
+from segpipe.sources.dicom.series import (
+    DICOM_ERRORS,
+    DicomSlice,
+    in_order,
+    read_series,
+    series_affine,
+    tilted,
+)
 from segpipe.sources.uri import SERIES
 
 CACHE_BYTES = 128 * 2**20
@@ -87,7 +94,7 @@ class DicomSource(Source):
         return self._identity
 
     @property
-    def slices(self) -> tuple[Slice, ...]:
+    def slices(self) -> tuple[DicomSlice, ...]:
         """The files' headers, in the order of the volume's first axis."""
         return tuple(self._slices)
 
@@ -136,7 +143,7 @@ class DicomSource(Source):
         return plane
 
 
-def stored_dtype(slices: Sequence[Slice]) -> np.dtype[Any]:
+def stored_dtype(slices: Sequence[DicomSlice]) -> np.dtype[Any]:
     """The dtype that holds the stored values of every slice exactly.
 
     Raises:
@@ -148,7 +155,7 @@ def stored_dtype(slices: Sequence[Slice]) -> np.dtype[Any]:
     return common
 
 
-def _pixels(s: Slice) -> np.ndarray:
+def _pixels(s: DicomSlice) -> np.ndarray:
     """The stored values of one slice, (rows, columns).
 
     Raises:
@@ -163,7 +170,7 @@ def _pixels(s: Slice) -> np.ndarray:
     return pixels
 
 
-def _require_decoders(slices: Sequence[Slice]) -> None:
+def _require_decoders(slices: Sequence[DicomSlice]) -> None:
     """Refuse a compression that no installed decoder knows, before any work is done."""
     for s in slices:
         if not s.transfer_syntax:
@@ -181,7 +188,7 @@ def _require_decoders(slices: Sequence[Slice]) -> None:
             )
 
 
-def _notes(slices: Sequence[Slice], rescaled: bool) -> list[str]:
+def _notes(slices: Sequence[DicomSlice], rescaled: bool) -> list[str]:
     notes = []
     if rescaled:
         notes.append("rescale differs between slices: values are real (float32), not as stored")

@@ -44,14 +44,14 @@ _UIDS = {
     "SOPClassUID": "sop_class", "SOPInstanceUID": "sop_instance", "StudyInstanceUID": "study",
     "SeriesInstanceUID": "series", "FrameOfReferenceUID": "frame_of_reference",
 }  # fmt: skip
-"""What a reference to a series is made of, and the fields of `Slice` that hold it."""
+"""What a reference to a series is made of, and the fields of `DicomSlice` that hold it."""
 
 SAME_DIRECTION = 1e-3
 """Greatest difference of direction cosines within one series."""
 
 
 @dataclass(frozen=True)
-class Slice:
+class DicomSlice:
     """The header of one image file."""
 
     path: str
@@ -83,7 +83,7 @@ class Slice:
     transfer_syntax: str
 
 
-def read_series(folder: Path, series: str | None = None) -> tuple[list[Slice], list[str]]:
+def read_series(folder: Path, series: str | None = None) -> tuple[list[DicomSlice], list[str]]:
     """The image slices of a folder, which must be of one series; and notes.
 
     Args:
@@ -94,7 +94,7 @@ def read_series(folder: Path, series: str | None = None) -> tuple[list[Slice], l
         SceneError: none or several series, a damaged or multi-frame file, or slices that differ
             in size, pixel spacing or orientation.
     """
-    slices: list[Slice] = []
+    slices: list[DicomSlice] = []
     left_out: Counter[str] = Counter()
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "."):
         header = read_header(path)
@@ -113,13 +113,13 @@ def read_series(folder: Path, series: str | None = None) -> tuple[list[Slice], l
     return slices, notes
 
 
-def in_order(slices: Sequence[Slice]) -> list[Slice]:
+def in_order(slices: Sequence[DicomSlice]) -> list[DicomSlice]:
     """Sorted along the normal of the slices, row cosines x column cosines."""
     normal = _normal(slices[0])
     return sorted(slices, key=lambda s: (float(np.dot(s.position, normal)), s.path))
 
 
-def series_affine(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
+def series_affine(folder: Path, slices: Sequence[DicomSlice]) -> np.ndarray:
     """Voxel centre (i = column, j = row, k = slice) to RAS mm, (4, 4), of slices in order.
 
     The step between slices is measured on their positions, never taken from SliceThickness or
@@ -149,13 +149,13 @@ def series_affine(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def tilted(slices: Sequence[Slice]) -> bool:
+def tilted(slices: Sequence[DicomSlice]) -> bool:
     """Whether the slices are shifted against each other (gantry tilt)."""
     step = np.array(slices[-1].position) - np.array(slices[0].position)
     return bool(np.linalg.norm(np.cross(step / np.linalg.norm(step), _normal(slices[0]))) > 1e-3)
 
 
-def require_uids(folder: str, slices: Sequence[Slice]) -> None:
+def require_uids(folder: str, slices: Sequence[DicomSlice]) -> None:
     """Refuse a series that nothing can refer to: what is written beside it names its UIDs.
 
     Raises:
@@ -234,7 +234,7 @@ def not_a_slice(path: Path, header: Dataset | None) -> str:
     return "" if grey and int(header.get("SamplesPerPixel") or 1) == 1 else "colour"
 
 
-def _slice(path: Path, header: Dataset) -> Slice:
+def _slice(path: Path, header: Dataset) -> DicomSlice:
     """What we need of a header.
 
     Raises:
@@ -255,7 +255,7 @@ def _slice(path: Path, header: Dataset) -> Slice:
         raise SceneError(f"{path}: {bits} bits per pixel; expected 8, 16 or 32")
     signed = int(header.get("PixelRepresentation") or 0) == 1
     slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
-    return Slice(
+    return DicomSlice(
         path=str(path),
         sop_class=str(header.get("SOPClassUID") or ""),
         sop_instance=str(header.get("SOPInstanceUID") or ""),
@@ -290,8 +290,8 @@ def _numbers(path: Path, header: Dataset, keyword: str, count: int) -> tuple[flo
     return values
 
 
-def _require_one_series(folder: Path, slices: Sequence[Slice]) -> None:
-    groups: dict[tuple[object, ...], list[Slice]] = {}
+def _require_one_series(folder: Path, slices: Sequence[DicomSlice]) -> None:
+    groups: dict[tuple[object, ...], list[DicomSlice]] = {}
     for s in slices:
         direction = tuple(round(v, 2) + 0.0 for v in s.orientation)
         key = (s.series, s.frame_of_reference) if s.series else ("", s.frame_of_reference, direction, s.shape)
@@ -309,7 +309,7 @@ def _require_one_series(folder: Path, slices: Sequence[Slice]) -> None:
     )
 
 
-def _require_same(slices: Sequence[Slice]) -> None:
+def _require_same(slices: Sequence[DicomSlice]) -> None:
     """Refuse slices that do not stack."""
     first = slices[0]
     for s in slices[1:]:
@@ -325,7 +325,7 @@ def _require_same(slices: Sequence[Slice]) -> None:
         raise SceneError(f"{s.path}: {what} as in {Path(first.path).name} of the same series")
 
 
-def _require_even(folder: Path, slices: Sequence[Slice], along: np.ndarray) -> None:
+def _require_even(folder: Path, slices: Sequence[DicomSlice], along: np.ndarray) -> None:
     """Refuse slices on one place, gaps and uneven steps; ``along``: mm on the normal, (slices,)."""
     steps = np.diff(along)
     apart = steps[steps > 1e-3]
@@ -355,7 +355,7 @@ def _tolerance(spacing: float) -> float:
     return max(0.01 * spacing, 0.01)
 
 
-def _normal(s: Slice) -> np.ndarray:
+def _normal(s: DicomSlice) -> np.ndarray:
     return np.cross(s.orientation[:3], s.orientation[3:])
 
 

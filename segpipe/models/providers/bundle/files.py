@@ -36,7 +36,7 @@ _LIBRARY = "monai.networks.nets"
 
 
 @dataclass(frozen=True)
-class Definition:
+class NetworkDefinition:
     """The network of a bundle, as data."""
 
     architecture: str
@@ -118,7 +118,7 @@ class Bundle:
             raise RequestError(f"{self.path}: {name} cannot be read from the zip ({error})") from error
 
 
-def network_definition(bundle: Bundle) -> Definition:
+def network_definition(bundle: Bundle) -> NetworkDefinition:
     """Class and arguments of the network that ``configs/inference`` defines.
 
     Raises:
@@ -135,7 +135,7 @@ def network_definition(bundle: Bundle) -> Definition:
                 for name, value in found.items()
                 if name not in ("_target_", "_desc_")
             }
-            return Definition(
+            return NetworkDefinition(
                 _class_name(str(found["_target_"]), f"{bundle.path}: {place}: {key}"), arguments
             )
     raise RequestError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from segpipe.config.card import Card, Provider, card_error
+from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.construct import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
@@ -51,7 +51,7 @@ def _as_monai(card: Card, bundle: Bundle) -> Card:
         )
     described = card.model_copy(
         update={
-            "provider": Provider.monai,
+            "provider": "monai",
             "architecture": definition.architecture,
             "arguments": definition.arguments,
         }

@@ -3,7 +3,3 @@
 `otsu`, `multi-otsu`, `region-growing`, `watershed`, `graph-cut` and `normalised-cut` need no labels;
 `random-forest` (`forest.py`) is fitted to some.
 """
-
-from segpipe.models.providers.classical.adapter import build, check
-
-__all__ = ["build", "check"]

@@ -75,11 +75,7 @@ def fit_forest(
     if isinstance(max_samples, int):
         max_samples = min(max_samples, int(np.count_nonzero(wanted)))
     forest = RandomForestClassifier(
-        trees,
-        max_samples=max_samples,
-        min_samples_leaf=min_samples_leaf,
-        random_state=seed,
-        n_jobs=threads,
+        trees, max_samples=max_samples, min_samples_leaf=min_samples_leaf, random_state=seed, n_jobs=threads
     )
     return forest.fit(image[:, wanted].T.astype(np.float32), target[wanted])
 

@@ -26,7 +26,7 @@ PICTURES = ("NaturalImage2DIO",)
 
 
 @dataclass(frozen=True)
-class Channel:
+class NnunetChannel:
     """One input channel and how nnU-Net normalises it."""
 
     name: str
@@ -57,7 +57,7 @@ class NnunetPlan:
     """Elements of a window, network order."""
     spacing: tuple[float, ...]
     """Size of an element, network order; for pictures in pixels."""
-    channels: tuple[Channel, ...]
+    channels: tuple[NnunetChannel, ...]
     labels: tuple[tuple[int, str], ...]
     """Value and name of each output channel."""
 
@@ -182,12 +182,12 @@ def _order(folder: Path, plans: Mapping[str, Any], axes: int) -> tuple[int, ...]
 
 def _channels(
     plans: Mapping[str, Any], dataset: Mapping[str, Any], stored: Mapping[str, Any]
-) -> tuple[Channel, ...]:
+) -> tuple[NnunetChannel, ...]:
     names = dataset["channel_names"] if "channel_names" in dataset else dataset["modality"]
     by_modality = plans.get("foreground_intensity_properties_by_modality", {})
     properties = plans.get("foreground_intensity_properties_per_channel", by_modality)
     return tuple(
-        Channel(
+        NnunetChannel(
             name=str(names[key]),
             scheme=str(stored["normalization_schemes"][i]),
             masked=bool(stored["use_mask_for_norm"][i]),

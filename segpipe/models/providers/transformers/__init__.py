@@ -24,8 +24,8 @@ from segpipe.models.providers.transformers.configs import (
 )
 from segpipe.models.providers.transformers.families import ARCHITECTURES
 from segpipe.models.providers.transformers.folder import load_pretrained
-from segpipe.models.providers.transformers.objective import QueryLoss
 from segpipe.models.providers.transformers.queries import ClassScores, Queries, QueryObjects
+from segpipe.models.providers.transformers.query_loss import QueryLoss
 from segpipe.models.providers.transformers.task import TASK_ARGUMENTS, task_tokens
 from segpipe.models.weights import load_state, resolve_weights
 

@@ -9,7 +9,7 @@ OBJECTS = ("semantic", "instance", "panoptic")
 
 
 @dataclass(frozen=True)
-class Family:
+class TransformersFamily:
     """How an architecture is used."""
 
     kinds: tuple[str, ...] = ("semantic",)
@@ -29,16 +29,16 @@ class Family:
 
 
 ARCHITECTURES = {
-    "SegformerForSemanticSegmentation": Family(),
-    "UperNetForSemanticSegmentation": Family(),
-    "MobileNetV2ForSemanticSegmentation": Family(),
-    "BeitForSemanticSegmentation": Family(square=True),
-    "DPTForSemanticSegmentation": Family(square=True),
-    "MaskFormerForInstanceSegmentation": Family(OBJECTS, queries=True),
-    "Mask2FormerForUniversalSegmentation": Family(OBJECTS, queries=True, enlarge="logits"),
-    "OneFormerForUniversalSegmentation": Family(OBJECTS, queries=True, task=True),
-    "EomtForUniversalSegmentation": Family(
+    "SegformerForSemanticSegmentation": TransformersFamily(),
+    "UperNetForSemanticSegmentation": TransformersFamily(),
+    "MobileNetV2ForSemanticSegmentation": TransformersFamily(),
+    "BeitForSemanticSegmentation": TransformersFamily(square=True),
+    "DPTForSemanticSegmentation": TransformersFamily(square=True),
+    "MaskFormerForInstanceSegmentation": TransformersFamily(OBJECTS, queries=True),
+    "Mask2FormerForUniversalSegmentation": TransformersFamily(OBJECTS, queries=True, enlarge="logits"),
+    "OneFormerForUniversalSegmentation": TransformersFamily(OBJECTS, queries=True, task=True),
+    "EomtForUniversalSegmentation": TransformersFamily(
         OBJECTS, queries=True, enlarge="logits", pairs=False, rule="paper", square=True
     ),
-    "DetrForSegmentation": Family(("semantic", "panoptic"), queries=True),
+    "DetrForSegmentation": TransformersFamily(("semantic", "panoptic"), queries=True),
 }

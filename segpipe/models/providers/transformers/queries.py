@@ -9,15 +9,17 @@ import torch
 from torch.nn import functional
 
 from segpipe.config.card import Card
-from segpipe.models.base import Candidates
-from segpipe.models.providers.transformers.families import Family
+from segpipe.models.base import MaskCandidates
+from segpipe.models.providers.transformers.families import TransformersFamily
 from segpipe.objects.window import mask_quality
 
 
 class Queries(torch.nn.Module):
     """The network, asked for the logits of its queries."""
 
-    def __init__(self, network: torch.nn.Module, family: Family, tokens: list[int] | None) -> None:
+    def __init__(
+        self, network: torch.nn.Module, family: TransformersFamily, tokens: list[int] | None
+    ) -> None:
         """``tokens``: the words that name OneFormer's task, as numbers."""
         super().__init__()
         self.network = network
@@ -78,7 +80,7 @@ class QueryObjects:
         """Numbers learned in training."""
         return sum(p.numel() for p in self._queries.parameters())
 
-    def candidates(self, batch: torch.Tensor) -> list[Candidates]:
+    def candidates(self, batch: torch.Tensor) -> list[MaskCandidates]:
         """The queries of each window that are objects with at least the card's score.
 
         Panoptic: a query has its likeliest class and that class's probability. Instance: as many (query,
@@ -89,7 +91,9 @@ class QueryObjects:
         probabilities = classes.softmax(-1)
         return [self._of_window(p, m, batch.shape[2:]) for p, m in zip(probabilities, masks, strict=True)]
 
-    def _of_window(self, probabilities: torch.Tensor, logits: torch.Tensor, size: torch.Size) -> Candidates:
+    def _of_window(
+        self, probabilities: torch.Tensor, logits: torch.Tensor, size: torch.Size
+    ) -> MaskCandidates:
         """Candidates from (q, k + 1) class probabilities and (q, y, x) mask logits."""
         nothing = probabilities.shape[1] - 1
         rows = torch.arange(len(probabilities), device=probabilities.device)
@@ -107,7 +111,7 @@ class QueryObjects:
         weights = scores[kept].cpu().numpy()
         if self._instances:
             weights = weights * mask_quality(masks)
-        return Candidates(masks, self._values[labels[kept].cpu().numpy()], weights)
+        return MaskCandidates(masks, self._values[labels[kept].cpu().numpy()], weights)
 
 
 def enlarged(maps: torch.Tensor, size: torch.Size) -> torch.Tensor:

@@ -6,12 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from segpipe.models.providers.literature.common import (
-    check_size,
-    positive,
-    start_convolutions,
-    vgg16_channels,
-)
+from segpipe.models.providers.builtin.common import check_size, positive, start_convolutions, vgg16_channels
 
 
 class SegNet(nn.Module):

@@ -9,38 +9,23 @@ import pandas as pd
 
 from segpipe.regions.base import SCENE
 from segpipe.tables import units
-from segpipe.tables.frames import FAILED
+from segpipe.tables.frames import FAILED, SIZE_COLUMNS, column_types, table_of_rows
 from segpipe.tables.record import AskedPhrase, RunRecord, SceneRecord
 
 SCENE_FAILED = "scene failed"
 """Outcome where the scene failed: what became of the phrase is unknown."""
-
-
 GIVEN = "from prompts"
 """Outcome of classes that no text asked for: their objects come from prompts of files or from points."""
-
-
 FOUND = "found"
+PHRASE_COUNTS = ("found", "below", "small", "merged")
 
 
-_COUNTS = ("found", "below", "small", "merged")
-
-
-_TYPES = {
-    "scene": "str", "phrase": "str", "outcome": "str", **dict.fromkeys((*_COUNTS, "objects"), "Int64"),
-    **dict.fromkeys((*units.SIZES, "best", "mean_score"), "float64"),
-    "means": "str", "similarity": "float64", "note": "str",
-}  # fmt: skip
-
-
-def asked_table(
+def phrase_table(
     record: RunRecord, regions: pd.DataFrame, instances: pd.DataFrame | None = None
 ) -> pd.DataFrame:
     """A row a scene and phrase, in the order asked; classes that only prompts of files name come last.
 
-    Columns: ``outcome``; ``found``, ``below``, ``small``, ``merged`` of `AskedPhrase`; ``objects`` of the
-    phrase in the map and their size in SI units; ``best`` score of a candidate; ``mean_score`` of the objects
-    (NaN: none has one); ``means``, ``similarity``; ``note``. Numbers of failed scenes are empty.
+    Numbers of failed scenes are empty; ``mean_score`` is NaN where no object has a score.
 
     Args:
         record: of the run.
@@ -62,8 +47,8 @@ def asked_table(
             row = {"scene": scene.name, **_fate(scene, phrase, told.get(phrase))}
             row |= {c: here.get(c) for c in ("objects", *sizes)}
             rows.append(row | {"mean_score": scores.get((scene.name, phrase))})
-    kept = {c: t for c, t in _TYPES.items() if c not in units.SIZES or c in sizes}
-    return pd.DataFrame(rows, columns=list(kept)).astype(kept)
+    kept = [unit for unit, column in SIZE_COLUMNS.items() if column in sizes]
+    return table_of_rows(rows, column_types("asked", kept))
 
 
 def _fate(scene: SceneRecord, phrase: str, asked: AskedPhrase | None) -> dict[str, Any]:

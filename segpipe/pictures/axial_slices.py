@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.pictures.anatomical_planes import AXIAL, CONVENTION, LETTERS, UP, Anatomy
-from segpipe.pictures.archive import Slice, SliceStack
+from segpipe.pictures.archive import SlicePicture, SliceStack
 from segpipe.pictures.drawing import jpeg, layers, resize, stretch, text_with_halo
 from segpipe.pictures.sampling import Readers, Stack, sample_image, sample_labels
 
@@ -46,30 +46,62 @@ def axial_slices(
     across = anatomy.axis[UP]
     number = geometry.shape[across]
     at = np.unique(((np.arange(SLICES) + 0.5) * number / SLICES).astype(int))
-    sides = anatomy.millimetres(geometry, AXIAL)
-    high, wide = (max(1, round(EDGE * side / max(sides))) for side in sides)
-    edge = max(n for axis, n in enumerate(geometry.shape) if axis != across)
-    # thinned to between 1 and 2 cells a pixel, the rest is done by resampling
-    stack = Stack(geometry.shape, across, tuple(at.tolist()), max(1, edge // EDGE))
-    values, valid = sample_image(read.image, stack, (channel,))
-    labels = sample_labels(read.labels, stack)
-    ids = labels if read.ids is None else sample_labels(read.ids, stack)
+    sampled = sample_slices(read, geometry, at, bounds, channel, EDGE)
     order = range(len(at)) if anatomy.sign[UP] > 0 else range(len(at) - 1, -1, -1)
     drawn, captions = [], []
     for i in order:
-        base = stretch(anatomy.upright(values[:, i], AXIAL), anatomy.upright(valid[i], AXIAL), [bounds])
-        base = resize(base, (high, wide), smooth=True)
-        shown, outlined = (
-            resize(anatomy.upright(part[i], AXIAL), (high, wide), smooth=False) for part in (labels, ids)
-        )
+        base, shown, outlined = sampled(i)
         drawn.append(lettered(layers(base, shown, None, classes, nodata, outlined)["labels"]))
         captions.append(slice_name(geometry, int(at[i])))
     pictures = _encoded(drawn)
     step = -(-len(drawn) // len(pictures))
-    slices = tuple(Slice(p, c) for p, c in zip(pictures, captions[::step], strict=True))
+    slices = tuple(SlicePicture(p, c) for p, c in zip(pictures, captions[::step], strict=True))
     nearest = [abs(int(at[i]) - centre[across]) for i in order][::step]
     caption = f"Axial slices from the feet up, predicted classes over the image. {CONVENTION}"
-    return SliceStack(slices, int(np.argmin(nearest)), wide, high, caption)
+    high, wide = drawn[0].shape[:2]
+    return SliceStack(
+        slices=slices, first=int(np.argmin(nearest)), width=wide, height=high, caption=caption
+    )  # fmt: skip
+
+
+def sample_slices(
+    read: Readers,
+    geometry: VolumeGeometry,
+    at: np.ndarray,
+    bounds: tuple[float, float],
+    channel: int,
+    edge: int,
+) -> Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Read axial slices in one pass; return what draws the i-th of them upright, with square millimetres.
+
+    Args:
+        read: of the scene.
+        geometry: of the scene.
+        at: indices of the slices, ascending.
+        bounds: values shown black and white.
+        channel: of the image to show.
+        edge: longest side of a picture, in pixels.
+
+    Returns:
+        A function of a place in ``at``: RGBA of the image, labels, and ids of objects (or the labels).
+    """
+    anatomy = Anatomy.of(geometry)
+    across = anatomy.axis[UP]
+    sides = anatomy.millimetres(geometry, AXIAL)
+    high, wide = (max(1, round(edge * side / max(sides))) for side in sides)
+    longest = max(n for axis, n in enumerate(geometry.shape) if axis != across)
+    # thinned to between 1 and 2 cells a pixel, the rest is done by resampling
+    stack = Stack(geometry.shape, across, tuple(at.tolist()), max(1, longest // edge))
+    values, valid = sample_image(read.image, stack, (channel,))
+    labels = sample_labels(read.labels, stack)
+    ids = labels if read.ids is None else sample_labels(read.ids, stack)
+
+    def draw(i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        base = stretch(anatomy.upright(values[:, i], AXIAL), anatomy.upright(valid[i], AXIAL), [bounds])
+        parts = (resize(anatomy.upright(p[i], AXIAL), (high, wide), smooth=False) for p in (labels, ids))
+        return resize(base, (high, wide), smooth=True), next(parts), next(parts)
+
+    return draw
 
 
 def slice_name(geometry: VolumeGeometry, index: int) -> str:

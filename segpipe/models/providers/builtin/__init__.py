@@ -1,4 +1,10 @@
-"""The provider `literature`: one of these architectures with a card's weights."""
+"""The provider `literature`: small architectures that no kept library has, each with its paper.
+
+Every class takes the keywords ``in_channels`` and ``classes`` and plain values beyond; maps (n, c, y, x) to
+logits (n, classes, y, x); takes inputs whose edges are multiples of its ``stride``; and starts from random
+weights: nothing is fetched. Without weights of one's own, the backbone's state dict can be filled with
+torchvision's or timm's, whose names it has.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,9 @@ import torch
 from segpipe.config.card import Card, card_error
 from segpipe.models.construct import check_stride, construct, known
 from segpipe.models.network import Network, output_channels, with_weights
-from segpipe.models.providers.literature.deeplab import DeepLabV1, DeepLabV2
-from segpipe.models.providers.literature.segnet import SegNet
-from segpipe.models.providers.literature.setr import SETRPUP, SETRNaive
+from segpipe.models.providers.builtin.deeplab import DeepLabV1, DeepLabV2
+from segpipe.models.providers.builtin.segnet import SegNet
+from segpipe.models.providers.builtin.setr import SETRPUP, SETRNaive
 
 ARCHITECTURES: dict[str, type[torch.nn.Module]] = {
     cls.__name__: cls for cls in (SegNet, SETRNaive, SETRPUP, DeepLabV1, DeepLabV2)

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from segpipe.models.providers.literature.common import (
+from segpipe.models.providers.builtin.common import (
     check_size,
     positive,
     start_convolutions,
@@ -70,13 +70,7 @@ class DeepLabV1(DeepLab):
     """
 
     def __init__(
-        self,
-        *,
-        in_channels: int,
-        classes: int,
-        width: float = 1.0,
-        dilation: int = 12,
-        dropout: float = 0.5,
+        self, *, in_channels: int, classes: int, width: float = 1.0, dilation: int = 12, dropout: float = 0.5
     ) -> None:
         super().__init__()
         positive(in_channels=in_channels, classes=classes, dilation=dilation)

@@ -17,7 +17,7 @@ from segpipe.models.providers.bundle.files import (
     CONFIGS,
     METADATA,
     Bundle,
-    Definition,
+    NetworkDefinition,
     network_definition,
     plain,
 )
@@ -98,7 +98,7 @@ def _classes(path: Path, config: Mapping[str, Any], predicted: Mapping[str, Any]
 
 def _card(
     path: Path,
-    definition: Definition,
+    definition: NetworkDefinition,
     image: Mapping[str, Any],
     classes: tuple[list[str], str],
     steps: tuple[dict[str, Any], list[str]],

@@ -11,23 +11,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pandas as pd
 
 from segpipe.pictures.archive import Previews
 from segpipe.regions.base import SCENE
-from segpipe.report.cells import ROWS, Table, page_table
-from segpipe.report.class_bars import LISTED, Bars, class_bars
-from segpipe.report.confusion import confusion_matrix
+from segpipe.report.cells import ROWS, PageTable, page_table
+from segpipe.report.charts import LISTED, Bar, Bars, class_bars, confusion_matrix
 from segpipe.report.definitions import Definition, needed, of_metric
 from segpipe.report.markdown import HEADLINES
 from segpipe.report.overview import figures, scene_scores, scene_table
-from segpipe.report.phrases import Asked, asked_view, finding
+from segpipe.report.phrase_view import PhraseView, phrase_view, phrases_sentence
 from segpipe.report.scene_page import scene_view
 from segpipe.report.templates import data_uri, relative, render
 from segpipe.tables import units
+from segpipe.tables.frames import describe_column
 from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord
 
 INDEX = "report.html"
@@ -58,8 +58,9 @@ Tables = Mapping[str, pd.DataFrame]
 class _Card:
     label: str
     value: str
-    unit: str
     detail: str
+    _: KW_ONLY
+    unit: str = ""
     definition: str = ""
     interval: str = ""
     bad: bool = False
@@ -91,7 +92,11 @@ def render_pages(
         views = [scene_view(s, previews(s.name), {}, record.legend, shown.get("asked")) for s in record.done]
         yield INDEX, _index(record, shown, views, {})
         return
-    parts = {name: _split(frame) for name, frame in shown.items() if "scene" in frame}
+    parts = {
+        name: {str(scene): rows for scene, rows in frame.groupby("scene", sort=False)}
+        for name, frame in shown.items()
+        if "scene" in frame
+    }
     thumbnails: dict[str, str] = {}
     for number, scene in enumerate(record.done):
         pictures = previews(scene.name)
@@ -167,7 +172,7 @@ def _scene(
     )
 
 
-def _tables(tables: Tables, record: RunRecord, limit: int, many: bool = False) -> list[Table]:
+def _tables(tables: Tables, record: RunRecord, limit: int, many: bool = False) -> list[PageTable]:
     """Those that are shown as tables; of ``many`` scenes the lowest IoU first, of one without its name."""
     result = []
     for name, frame in tables.items():
@@ -182,7 +187,7 @@ def _tables(tables: Tables, record: RunRecord, limit: int, many: bool = False) -
         elif many and name == "metrics":
             frame, note = frame.sort_values("iou", kind="stable"), "lowest IoU first"
         title = TITLES.get(name) or name.replace("_", " ").capitalize()
-        result.append(page_table(name, title, f"{name}.csv", frame, record.legend, most, note))
+        result.append(page_table(name, title, frame, record.legend, most, note))
     return result
 
 
@@ -196,20 +201,16 @@ def _largest_first(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[*first, *(c for c in frame.columns if c not in first)]]
 
 
-def _asked(tables: Tables, scenes: Sequence[SceneRecord], classes: Sequence[ClassInfo]) -> Asked | None:
+def _asked(tables: Tables, scenes: Sequence[SceneRecord], classes: Sequence[ClassInfo]) -> PhraseView | None:
     table = tables.get("asked")
-    return None if table is None else asked_view(table, tables.get("instances"), scenes, classes)
+    return None if table is None else phrase_view(table, tables.get("instances"), scenes, classes)
 
 
 def _definitions(tables: Tables, also: Collection[str]) -> list[Definition]:
-    columns = {str(c) for name, frame in tables.items() if name not in HIDDEN for c in frame.columns}
+    shown = [(str(column), name) for name in tables if name not in HIDDEN for column in tables[name]]
+    columns = (describe_column(*pair) for pair in shown)
     metrics = set(tables["summary"]["metric"]) if "summary" in tables else set()
-    return list(needed(columns, metrics, {*also, *tables}))
-
-
-def _split(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The rows of each scene."""
-    return {str(name): rows for name, rows in frame.groupby("scene", sort=False)}
+    return needed({*also, *tables, *(c.definition for c in columns if c)}, metrics)
 
 
 def _lead(record: RunRecord) -> str:
@@ -224,15 +225,10 @@ def _lead(record: RunRecord) -> str:
 def _finding(record: RunRecord, totals: Sequence[Bars], tables: Tables) -> str:
     """The run's result in a sentence or two: the largest class, how well it was found, what is worst."""
     parts = []
-    for group in totals:
-        present = [b for b in group.bars if not b.background and b.length > 0]
-        if present:
-            top = max(present, key=lambda b: b.length)
-            parts.append(
-                f"The largest class is {top.name}: {top.size} {group.unit}, {top.share} of what was measured."
-            )
+    for unit, top in _largest(totals):
+        parts.append(f"The largest class is {top.name}: {top.size} {unit}, {top.share} of what was measured.")
     if "asked" in tables:
-        parts.insert(0, finding(tables["asked"]))
+        parts.insert(0, phrases_sentence(tables["asked"]))
     rows = _headline_rows(tables.get("summary"))
     mean = next((r for r in rows if r["metric"] == "mIoU"), None)
     if mean is not None and math.isfinite(mean["value"]):
@@ -243,6 +239,14 @@ def _finding(record: RunRecord, totals: Sequence[Bars], tables: Tables) -> str:
             worst = min(scores, key=scores.__getitem__)
             parts.append(f"The weakest scene is {worst} with {units.number(scores[worst], 3)}.")
     return " ".join(filter(None, parts))
+
+
+def _largest(totals: Sequence[Bars]) -> Iterator[tuple[str, Bar]]:
+    """Yield the unit and the largest class that is not background, of each kind of size."""
+    for group in totals:
+        present = [b for b in group.bars if not b.background and b.length > 0]
+        if present:
+            yield group.unit, max(present, key=lambda b: b.length)
 
 
 def _interval(row: Mapping[Any, Any]) -> str:
@@ -257,14 +261,11 @@ def _cards(record: RunRecord, totals: Sequence[Bars], summary: pd.DataFrame | No
     if reused:
         state += f"; {reused} reused from the store"
     count = f"{len(record.done):,}"
-    cards = [_Card("Scenes done", count, f"of {len(record.scenes):,}", state, bad=bool(failed))]
+    cards = [_Card("Scenes done", count, state, unit=f"of {len(record.scenes):,}", bad=bool(failed))]
     cards.extend(_metric_card(row) for row in _headline_rows(summary))
-    for group in totals:
-        present = [b for b in group.bars if not b.background and b.length > 0]
-        if present:
-            top = max(present, key=lambda b: b.length)
-            detail = f"the largest class: {top.share} of what was measured"
-            cards.append(_Card(top.name, top.size, group.unit, detail, "size"))
+    for unit, top in _largest(totals):
+        detail = f"the largest class: {top.share} of what was measured"
+        cards.append(_Card(top.name, top.size, detail, unit=unit, definition="size"))
     return cards
 
 
@@ -277,14 +278,14 @@ def _object_cards(tables: Tables) -> list[_Card]:
         counts = found[found > 0].sort_values(ascending=False, kind="stable")
         named = ", ".join(f"{n:,} {name}" for name, n in counts.head(CLASSES_TOLD).items())
         more = f" and {len(counts) - CLASSES_TOLD} classes more" if len(counts) > CLASSES_TOLD else ""
-        cards.append(_Card("Objects", f"{int(found.sum()):,}", "", named + more))
+        cards.append(_Card("Objects", f"{int(found.sum()):,}", named + more))
     if "panoptic" in tables:
         scenes = tables["panoptic"]
         mean = scenes.loc[scenes["class"] == "all", ["pq", "sq", "rq"]].mean()
         defined = int(scenes.loc[scenes["class"] == "all", "pq"].notna().sum())
         parts = f"SQ {units.number(mean['sq'], 3)}, RQ {units.number(mean['rq'], 3)}"
         detail = f"over classes, then {defined:,} scene{'' if defined == 1 else 's'} · {parts}"
-        cards.append(_Card("Panoptic quality", units.number(mean["pq"], 3), "", detail, "pq"))
+        cards.append(_Card("Panoptic quality", units.number(mean["pq"], 3), detail, definition="pq"))
     return cards
 
 
@@ -318,30 +319,22 @@ def _metric_card(row: Mapping[Any, Any]) -> _Card:
             counts.append(f"{int(number):,} {plural}")
     label = name if name.startswith("mIoU") else name[:1].upper() + name[1:]
     found = of_metric(name)
-    detail = f"over {over} · {', '.join(counts)}"
-    return _Card(label, units.number(value, 3), "", detail, found.id if found else "", _interval(row))
+    return _Card(
+        label, units.number(value, 3), f"over {over} · {', '.join(counts)}",
+        definition=found.id if found else "", interval=_interval(row),
+    )  # fmt: skip
 
 
 def _model(model: ModelSummary) -> list[tuple[str, str]]:
-    pairs = [
-        ("Card", model.name),
-        ("Provider", model.provider),
-        ("Trained on", model.data),
-        ("Scores", model.scores),
-        ("Classes", ", ".join(f"{c.value} {c.name}" for c in model.classes)),
-        ("Licence", model.licence),
-        ("Source", model.source),
-        ("Weights", model.weights),
-        ("Fingerprint", model.fingerprint),
-    ]
-    return [(k, v) for k, v in pairs if v]
+    pairs = {
+        "Card": model.name, "Provider": model.provider, "Trained on": model.data, "Scores": model.scores,
+        "Classes": ", ".join(f"{c.value} {c.name}" for c in model.classes), "Licence": model.licence,
+        "Source": model.source, "Weights": model.weights, "Fingerprint": model.fingerprint,
+    }  # fmt: skip
+    return [(k, v) for k, v in pairs.items() if v]
 
 
 def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
-    run = [
-        ("Job", record.job_name),
-        ("Run", record.run_id),
-        ("Started", record.started),
-        ("Finished", record.finished),
-    ]
+    run = [("Job", record.job_name), ("Run", record.run_id)]
+    run += [("Started", record.started), ("Finished", record.finished)]
     return [("Run", run), ("Versions", sorted(record.versions.items()))]

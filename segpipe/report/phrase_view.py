@@ -7,25 +7,26 @@ that was asked for has its row, found or not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from segpipe.report.cells import Cell, Head
+from segpipe.report.cells import MISSING, Head, PageCell, number_cell
 from segpipe.tables import units
-from segpipe.tables.phrases import _COUNTS, FOUND, GIVEN, SCENE_FAILED
+from segpipe.tables.phrase_table import FOUND, GIVEN, PHRASE_COUNTS, SCENE_FAILED
 from segpipe.tables.record import ClassInfo, SceneRecord
 
 
-def words(row: Mapping[Any, Any]) -> str:
+def describe_outcome(row: Mapping[Any, Any]) -> str:
     """What became of a phrase in a scene, in one line: the note, or the numbers."""
     outcome = str(row["outcome"])
     if outcome == SCENE_FAILED:
         return f"unknown: the scene failed ({row['note'] or 'no reason recorded'})"
-    found, below, small, merged = (0 if pd.isna(row[c]) else int(row[c]) for c in _COUNTS)
+    found, below, small, merged = (0 if pd.isna(row[c]) else int(row[c]) for c in PHRASE_COUNTS)
     parts = [str(row["note"]) or _outcome_words(row, found, below, small)]
     if merged and "merged" not in parts[0]:
         parts.append(f"{merged:,} merged into other objects")
@@ -51,8 +52,8 @@ def _outcome_words(row: Mapping[Any, Any], found: int, below: int, small: int) -
     return f"{outcome}" + (f"; nearest is {means}{near}" if means else "")
 
 
-@dataclass(frozen=True)
-class AskedRow:
+@dataclass(frozen=True, kw_only=True)
+class PhraseRow:
     """A phrase in the page's summary."""
 
     phrase: str
@@ -61,33 +62,33 @@ class AskedRow:
     outcome: str
     good: bool
     """Whether it was found in any scene."""
-    cells: tuple[Cell, ...]
-    """Under `Asked.heads`."""
+    cells: tuple[PageCell, ...]
+    """Under `PhraseView.heads`."""
     note: str
 
 
 @dataclass(frozen=True)
-class Asked:
+class PhraseView:
     """What was asked, as the page shows it."""
 
     finding: str
     """In a sentence; empty: nothing was asked in words."""
     heads: tuple[Head, ...]
-    rows: tuple[AskedRow, ...]
+    rows: tuple[PhraseRow, ...]
     lines: tuple[tuple[str, tuple[str, ...]], ...]
     """What became of prompts of files, by scene."""
 
 
-def asked_view(
+def phrase_view(
     table: pd.DataFrame,
     instances: pd.DataFrame | None,
     scenes: Sequence[SceneRecord],
     classes: Sequence[ClassInfo],
-) -> Asked | None:
+) -> PhraseView | None:
     """The summary over scenes; None where nothing was asked.
 
     Args:
-        table: of `asked_table`, the rows of these scenes.
+        table: of `phrase_table`, the rows of these scenes.
         instances: their objects, for mean scores; left out: those of the table, of one scene.
         scenes: of the record.
         classes: of the run.
@@ -98,25 +99,37 @@ def asked_view(
     sizes = [c for c in units.SIZES if c in table and table[c].notna().any()]
     groups = [(str(p), rows) for p, rows in table.groupby("phrase", sort=False)]
     shown = {c: units.size_unit(c, [rows[c].sum() for _, rows in groups]) for c in sizes}
-    heads = [Head("Found", "", True, ""), Head("Objects", "", True, "")]
-    heads += [Head(units.SIZES[c].capitalize(), u.symbol, True, "", "size") for c, u in shown.items()]
-    heads.append(Head("Mean score", "", True, ""))
+    heads = [Head("Found", numeric=True), Head("Objects", numeric=True)]
+    heads += [
+        Head(units.SIZES[c].capitalize(), unit=u.symbol, numeric=True, definition="size")
+        for c, u in shown.items()
+    ]
+    heads.append(Head("Mean score", numeric=True))
     colors = {c.name: c.color for c in classes}
     result = []
     for phrase, rows in groups:
-        cells = [_whole(rows["found"]), _whole(rows["objects"])]
-        cells += [_sum(rows[c], lambda v, u=u: units.size(v, u)) for c, u in shown.items()]
+        cells = [_sum(rows[name], partial(units.number, places=0)) for name in ("found", "objects")]
+        cells += [_sum(rows[c], partial(units.size, unit=u)) for c, u in shown.items()]
         cells.append(_score(rows, instances, phrase))
         outcome, note = _over(rows)
         good = bool(rows["outcome"].isin((FOUND, GIVEN)).any())
-        result.append(AskedRow(phrase, colors.get(phrase, ""), outcome, good, tuple(cells), note))
-    return Asked(finding(table), tuple(heads), tuple(result), lines)
+        result.append(
+            PhraseRow(
+                phrase=phrase,
+                color=colors.get(phrase, ""),
+                outcome=outcome,
+                good=good,
+                cells=tuple(cells),
+                note=note,
+            )
+        )
+    return PhraseView(phrases_sentence(table), tuple(heads), tuple(result), lines)
 
 
 def _over(rows: pd.DataFrame) -> tuple[str, str]:
     """Outcome and words of a phrase over scenes; words that all scenes share are told once."""
     counts = rows["outcome"].value_counts(sort=False)
-    told = {words(row) for row in rows.to_dict("records")}
+    told = {describe_outcome(row) for row in rows.to_dict("records")}
     if len(counts) == 1:
         outcome = str(counts.index[0])
         return outcome, told.pop() if len(told) == 1 else f"{outcome} in all {len(rows):,} scenes"
@@ -125,7 +138,7 @@ def _over(rows: pd.DataFrame) -> tuple[str, str]:
     return outcome, "; ".join(f"{name} in {n:,} scene{'' if n == 1 else 's'}" for name, n in counts.items())
 
 
-def finding(table: pd.DataFrame) -> str:
+def phrases_sentence(table: pd.DataFrame) -> str:
     """How many of the phrases asked for in words were found anywhere, and which were not."""
     asked = table[~table["outcome"].isin((GIVEN, SCENE_FAILED))]
     if asked.empty:
@@ -138,7 +151,7 @@ def finding(table: pd.DataFrame) -> str:
 
 
 def phrase_captions(table: pd.DataFrame) -> dict[str, str]:
-    """``23 objects, 190 ha`` for each phrase of one scene's rows of `asked_table`."""
+    """``23 objects, 190 ha`` for each phrase of one scene's rows of `phrase_table`."""
     sizes = [c for c in units.SIZES if c in table]
     result = {}
     for row in table.to_dict("records"):
@@ -155,7 +168,7 @@ def phrase_captions(table: pd.DataFrame) -> dict[str, str]:
 
 def phrase_rows(table: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
     """Phrase, outcome, objects, size with its unit, and words, over all scenes: as plain text."""
-    view = asked_view(table, None, (), ())
+    view = phrase_view(table, None, (), ())
     if view is None:
         return []
     result = []
@@ -166,26 +179,14 @@ def phrase_rows(table: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
     return result
 
 
-def _whole(values: pd.Series) -> Cell:
-    return _sum(values, lambda v: units.number(v, 0))
-
-
-def _sum(values: pd.Series, form: Any) -> Cell:
+def _sum(values: pd.Series, form: Callable[[float], str]) -> PageCell:
     known = values.dropna()
-    if known.empty:
-        return Cell("—", tone="num muted")
-    total = float(known.sum())
-    return Cell(form(total), repr(total), tone="num")
+    return MISSING if known.empty else number_cell(float(known.sum()), form)
 
 
-def _score(rows: pd.DataFrame, instances: pd.DataFrame | None, phrase: str) -> Cell:
-    """Mean over the objects of all scenes, not of scenes."""
+def _score(rows: pd.DataFrame, instances: pd.DataFrame | None, phrase: str) -> PageCell:
+    """Return the mean over the objects of all scenes, not of scenes."""
     scores = rows["mean_score"]
     if instances is not None and {"class", "score"} <= set(instances):
         scores = instances.loc[instances["class"] == phrase, "score"]
-    mean = float(scores.mean()) if np.isfinite(scores.to_numpy(np.float64)).any() else math.nan
-    return (
-        Cell(units.number(mean, 3), repr(mean), tone="num")
-        if math.isfinite(mean)
-        else Cell("—", tone="num muted")
-    )
+    return number_cell(scores.astype(np.float64).mean(), partial(units.number, places=3))

@@ -10,7 +10,13 @@ from segpipe.config.card import Card
 from segpipe.config.loading import validate
 from segpipe.errors import RequestError
 from segpipe.models.providers.card_parts import card_name, class_list, fixed_window
-from segpipe.models.providers.nnunet.plans import LINEAR_SCHEMES, SCHEMES, Channel, NnunetPlan, read_plan
+from segpipe.models.providers.nnunet.plans import (
+    LINEAR_SCHEMES,
+    SCHEMES,
+    NnunetChannel,
+    NnunetPlan,
+    read_plan,
+)
 
 LIMITS = (
     "Differs from nnU-Net's own prediction: images are resampled linearly, not by cubic splines; "
@@ -74,7 +80,7 @@ def _input(folder: Path, plan: NnunetPlan, volume: bool) -> dict[str, Any]:
     }
 
 
-def _normalisation(folder: Path, channels: Sequence[Channel]) -> list[dict[str, Any]]:
+def _normalisation(folder: Path, channels: Sequence[NnunetChannel]) -> list[dict[str, Any]]:
     """The channels' schemes as steps of a card, which are the same for all channels but for constants."""
     schemes = {c.scheme for c in channels}
     unknown = schemes.difference(SCHEMES)
@@ -97,7 +103,7 @@ def _normalisation(folder: Path, channels: Sequence[Channel]) -> list[dict[str, 
     return _linear(folder, channels)
 
 
-def _linear(folder: Path, channels: Sequence[Channel]) -> list[dict[str, Any]]:
+def _linear(folder: Path, channels: Sequence[NnunetChannel]) -> list[dict[str, Any]]:
     clips: set[tuple[float, float] | None] = set()
     offsets, divisors = [], []
     for channel in channels:

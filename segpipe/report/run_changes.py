@@ -36,7 +36,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class RunSide:
     """One of the two runs."""
 
     location: str
@@ -87,7 +87,7 @@ def _keyed(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{"class": names}).set_index(KEY)
 
 
-def compare_tables(before: Side, after: Side) -> pd.DataFrame:
+def compare_tables(before: RunSide, after: RunSide) -> pd.DataFrame:
     """A row per scene × region × class of either run, in the order of the first.
 
     Columns: ``state``, `BOTH` or what is missing where; ``state_before``, ``state_after``; of count,
@@ -114,14 +114,14 @@ def compare_tables(before: Side, after: Side) -> pd.DataFrame:
     return table.reset_index()
 
 
-def _told(side: Side, other: Side) -> pd.DataFrame:
+def _told(side: RunSide, other: RunSide) -> pd.DataFrame:
     """The rows, without those of failed scenes whose regions the other run knows better."""
     known = set(other.scenes) - other.failed
     scene = side.rows.index.get_level_values("scene")
     return side.rows[~scene.isin(side.failed & known)]
 
 
-def _on(index: pd.Index[Any], side: Side, rows: pd.DataFrame) -> pd.DataFrame:
+def _on(index: pd.Index[Any], side: RunSide, rows: pd.DataFrame) -> pd.DataFrame:
     """The side's rows on the index of both, with a state also where it has none."""
     found = rows.reindex(index)
     scene, region = index.get_level_values("scene"), _regions(index)

@@ -1,0 +1,163 @@
+"""A run's tables, from what measuring left of each scene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import pandas as pd
+
+from segpipe.errors import RequestError
+from segpipe.metrics.intensity import Channel, Intensity
+from segpipe.metrics.tally import SizeScale, Tally
+from segpipe.objects.overlap_table import OverlapTable
+from segpipe.pipeline.measure import Measured, load_measured
+from segpipe.store.stage import Stage
+from segpipe.tables.frames import NO_REFERENCE, SceneValue
+from segpipe.tables.object_tables import (
+    SceneDetections,
+    detections_table,
+    instances_table,
+    objects_table,
+    panoptic_table,
+    with_counts,
+)
+from segpipe.tables.overlap_tables import (
+    SceneTallies,
+    agreement_table,
+    confusion_table,
+    metric_table,
+    region_table,
+)
+from segpipe.tables.phrase_table import phrase_table
+from segpipe.tables.record import RunRecord, SceneRecord
+from segpipe.tables.scene_tables import (
+    SceneIntensity,
+    calibration_table,
+    intensity_table,
+    surface_table,
+    uncertainty_table,
+)
+from segpipe.tables.summary import summary_table
+
+T = TypeVar("T")
+
+
+def read_measured(out: str, scenes: Sequence[SceneRecord]) -> dict[str, Measured]:
+    """Return the measurements of every scene that is done, by its name.
+
+    Raises:
+        RequestError: a scene's tallies are gone from the store.
+    """
+    found = {}
+    for scene in (s for s in scenes if s.state == "done"):
+        stage = Stage(out, scene.keys["measure"])
+        if stage.read_json("info.json") is None:
+            raise RequestError(
+                f"scene {scene.name}: its tallies ({stage.key}) are gone from the store; run the job again"
+            )
+        found[scene.name] = load_measured(stage)
+    return found
+
+
+def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str, pd.DataFrame]:
+    """Return every table that the job asked for, by its file's name."""
+    classes, job, scenes = record.legend, record.job, record.scenes
+    measure = job.get("measure", {})
+    results = [_tallies(scene, measured.get(scene.name)) for scene in scenes]
+    tables = {"regions": region_table(results, classes)}
+    if job.get("reference"):
+        metrics = tables["metrics"] = metric_table(results, classes)
+        blocks: list[Tally] = []
+        if len(scenes) == 1 and measured:
+            receipts = next(iter(measured.values())).stage.receipts()
+            blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
+        tables["summary"] = summary_table(metrics, classes, groups=record.groups or None, blocks=blocks)
+        tables["agreement"] = agreement_table(metrics)
+        tables["confusion"] = confusion_table(results, classes)
+    if measure.get("intensity"):
+        parts = _intensities(scenes, measured, lambda m: (m.channels, m.intensity))
+        tables["intensity"] = intensity_table(parts, classes)
+    if measure.get("surface"):
+        tables["surface"] = surface_table(_values(scenes, measured, lambda m: m.surfaces), classes)
+    tables |= _object_tables(record, measured, tables["regions"])
+    if record.prompted:
+        tables["asked"] = phrase_table(record, tables["regions"], tables.get("instances"))
+    if job.get("outputs", {}).get("uncertainty"):
+        parts = _intensities(scenes, measured, lambda m: (m.doubts, m.uncertainty))
+        tables["uncertainty"] = uncertainty_table(parts, classes)
+        if job.get("reference"):
+            tables["calibration"] = calibration_table(_values(scenes, measured, lambda m: m.calibration))
+    return tables
+
+
+def _object_tables(
+    record: RunRecord, measured: Mapping[str, Measured], regions: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """Return the tables of objects that a model detected, with counts by region, or that are given."""
+    classes, measure = record.legend, record.job.get("measure", {})
+    values = {int(k): v for k, v in (record.job.get("reference") or {}).get("values", {}).items()}
+    detected = [
+        SceneDetections.of(scene.name, measured[scene.name], values)
+        if scene.name in measured
+        else SceneDetections(scene.name, reason=scene.error)
+        for scene in record.scenes
+    ]
+    if any(scene.table is not None for scene in detected):
+        smallest = measure["smallest"]
+        things = [c.value for c in classes if not (c.background or c.stuff)]
+        stuff = [c.value for c in classes if c.stuff]
+        tables = {
+            "regions": with_counts(regions, detected, things),
+            "instances": detections_table(detected, classes, smallest, stuff),
+        }
+        if any(scene.overlaps is not None for scene in detected):
+            tables["panoptic"] = panoptic_table(detected, classes, stuff, smallest)
+        return tables
+    if not measure.get("objects"):
+        return {}
+    given = _values(record.scenes, measured, _given_objects)
+    smallest = measure["smallest"]
+    return {"objects": objects_table(given, smallest), "instances": instances_table(given, smallest)}
+
+
+def _given_objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
+    return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
+
+
+def _tallies(scene: SceneRecord, measured: Measured | None) -> SceneTallies:
+    if measured is None:
+        return SceneTallies(scene.name, regions=(), attempts=scene.attempts, reason=scene.error)
+    return SceneTallies.of(scene.name, measured, scene.attempts)
+
+
+def _intensities(
+    scenes: Sequence[SceneRecord],
+    measured: Mapping[str, Measured],
+    pick: Callable[[Measured], tuple[tuple[Channel, ...], Intensity | None]],
+) -> list[SceneIntensity]:
+    """Return the channels and statistics that are picked of every scene's measurements."""
+    parts = []
+    for scene in scenes:
+        if (found := measured.get(scene.name)) is None:
+            parts.append(SceneIntensity(scene.name, reason=scene.error))
+            continue
+        channels, intensity = pick(found)
+        parts.append(
+            SceneIntensity(scene.name, regions=found.regions, channels=channels, intensity=intensity)
+        )
+    return parts
+
+
+def _values(
+    scenes: Sequence[SceneRecord], measured: Mapping[str, Measured], pick: Callable[[Measured], T | None]
+) -> list[SceneValue[T]]:
+    """Return what is picked of every scene's measurements."""
+    parts = []
+    for scene in scenes:
+        if scene.name not in measured:
+            parts.append(SceneValue[T](scene.name, None, scene.error, failed=True))
+            continue
+        value = pick(measured[scene.name])
+        parts.append(SceneValue(scene.name, value, NO_REFERENCE if value is None else ""))
+    return parts
