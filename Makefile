@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Files side by side; at most four, for each starts servers and networks of its own.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-data test test-all bench soak lint serve services services-stop lock clean help
+.PHONY: demo demo-data test test-all bench soak lint docs serve services services-stop lock clean help
 
 help:
 	@echo "make demo      install, then segment a Landsat scene and a brain MRI, with reports"
@@ -20,6 +20,7 @@ help:
 	@echo "               make services-stop ends them"
 	@echo "make soak      45 minutes of scans, questions and cancels at random"
 	@echo "make lint      ruff and mypy;  make lock: resolve requirements.lock anew"
+	@echo "make docs      the documentation as pages, in build/docs"
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
@@ -54,6 +55,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What only the pages need is no part of the lock: it is installed here, beside what the lock pins.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+	@echo "build/docs/index.html"
 
 serve: $(INSTALLED)
 	$(BIN)/segpipe serve

@@ -279,8 +279,8 @@ def prompt(
         boxes: file or GeoDataFrame of boxes or polygons around objects.
         points: file or GeoDataFrame of points: `label` 1 in the object, 0 beside it.
         volume: as for `predict`.
-        out: where the run and the embeddings stay, so that the next prompt encodes nothing; None: a temporary
-            folder, which is deleted when this Python ends.
+        out: where the run and the embeddings stay, so that the next prompt encodes nothing; None: a new
+            temporary folder, which nobody deletes (`Run.path`).
         **job: further keys of a job.
 
     Returns:
@@ -328,7 +328,7 @@ def measure(
         **job: further keys of a job, such as ``measure={"surface": True}``.
 
     Returns:
-        The run, in a temporary folder: `Run.regions`, `Run.metrics`.
+        The run, in a new temporary folder, which nobody deletes (`Run.path`): `Run.regions`, `Run.metrics`.
 
     Raises:
         RequestError, SceneError: grids or values do not go together.
