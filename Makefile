@@ -29,10 +29,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m flows.demo
+	$(BIN)/python -m segpipe_flows.demo
 
 demo-data: $(INSTALLED)
-	$(BIN)/python -m flows.demo --data-only
+	$(BIN)/python -m segpipe_flows.demo --data-only
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"

@@ -17,8 +17,8 @@ from segpipe.prompts.segment_windows import Round, answer_windows, create_answer
 from segpipe.prompts.volumes.segment_volume import answer_volume
 from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
-from tasks.scenes import BACKOFF, RETRIES
-from tasks.told import passing_fault, told
+from segpipe_tasks.scenes import BACKOFF, RETRIES
+from segpipe_tasks.told import passing_fault, told
 
 ONE_STEP: dict[str, Any] = {
     "retries": RETRIES,

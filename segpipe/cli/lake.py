@@ -39,9 +39,9 @@ def scan_command(
                 print(f"{found.name}: {public_uri(found.uri)}")
         print(f"dry run: {looked}; nothing was done")
         return
-    from flows.here import check_server, run_here
-    from flows.runners import check_cluster, task_runner
-    from flows.scan import scan as scan_flow
+    from segpipe_flows.here import check_server, run_here
+    from segpipe_flows.runners import check_cluster, task_runner
+    from segpipe_flows.scan import scan as scan_flow
 
     task_runner(scan.compute)
     check_server()

@@ -100,11 +100,11 @@ def _run_job(job: Job) -> None:
         print("nothing to do: this job is done; the results of then:")
         _headline(found, before)
         return
-    from flows.here import check_server, run_here
-    from flows.prompt import prompt as ask
-    from flows.runners import check_cluster, task_runner
-    from flows.segment import segment
     from segpipe.config.prompt_form import Question
+    from segpipe_flows.here import check_server, run_here
+    from segpipe_flows.prompt import prompt as ask
+    from segpipe_flows.runners import check_cluster, task_runner
+    from segpipe_flows.segment import segment
 
     task_runner(job.compute)
     check_server()
@@ -179,8 +179,8 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         take_part(recipe, SILENT)  # the first process has the flow, the others its work
         return
     print(f"{recipe.name}: {len(scenes)} scenes, {recipe.optimise.steps:,} steps a fold")
-    from flows.here import check_server, run_here
-    from flows.train import train_model
+    from segpipe_flows.here import check_server, run_here
+    from segpipe_flows.train import train_model
 
     check_server()
     state = run_here(train_model, str(recipe_file), overrides or [])
@@ -284,7 +284,7 @@ def serve(
     limit: Annotated[int, typer.Option(min=1, help="Runs at once; the others wait.")] = 1,
 ) -> None:
     """Start a local Prefect server (unless one answers) and serve every flow, ready for the UI's forms."""
-    from flows.serve import serve_locally
+    from segpipe_flows.serve import serve_locally
 
     serve_locally(host, port, limit)
 
