@@ -294,7 +294,7 @@ class Job(Strict):
 
     name: NameField = "segment"
     scenes: ScenesField
-    model: Text = Field("", description="Model card (YAML).")
+    model: Text = Field("", description="Model card: path of its YAML file, or its name.")
     labels: Text = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",

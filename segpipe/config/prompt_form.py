@@ -32,7 +32,7 @@ class Question(Strict):
 
     scenes: ScenesField
     model: str = Field(
-        min_length=1, description="Card of a promptable model, e.g. configs/models/starter-sam.yaml."
+        min_length=1, description="Card of a promptable model, by path or name, e.g. starter-sam."
     )
     prompts: PromptOptions = Field(description="What is asked.")
     name: NameField = "prompt"

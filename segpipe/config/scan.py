@@ -134,7 +134,7 @@ class Scan(Strict):
 
     name: NameField = "scan"
     lake: Lake = Field(description="Where scenes arrive.")
-    model: Text = Field("", description="Model card (YAML).")
+    model: Text = Field("", description="Model card: path of its YAML file, or its name.")
     dry_run: bool = Field(False, description="Only say what would be done.")
     limits: Limits = Field(default_factory=Limits, description="How much one scan does.")
     regions: RegionsField = None

@@ -15,6 +15,8 @@ from math import prod
 import numpy as np
 from scipy import ndimage
 
+from segpipe.process.extras import require
+
 SLACK = 1 + 1e-9
 """A distance counts as within a limit up to this factor: 3 × 0.7 is within 2.1 in any rounding."""
 MOST_SHIFTS = 1500
@@ -36,9 +38,8 @@ def element_table(spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
         Length (2D) or area (3D) by code, float64, in the unit of spacing (3D: its square); and the
         bit of each neighbour in C order, uint8.
     """
-    from monai.metrics.utils import get_code_to_measure_table  # loads torch
-
-    sizes, bits = get_code_to_measure_table(spacing)  # type: ignore[no-untyped-call]
+    library = require("monai.metrics.utils", "measure.surface")  # here: it loads torch
+    sizes, bits = library.get_code_to_measure_table(spacing)
     return sizes.numpy().astype(np.float64), bits.numpy().ravel().astype(np.uint8)
 
 

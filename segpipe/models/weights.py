@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from segpipe.config.card import WITHOUT_WEIGHTS, Card, Provider, card_error
 from segpipe.errors import RequestError
+from segpipe.process.extras import check_installed
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +112,7 @@ def _from_hub(card: Card) -> Path:
             f"found {card.weights!r}; valid: hf://org/name@REVISION[/file] with the full commit "
             "(40 hexadecimal digits) as the revision",
         )
+    check_installed("huggingface_hub", f"{card.name}: weights: {card.weights}")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -113,7 +113,7 @@ def test_kubernetes_by_configuration_alone(on_server: SyncPrefectClient, tmp_pat
 
 @pytest.mark.skipif(importlib.util.find_spec("dask_cuda") is not None, reason="dask-cuda is installed here")
 def test_a_missing_package_is_named_with_its_extra(on_server: SyncPrefectClient) -> None:
-    with pytest.raises(RequestError, match=r"dask-cuda needs the package dask-cuda.*'segpipe\[cuda\]'"):
+    with pytest.raises(RequestError, match=r"runner: dask-cuda needs dask-cuda.*'segpipe\[cuda\]'"):
         task_runner(Compute(runner=Runner.dask_cuda))
 
 
