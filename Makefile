@@ -30,10 +30,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m flows.demo
+	$(BIN)/python -m segpipe_flows.demo
 
 demo-data: $(INSTALLED)
-	$(BIN)/python -m flows.demo --data-only
+	$(BIN)/python -m segpipe_flows.demo --data-only
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
@@ -73,11 +73,11 @@ services-stop:
 
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra demo --extra dev pyproject.toml \
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra all --extra demo --extra dev \
+	    pyproject.toml \
 	    --no-annotate --no-header --no-emit-index-url -o requirements.lock
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra cluster --extra export --extra h3 --extra nnunet \
-	    --extra text -c requirements.lock pyproject.toml --no-annotate --no-header --no-emit-index-url \
-	    -o infra/docker/requirements.txt
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra all -c requirements.lock pyproject.toml \
+	    --no-annotate --no-header --no-emit-index-url -o infra/docker/requirements.txt
 
 clean: services-stop
 	rm -rf .venv .prefect .demo .services runs

@@ -70,8 +70,8 @@ def scan_once(file: str) -> None:
     """The flow process: a scan, and what it cost; prints a line of numbers."""
     import httpx
 
-    from flows.scan import scan
     from segpipe.config.scan import load_scan
+    from segpipe_flows.scan import scan
 
     sent = 0
 

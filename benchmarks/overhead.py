@@ -118,8 +118,8 @@ def profile(asked: dict[str, object], out: str) -> None:
 
 def by_flow(asked: dict[str, object], out: str) -> None:
     """The whole job by the flow on threads, its server and report included."""
-    from flows.here import run_here
-    from flows.segment import segment
+    from segpipe_flows.here import run_here
+    from segpipe_flows.segment import segment
 
     job = Job.model_validate({**asked, "outputs": {"dir": out, "formats": []}})
     begun = time.perf_counter()

@@ -8,7 +8,7 @@ from prefect import State, flow, get_run_logger, runtime
 from prefect.states import Completed, Failed
 
 from segpipe.report.comparison import Comparison, headline
-from tasks.compare import compare_two
+from segpipe_tasks.compare import compare_two
 
 
 def run_name() -> str:

@@ -30,7 +30,7 @@ _BANDS = ["blue", "green", "red", "nir", "swir16"]
 DEPLOYMENTS = (
     Deployment(
         "segment",
-        "flows.segment.segment",
+        "segpipe_flows.segment.segment",
         "Segment scenes and report areas, volumes and overlap per region.",
         ("segpipe", "raster", "volume"),
         {
@@ -44,7 +44,7 @@ DEPLOYMENTS = (
     ),
     Deployment(
         "scan",
-        "flows.scan.scan",
+        "segpipe_flows.scan.scan",
         "Find what is new in a lake and segment each scene once.",
         ("segpipe", "lake"),
         {
@@ -58,7 +58,7 @@ DEPLOYMENTS = (
     ),
     Deployment(
         "prompt",
-        "flows.prompt.prompt",
+        "segpipe_flows.prompt.prompt",
         "Ask a promptable model for objects, in words, by points or by boxes.",
         ("segpipe", "promptable"),
         {
@@ -77,14 +77,14 @@ DEPLOYMENTS = (
     ),
     Deployment(
         "train",
-        "flows.train.train_model",
+        "segpipe_flows.train.train_model",
         "Train a model from labelled scenes and write its card.",
         ("segpipe", "training"),
         {"recipe": "configs/train/landcover-unet.yaml", "changes": []},
     ),
     Deployment(
         "compare",
-        "flows.compare.compare",
+        "segpipe_flows.compare.compare",
         "Tell what changed from one run to another, per scene, region and class.",
         ("segpipe", "report"),
         {"out": ""},

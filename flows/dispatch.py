@@ -14,8 +14,6 @@ from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
-from flows.runners import placed
-from flows.watch import Watch
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import failed_record
 from segpipe.pipeline.model_scene import Scene, pending_blocks
@@ -27,15 +25,17 @@ from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
 from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
-from tasks.prompts import (
+from segpipe_flows.runners import placed
+from segpipe_flows.watch import Watch
+from segpipe_tasks.prompts import (
     collect_scene_prompts,
     detect_batch,
     plan_round,
     propagate_volume,
     segment_batch,
 )
-from tasks.scenes import finish_scene, plan_scene, predict_batch, retried
-from tasks.told import NOT_READY, OUT_OF_MEMORY, passes
+from segpipe_tasks.scenes import finish_scene, plan_scene, predict_batch, retried
+from segpipe_tasks.told import NOT_READY, OUT_OF_MEMORY, passes
 
 T = TypeVar("T")
 MOST_WINDOWS = 64

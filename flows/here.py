@@ -14,10 +14,10 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from flows.server import free_port, local_server
 from segpipe.config.job import Job
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.runs.check import ResolvedJob
+from segpipe_flows.server import free_port, local_server
 
 DRAIN_SECONDS = 10.0
 

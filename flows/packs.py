@@ -1,8 +1,9 @@
 """Many small scenes: several to a task run, so that the server is told of minutes, not of milliseconds.
 
 The policy: a run of at most `UNPACKED` scenes has task runs for each. Of more scenes, small ones are done
-in packs that take about `compute.batch_minutes`; large ones (`tasks.scenes.LARGE`) have batches of blocks
-of that length. So there are about three task runs at most for each such batch of work, however many scenes.
+in packs that take about `compute.batch_minutes`; large ones (`segpipe_tasks.scenes.LARGE`) have batches of
+blocks of that length. So there are about three task runs at most for each such batch of work, however many
+scenes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 
-from flows.dispatch import Dispatch, ahead
 from segpipe.errors import StoppedError
 from segpipe.lake.ledger import Receipts
 from segpipe.sources import SceneRef
 from segpipe.tables.record import SceneRecord
-from tasks.scenes import do_scenes
+from segpipe_flows.dispatch import Dispatch, ahead
+from segpipe_tasks.scenes import do_scenes
 
 UNPACKED = 32
 """Scenes of a run up to which each has task runs of its own."""

@@ -7,11 +7,11 @@ from typing import Any
 from prefect import State, flow
 from prefect.states import Failed
 
-from flows.segment import OF_REQUEST, carry_out
 from segpipe.config.job import PromptJob
 from segpipe.config.loading import as_request
 from segpipe.errors import RequestError
-from tasks.told import refused
+from segpipe_flows.segment import OF_REQUEST, carry_out
+from segpipe_tasks.told import refused
 
 
 @flow(name="prompt", **OF_REQUEST)

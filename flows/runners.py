@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +13,7 @@ from segpipe.config.job import Compute, Runner
 from segpipe.config.loading import read_yaml
 from segpipe.errors import RequestError
 from segpipe.inference.settings import Settings
+from segpipe.process.extras import require
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -35,20 +35,17 @@ class _Cluster(NamedTuple):
 
     path: str
     """Dotted path of its class."""
-    extra: str
-    """What `pip install 'segpipe[…]'` takes to have it."""
     defaults: dict[str, Any]
 
 
 CLUSTERS = {
     Runner.dask: _Cluster(
         "distributed.LocalCluster",
-        "",
         {"threads_per_worker": 1, "dashboard_address": None, "resources": {SLOT: 1}},
     ),
-    Runner.dask_cuda: _Cluster("dask_cuda.LocalCUDACluster", "cuda", {"resources": {SLOT: 1}}),
-    Runner.kubernetes: _Cluster("dask_kubernetes.operator.KubeCluster", "cluster", {}),
-    Runner.slurm: _Cluster("dask_jobqueue.SLURMCluster", "cluster", {}),
+    Runner.dask_cuda: _Cluster("dask_cuda.LocalCUDACluster", {"resources": {SLOT: 1}}),
+    Runner.kubernetes: _Cluster("dask_kubernetes.operator.KubeCluster", {}),
+    Runner.slurm: _Cluster("dask_jobqueue.SLURMCluster", {}),
 }
 
 
@@ -66,32 +63,20 @@ def task_runner(compute: Compute) -> TaskRunner[Any]:
             f"compute.runner: {compute.runner.value} needs a running Prefect server; start one with "
             "`prefect server start` and set PREFECT_API_URL=http://127.0.0.1:4200/api, or use runner: threads"
         )
-    from prefect_dask.task_runners import DaskTaskRunner
-
+    who = f"compute.runner: {compute.runner.value}"
+    DaskTaskRunner = require("prefect_dask.task_runners", who).DaskTaskRunner  # noqa: N806 (a class)
     if compute.address:
-        return DaskTaskRunner(address=compute.address)
+        known: TaskRunner[Any] = DaskTaskRunner(address=compute.address)
+        return known
     kind = CLUSTERS[compute.runner]
-    _import(compute.runner, kind)
+    require(kind.path.rpartition(".")[0], who)
     scaling = {"minimum": compute.least, "maximum": compute.workers} if compute.least else None
-    return DaskTaskRunner(
+    made: TaskRunner[Any] = DaskTaskRunner(
         cluster_class=kind.path,
         cluster_kwargs={**cluster_arguments(compute), "n_workers": compute.least or compute.workers},
         adapt_kwargs=scaling,
     )
-
-
-def _import(runner: Runner, kind: _Cluster) -> None:
-    """Raises RequestError: the cluster's package is not installed."""
-    module, package = kind.path.rpartition(".")[0], kind.path.split(".")[0]
-    try:
-        import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != package:
-            raise
-        raise RequestError(
-            f"compute.runner: {runner.value} needs the package {package.replace('_', '-')}; install it by "
-            f"`pip install 'segpipe[{kind.extra}]'`"
-        ) from error
+    return made
 
 
 def cluster_arguments(compute: Compute) -> dict[str, Any]:

@@ -14,11 +14,6 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import TaskRunner
 
-from flows.dispatch import Dispatch
-from flows.packs import Packs
-from flows.runners import check_cluster, task_runner
-from flows.segment import OF_REQUEST, attempt_name, stop_on_error
-from flows.watch import Watch
 from segpipe.config.loading import as_request
 from segpipe.config.scan import Identity, Scan
 from segpipe.errors import SegpipeError, StoppedError
@@ -40,9 +35,14 @@ from segpipe.lake.scan import (
 from segpipe.sources import SceneRef
 from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
-from tasks.events import tell_scene
-from tasks.report import write_report
-from tasks.told import refused
+from segpipe_flows.dispatch import Dispatch
+from segpipe_flows.packs import Packs
+from segpipe_flows.runners import check_cluster, task_runner
+from segpipe_flows.segment import OF_REQUEST, attempt_name, stop_on_error
+from segpipe_flows.watch import Watch
+from segpipe_tasks.events import tell_scene
+from segpipe_tasks.report import write_report
+from segpipe_tasks.told import refused
 
 SHOWN = 50
 """New scenes listed by a dry run."""

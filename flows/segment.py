@@ -11,12 +11,6 @@ from prefect import Flow, State, flow, get_run_logger, runtime
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.dispatch import Dispatch
-from flows.here import handed_on
-from flows.names import run_name
-from flows.packs import Packs
-from flows.runners import check_cluster, task_runner
-from flows.watch import Watch
 from segpipe.config.job import Job, Outputs
 from segpipe.config.loading import as_request
 from segpipe.errors import RequestError, SegpipeError, StoppedError
@@ -25,9 +19,15 @@ from segpipe.runs.check import check_request
 from segpipe.runs.run import open_run
 from segpipe.store.stops import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
-from tasks.events import tell_scene
-from tasks.report import write_report
-from tasks.told import refused
+from segpipe_flows.dispatch import Dispatch
+from segpipe_flows.here import handed_on
+from segpipe_flows.names import run_name
+from segpipe_flows.packs import Packs
+from segpipe_flows.runners import check_cluster, task_runner
+from segpipe_flows.watch import Watch
+from segpipe_tasks.events import tell_scene
+from segpipe_tasks.report import write_report
+from segpipe_tasks.told import refused
 
 FAILURES_TOLD = 5
 """Failed scenes named in the run's final message; the report has all."""

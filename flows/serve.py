@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-from flows.deployments import DEPLOYMENTS
-from flows.server import answers, local_server
 from segpipe.errors import SegpipeError
+from segpipe_flows.deployments import DEPLOYMENTS
+from segpipe_flows.server import answers, local_server
 
 
 def serve_locally(host: str, port: int, limit: int = 1) -> None:
@@ -23,7 +23,7 @@ def serve_locally(host: str, port: int, limit: int = 1) -> None:
         prefect = import_module("prefect")
         load = import_module("prefect.flows").load_flow_from_entrypoint
         module_path = import_module("prefect.types.entrypoint").EntrypointType.MODULE_PATH
-        server_in_use = import_module("flows.here").server_in_use
+        server_in_use = import_module("segpipe_flows.here").server_in_use
         served = (
             load(each.entrypoint, use_placeholder_flow=False).to_deployment(
                 name=each.name,

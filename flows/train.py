@@ -16,13 +16,13 @@ from prefect import State, flow, get_client, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.states import Cancelled, Completed
 
-from flows.watch import LOOK_SECONDS
 from segpipe.config.recipe import Recipe, load_recipe
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.training.loop import MetricsRow
 from segpipe.training.run import Told, mark, train
-from tasks.told import refused
-from tasks.training import training_markdown
+from segpipe_flows.watch import LOOK_SECONDS
+from segpipe_tasks.told import refused
+from segpipe_tasks.training import training_markdown
 
 STATES_OF_A_STOP = ("CANCELLING", "CANCELLED")
 

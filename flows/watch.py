@@ -23,11 +23,11 @@ from prefect.exceptions import Pause
 from prefect.futures import PrefectFuture
 from prefect.states import Paused
 
-from flows.rates import Rates, RateSample, left_told, rate_told
-from flows.scene_table import SceneTableArtifact
 from segpipe.errors import StoppedError
 from segpipe.store.stage import Stage
 from segpipe.tables.record import SceneRecord
+from segpipe_flows.rates import Rates, RateSample, left_told, rate_told
+from segpipe_flows.scene_table import SceneTableArtifact
 
 LOOK_SECONDS = 5.0
 """Between two looks at receipts and at the flow run's state, and two updates of the progress."""

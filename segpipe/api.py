@@ -274,7 +274,7 @@ def prompt(
 
     Args:
         image: as for `predict`.
-        model: card of a promptable model.
+        model: card of a promptable model, by path or name.
         text: phrases; they need ``prompts={"grounder": CARD}``.
         boxes: file or GeoDataFrame of boxes or polygons around objects.
         points: file or GeoDataFrame of points: `label` 1 in the object, 0 beside it.

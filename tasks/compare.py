@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from segpipe.report.comparison import Comparison, compare_markdown
 from segpipe.runs.compare import compare_runs
-from tasks.told import told
+from segpipe_tasks.told import told
 
 
 @task(name="compare runs", task_run_name="compare runs", cache_policy=NO_CACHE)

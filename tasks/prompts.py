@@ -17,8 +17,8 @@ from segpipe.prompts.segment_windows import Round, create_mask_stages, next_roun
 from segpipe.prompts.volumes.segment_volume import segment_volume
 from segpipe.store.stops import StopToken
 from segpipe.tiling.pyramid import Window
-from tasks.scenes import BACKOFF, RETRIES
-from tasks.told import passing_fault, told
+from segpipe_tasks.scenes import BACKOFF, RETRIES
+from segpipe_tasks.told import passing_fault, told
 
 ONE_STEP: dict[str, Any] = {
     "retries": RETRIES,

@@ -23,7 +23,7 @@ from segpipe.runs.run import read_tables
 from segpipe.store.location import is_url, join
 from segpipe.store.stage import Stage
 from segpipe.tables.record import RunRecord, SceneRecord
-from tasks.told import told
+from segpipe_tasks.told import told
 
 PICTURES = 12
 """Scenes shown in the UI by their thumbnail, 10 to 20 KB each; the report has all."""

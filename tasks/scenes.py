@@ -24,7 +24,7 @@ from segpipe.sources import SceneRef
 from segpipe.store.stops import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe.tiling.windows import Index
-from tasks.told import PASSING, passing_fault, told
+from segpipe_tasks.told import PASSING, passing_fault, told
 
 RETRIES = 2
 """Of planning and finishing; a batch has the job's, see `predict_batch_retried`."""

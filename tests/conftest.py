@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parent))  # for the tests' own modules, such 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from world import Ended, World, environment, make_world  # noqa: E402
 
-from flows.server import free_port  # noqa: E402
+from segpipe_flows.server import free_port  # noqa: E402
 
 # A busy machine is slow: no example fails for that.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

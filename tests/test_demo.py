@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import rasterio
 
-from flows.demo import BRAIN, WEST_COLUMNS, _prepare_brain
 from segpipe.config.card import read_card
 from segpipe.config.job import Job
 from segpipe.inference.settings import resolve_settings
@@ -21,6 +20,7 @@ from segpipe.pipeline.measure import measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.pipeline.predict import finish_labels, predict_blocks, read_labels
 from segpipe.sources import discover, package_file
+from segpipe_flows.demo import BRAIN, WEST_COLUMNS, _prepare_brain
 
 LANDSAT = Path(__file__).parents[1].parent / "shared" / "data" / "nc_landsat"
 
@@ -93,7 +93,7 @@ def test_landcover_scores_what_its_card_says(tmp_path: Path) -> None:
 
 def test_only_data_asks_for_no_model(tmp_path: Path) -> None:
     """`--help` of the demo says what it does, without fetching anything."""
-    command = [sys.executable, "-m", "flows.demo", "--help"]
+    command = [sys.executable, "-m", "segpipe_flows.demo", "--help"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert "--data-only" in done.stdout
     assert "two jobs on real data" in done.stdout

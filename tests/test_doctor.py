@@ -23,7 +23,6 @@ from obstore.store import from_url
 from rich.console import Console
 from typer.testing import CliRunner
 
-from flows.server import free_port
 from segpipe.cli.doctor import doctor_command, line_of, table_of
 from segpipe.doctor import (
     Finding,
@@ -37,6 +36,7 @@ from segpipe.doctor import (
     check_store,
     selftest,
 )
+from segpipe_flows.server import free_port
 from tests.services.loopback import Services
 from tests.services.processes import start, stop, wait_until
 

@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 from world import PROGRAM, Ended, World, command, environment, write_yaml
 
-from flows.server import free_port, start_server, wait_for_server
+from segpipe_flows.server import free_port, start_server, wait_for_server
 
 DATABASE = "PREFECT_API_DATABASE_CONNECTION_URL"
 

@@ -42,7 +42,7 @@ import networkx as nx
 from tools.inputs import ROOT, environment
 from tools.text import code_lines, comments, public_functions
 
-PACKAGES = ("segpipe", "flows", "tasks", "segpipe_flows", "segpipe_tasks")
+FOLDERS = ("segpipe", "flows", "tasks")
 COMMON_NAMES = {"__init__", "__main__", "base", "network", "card", "registry"}
 """Names that several packages may give to a file."""
 NOT_LOOSE = {"__init__", "__main__", "errors"}
@@ -82,8 +82,15 @@ class House:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        files = [path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))]
-        self.files = {_module(path.relative_to(root)): path for path in files}
+        path = root / "pyproject.toml"
+        self.tools = tomllib.loads(path.read_text()).get("tool", {}) if path.exists() else {}
+        mapped = self.tools.get("setuptools", {}).get("package-dir", {})
+        names = {folder: folder for folder in FOLDERS} | {folder: name for name, folder in mapped.items()}
+        self.files = {
+            _module(Path(names[folder], path.relative_to(root / folder))): path
+            for folder in FOLDERS
+            for path in sorted((root / folder).rglob("*.py"))
+        }
         self.texts = {name: path.read_text() for name, path in self.files.items()}
         self.trees = {name: ast.parse(text) for name, text in self.texts.items()}
         self.imports = [found for name in self.files for found in self._imports(name)]
@@ -131,10 +138,8 @@ class House:
     @cached_property
     def layers(self) -> list[dict[str, tuple[int, int]]]:
         """By contract and container: a module's layer from the top, and its group within the layer."""
-        path = self.root / "pyproject.toml"
-        tools = tomllib.loads(path.read_text()).get("tool", {}) if path.exists() else {}
         found = []
-        for contract in tools.get("importlinter", {}).get("contracts", []):
+        for contract in self.tools.get("importlinter", {}).get("contracts", []):
             if contract.get("type") != "layers":
                 continue
             for container in contract.get("containers", [""]):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from segpipe.errors import RequestError, SegpipeError
+from segpipe.process.extras import check_installed
 
 ScanFile = Annotated[Path, typer.Argument(metavar="SCAN.yaml", help="A scan file; see configs/scans/.")]
 Overrides = Annotated[
@@ -39,9 +40,10 @@ def scan_command(
                 print(f"{found.name}: {public_uri(found.uri)}")
         print(f"dry run: {looked}; nothing was done")
         return
-    from flows.here import check_server, run_here
-    from flows.runners import check_cluster, task_runner
-    from flows.scan import scan as scan_flow
+    check_installed("prefect", "segpipe scan")
+    from segpipe_flows.here import check_server, run_here
+    from segpipe_flows.runners import check_cluster, task_runner
+    from segpipe_flows.scan import scan as scan_flow
 
     task_runner(scan.compute)
     check_server()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +16,15 @@ from typer.core import TyperGroup
 from segpipe import __version__
 from segpipe.cli.doctor import doctor_command
 from segpipe.cli.lake import quarantine_command, scan_command
+from segpipe.cli.local import run_in_process
 from segpipe.cli.models import models_app
 from segpipe.errors import RequestError, SegpipeError
+from segpipe.process.extras import check_installed, missing_extra
 
 if TYPE_CHECKING:
     from segpipe.config.job import Job
     from segpipe.export.run_folder import RunFolder
+    from segpipe.runs.check import ResolvedJob
     from segpipe.tables.record import RunRecord
 
 
@@ -77,20 +81,27 @@ def _root(
 ) -> None: ...
 
 
+Local = Annotated[
+    bool,
+    typer.Option("--local", help="In this process, without Prefect, whose server takes seconds to start."),
+]
+
+
 @app.command()
-def run(job_file: JobFile, overrides: Overrides = None) -> None:
+def run(job_file: JobFile, overrides: Overrides = None, local: Local = False) -> None:
     """Run a job as a Prefect flow; run it again to resume, or to find it done.
 
-    Uses the server of PREFECT_API_URL where that is set, else a temporary one of its own.
+    Uses the server of PREFECT_API_URL where that is set, else a temporary one of its own. Where Prefect is
+    not installed, the job runs in this process, as by --local.
     Exit code 0: all scenes done; 1: some failed; 2: the request is wrong.
     """
     from segpipe.config.job import load_job
 
-    _run_job(load_job(job_file, overrides or []))
+    _run_job(load_job(job_file, overrides or []), local)
 
 
-def _run_job(job: Job) -> None:
-    """Run a job in a flow, and print its numbers."""
+def _run_job(job: Job, local: bool) -> None:
+    """Run a job in a flow, or in this process, and print its numbers."""
     from segpipe.runs.check import check_request
     from segpipe.runs.run import open_run
 
@@ -100,10 +111,24 @@ def _run_job(job: Job) -> None:
         print("nothing to do: this job is done; the results of then:")
         _headline(found, before)
         return
-    from flows.here import check_server, run_here
-    from flows.prompt import prompt as ask
-    from flows.runners import check_cluster, task_runner
-    from flows.segment import segment
+    if not local and job.compute.clustered:
+        check_installed("prefect", f"compute.runner: {job.compute.runner.value}")
+    if not local and find_spec("prefect") is not None:
+        _run_flow(job, request, before)
+        return
+    found, record = run_in_process(request)
+    _headline(found, record)
+    if record.failed:
+        raise typer.Exit(1)
+
+
+def _run_flow(job: Job, request: ResolvedJob, before: RunRecord | None) -> None:
+    """Run a checked job as a flow, and print its numbers."""
+    from segpipe.runs.run import open_run
+    from segpipe_flows.here import check_server, run_here
+    from segpipe_flows.prompt import prompt as ask
+    from segpipe_flows.runners import check_cluster, task_runner
+    from segpipe_flows.segment import segment
 
     task_runner(job.compute)
     check_server()
@@ -146,6 +171,7 @@ def prompt(
         float | None, typer.Option(min=0, max=1, help="Least score of what a phrase finds.")
     ] = None,
     overrides: Overrides = None,
+    local: Local = False,
 ) -> None:
     """Ask a promptable model for objects, by words, points or boxes, over scenes of any size.
 
@@ -156,7 +182,7 @@ def prompt(
     if points and boxes:
         raise RequestError("--points, --boxes: give one file: it may hold both")
     asked = asked_job(what, text or [], grounder, points or boxes, threshold, overrides or [])
-    _run_job(asked)
+    _run_job(asked, local)
 
 
 @app.command()
@@ -169,6 +195,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     from segpipe.config.recipe import load_recipe
     from segpipe.training.run import check_recipe
 
+    check_installed("prefect", "segpipe train")
     recipe = load_recipe(recipe_file, overrides or [])
     scenes = check_recipe(recipe)
     if int(os.environ.get("RANK", "0")):
@@ -178,8 +205,8 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         take_part(recipe, SILENT)  # the first process has the flow, the others its work
         return
     print(f"{recipe.name}: {len(scenes)} scenes, {recipe.optimise.steps:,} steps a fold")
-    from flows.here import check_server, run_here
-    from flows.train import train_model
+    from segpipe_flows.here import check_server, run_here
+    from segpipe_flows.train import train_model
 
     check_server()
     state = run_here(train_model, str(recipe_file), overrides or [])
@@ -283,7 +310,8 @@ def serve(
     limit: Annotated[int, typer.Option(min=1, help="Runs at once; the others wait.")] = 1,
 ) -> None:
     """Start a local Prefect server (unless one answers) and serve every flow, ready for the UI's forms."""
-    from flows.serve import serve_locally
+    check_installed("prefect", "segpipe serve")
+    from segpipe_flows.serve import serve_locally
 
     serve_locally(host, port, limit)
 
@@ -306,6 +334,11 @@ def execute(arguments: list[str] | None = None) -> int:
         return 1
     except SystemExit as ended:  # how typer ends: work done is 0, a wrong command line 2, an interrupt 130
         return ended.code if isinstance(ended.code, int) else 1
+    except ModuleNotFoundError as error:
+        if (line := missing_extra(error, "this command")) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     except ValueError as error:
         if (line := _setting(error)) is None:
             raise

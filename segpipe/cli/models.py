@@ -13,31 +13,37 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from segpipe.config.builtin import card_files, find_card
+
 if TYPE_CHECKING:
     from segpipe.config.card import Card
 
 models_app = typer.Typer(help="List model cards, or show one.", invoke_without_command=True)
-CARDS = "configs/models"
+NameOrPath = Annotated[str, typer.Argument(help="Name of a card that `segpipe models` lists, or its path.")]
 
 
 @models_app.callback()
 def _models(
-    context: typer.Context, folder: Annotated[str, typer.Option(help="Folder of cards.")] = CARDS
+    context: typer.Context,
+    folder: Annotated[
+        str, typer.Option(help="Folder of cards; left out: configs/models, and those that come with segpipe.")
+    ] = "",
 ) -> None:
     if context.invoked_subcommand is not None:
         return
     from segpipe.models.registry import list_cards
 
     table = Table("name", "kind", "provider", "classes", "title")
-    for card in list_cards(folder):
+    where = folder or None
+    for name, card in zip(card_files(where), list_cards(where), strict=True):
         names = ", ".join(c.name for c in card.classes)
-        table.add_row(card.name, card.kind, card.provider, names, card.title)
+        table.add_row(name, card.kind, card.provider, names, card.title)
     Console().print(table)
 
 
 @models_app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")],
+    name: NameOrPath,
     reach: Annotated[
         bool, typer.Option(help="Also measure how far the model looks (seconds to minutes).")
     ] = False,
@@ -46,7 +52,7 @@ def show(
     from segpipe.config.card import load_card
     from segpipe.prompts.prompt_scene import check_model, describe_model
 
-    card = load_card(_card_path(name))
+    card = load_card(name)
     check_model(card)
     facts = describe_model(card)
     table = Table(show_header=False, title=card.title or card.name)
@@ -116,7 +122,7 @@ def import_(
 
 @models_app.command("export")
 def export(
-    name: Annotated[str, typer.Argument(help="Name of a card in the folder, or its path.")],
+    name: NameOrPath,
     out: Annotated[Path, typer.Option(help="Folder of the new card and its file.")],
     to: Annotated[str, typer.Option(help="onnx, or int8 (for CPUs).")] = "onnx",
     job_file: Annotated[
@@ -129,7 +135,7 @@ def export(
     from segpipe.convert.command import export_model
 
     job = load_job(job_file) if job_file is not None else None
-    for line in export_model(_card_path(name), to, out, job, method):
+    for line in export_model(find_card(name), to, out, job, method):
         typer.echo(line)
 
 
@@ -137,7 +143,3 @@ def _cost(card: Card, flops: float) -> str:
     """Work and memory of a forward pass, for people."""
     what = "megapixel" if card.kind == "raster" else "million voxels"
     return f"{flops / 1e3:,.0f} GFLOP per {what}; about {card.window.forward_bytes} bytes per element"
-
-
-def _card_path(name: str) -> Path:
-    return Path(name) if name.endswith((".yaml", ".yml")) else Path(CARDS) / f"{name}.yaml"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from segpipe.config.builtin import find_card
 from segpipe.config.loading import read_yaml, validate
 from segpipe.config.types import Strict
 from segpipe.errors import RequestError
@@ -365,9 +366,13 @@ class Card(Strict):
 def load_card(path: str | Path) -> Card:
     """Read and validate a model card.
 
+    Args:
+        path: of its file, or its name (`segpipe.config.builtin.find_card`).
+
     Raises:
         RequestError: the file or a key is wrong; names it and what would be valid.
     """
+    path = find_card(path)
     card = validate(Card, read_yaml(path), str(path))
     card._folder = Path(path).resolve().parent
     return card
@@ -379,7 +384,8 @@ def card_error(card: Card, field: str, text: str) -> RequestError:
 
 
 def read_card(path: str) -> Card:
-    """A card, read once per process and again when its file has changed."""
+    """A card by path or name, read once per process and again when its file has changed."""
+    path = str(find_card(path))
     try:
         stat = Path(path).stat()
     except OSError:

@@ -272,7 +272,7 @@ class Request(Strict):
     """What every request says; `Job`, `PromptJob` and `Scan` are views of it, with forms of their own."""
 
     name: Name = Field("segment", description="Names the folder of the results.")
-    model: Text = Field("", description="Model card (YAML).")
+    model: Text = Field("", description="Model card: path of its YAML file, or its name.")
     bands: list[str] = Field(
         default_factory=list,
         description="Names of the scene's bands in file order, where the file has none.",

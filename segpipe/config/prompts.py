@@ -76,8 +76,8 @@ class PromptOptions(Strict):
     )
     grounder: Text = Field(
         "",
-        description="Model card that finds phrases: any semantic model (its classes and their synonyms are "
-        "the vocabulary), or a detector that takes text. Needed with `text`.",
+        description="Model card (path or name) that finds phrases: any semantic model (its classes and their "
+        "synonyms are the vocabulary), or a detector that takes text. Needed with `text`.",
     )
     threshold: float = Field(
         0.3,
@@ -110,7 +110,9 @@ class PromptOptions(Strict):
     )
     everything: bool = Field(False, description="Masks of everything, without prompts: see `grid`.")
     labeller: Text = Field(
-        "", description="Model card of a CLIP that names the masks of `everything` by the phrases of `text`."
+        "",
+        description="Model card (path or name) of a CLIP that names the masks of `everything` by the phrases "
+        "of `text`.",
     )
     grid: PointGrid = Field(default_factory=PointGrid, description="How everything is found.")
     choice: Choice = Field(

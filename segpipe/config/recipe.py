@@ -160,7 +160,7 @@ class Recipe(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Of the model that is made.")
     card: Card = Field(description="The card to make: all but name, weights and scores.")
-    start: Text = Field("", description="Card of a trained model whose weights are the beginning.")
+    start: Text = Field("", description="Card (path or name) of a trained model, to begin with its weights.")
     data: Data = Field(description="What the model learns from.")
     split: Split = Field(default_factory=Split, description="What is kept apart.")
     windows: Windows = Field(default_factory=Windows, description="What one forward pass sees.")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def check_python() -> Finding:
 
 @check("packages")
 def check_packages() -> Finding:
-    """Every package that segpipe needs: there, and in its range."""
+    """Every package that segpipe needs, and those of its extras that are installed: there, and in range."""
     wanted = [Requirement(line) for line in requires("segpipe") or []]
-    wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""}) or _installed(r)]
     wrong = [(r, found) for r in wanted if (found := _installed(r)) not in r.specifier]
     if not wrong:
         return Finding("packages", State.ok, f"segpipe {version('segpipe')}, {len(wanted)} packages in range")
@@ -167,6 +168,10 @@ def check_torch() -> Finding:
 @check("onnxruntime")
 def check_onnxruntime() -> Finding:
     """Where ONNX models run."""
+    if find_spec("onnxruntime") is None:
+        return Finding(
+            "onnxruntime", State.ok, "not installed: no ONNX models (pip install 'segpipe[models]')"
+        )
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segpipe.doctor.finding import Finding, State, check
+from segpipe.process.extras import require
 
 SECONDS = 10.0
 COMPARED = ("segpipe", "dask", "distributed", "torch", "zarr", "numpy")
@@ -39,7 +40,11 @@ def check_prefect(environment: Mapping[str, str] | None = None) -> Finding:
         environment: default: this process's.
     """
     settings = prefect_settings(os.environ if environment is None else environment)
-    client = version("prefect")
+    try:
+        client = version("prefect")
+    except PackageNotFoundError:
+        found = "not installed: jobs run in this process, without schedules, retries and clusters"
+        return Finding("prefect", State.ok, f"{found} (pip install 'segpipe[prefect]')")
     api = settings.get("PREFECT_API_URL", "").rstrip("/")
     if not api:
         found = f"{client}; no PREFECT_API_URL, so a run starts a server of its own"
@@ -120,10 +125,10 @@ def versions_here() -> dict[str, str]:
 @check("dask")
 def check_dask(address: str) -> Finding:
     """A Dask scheduler: its workers, their resources, and whether they have what is installed here."""
-    from distributed import Client  # loads a second of modules
+    Client = require("distributed", "--dask").Client  # noqa: N806 (a class); loads a second of modules
 
     try:
-        client = Client(address, timeout=SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(address, timeout=SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         reason = " ".join(str(error).split())[:200]
         advice = "start one with `dask scheduler`, or correct the address (compute.address in jobs)"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dask.system import CPU_COUNT
-
 from segpipe.config.card import Card
 from segpipe.config.job import Compute
 from segpipe.errors import RequestError
 from segpipe.models.registry import resolve_precision, runtime_without_cuda
+from segpipe.process.cpus import cpu_count
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def resolve_settings(compute: Compute, card: Card) -> Settings:
     device = resolve_device(compute.device, card)
     on_gpu = device.startswith("cuda")
     # those that this process may use: a container's limit counts
-    threads = int(compute.threads) if compute.threads != "auto" else CPU_COUNT
+    threads = int(compute.threads) if compute.threads != "auto" else cpu_count()
     precision = resolve_precision(card, compute.precision, device)
     batch = int(compute.batch) if compute.batch != "auto" else (8 if on_gpu else 1)
     import torch

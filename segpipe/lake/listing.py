@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from segpipe.config.scan import Lake, LakeKind
 from segpipe.lake.entry import LakeEntry
+from segpipe.process.extras import check_installed
 
 
 def list_lake(lake: Lake) -> Iterator[LakeEntry]:
@@ -19,6 +20,7 @@ def list_lake(lake: Lake) -> Iterator[LakeEntry]:
     """
     # Imported here: each kind has libraries of its own.
     if lake.kind is LakeKind.stac:
+        check_installed("pystac_client", "a lake of STAC items")
         from segpipe.lake.stac import list_stac
 
         return list_stac(lake)
@@ -27,6 +29,7 @@ def list_lake(lake: Lake) -> Iterator[LakeEntry]:
 
         return list_bids(lake)
     if lake.kind is LakeKind.dicom:
+        check_installed("pydicom", "a lake of DICOM files")
         from segpipe.lake.dicom import list_dicom
 
         return list_dicom(lake)

@@ -17,6 +17,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from segpipe.process.extras import require
+
 QUERY_POINTS = 1 << 20
 """Points whose nearest neighbours are looked up at once."""
 SHARE_SLACK = 1e-6
@@ -141,9 +143,8 @@ def element_table(spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
         Length (2D) or area (3D) by code, float64, in the unit of spacing (3D: its square); and the
         bit of each neighbour in C order, uint8.
     """
-    from monai.metrics.utils import get_code_to_measure_table  # loads torch
-
-    sizes, bits = get_code_to_measure_table(spacing)  # type: ignore[no-untyped-call]
+    library = require("monai.metrics.utils", "measure.surface")  # here: it loads torch
+    sizes, bits = library.get_code_to_measure_table(spacing)
     return sizes.numpy().astype(np.float64), bits.numpy().ravel().astype(np.uint8)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from segpipe.config.builtin import card_files
 from segpipe.config.card import Card, card_error, load_card
 from segpipe.config.job import Precision
 from segpipe.errors import RequestError
@@ -124,17 +125,19 @@ def resolve_precision(card: Card, precision: Precision, device: str) -> str:
     return str(precision.value)
 
 
-def list_cards(folder: str | Path) -> list[Card]:
+def list_cards(folder: str | Path | None = None) -> list[Card]:
     """Every card in a folder, by file name.
+
+    Args:
+        folder: None: the working folder's cards and those that come with segpipe (`card_files`).
 
     Raises:
         RequestError: no such folder, or a card is wrong; every mistake of every card.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if folder is not None and not Path(folder).is_dir():
         raise RequestError(f"{folder}: no such folder; give one that holds model cards (*.yaml)")
     cards, mistakes = [], []
-    for path in sorted(folder.glob("*.yaml")):
+    for path in card_files(folder).values():
         try:
             cards.append(load_card(path))
         except RequestError as error:

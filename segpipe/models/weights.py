@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.plugins import CompositeAdapter, WeightsFolder, load_adapter, provider_spec
+from segpipe.process.extras import check_installed
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,7 @@ def _from_hub(card: Card, folder: WeightsFolder | None) -> Path:
             f"found {card.weights!r}; valid: hf://org/name@REVISION{'[/file]' if folder else '/file'} with "
             "the full commit (40 hexadecimal digits) as the revision",
         )
+    check_installed("huggingface_hub", f"{card.name}: weights: {card.weights}")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from importlib import import_module
 from types import ModuleType
 
 import numpy as np
@@ -18,6 +17,7 @@ from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.areas import horizontal_crs
 from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.process.extras import require
 from segpipe.regions.layer import Layer, make_layer, only_polygons
 from segpipe.regions.polygons import PolygonRegions, footprint, place_layer
 
@@ -196,12 +196,7 @@ def great_circles(points: np.ndarray) -> np.ndarray:
 
 def _h3() -> ModuleType:
     """The library, which only H3 grids need."""
-    try:
-        return import_module("h3")
-    except ImportError as error:
-        raise RequestError(
-            "regions.path: h3:RESOLUTION needs the package h3, which is not installed: pip install h3"
-        ) from error
+    return require("h3", "regions.path: h3:RESOLUTION")
 
 
 def _check_count(grid: Grid, count: int) -> None:

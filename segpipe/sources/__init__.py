@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segpipe.errors import SceneError
+from segpipe.process.extras import check_installed
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
 from segpipe.sources.discover import discover
 from segpipe.sources.memory import MEMORY, MemorySource
@@ -77,6 +78,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         raise SceneError(f"{uri}: only a 4D NIfTI file has frames; leave out #frame={frame}")
     if kind is Kind.dicom:
         # Imported here: pydicom loads its dictionaries, which rasters never need.
+        check_installed("pydicom", f"{uri}: a DICOM series")
         from segpipe.sources.dicom.reader import DicomSource
 
         return DicomSource(str(path), series=series, band_names=band_names)

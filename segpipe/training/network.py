@@ -178,7 +178,7 @@ def begin_with(module: torch.nn.Module, channels: int, start: str) -> list[str]:
     Args:
         module: to be filled.
         channels: of its input.
-        start: path of the other's card.
+        start: path or name of the other's card.
 
     Raises:
         RequestError: nothing fits.

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from segpipe import __version__
+from segpipe.config.builtin import find_card
 from segpipe.config.card import Card, load_card
 from segpipe.config.recipe import KeptWeights, Recipe, SplitBy
 from segpipe.errors import RequestError
@@ -72,7 +73,7 @@ def check_recipe(recipe: Recipe) -> list[SceneRef]:
         raise RequestError("card.roi: leave it out; networks are trained on whole scenes")
     network = untrained(card)
     objective(card)
-    if recipe.start and not Path(recipe.start).is_file():
+    if recipe.start and not find_card(recipe.start).is_file():
         raise RequestError(f"start: {recipe.start} does not exist; give a model card")
     if recipe.start:
         begin_with(network, card.channels, recipe.start)

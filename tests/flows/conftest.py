@@ -18,9 +18,9 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.server import free_port, local_server
 from segpipe.config.job import Job, load_job
 from segpipe.tables.record import RunRecord, load_record
+from segpipe_flows.server import free_port, local_server
 
 EDGE = 256
 """Of a test scene, in pixels: 16 blocks of 64."""

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.server import free_port
+from segpipe_flows.server import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -26,8 +26,8 @@ from prefect.client.schemas.filters import (
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, State
 
-from flows.segment import segment
 from segpipe.config.job import Job
+from segpipe_flows.segment import segment
 from tests.flows.conftest import JobMaker, load, results_of, wait_until
 from tests.signals import enable_ctrl_c
 

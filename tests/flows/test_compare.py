@@ -20,9 +20,9 @@ from prefect.client.schemas.filters import (
 )
 from world import NODATA, PIXEL, World, nearest_label
 
-from flows.compare import compare
 from segpipe.report.comparison import compare_markdown
 from segpipe.runs.compare import compare_runs
+from segpipe_flows.compare import compare
 from tests.compare.conftest import runs, shifted  # noqa: F401 (fixtures: two runs of two scenes, by two models)
 from tests.compare.tools import NAMES, SHIFT
 

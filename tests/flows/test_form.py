@@ -8,16 +8,16 @@ import pytest
 from prefect.flows import load_flow_from_entrypoint
 from prefect.types.entrypoint import EntrypointType
 
-from flows.deployments import DEPLOYMENTS
-from flows.prompt import prompt
-from flows.segment import segment
+from segpipe_flows.deployments import DEPLOYMENTS
+from segpipe_flows.prompt import prompt
+from segpipe_flows.segment import segment
 
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
     """Of the parameters of the served deployment."""
     deployment = segment.to_deployment(name="segment", entrypoint_type=EntrypointType.MODULE_PATH)
-    assert deployment.entrypoint == "flows.segment.segment"
+    assert deployment.entrypoint == "segpipe_flows.segment.segment"
     found: dict[str, Any] = deployment._parameter_openapi_schema.model_dump(mode="json")
     return found
 
@@ -75,7 +75,7 @@ def test_a_union_offers_one_form_and_nothing(schema: dict[str, Any]) -> None:
 
 def test_the_form_of_a_question_begins_with_the_question() -> None:
     deployment = prompt.to_deployment(name="prompt", entrypoint_type=EntrypointType.MODULE_PATH)
-    assert deployment.entrypoint == "flows.prompt.prompt"
+    assert deployment.entrypoint == "segpipe_flows.prompt.prompt"
     schema: dict[str, Any] = deployment._parameter_openapi_schema.model_dump(mode="json")
     assert list(schema["properties"]) == ["question"]
     question = schema["definitions"]["PromptJob"]

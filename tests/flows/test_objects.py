@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from pycocotools.coco import COCO
 from rasterio.features import shapes
 
-from flows.segment import segment
+from segpipe_flows.segment import segment
 from tests.flows.conftest import load, run_folder
 from tests.flows.object_world import (
     EVEN,

@@ -20,7 +20,6 @@ from pyproj import Geod
 from skimage.measure import regionprops_table
 from torchmetrics.detection import PanopticQuality
 
-from flows.segment import segment
 from segpipe.config.card import read_card
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import done_record, export_scene
@@ -33,6 +32,7 @@ from segpipe.pipeline.model_scene import pending_blocks
 from segpipe.pipeline.predict import finish_labels
 from segpipe.runs.check import ResolvedJob
 from segpipe.runs.finish import finish_run
+from segpipe_flows.segment import segment
 from tests.flows.conftest import load, run_folder
 from tests.flows.object_world import (
     CARD,

@@ -21,8 +21,8 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.states import Cancelling
 from scipy import ndimage
 
-from flows.prompt import prompt
 from segpipe.config.job import Job, PromptJob
+from segpipe_flows.prompt import prompt
 from tests.flows.conftest import record_of, run_folder, wait_until
 from tests.prompts.prompt_world import make_card, make_job
 

@@ -14,8 +14,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect_dask.task_runners import DaskTaskRunner
 
-from flows.runners import task_runner
-from flows.segment import segment
 from segpipe.cli.main import execute
 from segpipe.config.card import read_card
 from segpipe.config.job import Compute, Runner
@@ -24,6 +22,8 @@ from segpipe.export.run_folder import RunFolder
 from segpipe.pipeline.model_scene import create_stages, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
+from segpipe_flows.runners import task_runner
+from segpipe_flows.segment import segment
 from tests.flows.conftest import JobMaker, load, record_of, results_of
 
 

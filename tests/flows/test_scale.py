@@ -23,9 +23,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_dask.task_runners import DaskTaskRunner
 from pydantic import ValidationError
 
-from flows import runners
-from flows.runners import check_cluster, placed, task_runner
-from flows.server import free_port
 from segpipe.config.card import read_card
 from segpipe.config.job import Compute, Runner
 from segpipe.errors import RequestError, StoppedError
@@ -35,6 +32,9 @@ from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
 from segpipe.store.stops import StopToken
 from segpipe.tiling.blocks import block_id
+from segpipe_flows import runners
+from segpipe_flows.runners import check_cluster, placed, task_runner
+from segpipe_flows.server import free_port
 from tests.flows.conftest import JobMaker, load
 from tests.flows.nets import object_store, started
 
@@ -113,7 +113,7 @@ def test_kubernetes_by_configuration_alone(on_server: SyncPrefectClient, tmp_pat
 
 @pytest.mark.skipif(importlib.util.find_spec("dask_cuda") is not None, reason="dask-cuda is installed here")
 def test_a_missing_package_is_named_with_its_extra(on_server: SyncPrefectClient) -> None:
-    with pytest.raises(RequestError, match=r"dask-cuda needs the package dask-cuda.*'segpipe\[cuda\]'"):
+    with pytest.raises(RequestError, match=r"runner: dask-cuda needs dask-cuda.*'segpipe\[cuda\]'"):
         task_runner(Compute(runner=Runner.dask_cuda))
 
 

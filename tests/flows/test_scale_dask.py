@@ -21,7 +21,7 @@ import yaml
 from distributed import Client
 from obstore.store import S3Store
 
-from flows.server import free_port, local_server
+from segpipe_flows.server import free_port, local_server
 from tests.flows.conftest import JobMaker, wait_until
 from tests.flows.nets import DaskCluster, Net, dask_cluster, networks, object_store, started
 

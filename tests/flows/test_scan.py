@@ -17,7 +17,6 @@ import rasterio
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.scan import scan
 from segpipe.cli.main import execute
 from segpipe.config.scan import Scan
 from segpipe.export.run_folder import RunFolder, now
@@ -29,7 +28,8 @@ from segpipe.lake.scan import check_scan
 from segpipe.sources import SceneRef
 from segpipe.store.stops import StopToken
 from segpipe.tables.record import RunRecord, load_record
-from tasks.scenes import do_scenes
+from segpipe_flows.scan import scan
+from segpipe_tasks.scenes import do_scenes
 from tests.flows.conftest import wait_until
 
 

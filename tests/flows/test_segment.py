@@ -26,10 +26,10 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort
 
-from flows.dispatch import ahead
-from flows.segment import segment
 from segpipe.config.job import Job
 from segpipe.store.stage import Stage
+from segpipe_flows.dispatch import ahead
+from segpipe_flows.segment import segment
 from tests.flows.conftest import JobMaker, load, record_of, results_of, run_folder, wait_until
 
 BLOCKS = 16

@@ -33,10 +33,10 @@ from prefect.states import Cancelling
 from prefect.types.entrypoint import EntrypointType
 from world import Ended, write_raster
 
-from flows.train import train_model
 from segpipe.config.card import load_card
 from segpipe.training.loop import MetricsRow
-from tasks.training import training_markdown
+from segpipe_flows.train import train_model
+from segpipe_tasks.training import training_markdown
 from tests.flows.conftest import wait_until
 from tests.signals import enable_ctrl_c
 from tests.training.conftest import recipe_data, recipe_of, write_recipe, write_scene

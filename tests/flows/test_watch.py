@@ -17,13 +17,13 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling, Paused
 
-import flows.watch
-from flows.names import name_of
-from flows.rates import Rates, RateSample, left_told, rate_told
-from flows.scene_table import FINISHED, SceneTableArtifact
-from flows.segment import segment
+import segpipe_flows.watch
 from segpipe.config.job import Job
 from segpipe.tables.record import SceneRecord
+from segpipe_flows.names import name_of
+from segpipe_flows.rates import Rates, RateSample, left_told, rate_told
+from segpipe_flows.scene_table import FINISHED, SceneTableArtifact
+from segpipe_flows.segment import segment
 from tests.flows.conftest import JobMaker, load, wait_until
 
 SECONDS = 90.0
@@ -116,7 +116,7 @@ def blocks(job: Job) -> int:
 @pytest.fixture
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flow looks at its state several times a second."""
-    monkeypatch.setattr(flows.watch, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(segpipe_flows.watch, "LOOK_SECONDS", 0.3)
 
 
 def pause(client: SyncPrefectClient, job: Job, run: UUID) -> int:

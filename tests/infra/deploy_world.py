@@ -22,7 +22,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows.server import free_port
+from segpipe_flows.server import free_port
 from tests.flows.conftest import wait_until
 from tests.signals import enable_ctrl_c
 

@@ -16,8 +16,8 @@ from dask_kubernetes.operator.controller import controller
 from distributed import LocalCluster, Worker
 from distributed.cli.dask_worker import main as dask_worker
 
-from flows.runners import cluster_arguments
 from segpipe.config.job import Compute, Runner
+from segpipe_flows.runners import cluster_arguments
 
 FOLDER = Path(__file__).parents[2] / "infra" / "dask"
 KUBERNETES = "1.34"

@@ -20,8 +20,8 @@ from prefect.server.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.schema_tools.validation import is_valid, validate
 
-from flows.deployments import DEPLOYMENTS, Deployment
 from infra.automations.create import ID, load
+from segpipe_flows.deployments import DEPLOYMENTS, Deployment
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.server import free_port
+from segpipe_flows.server import free_port
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "infra" / "docker"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from flows.server import free_port
+from segpipe_flows.server import free_port
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

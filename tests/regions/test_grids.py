@@ -194,7 +194,7 @@ def test_grids_that_do_not_suit_the_scene(monkeypatch):
         with pytest.raises(RequestError, match="the scene is a volume; give a label atlas"):
             grid(path, volume_geometry((3, 3, 3), np.eye(4)))
     monkeypatch.setitem(sys.modules, "h3", None)  # what an import finds where it is not installed
-    with pytest.raises(RequestError, match=r"needs the package h3, .*: pip install h3"):
+    with pytest.raises(RequestError, match=r"needs h3, .*: pip install 'segpipe\[h3\]'"):
         grid("h3:7", scene)
     assert len(grid("grid:1000", scene).names) == 1  # squares need no h3
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from flows.server import answers, free_port
+from segpipe_flows.server import answers, free_port
 from tests.services import postgres
 from tests.services.processes import KILL_SECONDS, Part, ServiceError, end, start, stop, wait_until
 
