@@ -53,6 +53,11 @@ def show(
     from segpipe.prompts.prompt_scene import check_model, describe_model
 
     card = load_card(name)
+    if card.answers_prompts:  # other models need nothing of what prompts need
+        from segpipe.prompts.check import check_model, describe_model
+    else:
+        from segpipe.models.registry import check_card as check_model
+        from segpipe.models.registry import describe as describe_model
     check_model(card)
     facts = describe_model(card)
     table = Table(show_header=False, title=card.title or card.name)

@@ -22,7 +22,7 @@ def cpu_count() -> int:
     affinity = process.cpu_affinity() if hasattr(process, "cpu_affinity") else None
     count = len(affinity) if affinity else psutil.cpu_count() or 1
     quota = cgroup_quota(CGROUPS, GROUP_OF_PROCESS)
-    return min(count, math.ceil(quota)) if quota is not None and quota > 0 else count
+    return count if quota is None else min(count, math.ceil(quota))
 
 
 def cgroup_quota(cgroups: Path, group_of_process: Path) -> float | None:
@@ -36,7 +36,7 @@ def cgroup_quota(cgroups: Path, group_of_process: Path) -> float | None:
         files = [cgroups / folder / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
         if all(file.is_file() for file in files):
             quota, period = (int(file.read_text()) for file in files)
-            return quota / period
+            return quota / period if quota > 0 else None
     try:
         group = group_of_process.read_text().strip().split(":")[-1].strip("/")
         quota, period = map(int, (cgroups / group / "cpu.max").read_text().split())

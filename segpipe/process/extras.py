@@ -34,7 +34,12 @@ EXTRAS = {
     "transformers": "models",
 }
 """By the module's name, the extra that brings it."""
-DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn", "prefect": "Prefect"}
+DISTRIBUTIONS = {
+    "distributed": "dask",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "prefect": "Prefect",
+}
 """What a module's package is called, where it is not the module's name."""
 
 
