@@ -50,11 +50,10 @@ def show(
 ) -> None:
     """Show a model card with its size, window, halo and what a forward pass costs."""
     from segpipe.config.card import load_card
-    from segpipe.prompts.prompt_scene import check_model, describe_model
 
     card = load_card(name)
     if card.answers_prompts:  # other models need nothing of what prompts need
-        from segpipe.prompts.check import check_model, describe_model
+        from segpipe.prompts.prompt_scene import check_model, describe_model
     else:
         from segpipe.models.registry import check_card as check_model
         from segpipe.models.registry import describe as describe_model
