@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import html
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -279,8 +281,8 @@ def prompt(
         boxes: file or GeoDataFrame of boxes or polygons around objects.
         points: file or GeoDataFrame of points: `label` 1 in the object, 0 beside it.
         volume: as for `predict`.
-        out: where the run and the embeddings stay, so that the next prompt encodes nothing; None: a new
-            temporary folder, which nobody deletes (`Run.path`).
+        out: where the run and the embeddings stay, so that the next prompt encodes nothing; None: a
+            temporary folder, which is deleted with the returned object.
         **job: further keys of a job.
 
     Returns:
@@ -298,10 +300,11 @@ def prompt(
         given = boxes if boxes is not None else points
         if given is not None:
             prompts["path"] = _layer(given, stack)
-        place = str(out) if out is not None else tempfile.mkdtemp(prefix="segpipe-prompt-")
         fields = {"name": "prompt", "model": str(model), "prompts": prompts, **job}
-        fields["outputs"] = {**fields.get("outputs", {}), "dir": place}
         fields["scenes"] = [_address(image, volume, stack)]
+        if out is None:
+            return _run_in_temporary(fields)
+        fields["outputs"] = {**fields.get("outputs", {}), "dir": str(out)}
         return _only(run(fields))
 
 
@@ -328,15 +331,14 @@ def measure(
         **job: further keys of a job, such as ``measure={"surface": True}``.
 
     Returns:
-        The run, in a new temporary folder, which nobody deletes (`Run.path`): `Run.regions`, `Run.metrics`.
+        The run: `Run.regions`, `Run.metrics`. Its temporary folder is deleted with the object.
 
     Raises:
         RequestError, SceneError: grids or values do not go together.
     """
-    place = tempfile.mkdtemp(prefix="segpipe-measure-")
     with ExitStack() as stack:
         fields: dict[str, Any] = {"name": "measure", **job}
-        fields["outputs"] = {"formats": [], **fields.get("outputs", {}), "dir": place}
+        fields["outputs"] = {"formats": [], **fields.get("outputs", {})}
         fields["labels"] = _address(labels, volume, stack)
         fields["scenes"] = [_address(labels if image is None else image, volume, stack)]
         if reference is not None:
@@ -349,8 +351,8 @@ def measure(
         if isinstance(classes, str):
             fields["classes"] = classes
         elif classes is not None:
-            fields["classes"] = _class_file(classes, Path(place))
-        return _only(run(fields))
+            fields["classes"] = _class_file(classes, stack)
+        return _run_in_temporary(fields)
 
 
 def as_job(job: JobLike, changes: Mapping[str, Any] | None = None) -> Job:
@@ -402,10 +404,22 @@ def _layer(layer: str | Path | geopandas.GeoDataFrame, stack: ExitStack) -> str:
     return str(path)
 
 
-def _class_file(classes: Mapping[int, str], folder: Path) -> str:
-    path = folder / "classes.csv"
+def _class_file(classes: Mapping[int, str], stack: ExitStack) -> str:
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="segpipe-"))) / "classes.csv"
     pd.DataFrame({"value": list(classes), "name": list(classes.values())}).to_csv(path, index=False)
     return str(path)
+
+
+def _run_in_temporary(fields: dict[str, Any]) -> Run:
+    """The run of one scene in a folder that lives as long as the returned object."""
+    place = tempfile.mkdtemp(prefix="segpipe-")
+    try:
+        found = _only(run(fields, outputs={"dir": place}))
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    weakref.finalize(found, shutil.rmtree, place, ignore_errors=True)
+    return found
 
 
 def _only(found: Run) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -154,6 +155,15 @@ def test_volumes_keep_their_affine(tmp_path: Path) -> None:
     for run in (by_file, by_array):
         [volume] = run.regions.loc[run.regions["value"] == 2, "volume_mm3"]
         assert volume == 5 * 7 * 5 * 9.0
+
+
+def test_a_temporary_run_is_deleted_with_its_object() -> None:
+    run = segpipe.measure(labels_array(np.ones((4, 5), np.uint8)))
+    path = Path(run.path)
+    assert path.is_dir()
+    del run
+    gc.collect()
+    assert not path.exists()
 
 
 def test_arrays_that_cannot_be_scenes_are_refused() -> None:
