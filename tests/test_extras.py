@@ -59,7 +59,7 @@ def test_every_extra_that_is_named_brings_the_package() -> None:
 def test_all_is_every_extra_but_those_of_other_environments() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [line] = project["optional-dependencies"]["all"]
-    others = {"all", "cuda", "demo", "dev"}
+    others = {"all", "cuda", "demo", "dev", "docs"}
     assert Requirement(line).extras == set(project["optional-dependencies"]) - others
 
 
