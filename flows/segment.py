@@ -23,7 +23,7 @@ from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
 from segpipe.runs.check import check_request
 from segpipe.runs.run import open_run
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 from tasks.events import tell_scene
 from tasks.report import write_report

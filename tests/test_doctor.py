@@ -24,7 +24,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.server import free_port
-from segpipe.cli.doctor import doctor_command, line_of, table_of
+from segpipe.cli.main import doctor_command, line_of, table_of
 from segpipe.doctor import (
     Finding,
     State,

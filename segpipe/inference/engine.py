@@ -19,22 +19,35 @@ from segpipe.config.card import Card, Interpolation
 from segpipe.errors import DeviceMemoryError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import onto_model
-from segpipe.inference.block_result import BlockResult, BlockStore, Timings
+from segpipe.inference.block_result import (
+    BlockResult,
+    BlockStore,
+    ForwardResult,
+    Stopwatch,
+    Timings,
+    entropy,
+    flip_views,
+    to_host,
+)
 from segpipe.inference.dense_crf import dense_crf
-from segpipe.inference.device import ForwardResult, Stopwatch, entropy, flip_views, to_host
 from segpipe.inference.label_dtype import label_dtype
-from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
+from segpipe.inference.merge import (
+    GaussianScores,
+    Merger,
+    NativeAnswer,
+    TrimLabels,
+    TrimScores,
+    native_answer,
+)
 from segpipe.inference.normalise import Normaliser
 from segpipe.inference.object_merger import ObjectMerger, masked
 from segpipe.inference.queues import Prefetch, Writer
-from segpipe.inference.to_native import NativeAnswer, native_answer
 from segpipe.models.base import ObjectModel, SegmentationModel
 from segpipe.models.outputs import activate, all_finite, best_class
 from segpipe.process.allocator import release
 from segpipe.sources.base import Pixels
-from segpipe.tiling.blocks import block_id
 from segpipe.tiling.plan import Plan
-from segpipe.tiling.windows import Index
+from segpipe.tiling.windows import Index, block_id
 
 READ_AHEAD = 2
 """Batches prepared ahead of the network."""

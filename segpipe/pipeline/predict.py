@@ -13,8 +13,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
-from segpipe.store.stage import ArraySpec
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import ArraySpec, StopToken
 from segpipe.tiling.windows import Index
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 from affine import Affine
 
 from segpipe.errors import SceneError
-from segpipe.sources.common import matches, require_file
+from segpipe.sources.base import matches, require_file
 from segpipe.sources.gdal import Handles
 from segpipe.sources.raster import IDENTITY, RasterSource, common_dtype
 

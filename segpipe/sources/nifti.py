@@ -16,8 +16,9 @@ from nibabel.spatialimages import HeaderDataError
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
-from segpipe.sources.base import Pixels, Source
-from segpipe.sources.common import (
+from segpipe.sources.base import (
+    Pixels,
+    Source,
     check_box,
     file_identity,
     finite,

@@ -13,8 +13,10 @@ import numpy as np
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.sources.base import Pixels, Scaling, Source
-from segpipe.sources.common import (
+from segpipe.sources.base import (
+    Pixels,
+    Scaling,
+    Source,
     check_box,
     file_identity,
     finite,
@@ -24,9 +26,8 @@ from segpipe.sources.common import (
     resolve_channels,
     scaling_of,
 )
-from segpipe.sources.gdal import Handles, cache_for_strips, window_of
+from segpipe.sources.gdal import SUFFIX, Handles, cache_for_strips, read_vrt, window_of
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
-from segpipe.sources.vrt import SUFFIX, read_vrt
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""

@@ -12,8 +12,7 @@ import numpy as np
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.sources.base import Pixels, Source
-from segpipe.sources.common import check_box, no_pixels, rename_bands, resolve_channels
+from segpipe.sources.base import Pixels, Source, check_box, no_pixels, rename_bands, resolve_channels
 from segpipe.sources.gdal import CACHE_LIMIT
 from segpipe.sources.raster import RasterSource, common_dtype
 from segpipe.sources.remote import is_remote

@@ -33,8 +33,8 @@ from segpipe.inference.settings import Settings
 from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
-from segpipe.store.stops import StopToken
-from segpipe.tiling.blocks import block_id
+from segpipe.store.stage import StopToken
+from segpipe.tiling.windows import block_id
 from tests.flows.conftest import JobMaker, load
 from tests.flows.nets import object_store, started
 

@@ -15,8 +15,7 @@ from segpipe.objects.edges import add_pairs, window_edges, window_overhang
 from segpipe.objects.merge import Lookup, SceneObjects, merge_objects, relabel
 from segpipe.objects.nodes import add_nodes, box_nodes
 from segpipe.objects.window import WindowObjects
-from segpipe.tiling.blocks import Blocks
-from segpipe.tiling.windows import Index, Lattice, make_lattice
+from segpipe.tiling.windows import Blocks, Index, Lattice, make_lattice
 
 Answer = Callable[[Index], WindowObjects]
 

@@ -16,8 +16,10 @@ from pydicom.uid import UID
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
-from segpipe.sources.base import Pixels, Scaling, Source
-from segpipe.sources.common import (
+from segpipe.sources.base import (
+    Pixels,
+    Scaling,
+    Source,
     check_box,
     file_identity,
     finite,
