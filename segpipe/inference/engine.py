@@ -35,8 +35,7 @@ from segpipe.inference.merge import (
     GaussianScores,
     Merger,
     NativeAnswer,
-    TrimLabels,
-    TrimScores,
+    Trim,
     native_answer,
 )
 from segpipe.inference.normalise import Normaliser
@@ -339,10 +338,13 @@ class Engine:
             if self.finds_objects:
                 block.merger = ObjectMerger(block.box, plan.lattice, self.card)
             elif self.labels_only:
-                block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
+                block.merger = Trim(region, plan.lattice, "uint8" if classes <= 256 else "int32")
             else:
-                kind = GaussianScores if plan.blend == "gaussian" else TrimScores
-                block.merger = kind(region, plan.lattice, classes + self.several)
+                channels = classes + self.several
+                if plan.blend == "gaussian":
+                    block.merger = GaussianScores(region, plan.lattice, channels)
+                else:
+                    block.merger = Trim(region, plan.lattice, "float32", channels)
         return block.merger
 
     def _finish(self, block: _Block, writer: Writer) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -46,39 +47,24 @@ class Merger(ABC):
         """The merged region."""
 
 
-class TrimLabels(Merger):
-    """Each element's channel number from the window that owns it."""
+class Trim(Merger):
+    """Each element's channel number, or its scores, from the window that owns it."""
 
-    def __init__(self, region: Box, lattice: Lattice, dtype: str) -> None:
+    def __init__(self, region: Box, lattice: Lattice, dtype: str, classes: int | None = None) -> None:
+        """Begin with zeros: (k, …) scores of so many classes; None: channel numbers."""
         super().__init__(region, lattice)
-        self._out = np.zeros(region.shape, dtype)
+        self._out = np.zeros(region.shape if classes is None else (classes, *region.shape), dtype)
 
     def aggregate(self, index: Index, values: np.ndarray) -> None:
-        """Args: values: channel numbers over the window's shape."""
+        """Args: values: channel numbers over the window's shape, or (k, …) scores."""
         window = self.lattice.window(index)
         part = self.lattice.owned(index).intersect(self.region)
-        self._out[part.within(self.region)] = values[part.within(window)]
+        here: tuple[Any, ...] = (..., *part.within(self.region))
+        there: tuple[Any, ...] = (..., *part.within(window))
+        self._out[here] = values[there]
 
     def finalize(self) -> np.ndarray:
-        """Channel numbers over the region; 0 where no window answered."""
-        return self._out
-
-
-class TrimScores(Merger):
-    """Each element's scores from the window that owns it."""
-
-    def __init__(self, region: Box, lattice: Lattice, classes: int) -> None:
-        super().__init__(region, lattice)
-        self._out = np.zeros((classes, *region.shape), np.float32)
-
-    def aggregate(self, index: Index, values: np.ndarray) -> None:
-        """Args: values: (k, …) scores over the window's shape."""
-        window = self.lattice.window(index)
-        part = self.lattice.owned(index).intersect(self.region)
-        self._out[(slice(None), *part.within(self.region))] = values[(slice(None), *part.within(window))]
-
-    def finalize(self) -> np.ndarray:
-        """(k, …) scores over the region."""
+        """Channel numbers or scores over the region; 0 where no window answered."""
         return self._out
 
 

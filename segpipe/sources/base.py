@@ -65,24 +65,16 @@ class Source(ABC):
     notes: tuple[str, ...] = ()
     """What a reader of the report should know (no CRS, no nodata value declared, …)."""
 
-    @property
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """JSON object that changes when the content does: for each file its URI, size and time."""
-
-    @property
-    def chunk(self) -> tuple[int, ...] | None:
-        """Shape in which the file is stored where it is tiled (array order), else None."""
-        return None
+    identity: dict[str, Any]
+    """JSON object that changes when the content does: of each file its URI, size and time when opened."""
 
     @property
     def cache_bytes(self) -> int:
         """Memory that the reader keeps of what it has decoded, at most."""
         return 0
 
-    @abstractmethod
     def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        """Read a box that lies inside the scene.
+        """Read a box that lies inside the scene: values (c, y, x) or (c, z, y, x) as stored, and validity.
 
         Args:
             box: array order, on the native grid.
@@ -90,7 +82,22 @@ class Source(ABC):
 
         Raises:
             SceneError: the file is damaged; names file, what was found.
+            ValueError: the box sticks out of the scene or has another number of axes, a channel does not
+                exist, or none is asked for (mistakes of the caller).
         """
+        chosen = tuple(range(self.count)) if channels is None else tuple(channels)
+        if not chosen or any(not 0 <= c < self.count for c in chosen):
+            raise ValueError(f"channels {chosen} of a source with {self.count}")
+        if box.ndim != self.geometry.ndim or not self.geometry.box.contains(box):
+            raise ValueError(f"{box} does not lie inside {self.uri} of {self.geometry.shape}")
+        if box.size == 0:
+            values = np.empty((len(chosen), *box.shape), dtype=self.dtype)
+            return Pixels(values, np.empty(box.shape, dtype=bool))
+        return self._read(box, chosen)
+
+    @abstractmethod
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
+        """What `read` answers for a box with elements, once box and channels are checked."""
 
     def to_xarray(self) -> xarray.DataArray:
         """The stored values as (band, y, x) or (band, z, y, x), read when they are asked for.
@@ -189,35 +196,6 @@ def scaling_of(scale: float | None, offset: float | None) -> Scaling:
         return Scaling()
     usable = offset is not None and math.isfinite(offset)
     return Scaling(float(scale), float(offset) if usable and offset is not None else 0.0)
-
-
-def resolve_channels(source: Source, channels: Sequence[int] | None) -> tuple[int, ...]:
-    """The channels to read, 0-based.
-
-    Raises:
-        ValueError: a channel does not exist, or none is asked for (a mistake of the caller).
-    """
-    if channels is None:
-        return tuple(range(source.count))
-    if not channels or any(not 0 <= c < source.count for c in channels):
-        raise ValueError(f"channels {tuple(channels)} of a source with {source.count}")
-    return tuple(channels)
-
-
-def check_box(source: Source, box: Box) -> None:
-    """Refuse a box that is not inside the scene (a mistake of the caller).
-
-    Raises:
-        ValueError: wrong number of axes, or it sticks out.
-    """
-    if box.ndim != source.geometry.ndim or not source.geometry.box.contains(box):
-        raise ValueError(f"{box} does not lie inside {source.uri} of {source.geometry.shape}")
-
-
-def no_pixels(source: Source, box: Box, channels: Sequence[int]) -> Pixels:
-    """The answer to a read of an empty box."""
-    values = np.empty((len(channels), *box.shape), dtype=source.dtype)
-    return Pixels(values, np.empty(box.shape, dtype=bool))
 
 
 def finite(values: np.ndarray) -> np.ndarray:

@@ -75,6 +75,14 @@ def store_reason(error: Exception) -> str:
     return " ".join(line.split())[:250]
 
 
+def read_object(objects: ObjectStore, path: str) -> bytes | None:
+    """The content of an object, or None where it is absent."""
+    try:
+        return bytes(obstore.get(objects, path).bytes())
+    except FileNotFoundError:
+        return None
+
+
 def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
     """Delete objects, whoever else is at it; one that is gone already is no error."""
     try:

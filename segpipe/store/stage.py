@@ -26,7 +26,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 
 from segpipe.errors import SceneError, StoppedError
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.store.location import delete_objects, join, open_store
+from segpipe.store.location import delete_objects, join, open_store, read_object
 from segpipe.tiling.windows import Blocks
 
 STORE_FOLDER = ".store"
@@ -273,10 +273,7 @@ class Stage:
 
     def read_bytes(self, name: str) -> bytes | None:
         """An object of the stage, or None where it is absent."""
-        try:
-            return bytes(obstore.get(self.objects, name).bytes())
-        except FileNotFoundError:
-            return None
+        return read_object(self.objects, name)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write an object in one step."""

@@ -164,7 +164,7 @@ def make_plan(
     absorb = _absorbed(lattice) if shared else (0,) * len(grid.axes)
 
     def plan(shape: Sequence[int]) -> Plan:
-        edges = list(_fit(shape, grid.native_shape))
+        edges = [max(1, min(b, n)) for b, n in zip(shape, grid.native_shape, strict=True)]
         for axis, a in enumerate(lattice.axes):
             if shared and len(a.origins) == 1:
                 edges[axis] = a.size  # one window answers for all: two blocks would compute it twice
@@ -211,10 +211,6 @@ def _block_sizes(grid: GridMap, lattice: Lattice) -> Iterator[tuple[int, ...]]:
         if shape == grid.native_shape:
             return
         k += 1 if k < 16 else k // 4
-
-
-def _fit(block: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(max(1, min(b, n)) for b, n in zip(block, shape, strict=True))
 
 
 def check_memory(plan: Plan, bound: int) -> None:
