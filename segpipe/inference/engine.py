@@ -31,13 +31,7 @@ from segpipe.inference.block_result import (
 )
 from segpipe.inference.dense_crf import dense_crf
 from segpipe.inference.label_dtype import label_dtype
-from segpipe.inference.merge import (
-    GaussianScores,
-    Merger,
-    NativeAnswer,
-    Trim,
-    native_answer,
-)
+from segpipe.inference.merge import GaussianScores, Merger, NativeAnswer, Trim, native_answer
 from segpipe.inference.normalise import Normaliser
 from segpipe.inference.object_merger import ObjectMerger, masked
 from segpipe.inference.queues import Prefetch, Writer

@@ -15,11 +15,7 @@ from xml.etree import ElementTree as ET
 import rasterio
 from rasterio._path import _parse_path
 from rasterio.env import Env, ensure_env_with_credentials
-from rasterio.errors import (
-    CRSError,
-    NotGeoreferencedWarning,
-    RasterioError,
-)
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
