@@ -17,10 +17,9 @@ import torch
 
 from segpipe.config.card import Card, load_card
 from segpipe.config.job import Job, load_job
-from segpipe.convert.judge import judge, scene_windows
-from segpipe.convert.onnx_file import export_onnx
+from segpipe.convert.command import judge, scene_windows
+from segpipe.convert.onnx_file import METHODS, export_onnx, quantise
 from segpipe.convert.parity import compare, milliseconds
-from segpipe.convert.quantise import METHODS, quantise
 from segpipe.errors import RequestError
 from segpipe.models.base import SegmentationModel
 from segpipe.models.compiled import compiled

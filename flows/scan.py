@@ -18,8 +18,7 @@ from segpipe.config.loading import as_request
 from segpipe.config.scan import Identity, Scan
 from segpipe.errors import SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder, now
-from segpipe.lake.content import content_hash
-from segpipe.lake.entry import LakeEntry
+from segpipe.lake.entry import LakeEntry, content_hash
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.scan import (
@@ -33,7 +32,7 @@ from segpipe.lake.scan import (
     take_scenes,
 )
 from segpipe.sources import SceneRef
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe_flows.dispatch import Dispatch
 from segpipe_flows.packs import Packs

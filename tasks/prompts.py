@@ -15,7 +15,7 @@ from segpipe.prompts.grounding.detect_scene import DetectorScene, detect_windows
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_windows import Round, create_mask_stages, next_round, segment_windows
 from segpipe.prompts.volumes.segment_volume import segment_volume
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from segpipe_tasks.scenes import BACKOFF, RETRIES
 from segpipe_tasks.told import passing_fault, told

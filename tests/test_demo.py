@@ -18,7 +18,7 @@ from segpipe.inference.settings import resolve_settings
 from segpipe.metrics.overlap import class_counts
 from segpipe.pipeline.measure import measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
-from segpipe.pipeline.predict import finish_labels, predict_blocks, read_labels
+from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.sources import discover, package_file
 from segpipe_flows.demo import BRAIN, WEST_COLUMNS, _prepare_brain
 
@@ -49,7 +49,8 @@ def test_brain_equals_deepbet_voxel_by_voxel(tmp_path: Path) -> None:
         reference={"path": str(tmp_path / "reference.nii.gz")},
         outputs={"dir": str(tmp_path / "out")},
     )
-    ours = read_labels(scene)(scene.geometry.box).T
+    with scene.open_labels() as read:
+        ours = read(scene.geometry.box).T
     _, mask, millilitres = bet.BrainExtraction(no_gpu=True).run(nib.load(package_file(BRAIN.format("t1"))))
     theirs = np.asarray(mask.dataobj).astype(bool)
     # Threads differ: of nine million voxels, one whose probability is ½ but for rounding may change sides.

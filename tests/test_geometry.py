@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from pyproj import CRS, Geod, Transformer
 
 from segpipe.errors import SceneError
-from segpipe.geometry.areas import is_mercator
-from segpipe.geometry.geometry import RasterGeometry, geometry_from_dict, volume_geometry
+from segpipe.geometry.geometry import RasterGeometry, geometry_from_dict, is_mercator, volume_geometry
 
 
 def raster(code, transform, shape=(3, 4)):

@@ -14,10 +14,8 @@ from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import volume_geometry
 from segpipe.geometry.grid_map import GridMap, model_grid, onto_model, onto_native
-from segpipe.tiling.blocks import Blocks
-from segpipe.tiling.memory import IN_FLIGHT, Workload
-from segpipe.tiling.plan import Plan, make_plan
-from segpipe.tiling.windows import lattice_axis, make_lattice
+from segpipe.tiling.plan import IN_FLIGHT, Plan, Workload, make_plan
+from segpipe.tiling.windows import Blocks, lattice_axis, make_lattice
 
 MANY = settings(max_examples=100, deadline=None)
 LOAD = Workload(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from segpipe.doctor.finding import Finding, State
 from segpipe.doctor.machine import (
+    check_engine,
     check_folder,
     check_gdal,
     check_gpu,
@@ -16,9 +17,7 @@ from segpipe.doctor.machine import (
     check_python,
     check_torch,
 )
-from segpipe.doctor.selftest import check_engine
-from segpipe.doctor.services import check_credentials, check_dask, check_prefect
-from segpipe.doctor.stores import check_store
+from segpipe.doctor.services import check_credentials, check_dask, check_prefect, check_store
 
 __all__ = ["Finding", "State", "examine"]
 

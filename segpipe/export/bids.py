@@ -20,8 +20,7 @@ import obstore
 
 from segpipe import __version__
 from segpipe.export.staging import commit, staging
-from segpipe.store.atomic import write_atomic
-from segpipe.store.location import is_url, open_store
+from segpipe.store.location import is_url, open_store, write_atomic
 
 if TYPE_CHECKING:
     from segpipe.tables.record import ClassInfo, RunRecord

@@ -11,8 +11,7 @@ from pyproj import Transformer
 from pyproj.exceptions import ProjError
 
 from segpipe.errors import SceneError
-from segpipe.geometry.areas import horizontal_crs
-from segpipe.geometry.geometry import RasterGeometry
+from segpipe.geometry.geometry import RasterGeometry, horizontal_crs
 
 PIECES = 64
 """Of each edge: its curve in degrees is followed by so many straight lines."""

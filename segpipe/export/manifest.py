@@ -21,8 +21,7 @@ import obstore
 
 from segpipe.errors import RequestError
 from segpipe.sources.remote import public_uri
-from segpipe.store.atomic import write_atomic
-from segpipe.store.location import open_store
+from segpipe.store.location import open_store, write_atomic
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord

@@ -35,7 +35,7 @@ from segpipe.pipeline.scene import MeasurableScene, PredictedScene
 from segpipe.sources import open_source, package_file
 from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.remote import fetch, is_remote
-from segpipe.store.atomic import write_atomic
+from segpipe.store.location import write_atomic
 from segpipe.store.stage import Stage
 from segpipe.tables.object_tables import SceneDetections, detections_table
 

@@ -33,7 +33,7 @@ from segpipe.regions import Layer, region_layer
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
 from segpipe.sources.remote import public_uri
-from segpipe.store.atomic import write_atomic
+from segpipe.store.location import write_atomic
 from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
 

@@ -26,9 +26,9 @@ from segpipe.config.card import Card, Class
 from segpipe.export.footprint import outline
 from segpipe.export.manifest import ITEM, Mark
 from segpipe.geometry.geometry import RasterGeometry
+from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.gdal import Handles
 from segpipe.sources.remote import is_remote, public_uri
-from segpipe.sources.vrt import SUFFIX as VRT
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord

@@ -8,8 +8,7 @@ import numpy as np
 from pyproj import CRS, Transformer
 
 from segpipe.errors import SceneError
-from segpipe.geometry.areas import horizontal_crs
-from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
+from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry, horizontal_crs
 
 GRID_TOLERANCE = 1e-3
 """Greatest distance, in elements, between the corners of two grids that are the same."""

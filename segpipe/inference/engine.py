@@ -19,22 +19,28 @@ from segpipe.config.card import Card, Interpolation
 from segpipe.errors import DeviceMemoryError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import onto_model
-from segpipe.inference.block_result import BlockResult, BlockStore, Timings
+from segpipe.inference.block_result import (
+    BlockResult,
+    BlockStore,
+    ForwardResult,
+    Stopwatch,
+    Timings,
+    entropy,
+    flip_views,
+    to_host,
+)
 from segpipe.inference.dense_crf import dense_crf
-from segpipe.inference.device import ForwardResult, Stopwatch, entropy, flip_views, to_host
 from segpipe.inference.label_dtype import label_dtype
-from segpipe.inference.merge import GaussianScores, Merger, TrimLabels, TrimScores
+from segpipe.inference.merge import GaussianScores, Merger, NativeAnswer, Trim, native_answer
 from segpipe.inference.normalise import Normaliser
 from segpipe.inference.object_merger import ObjectMerger, masked
 from segpipe.inference.queues import Prefetch, Writer
-from segpipe.inference.to_native import NativeAnswer, native_answer
 from segpipe.models.base import ObjectModel, SegmentationModel
 from segpipe.models.outputs import activate, all_finite, best_class
 from segpipe.process.allocator import release
 from segpipe.sources.base import Pixels
-from segpipe.tiling.blocks import block_id
 from segpipe.tiling.plan import Plan
-from segpipe.tiling.windows import Index
+from segpipe.tiling.windows import Index, block_id
 
 READ_AHEAD = 2
 """Batches prepared ahead of the network."""
@@ -326,10 +332,13 @@ class Engine:
             if self.finds_objects:
                 block.merger = ObjectMerger(block.box, plan.lattice, self.card)
             elif self.labels_only:
-                block.merger = TrimLabels(region, plan.lattice, "uint8" if classes <= 256 else "int32")
+                block.merger = Trim(region, plan.lattice, "uint8" if classes <= 256 else "int32")
             else:
-                kind = GaussianScores if plan.blend == "gaussian" else TrimScores
-                block.merger = kind(region, plan.lattice, classes + self.several)
+                channels = classes + self.several
+                if plan.blend == "gaussian":
+                    block.merger = GaussianScores(region, plan.lattice, channels)
+                else:
+                    block.merger = Trim(region, plan.lattice, "float32", channels)
         return block.merger
 
     def _finish(self, block: _Block, writer: Writer) -> None:

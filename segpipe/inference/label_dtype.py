@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from segpipe.config.card import Card
-
-if TYPE_CHECKING:
-    pass
 
 
 def label_dtype(card: Card) -> str:

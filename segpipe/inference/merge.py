@@ -7,11 +7,16 @@ with float32 sums, added in the lattice's order so that no partition changes a b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from segpipe.geometry.box import Box
+from segpipe.geometry.grid_map import onto_native
+from segpipe.inference.uncertainty import Uncertainty
+from segpipe.tiling.plan import Plan
 from segpipe.tiling.windows import Index, Lattice
 
 GAUSSIAN_SIGMA = 0.125
@@ -42,39 +47,24 @@ class Merger(ABC):
         """The merged region."""
 
 
-class TrimLabels(Merger):
-    """Each element's channel number from the window that owns it."""
+class Trim(Merger):
+    """Each element's channel number, or its scores, from the window that owns it."""
 
-    def __init__(self, region: Box, lattice: Lattice, dtype: str) -> None:
+    def __init__(self, region: Box, lattice: Lattice, dtype: str, classes: int | None = None) -> None:
+        """Begin with zeros: (k, …) scores of so many classes; None: channel numbers."""
         super().__init__(region, lattice)
-        self._out = np.zeros(region.shape, dtype)
+        self._out = np.zeros(region.shape if classes is None else (classes, *region.shape), dtype)
 
     def aggregate(self, index: Index, values: np.ndarray) -> None:
-        """Args: values: channel numbers over the window's shape."""
+        """Args: values: channel numbers over the window's shape, or (k, …) scores."""
         window = self.lattice.window(index)
         part = self.lattice.owned(index).intersect(self.region)
-        self._out[part.within(self.region)] = values[part.within(window)]
+        here: tuple[Any, ...] = (..., *part.within(self.region))
+        there: tuple[Any, ...] = (..., *part.within(window))
+        self._out[here] = values[there]
 
     def finalize(self) -> np.ndarray:
-        """Channel numbers over the region; 0 where no window answered."""
-        return self._out
-
-
-class TrimScores(Merger):
-    """Each element's scores from the window that owns it."""
-
-    def __init__(self, region: Box, lattice: Lattice, classes: int) -> None:
-        super().__init__(region, lattice)
-        self._out = np.zeros((classes, *region.shape), np.float32)
-
-    def aggregate(self, index: Index, values: np.ndarray) -> None:
-        """Args: values: (k, …) scores over the window's shape."""
-        window = self.lattice.window(index)
-        part = self.lattice.owned(index).intersect(self.region)
-        self._out[(slice(None), *part.within(self.region))] = values[(slice(None), *part.within(window))]
-
-    def finalize(self) -> np.ndarray:
-        """(k, …) scores over the region."""
+        """Channel numbers or scores over the region; 0 where no window answered."""
         return self._out
 
 
@@ -111,3 +101,61 @@ def gaussian_weight(shape: tuple[int, ...]) -> np.ndarray:
         line = np.exp(-0.5 * at**2)
         weight *= line.reshape([-1 if a == axis else 1 for a in range(len(shape))])
     return np.asarray(np.maximum(weight / weight.max(), GAUSSIAN_FLOOR), np.float32)
+
+
+@dataclass(frozen=True)
+class NativeAnswer:
+    """A block's answer, native grid; 0 outside the region of interest."""
+
+    channel: np.ndarray
+    """The first channel of the highest score: uint8, or int32 for more than 256 classes."""
+    scores: np.ndarray | None
+    """(k, …) float32."""
+    uncertainty: np.ndarray | None
+    """(channel, …) uint16; see `segpipe.inference.uncertainty`."""
+
+
+def native_answer(merged: np.ndarray, classes: int, plan: Plan, box: Box, nearest: bool) -> NativeAnswer:
+    """Resample scores where the grids differ, keeping one plane beside the best so far.
+
+    Args:
+        merged: (k, …) scores over the block's region of the model grid; one channel more where
+            elements have several answers: the mean of their entropies.
+        classes: k.
+        plan: of the scene; says what is wanted beside the class.
+        box: the block, native grid.
+        nearest: how to resample; else linear.
+    """
+    load, identity = plan.workload, plan.grid.identity
+    inside = box.intersect(plan.grid.crop)
+    here = inside.within(box)
+    region = plan.grid.model_box(box)
+    channel = np.zeros(box.shape, np.uint8 if classes <= 256 else np.int32)
+    keep = np.zeros((classes, *box.shape), np.float32) if load.keep_scores else None
+    spread = np.zeros((load.uncertainty, *box.shape), np.uint16) if load.uncertainty else None
+    if inside.size == 0:
+        return NativeAnswer(channel, keep, spread)
+
+    def plane(number: int) -> np.ndarray:
+        part = merged[number : number + 1]
+        if not identity:
+            part = onto_native(part, region, plan.grid, inside, nearest=nearest)
+        found: np.ndarray = part[0]
+        return found
+
+    doubt = Uncertainty(inside.shape, classes) if spread is not None else None
+    best = plane(0).copy()
+    for number in range(classes):
+        scores = plane(number) if number else best
+        if keep is not None:
+            keep[number][here] = scores
+        if doubt is not None:
+            doubt.add(scores)
+        if number:
+            better = scores > best
+            channel[here][better] = number
+            np.copyto(best, scores, where=better)
+    if spread is not None and doubt is not None:
+        expected = plane(classes) if len(merged) > classes else None
+        spread[(slice(None), *here)] = doubt.finish(expected)
+    return NativeAnswer(channel, keep, spread)

@@ -18,9 +18,8 @@ from typing import IO, Any
 
 from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
-from segpipe.lake.entry import LakeEntry
-from segpipe.lake.naming import PLAIN_SUFFIXES, place_name
-from segpipe.sources.common import reason
+from segpipe.lake.entry import PLAIN_SUFFIXES, LakeEntry, place_name
+from segpipe.sources.base import reason
 from segpipe.sources.discover import FOLDER_SUFFIXES, WILDCARDS
 from segpipe.sources.remote import PATIENCE
 from segpipe.sources.uri import PICTURE_SUFFIXES

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import Any
 
 import obstore
 from obstore.store import ObjectStore
+
+from segpipe.store.location import read_object
 
 BEATS = 4
 """Signs of life within the time after which a holder counts as gone."""
@@ -87,7 +88,8 @@ class Holder:
         if not paths:
             return 0, None
         path = max(paths)
-        return int(path.rsplit("/", 1)[1]), (_read(self.objects, path) or {}).get("holder")
+        told = json.loads(read_object(self.objects, path) or b"{}")
+        return int(path.rsplit("/", 1)[1]), told.get("holder")
 
     def _gone(self, holder: str) -> bool:
         """Whether a holder gave no sign of life for long, by the store's clock."""
@@ -109,14 +111,6 @@ class Holder:
 
 def _path(lease: str, generation: int) -> str:
     return f"leases/{lease}/{generation:08d}"
-
-
-def _read(objects: ObjectStore, path: str) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(bytes(obstore.get(objects, path).bytes()))
-    except FileNotFoundError:
-        return None
-    return found
 
 
 def _delete(objects: ObjectStore, path: str) -> bool:

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from segpipe.lake.entry import LakeEntry
 from segpipe.sources.remote import public_uri
-from segpipe.store.location import delete_objects, join, open_store
+from segpipe.store.location import delete_objects, join, open_store, read_object
 from segpipe.tables.record import SceneRecord
 
 LAKE_FOLDER = ".lake"
@@ -163,11 +163,8 @@ class Ledger:
         self._delete(f"open/{run}.json")
 
     def _read(self, path: str) -> dict[str, Any] | None:
-        try:
-            told: dict[str, Any] = json.loads(bytes(obstore.get(self.objects, path).bytes()))
-        except FileNotFoundError:
-            return None
-        return told
+        data = read_object(self.objects, path)
+        return None if data is None else json.loads(data)
 
     def _write(self, path: str, told: dict[str, Any]) -> None:
         obstore.put(self.objects, path, json.dumps(told, sort_keys=True).encode())

@@ -1,12 +1,22 @@
-"""What is in a lake: scenes as a stream, whatever kind of lake it is."""
+"""What is in a lake: scenes as a stream, whatever kind of lake it is; BIDS trees and DICOM series here.
+
+A BIDS tree is read from the names that the standard gives to folders and files. Of DICOM files only headers
+are read, and of these nothing on a patient.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 
 from segpipe.config.scan import Lake, LakeKind
-from segpipe.lake.entry import LakeEntry
+from segpipe.errors import SceneError
+from segpipe.lake.entry import LakeEntry, place_name
+from segpipe.lake.files import UNFINISHED, list_files, local_file, local_folder, sorted_names
 from segpipe.process.extras import check_installed
+from segpipe.sources.uri import NIFTI_SUFFIXES, PICTURE_SUFFIXES, RASTER_SUFFIXES, SERIES, series_label
 
 
 def list_lake(lake: Lake) -> Iterator[LakeEntry]:
@@ -18,21 +28,142 @@ def list_lake(lake: Lake) -> Iterator[LakeEntry]:
         RequestError: while iterating: the location is not there or cannot be listed, or what is asked for is
             not in it; names the field.
     """
-    # Imported here: each kind has libraries of its own.
     if lake.kind is LakeKind.stac:
         check_installed("pystac_client", "a lake of STAC items")
-        from segpipe.lake.stac import list_stac
+        from segpipe.lake.stac import list_stac  # here: pystac is needed by few
 
         return list_stac(lake)
-    if lake.kind is LakeKind.bids:
-        from segpipe.lake.bids import list_bids
-
-        return list_bids(lake)
     if lake.kind is LakeKind.dicom:
         check_installed("pydicom", "a lake of DICOM files")
-        from segpipe.lake.dicom import list_dicom
+    kinds = {LakeKind.bids: list_bids, LakeKind.dicom: list_dicom, LakeKind.files: list_files}
+    return kinds[lake.kind](lake)
 
-        return list_dicom(lake)
-    from segpipe.lake.files import list_files
 
-    return list_files(lake)
+IMAGES = (".nii.gz", ".nii")
+"""Suffixes of an image file."""
+
+
+def list_bids(lake: Lake) -> Iterator[LakeEntry]:
+    """The images ``sub-*/[ses-*/]DATATYPE/sub-*_SUFFIX.nii[.gz]`` of a BIDS tree, by path.
+
+    A scene is named as its file, for that says subject, session and run. Where the same image is there
+    compressed and not, the compressed one is the scene. Derivatives are a tree of their own.
+
+    Raises:
+        RequestError: there is no such folder.
+    """
+    root, want = local_folder(lake.location, "bids"), lake.bids
+    for subject in _folders(root, "sub-", want.subjects):
+        for session in (None, *_folders(subject, "ses-", want.sessions)):
+            if session is None and want.sessions:
+                continue
+            for datatype in _folders(session or subject, "", [want.datatype] if want.datatype else []):
+                if not datatype.name.startswith("ses-"):
+                    yield from _images(datatype, subject.name, session, want.suffix)
+
+
+def _folders(parent: Path, prefix: str, labels: list[str]) -> list[Path]:
+    """Folders ``prefix*`` directly in a folder, of these labels where some are given, sorted."""
+    names = [n.rstrip("/") for n in sorted_names(parent) if n.endswith("/") and n.startswith(prefix)]
+    return [parent / n for n in names if not labels or n.removeprefix(prefix) in labels]
+
+
+def _images(folder: Path, subject: str, session: Path | None, suffix: str) -> Iterator[LakeEntry]:
+    """Images of a suffix in a datatype's folder whose entities are those of the folders."""
+    names = list(sorted_names(folder))
+    for name in names:
+        stem = next((name.removesuffix(s) for s in IMAGES if name.endswith(s)), "")
+        if name == f"{stem}.nii" and f"{stem}.nii.gz" in names:
+            continue
+        *entities, last = stem.split("_")
+        if last != suffix or not entities or not all("-" in e for e in entities):
+            continue
+        if entities[0] != subject or (session is not None and entities[1:2] != [session.name]):
+            continue
+        found = local_file(folder / name, stem)
+        if found:
+            yield found
+
+
+OTHER_SUFFIXES = (*RASTER_SUFFIXES, *PICTURE_SUFFIXES, *NIFTI_SUFFIXES, *UNFINISHED)
+"""Files that are not looked into."""
+
+Key = tuple[str, str]
+"""SeriesInstanceUID and FrameOfReferenceUID."""
+
+
+def list_dicom(lake: Lake) -> Iterator[LakeEntry]:
+    """The series of a tree, grouped by folder, SeriesInstanceUID and FrameOfReferenceUID.
+
+    A folder with one series is that folder as a scene; of several, each is the folder with ``#series=UID``.
+    Files that cannot be read belong to every series of their folder: opening it says which and why.
+
+    Raises:
+        RequestError: there is no such folder, or one below it cannot be listed.
+    """
+    root = local_folder(lake.location, "dicom")
+    yield from _below(root, "")
+
+
+def _below(root: Path, below: str) -> Iterator[LakeEntry]:
+    """Series of a folder (``""`` or ending in ``/``) and of those below it."""
+    names = list(sorted_names(root / below))
+    yield from _series(root, below, [n for n in names if not n.endswith("/")])
+    for name in names:
+        if name.endswith("/"):
+            yield from _below(root, below + name)
+
+
+def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
+    """Series of the files directly in a folder."""
+    folder = root / below.rstrip("/")
+    groups, broken = _grouped(folder, names)
+    place = below.rstrip("/") or root.name
+    if len(groups) > 1:
+        several = [uid for uid, _ in groups]
+        for (uid, frame), files in sorted(groups.items()):
+            series = f"{uid}@{frame}" if several.count(uid) > 1 else uid
+            name = place_name(f"{place}/{series_label(series)}", ())
+            yield from _found(folder, name, f"{folder}{SERIES}{series}", files + broken)
+    elif groups or broken:
+        files = [name for group in groups.values() for name in group]
+        yield from _found(folder, place_name(place, ()), str(folder), files + broken)
+
+
+def _grouped(folder: Path, names: list[str]) -> tuple[dict[Key, list[str]], list[str]]:
+    """Files of images by series, and those that ought to be some and cannot be read."""
+    from segpipe.sources.dicom.series import not_a_slice, read_header, series_of  # loads pydicom
+
+    groups: dict[Key, list[str]] = {}
+    broken: list[str] = []
+    for name in names:
+        path = folder / name
+        if name.lower().endswith(OTHER_SUFFIXES) or not path.is_file():
+            continue
+        try:
+            header = read_header(path)
+            if header is not None and not not_a_slice(path, header):
+                groups.setdefault(series_of(header), []).append(name)
+        except SceneError:
+            broken.append(name)
+    return groups, broken
+
+
+def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[LakeEntry]:
+    """A series as a scene; none where its files have gone meanwhile."""
+    total, size, newest = hashlib.sha256(), 0, 0
+    for file in sorted(files):
+        try:
+            status = (folder / file).stat()
+        except FileNotFoundError:
+            return
+        total.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        size += status.st_size
+        newest = max(newest, status.st_mtime_ns)
+    yield LakeEntry(
+        name=name,
+        uri=uri,
+        identity={"count": len(files), "sha256": total.hexdigest()},
+        size=size,
+        modified=datetime.fromtimestamp(newest / 1e9, UTC),
+    )

@@ -13,15 +13,13 @@ from segpipe.config.job import Job, parse_memory
 from segpipe.config.scan import Identity, LakeKind, Scan
 from segpipe.errors import RequestError
 from segpipe.inference.settings import Settings
-from segpipe.lake.content import content_hash
-from segpipe.lake.entry import LakeEntry
+from segpipe.lake.entry import LakeEntry, content_hash
 from segpipe.lake.files import wanted
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Known, Ledger
 from segpipe.lake.listing import list_lake
 from segpipe.report.markdown import plain_text
-from segpipe.runs.check import ResolvedJob, check_job
-from segpipe.runs.fingerprint import fingerprint
+from segpipe.runs.check import ResolvedJob, check_job, fingerprint
 from segpipe.sources.base import SceneRef
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
 from segpipe.store.location import check_writable, is_url

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -59,7 +59,7 @@ class LabelledScene(MeasurableScene):
                 is negative.
         """
         objects = self.job.measure.objects and not ids
-        with _opened(self.labels) as file:
+        with closing(LabelFile(self.labels)) as file:
             if file.source.identity != self.labels_identity:
                 raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")
 
@@ -86,7 +86,7 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
     listed = load_classes(job.classes) if job.classes else ()
     with open_scene(job, ref) as source:
         labels = find_labels(job.labels, ref.name)
-        with _opened(labels) as file:
+        with closing(LabelFile(labels)) as file:
             try:
                 notes = same_grid(source.geometry, file.geometry)
             except SceneError as error:
@@ -105,17 +105,8 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
 
 def labels_identity(uri: str) -> dict[str, Any]:
     """What tells that a file of labels changed."""
-    with _opened(uri) as file:
+    with closing(LabelFile(uri)) as file:
         return file.source.identity
-
-
-@contextmanager
-def _opened(uri: str) -> Iterator[LabelFile]:
-    file = LabelFile(uri)
-    try:
-        yield file
-    finally:
-        file.close()
 
 
 def find_labels(labels: str, scene_name: str) -> str:

@@ -16,8 +16,7 @@ from segpipe.objects.nodes import Nodes, add_nodes
 from segpipe.objects.table import TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.store.stage import ArraySpec
-from segpipe.tiling.blocks import block_id
-from segpipe.tiling.windows import Lattice
+from segpipe.tiling.windows import Lattice, block_id
 
 
 def join_objects(scene: Scene) -> None:

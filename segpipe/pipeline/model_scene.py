@@ -18,16 +18,21 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import GridMap
 from segpipe.inference.label_dtype import label_dtype, nodata_value
 from segpipe.inference.settings import Settings, resolve_settings
-from segpipe.pipeline.keys import device_parts, labels_stage, model_parts, predict_key
-from segpipe.pipeline.plan_scene import doubts, plan_scene, scene_grid
+from segpipe.pipeline.plan_scene import (
+    device_parts,
+    doubts,
+    labels_stage,
+    model_parts,
+    plan_scene,
+    predict_key,
+    scene_grid,
+)
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels, ingest_all
-from segpipe.sources.bands import match_bands
-from segpipe.sources.base import SceneRef
+from segpipe.sources.base import SceneRef, match_bands
 from segpipe.store.stage import ArraySpec, Stage, stage_key
-from segpipe.tiling.blocks import BLOCK_EDGE, Blocks, block_id
 from segpipe.tiling.plan import Plan, check_memory
-from segpipe.tiling.windows import Index
+from segpipe.tiling.windows import BLOCK_EDGE, Blocks, Index, block_id
 
 
 @dataclass(frozen=True, kw_only=True)

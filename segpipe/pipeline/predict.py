@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segpipe.errors import SceneError
-from segpipe.geometry.box import Box
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
-from segpipe.store.stage import ArraySpec
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import ArraySpec, StopToken
 from segpipe.tiling.windows import Index
 
 if TYPE_CHECKING:
@@ -111,9 +109,3 @@ def finish_labels(scene: Scene) -> Done:
         scene.labels.write("labels", box.slices, cleaned[box.slices])
     scene.labels.commit("whole", {})
     return Done(1, 0, time.perf_counter() - begun, {})
-
-
-def read_labels(scene: Scene) -> Callable[[Box], np.ndarray]:
-    """A windowed reader of the finished label map."""
-    array = scene.labels.array("labels")
-    return lambda box: np.asarray(array[box.slices])

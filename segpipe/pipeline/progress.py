@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from segpipe.pipeline.model_scene import Scene
 from segpipe.tiling.windows import Index
-
-if TYPE_CHECKING:
-    pass
 
 SECONDS_PER_MPX = 2.0
 """A first guess for sizing batches of blocks, before anything was measured."""

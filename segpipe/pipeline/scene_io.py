@@ -18,8 +18,7 @@ from segpipe.geometry.geometry import Geometry
 from segpipe.sources import Source, open_source
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.store.stage import Stage
-from segpipe.tiling.blocks import Blocks, block_id
-from segpipe.tiling.windows import Index
+from segpipe.tiling.windows import Blocks, Index, block_id
 
 WORKER = socket.gethostname()
 """Of this process, in receipts, with its number."""

@@ -37,7 +37,7 @@ from segpipe.prompts.segment_windows import automatic_settings, load_window_mask
 from segpipe.prompts.volumes.segment_volume import VOLUME
 from segpipe.sources.base import LabelReader
 from segpipe.store.stage import ArraySpec
-from segpipe.tiling.blocks import BLOCK_EDGE, Blocks
+from segpipe.tiling.windows import BLOCK_EDGE, Blocks
 
 
 def build_objects(scene: PromptScene) -> Done:

@@ -33,7 +33,7 @@ from segpipe.prompts.prompt_set import (
 )
 from segpipe.sources import SceneRef
 from segpipe.tables.units import byte_size
-from segpipe.tiling.blocks import Blocks
+from segpipe.tiling.windows import Blocks
 
 
 def collect_prompts(scene: PromptScene) -> PromptSet:

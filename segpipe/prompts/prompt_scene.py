@@ -21,8 +21,8 @@ from segpipe.inference.settings import Settings, resolve_settings
 from segpipe.models.registry import ModelDescription, check_card, describe
 from segpipe.models.weights import resolve_weights
 from segpipe.pipeline.given_scene import find_labels, labels_identity
-from segpipe.pipeline.keys import device_parts, model_parts
 from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
+from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.detect_scene import DetectorScene, prepare_detector
@@ -32,7 +32,7 @@ from segpipe.prompts.phrases import file_fingerprint, parse_phrases, phrase_clas
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 from segpipe.sources import SceneRef
-from segpipe.sources.bands import match_bands
+from segpipe.sources.base import match_bands
 from segpipe.store.stage import Stage, stage_key
 from segpipe.tiling.pyramid import Pyramid
 

@@ -13,7 +13,7 @@ from segpipe.prompts.grounding.detect_scene import detect_windows
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_windows import create_mask_stages, next_round, segment_windows
 from segpipe.prompts.volumes.segment_volume import segment_volume
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 
 
 def answer_scene(

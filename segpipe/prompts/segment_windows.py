@@ -32,9 +32,9 @@ from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.store.stops import StopToken
-from segpipe.tiling.blocks import Blocks
+from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
+from segpipe.tiling.windows import Blocks
 
 AHEAD = 2
 """Windows read before the one that is encoded."""

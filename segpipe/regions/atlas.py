@@ -15,9 +15,8 @@ from scipy.ndimage import find_objects
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import element_map, same_grid
-from segpipe.geometry.areas import horizontal_crs
 from segpipe.geometry.box import Box, grid_boxes
-from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.regions.base import FULL, Cover, RegionSet, different
 from segpipe.sources.labels import LabelFile
 from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES

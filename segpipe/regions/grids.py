@@ -15,8 +15,7 @@ from pyproj import CRS, Transformer
 
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry.areas import horizontal_crs
-from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.process.extras import require
 from segpipe.regions.layer import Layer, make_layer, only_polygons
 from segpipe.regions.polygons import PolygonRegions, footprint, place_layer

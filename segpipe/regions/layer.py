@@ -18,7 +18,7 @@ from pyproj import CRS
 
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError
-from segpipe.geometry.areas import horizontal_crs
+from segpipe.geometry.geometry import horizontal_crs
 from segpipe.regions.base import different
 from segpipe.sources import vectors
 

@@ -16,9 +16,8 @@ from pyproj.exceptions import ProjError
 
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry.areas import horizontal_crs
 from segpipe.geometry.box import Box
-from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.regions.base import FULL, Cover, RegionSet
 from segpipe.regions.cover import unit_cover
 from segpipe.regions.layer import Layer, only_polygons, read_layer

@@ -1,23 +1,33 @@
-"""A job held against the world before any work starts: card, weights, scenes, outputs, device."""
+"""A job held against the world before any work starts, the fingerprint of what its results depend on."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
+from typing import Any
 
+from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.config.card import Card, WindowZscore, read_card
 from segpipe.config.classes import load_classes
 from segpipe.config.groups import load_groups
 from segpipe.config.job import TTA, Blend, Job, parse_size
+from segpipe.config.loading import apply_overrides, read_yaml, validate
 from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import check_card
-from segpipe.pipeline.surfaces import tolerances
+from segpipe.pipeline.measure import TALLY_VERSION, tolerances
+from segpipe.pipeline.plan_scene import model_parts
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.regions import is_grid, parse_grid
-from segpipe.runs.fingerprint import fingerprint
 from segpipe.sources import SceneRef, discover
+from segpipe.sources.base import matches
+from segpipe.sources.mosaic import MOSAIC
+from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.sources.stack import STACK, stack_files
 from segpipe.store.location import check_writable, is_url
 
 
@@ -168,3 +178,104 @@ def _check_paths(job: Job) -> None:
             continue
         if not Path(path).exists():
             raise RequestError(f"{field}: {path} does not exist (seen from the working folder)")
+
+
+def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequence[SceneRef]) -> str:
+    """Hash of everything a run's results depend on: what was asked, the model, and the inputs' state.
+
+    Runner, workers, memory and block size are left out: they change no result.
+    """
+    asked = job.model_dump(mode="json")
+    for key in ("runner", "workers", "least", "address", "cluster", "retries", "batch_minutes"):
+        asked["compute"].pop(key)
+    for key in ("memory", "block", "store"):
+        asked["tiling"].pop(key)
+    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
+    files, prompts = [s.uri for s in scenes], job.prompts
+    asked["prompts"].pop("cache")
+    grounder = read_card(prompts.grounder) if prompts.grounder else None
+    if job.regions is not None:
+        files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]
+    if job.reference is not None:
+        files += [job.reference.path]
+    files += [path for path in (job.labels, job.classes, job.measure.groups, prompts.path) if path]
+    files += [prompts.earlier] if prompts.earlier else []
+    prompted = card is not None and card.answers_prompts
+    parts = {
+        "asked": asked,
+        "model": model_parts(card) if card else None,
+        "card": card.model_dump(mode="json") if card else None,
+        "grounder": [grounder.model_dump(mode="json"), model_parts(grounder)] if grounder else None,
+        "settings": [settings.device_class, settings.precision, settings.batch],
+        "inputs": [_state(uri) for uri in files],
+        "versions": [ENGINE_VERSION, TALLY_VERSION, *([ANSWER_VERSION] if prompted else [])],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _state(uri: str) -> list[Any]:
+    """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
+    if uri.startswith(STACK):
+        return [uri, *(_state(part) for part in stack_files(uri))]
+    location = uri.removeprefix(MOSAIC).split("#")[0]
+    if is_remote(location):
+        return [uri, remote_identity(location)[0]]
+    path = Path(location)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+    elif path.exists():
+        files = [path]
+    else:
+        files = [] if is_url(location) else [p for p in matches(location) if p.is_file()]
+    return [uri, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+
+
+QUESTION = ("text", "path", "layer", "crs", "earlier", "earlier_ids", "names", "everything")
+"""Fields of `prompts` that say what is asked, not how."""
+
+
+def asked_job(
+    what: str,
+    text: Sequence[str],
+    grounder: str,
+    path: str,
+    threshold: float | None,
+    overrides: Sequence[str],
+) -> Job:
+    """A job with its question.
+
+    Args:
+        what: a job's file, whose own question stays where none is given; or a run's folder or URL, whose
+            question goes where another one is given.
+        text: phrases.
+        grounder: card; empty: the job's.
+        path: file of points, boxes or polygons; empty: none.
+        threshold: of phrases; None: the job's.
+        overrides: ``a.b=value`` items, which come last.
+
+    Raises:
+        RequestError: there is neither a job nor a run, or nothing is asked.
+    """
+    if what.endswith((".yaml", ".yml")):
+        data = read_yaml(what)
+    else:
+        from segpipe.runs.run import load_run
+
+        data = load_run(what)[1].job
+    asked: dict[str, Any] = dict(data.get("prompts") or {})
+    if (text or path) and not what.endswith((".yaml", ".yml")):
+        asked = {k: v for k, v in asked.items() if k not in QUESTION}
+    asked |= {"text": list(text)} if text else {}
+    asked |= {"grounder": grounder} if grounder else {}
+    asked |= {"path": path} if path else {}
+    asked |= {"threshold": threshold} if threshold is not None else {}
+    if not asked.get("text"):
+        asked.pop("grounder", None)  # kept by a run that was asked in words
+    data = {**data, "prompts": asked}
+    apply_overrides(data, overrides)
+    job = validate(Job, data, what)
+    if not job.prompts.asked:
+        raise RequestError(
+            f"{what}: nothing is asked: give --text, --points, --boxes, or `prompts` in the job"
+        )
+    return job

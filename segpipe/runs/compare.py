@@ -27,8 +27,7 @@ from segpipe.report.run_changes import (
 )
 from segpipe.runs.run import load_run, read_tables
 from segpipe.sources import open_source
-from segpipe.store.atomic import write_atomic
-from segpipe.store.location import check_writable, is_url, join, open_store
+from segpipe.store.location import check_writable, is_url, join, open_store, write_atomic
 from segpipe.tables.record import GeometrySummary, RunRecord, SceneRecord
 from segpipe.tables.table_files import csv_bytes, parquet_bytes
 

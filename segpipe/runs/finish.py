@@ -21,7 +21,7 @@ from segpipe.pipeline.measure import Measured
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.run_page import render_pages
 from segpipe.runs.check import ResolvedJob
-from segpipe.store.atomic import write_atomic
+from segpipe.store.location import write_atomic
 from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record
 from segpipe.tables.run_tables import read_measured, run_tables
 from segpipe.tables.table_files import columns_json, results_json, write_table

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import obstore
 import pandas as pd
@@ -19,10 +18,8 @@ from segpipe.config.job import Job
 from segpipe.errors import RequestError
 from segpipe.export.run_folder import RunFolder, now
 from segpipe.report.run_page import page_paths
-from segpipe.store.location import is_url, join, open_store
+from segpipe.store.location import is_url, join, open_store, read_object
 from segpipe.tables.record import RunRecord, load_record
-
-T = TypeVar("T")
 
 
 def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
@@ -47,10 +44,8 @@ def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
 
 
 def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | None:
-    try:
-        return load_record(bytes(obstore.get(store, f"{name}/run.json").bytes()))
-    except FileNotFoundError:
-        return None
+    data = read_object(store, f"{name}/run.json")
+    return None if data is None else load_record(data)
 
 
 def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRecord) -> bool:
@@ -70,11 +65,8 @@ def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.D
 
 def read_table(run: RunFolder, name: str) -> pd.DataFrame | None:
     """A table of a finished run, by the name of its file; None where the run has none."""
-    try:
-        data = bytes(obstore.get(open_store(run.location), f"{name}.parquet").bytes())
-    except FileNotFoundError:
-        return None
-    return pd.read_parquet(io.BytesIO(data))
+    data = read_object(open_store(run.location), f"{name}.parquet")
+    return None if data is None else pd.read_parquet(io.BytesIO(data))
 
 
 def load_run(location: str) -> tuple[RunFolder, RunRecord]:

@@ -1,13 +1,19 @@
-"""One small interface for every kind of scene: lazy, windowed, in the stored dtype."""
+"""One small interface for every kind of scene, and what its readers share: reasons, identities, checks."""
 
 from __future__ import annotations
 
+import glob
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from segpipe.config.card import Card
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 
@@ -59,24 +65,16 @@ class Source(ABC):
     notes: tuple[str, ...] = ()
     """What a reader of the report should know (no CRS, no nodata value declared, …)."""
 
-    @property
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """JSON object that changes when the content does: for each file its URI, size and time."""
-
-    @property
-    def chunk(self) -> tuple[int, ...] | None:
-        """Shape in which the file is stored where it is tiled (array order), else None."""
-        return None
+    identity: dict[str, Any]
+    """JSON object that changes when the content does: of each file its URI, size and time when opened."""
 
     @property
     def cache_bytes(self) -> int:
         """Memory that the reader keeps of what it has decoded, at most."""
         return 0
 
-    @abstractmethod
     def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        """Read a box that lies inside the scene.
+        """Read a box that lies inside the scene: values (c, y, x) or (c, z, y, x) as stored, and validity.
 
         Args:
             box: array order, on the native grid.
@@ -84,7 +82,22 @@ class Source(ABC):
 
         Raises:
             SceneError: the file is damaged; names file, what was found.
+            ValueError: the box sticks out of the scene or has another number of axes, a channel does not
+                exist, or none is asked for (mistakes of the caller).
         """
+        chosen = tuple(range(self.count)) if channels is None else tuple(channels)
+        if not chosen or any(not 0 <= c < self.count for c in chosen):
+            raise ValueError(f"channels {chosen} of a source with {self.count}")
+        if box.ndim != self.geometry.ndim or not self.geometry.box.contains(box):
+            raise ValueError(f"{box} does not lie inside {self.uri} of {self.geometry.shape}")
+        if box.size == 0:
+            values = np.empty((len(chosen), *box.shape), dtype=self.dtype)
+            return Pixels(values, np.empty(box.shape, dtype=bool))
+        return self._read(box, chosen)
+
+    @abstractmethod
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
+        """What `read` answers for a box with elements, once box and channels are checked."""
 
     def to_xarray(self) -> xarray.DataArray:
         """The stored values as (band, y, x) or (band, z, y, x), read when they are asked for.
@@ -129,3 +142,119 @@ class ScoreReader(Protocol):
     """Reads a window of a score map: ``read(box)`` is (class, *box.shape), floating point."""
 
     def __call__(self, box: Box, /) -> np.ndarray: ...
+
+
+def reason(error: BaseException) -> str:
+    """What a library said, on one line."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that holds nothing to open.
+
+    Raises:
+        SceneError: there is no such file, it is a folder, or it is empty.
+    """
+    if not path.exists():
+        raise SceneError(f"{path}: no such file")
+    if path.is_dir():
+        raise SceneError(f"{path}: is a folder; expected a file")
+    if path.stat().st_size == 0:
+        raise SceneError(f"{path}: the file is empty (0 bytes)")
+
+
+def matches(pattern: str) -> list[Path]:
+    """Files and folders that a glob matches (``**``: any depth), absolute, sorted by path."""
+    whole = str(Path(pattern).expanduser().absolute())
+    # Not Path.glob: it takes no absolute pattern, and its * matches hidden files.
+    return sorted(Path(p) for p in glob.glob(whole, recursive=True))  # noqa: PTH207
+
+
+def file_identity(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Path, size in bytes and time of change in ns of each file, sorted by path.
+
+    Raises:
+        SceneError: a file has gone.
+    """
+    found = []
+    for path in sorted({str(p) for p in paths}):
+        try:
+            stat = Path(path).stat()
+        except OSError as error:
+            raise SceneError(f"{path}: {reason(error)}") from error
+        found.append({"uri": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    return found
+
+
+def scaling_of(scale: float | None, offset: float | None) -> Scaling:
+    """The scaling a file declares; identity where the scale is 0, infinite, NaN or missing.
+
+    NIfTI says so for ``scl_slope`` 0, and a zero scale elsewhere would erase every value.
+    """
+    if scale is None or not math.isfinite(scale) or scale == 0:
+        return Scaling()
+    usable = offset is not None and math.isfinite(offset)
+    return Scaling(float(scale), float(offset) if usable and offset is not None else 0.0)
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Where every channel holds a number: bool, the shape of ``values`` without its first axis."""
+    if values.dtype.kind != "f":
+        return np.ones(values.shape[1:], dtype=bool)
+    valid = np.isfinite(values[0])
+    for channel in values[1:]:
+        valid &= np.isfinite(channel)
+    return np.asarray(valid)
+
+
+def rename_bands(source: Source, names: Sequence[str]) -> None:
+    """Give the channels names in file order, over any the file has.
+
+    Raises:
+        RequestError: not one name per channel, or a name twice.
+    """
+    if not names:
+        return
+    if len(names) != source.count:
+        raise RequestError(
+            f"{source.uri}: {len(names)} band names given ({', '.join(names)}), "
+            f"but the scene has {source.count} {'band' if source.count == 1 else 'bands'}"
+        )
+    if len(set(names)) != len(names):
+        raise RequestError(f"{source.uri}: a band name is given twice: {', '.join(names)}")
+    source.bands = tuple(names)
+
+
+def match_bands(card: Card, source: Source) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The source's channel for each of the model's.
+
+    By name where the source has names (case does not matter), by position where it has none and
+    the counts agree.
+
+    Raises:
+        SceneError: kind, names or counts do not fit; says what the scene has and what the card asks.
+    """
+    kind = source.geometry.kind
+    if kind != card.kind:
+        raise SceneError(f"the scene is a {kind}, the card {card.name!r} is for a {card.kind}")
+    wanted = card.input.bands
+    if not wanted:
+        if source.count != 1:
+            raise SceneError(f"the scene has {source.count} channels, the card {card.name!r} takes one")
+        return (0,), source.bands or ("image",)
+    have = {name.lower(): i for i, name in enumerate(source.bands)}
+    if all(name.lower() in have for name in wanted):
+        return tuple(have[name.lower()] for name in wanted), tuple(wanted)
+    if source.bands and len(have) == source.count:
+        missing = [name for name in wanted if name.lower() not in have]
+        raise SceneError(
+            f"bands: the scene has no {', '.join(missing)}; it has {', '.join(source.bands)}; the card "
+            f"{card.name!r} asks for {', '.join(wanted)}; name the scene's bands with the job's `bands`"
+        )
+    if source.count != len(wanted):
+        raise SceneError(
+            f"bands: the scene has {source.count} unnamed bands, the card {card.name!r} asks for "
+            f"{len(wanted)} ({', '.join(wanted)}); name the scene's bands with the job's `bands`"
+        )
+    return tuple(range(len(wanted))), tuple(wanted)

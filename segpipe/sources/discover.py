@@ -12,8 +12,8 @@ from os import walk
 from pathlib import Path
 
 from segpipe.errors import RequestError
-from segpipe.sources.base import SceneRef
-from segpipe.sources.common import matches
+from segpipe.sources.base import SceneRef, matches
+from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.memory import MEMORY
 from segpipe.sources.mosaic import MOSAIC, mosaic_files
 from segpipe.sources.remote import is_remote
@@ -33,7 +33,6 @@ from segpipe.sources.uri import (
     parse_series,
     series_label,
 )
-from segpipe.sources.vrt import SUFFIX as VRT
 
 FOLDER_SUFFIXES = (*(s for s in RASTER_SUFFIXES if s != VRT), *NIFTI_SUFFIXES)
 """Files that are taken from a folder; a VRT only where it is named, because it reads other files."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -239,12 +238,7 @@ class ReferenceLabels:
     def __enter__(self) -> ReferenceLabels:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

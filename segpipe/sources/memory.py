@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,7 @@ class MemorySource(Source):
                 f"{uri}: this process holds no such array; arrays do not travel to other workers"
             )
         self._values, self._valid, self.geometry, bands = _held[uri]
-        self.uri = uri
+        self.uri, self.identity = uri, {"uri": uri}
         self.dtype = self._values.dtype
         self.count = len(self._values)
         if band_names and len(band_names) != self.count:
@@ -77,13 +76,8 @@ class MemorySource(Source):
         self.bands = tuple(band_names) or bands
         self.scaling = (Scaling(),) * self.count
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"uri": self.uri}
-
-    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        chosen = np.arange(self.count) if channels is None else np.array(channels)
-        values = self._values[(slice(None), *box.slices)][chosen]
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
+        values = self._values[(slice(None), *box.slices)][np.array(channels)]
         if self._valid is not None:
             return Pixels(values, self._valid[box.slices])
         missing = np.isnan(values).any(axis=0) if values.dtype.kind == "f" else np.zeros(box.shape, bool)

@@ -9,6 +9,7 @@ in no file are invalid.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from affine import Affine
 
 from segpipe.errors import SceneError
-from segpipe.sources.common import matches, require_file
+from segpipe.sources.base import matches, require_file
 from segpipe.sources.gdal import Handles
 from segpipe.sources.raster import IDENTITY, RasterSource, common_dtype
 
@@ -177,12 +178,8 @@ def _tile(path: str) -> Tile:
         SceneError: it is missing, damaged, complex or without a position.
     """
     require_file(Path(path))
-    handles = Handles(path)
-    try:
-        with handles.borrow() as dataset:
-            return _described(path, dataset)
-    finally:
-        handles.close()
+    with closing(Handles(path)) as handles, handles.borrow() as dataset:
+        return _described(path, dataset)
 
 
 def _described(path: str, dataset: Any) -> Tile:

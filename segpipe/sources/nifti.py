@@ -16,16 +16,14 @@ from nibabel.spatialimages import HeaderDataError
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
-from segpipe.sources.base import Pixels, Source
-from segpipe.sources.common import (
-    check_box,
+from segpipe.sources.base import (
+    Pixels,
+    Source,
     file_identity,
     finite,
-    no_pixels,
     reason,
     rename_bands,
     require_file,
-    resolve_channels,
     scaling_of,
 )
 from segpipe.sources.remote import fetch, is_remote, public_uri
@@ -90,30 +88,16 @@ class NiftiSource(Source):
         held = [h.filename for h in image.file_map.values() if h.filename]
         there = [f for f in held if Path(f).exists()]
         files = file_identity(there) if self._copy is None else [self._copy.identity]
-        self._identity = {"uri": self.uri if self._copy is None else public_uri(self.uri), "files": files}
+        self.identity = {"uri": self.uri if self._copy is None else public_uri(self.uri), "files": files}
         rename_bands(self, band_names)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """URI, and path, size and time of each file, as they were when it was opened."""
-        return self._identity
-
-    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        """Read a box (z, y, x): values (c, z, y, x) as stored, valid (z, y, x).
-
-        Raises:
-            SceneError: the file is damaged or truncated.
-        """
-        chosen = resolve_channels(self, channels)
-        check_box(self, box)
-        if box.size == 0:
-            return no_pixels(self, box, chosen)
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
         try:
             with self._lock:
                 volume = self._voxels(box)
         except READ_ERRORS as error:
             raise SceneError(f"{self.uri}: {_damage(error)}") from error
-        values = np.stack([volume] * len(chosen)) if len(chosen) > 1 else volume[np.newaxis]
+        values = np.stack([volume] * len(channels)) if len(channels) > 1 else volume[np.newaxis]
         return Pixels(values, finite(values))
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,18 @@ import numpy as np
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.sources.base import Pixels, Scaling, Source
-from segpipe.sources.common import (
-    check_box,
+from segpipe.sources.base import (
+    Pixels,
+    Scaling,
+    Source,
     file_identity,
     finite,
-    no_pixels,
     rename_bands,
     require_file,
-    resolve_channels,
     scaling_of,
 )
-from segpipe.sources.gdal import Handles, cache_for_strips, window_of
+from segpipe.sources.gdal import SUFFIX, Handles, cache_for_strips, read_vrt, window_of
 from segpipe.sources.remote import is_remote, public_uri, remote_identity
-from segpipe.sources.vrt import SUFFIX, read_vrt
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""
@@ -98,19 +96,9 @@ class RasterSource(Source):
                 self._describe(dataset)
                 found = list(files if files is not None else dataset.files)
             self.notes = (*notes, *self.notes)
-            self._identity = self._identify(found, remote)
+            self.identity = self._identify(found, remote)
             rename_bands(self, band_names)
             unless_open.pop_all()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """URI, and path, size and time of each file, as they were when it was opened."""
-        return self._identity
-
-    @property
-    def chunk(self) -> tuple[int, ...] | None:
-        """(rows, columns) of the file's tiles; None for strips and mosaics."""
-        return self._chunk
 
     @property
     def cache_bytes(self) -> int:
@@ -121,17 +109,8 @@ class RasterSource(Source):
         """Let GDAL's block cache hold so much: it is one for all files that are read together."""
         self._handles.cache_bytes = count
 
-    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        """Read a box (y, x): values (c, y, x) as stored, valid (y, x).
-
-        Raises:
-            SceneError: the file is damaged; says what GDAL said.
-        """
-        chosen = resolve_channels(self, channels)
-        check_box(self, box)
-        if box.size == 0:
-            return no_pixels(self, box, chosen)
-        bands = [self._bands[c] for c in chosen]
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
+        bands = [self._bands[c] for c in channels]
         window = window_of(box)
         with self._handles.borrow() as dataset:
             if self._mixed:  # rasterio reads bands of one dtype at a time
@@ -171,11 +150,9 @@ class RasterSource(Source):
         self.count = len(channels)
         self.bands = _names([dataset.descriptions[i - 1] for i in channels])
         self.scaling = tuple(scaling_of(dataset.scales[i - 1], dataset.offsets[i - 1]) for i in channels)
-        height, width = dataset.block_shapes[channels[0] - 1]
+        _, width = dataset.block_shapes[channels[0] - 1]
         # A VRT's blocks are GDAL's guess, not how the pixels are stored.
-        tiled = dataset.driver != "VRT" and width != dataset.width
-        self._chunk = (int(height), int(width)) if tiled else None
-        if not tiled:
+        if dataset.driver == "VRT" or width == dataset.width:
             row = dataset.width * sum(np.dtype(d).itemsize for d in dataset.dtypes)
             self._handles.cache_bytes = cache_for_strips(row)
         self.geometry, where = _geometry(self.uri, dataset)
@@ -224,12 +201,8 @@ def _own_vrt(uri: str) -> tuple[str, list[str]]:
     text, sources = read_vrt(Path(uri))
     files = [uri]
     for source in sources:
-        handles = Handles(source)
-        try:
-            with handles.borrow() as dataset:
-                files += dataset.files
-        finally:
-            handles.close()
+        with closing(Handles(source)) as handles, handles.borrow() as dataset:
+            files += dataset.files
     return text, files
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import finalize
 
 from segpipe.errors import SceneError
-from segpipe.sources.common import reason
+from segpipe.sources.base import reason
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "https://", "http://")
 """What GDAL opens in place."""

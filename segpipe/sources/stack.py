@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.sources.base import Pixels, Source
-from segpipe.sources.common import check_box, no_pixels, rename_bands, resolve_channels
+from segpipe.sources.base import Pixels, Source, rename_bands
 from segpipe.sources.gdal import CACHE_LIMIT
 from segpipe.sources.raster import RasterSource, common_dtype
 from segpipe.sources.remote import is_remote
@@ -55,6 +53,9 @@ class StackSource(Source):
             self.count = sum(part.count for part in parts)
             named = all(part.bands for part in parts)
             self.bands = tuple(b for part in parts for b in part.bands) if named else ()
+            identities = [part.identity for part in parts]
+            uris = SEPARATOR.join(str(identity["uri"]) for identity in identities)
+            self.identity = {"uri": uris, "files": identities}
             self.scaling = tuple(s for part in parts for s in part.scaling)
             self.notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
             # GDAL's cache is one for all files, and a box is read from each of them in turn.
@@ -65,41 +66,18 @@ class StackSource(Source):
             unless_open.pop_all()
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """URI, and the identity of each file, as they were when it was opened."""
-        return {
-            "uri": SEPARATOR.join(str(part.identity["uri"]) for part in self._parts),
-            "files": [part.identity for part in self._parts],
-        }
-
-    @property
-    def chunk(self) -> tuple[int, ...] | None:
-        """(rows, columns) of the files' tiles where all have the same, else None."""
-        chunks = {part.chunk for part in self._parts}
-        return chunks.pop() if len(chunks) == 1 else None
-
-    @property
     def cache_bytes(self) -> int:
         """Of GDAL's block cache, which all files share."""
         return self._parts[0].cache_bytes
 
-    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        """Read a box (y, x): values (c, y, x) as stored, valid (y, x).
-
-        Raises:
-            SceneError: a file is damaged; says which.
-        """
-        chosen = resolve_channels(self, channels)
-        check_box(self, box)
-        if box.size == 0:
-            return no_pixels(self, box, chosen)
-        values = np.empty((len(chosen), *box.shape), dtype=self.dtype)
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
+        values = np.empty((len(channels), *box.shape), dtype=self.dtype)
         valid = np.ones(box.shape, dtype=bool)
         first = 0
         for part in self._parts:
-            places = [n for n, c in enumerate(chosen) if first <= c < first + part.count]
+            places = [n for n, c in enumerate(channels) if first <= c < first + part.count]
             if places:
-                pixels = part.read(box, tuple(chosen[n] - first for n in places))
+                pixels = part.read(box, tuple(channels[n] - first for n in places))
                 values[places] = pixels.values
                 valid &= pixels.valid
             first += part.count

@@ -1,9 +1,11 @@
-"""Folders and URLs of object stores, alike."""
+"""Folders and URLs of object stores, alike; files that are there whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +75,14 @@ def store_reason(error: Exception) -> str:
     return " ".join(line.split())[:250]
 
 
+def read_object(objects: ObjectStore, path: str) -> bytes | None:
+    """The content of an object, or None where it is absent."""
+    try:
+        return bytes(obstore.get(objects, path).bytes())
+    except FileNotFoundError:
+        return None
+
+
 def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
     """Delete objects, whoever else is at it; one that is gone already is no error."""
     try:
@@ -81,3 +91,17 @@ def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
         for path in paths:
             with suppress(FileNotFoundError):
                 obstore.delete(objects, path)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that others see whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)  # there only if it did not become the file

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ import zarr
 from obstore.store import ObjectStore
 from zarr.codecs import BloscCodec, ZstdCodec
 
-from segpipe.errors import SceneError
+from segpipe.errors import SceneError, StoppedError
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.store.location import delete_objects, join, open_store
-from segpipe.tiling.blocks import Blocks
+from segpipe.store.location import delete_objects, join, open_store, read_object
+from segpipe.tiling.windows import Blocks
 
 STORE_FOLDER = ".store"
 IMAGE_CODEC = BloscCodec(cname="lz4", shuffle="shuffle")
@@ -273,10 +273,7 @@ class Stage:
 
     def read_bytes(self, name: str) -> bytes | None:
         """An object of the stage, or None where it is absent."""
-        try:
-            return bytes(obstore.get(self.objects, name).bytes())
-        except FileNotFoundError:
-            return None
+        return read_object(self.objects, name)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write an object in one step."""
@@ -326,3 +323,41 @@ def _conventions(geometry: Geometry, arrays: Iterable[ArraySpec]) -> Mapping[str
         "segpipe:geometry": geometry.to_dict(),
         "ome": {"version": "0.5", "multiscales": multiscales},
     }
+
+
+@lru_cache(maxsize=16)
+def _stops(out: str) -> ObjectStore:
+    """The folder of requests to stop; it is looked at before every block, so the client is kept."""
+    return open_store(join(out, STORE_FOLDER, "stop"))
+
+
+@dataclass(frozen=True)
+class StopToken:
+    """The name under which the workers of one run are asked to stop. Small and picklable."""
+
+    out: str
+    """Output location of the job."""
+    name: str
+    """Of one attempt at one run: a retry has another."""
+
+    def request(self) -> None:
+        """Ask every worker to stop before its next block."""
+        obstore.put(_stops(self.out), self.name, b"")
+
+    def forget(self) -> None:
+        """Take the request back: a flow run that was suspended goes on under the same name."""
+        delete_objects(_stops(self.out), [self.name])
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked the run to stop."""
+        try:
+            obstore.head(_stops(self.out), self.name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raises StoppedError where somebody asked the run to stop; what is committed stays."""
+        if self.requested:
+            raise StoppedError("the run was asked to stop; run it again to resume")

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from segpipe.store.atomic import write_atomic
+from segpipe.store.location import write_atomic
 from segpipe.tables.frames import describe_column, dictionary
 
 MOST_ROWS = 20_000

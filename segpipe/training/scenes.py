@@ -25,10 +25,10 @@ from segpipe.inference.normalise import Normaliser, Statistics, needs_statistics
 from segpipe.pipeline.plan_scene import scene_grid
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.sources import SceneRef, open_source
-from segpipe.sources.bands import match_bands
+from segpipe.sources.base import match_bands
 from segpipe.sources.labels import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
 from segpipe.store.stage import ArraySpec, Stage, stage_key
-from segpipe.tiling.blocks import Blocks
+from segpipe.tiling.windows import Blocks
 
 EDGE = {2: 1024, 3: 128}
 """Longest edge of a block in the store, by number of axes."""

@@ -30,8 +30,8 @@ from segpipe.inference.settings import Settings
 from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
-from segpipe.store.stops import StopToken
-from segpipe.tiling.blocks import block_id
+from segpipe.store.stage import StopToken
+from segpipe.tiling.windows import block_id
 from segpipe_flows import runners
 from segpipe_flows.runners import check_cluster, placed, task_runner
 from segpipe_flows.server import free_port

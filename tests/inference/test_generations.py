@@ -16,7 +16,7 @@ import pytest
 from segpipe.errors import SceneError
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.store.stage import ArraySpec, Stage
-from segpipe.tiling.blocks import Blocks
+from segpipe.tiling.windows import Blocks
 
 GEOMETRY = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
 BLOCKS = Blocks((20, 30), (8, 10), (0, 0))

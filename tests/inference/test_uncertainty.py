@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
-from segpipe.inference.device import entropy
+from segpipe.inference.block_result import entropy
 from segpipe.inference.uncertainty import Uncertainty
 from segpipe.metrics.calibration import LEVELS
 

@@ -10,13 +10,12 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from segpipe.geometry.box import Box
-from segpipe.inference.merge import TrimLabels
+from segpipe.inference.merge import Trim
 from segpipe.objects.edges import add_pairs, window_edges, window_overhang
 from segpipe.objects.merge import Lookup, SceneObjects, merge_objects, relabel
 from segpipe.objects.nodes import add_nodes, box_nodes
 from segpipe.objects.window import WindowObjects
-from segpipe.tiling.blocks import Blocks
-from segpipe.tiling.windows import Index, Lattice, make_lattice
+from segpipe.tiling.windows import Blocks, Index, Lattice, make_lattice
 
 Answer = Callable[[Index], WindowObjects]
 
@@ -75,7 +74,7 @@ def scene_ids(
     for index in _mixed(blocks.indices(), shuffle):
         box = blocks.box(index)
         found = {i: answer(i) for i in lattice.windows(box, "trim")}
-        merger = TrimLabels(box, lattice, "uint32")
+        merger = Trim(box, lattice, "uint32")
         for i, objects in found.items():
             merger.aggregate(i, objects.ids)
             overhangs[i] = window_overhang(objects, lattice, i, stuff)

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
 from segpipe.lake import files
-from segpipe.lake.entry import LakeEntry
+from segpipe.lake.entry import LakeEntry, place_name
 from segpipe.lake.listing import list_lake
-from segpipe.lake.naming import place_name
 from segpipe.sources import open_source
 from segpipe.sources.discover import safe_name
 from segpipe.sources.gdal import store_options

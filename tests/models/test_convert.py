@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 
 from segpipe.config.card import load_card
 from segpipe.config.job import Job
-from segpipe.convert.judge import judge, scene_windows
-from segpipe.convert.onnx_file import check_graph, export_onnx, onnx_graph
+from segpipe.convert.command import judge, scene_windows
+from segpipe.convert.onnx_file import check_graph, export_onnx, onnx_graph, quantise
 from segpipe.convert.parity import Parity, compare, milliseconds, noise_windows
-from segpipe.convert.quantise import quantise
 from segpipe.errors import RequestError
 from segpipe.models import registry
 from segpipe.models.compiled import compiled

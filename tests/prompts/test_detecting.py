@@ -29,7 +29,7 @@ from segpipe.prompts.segment_windows import (
     segment_windows,
 )
 from segpipe.runs.check import check_request
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.prompt_world import make_card, make_job, pixels
 

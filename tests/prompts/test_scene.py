@@ -28,7 +28,7 @@ from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import SliceMask
 from segpipe.prompts.volumes.propagate_prompts import link
 from segpipe.prompts.volumes.segment_volume import rules_of, segment_volume
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.prompt_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny

@@ -61,7 +61,6 @@ def test_pixel_spacing_is_rows_first(tmp_path: Path, write_series: Write, noise:
         expected = [[-0.5, 0, 0, 10], [0, -0.8, 0, 20], [0, 0, 2.5, 5], [0, 0, 0, 1]]
         np.testing.assert_array_equal(_geometry(source).matrix, expected)
         assert source.scaling == (Scaling(1.0, -1024.0),)
-        assert source.chunk == (1, 6, 9)
 
 
 def test_slices_are_sorted_along_their_normal_in_any_orientation(

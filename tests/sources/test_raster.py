@@ -38,7 +38,6 @@ def test_landsat_scene_reads_as_rasterio_reads_it(shared: Callable[[str], Path])
         assert source.geometry.crs is not None
         assert CRS.from_wkt(source.geometry.crs) == crs
         assert pyproj.CRS.from_wkt(source.geometry.crs).is_projected
-        assert source.chunk is None, "the file has strips"
     np.testing.assert_array_equal(pixels.values, whole)
     # rasterio's dataset mask asks for data in any band, ours in all; here the frames coincide.
     np.testing.assert_array_equal(pixels.valid, (whole != -99999).all(axis=0))
@@ -49,7 +48,6 @@ def test_landsat_scene_reads_as_rasterio_reads_it(shared: Callable[[str], Path])
 def test_cloud_scene_has_names_tiles_and_no_crs(shared: Callable[[str], Path]) -> None:
     with open_source(str(shared("cloud_scenes/sentinel2_toa.tif"))) as source:
         assert source.bands == ("blue", "green", "red", "nir", "swir16", "swir22")
-        assert source.chunk == (256, 256)
         assert isinstance(source.geometry, RasterGeometry)
         assert source.geometry.crs is None
         assert "no CRS: sizes are in pixels" in source.notes

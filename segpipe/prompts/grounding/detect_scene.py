@@ -23,7 +23,7 @@ from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.inference.queues import Prefetch
 from segpipe.inference.settings import Settings
 from segpipe.models.weights import resolve_weights, weights_fingerprint
-from segpipe.pipeline.keys import device_parts, model_parts
+from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, to_scene
@@ -31,11 +31,10 @@ from segpipe.prompts.masks.embedding_cache import window_id
 from segpipe.prompts.masks.read_planes import Planes, read_window
 from segpipe.prompts.phrases import parse_phrases
 from segpipe.sources import SceneRef, open_source
-from segpipe.sources.bands import match_bands
-from segpipe.store.stage import Stage, stage_key
-from segpipe.store.stops import StopToken
-from segpipe.tiling.blocks import Blocks
+from segpipe.sources.base import match_bands
+from segpipe.store.stage import Stage, StopToken, stage_key
 from segpipe.tiling.pyramid import Pyramid, Window
+from segpipe.tiling.windows import Blocks
 
 AHEAD = 2
 """Windows read before the one that is looked at."""

@@ -10,8 +10,7 @@ from pyproj import CRS, Transformer
 from shapely.affinity import translate
 
 from segpipe.errors import SceneError
-from segpipe.geometry.areas import horizontal_crs
-from segpipe.geometry.geometry import Geometry, RasterGeometry
+from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.regions.layer import only_polygons
 from segpipe.regions.polygons import DENSIFY_TOLERANCE, densified, footprint
 

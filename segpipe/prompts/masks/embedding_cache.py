@@ -25,8 +25,8 @@ from segpipe.prompts.masks.read_planes import Planes
 from segpipe.prompts.segmenters.base import Embedding
 from segpipe.store.location import join, open_store
 from segpipe.store.stage import IMAGE_CODEC, STORE_FOLDER, Stage
-from segpipe.tiling.blocks import Blocks
 from segpipe.tiling.pyramid import Pyramid, Window
+from segpipe.tiling.windows import Blocks
 
 PREFIX = "embed"
 USED = "used.json"

@@ -24,7 +24,7 @@ from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import Rules, SliceMask, Stop
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, has_memory, track
 from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
-from segpipe.store.stops import StopToken
+from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 
 VOLUME = "volume"

@@ -16,15 +16,14 @@ from pydicom.uid import UID
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
-from segpipe.sources.base import Pixels, Scaling, Source
-from segpipe.sources.common import (
-    check_box,
+from segpipe.sources.base import (
+    Pixels,
+    Scaling,
+    Source,
     file_identity,
     finite,
-    no_pixels,
     reason,
     rename_bands,
-    resolve_channels,
     scaling_of,
 )
 from segpipe.sources.dicom.series import (
@@ -83,37 +82,18 @@ class DicomSource(Source):
         self.bands = ()
         self.scaling = (Scaling() if self._rescaled else scaling_of(*slices[0].rescale),)
         self.notes = (*notes, *_notes(self._slices, self._rescaled))
-        self._identity = {"uri": self.uri, "files": file_identity(s.path for s in slices)}
+        self.identity = {"uri": self.uri, "files": file_identity(s.path for s in slices)}
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         rename_bands(self, band_names)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """URI, and path, size and time of each slice, as they were when it was opened."""
-        return self._identity
 
     @property
     def slices(self) -> tuple[DicomSlice, ...]:
         """The files' headers, in the order of the volume's first axis."""
         return tuple(self._slices)
 
-    @property
-    def chunk(self) -> tuple[int, ...] | None:
-        """One slice: what has to be decoded for any part of it."""
-        return (1, *self.geometry.shape[1:])
-
-    def read(self, box: Box, channels: tuple[int, ...] | None = None) -> Pixels:
-        """Read a box (z, y, x): values (c, z, y, x), valid (z, y, x).
-
-        Raises:
-            SceneError: a slice is damaged; names its file.
-        """
-        chosen = resolve_channels(self, channels)
-        check_box(self, box)
-        if box.size == 0:
-            return no_pixels(self, box, chosen)
-        values = np.empty((len(chosen), *box.shape), dtype=self.dtype)
+    def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
+        values = np.empty((len(channels), *box.shape), dtype=self.dtype)
         for n, k in enumerate(range(box.start[0], box.stop[0])):
             values[:, n] = self._decoded(k)[box.slices[1:]]
         return Pixels(values, finite(values))

@@ -19,7 +19,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
 from segpipe.errors import SceneError
-from segpipe.sources.common import reason
+from segpipe.sources.base import reason
 from segpipe.sources.uri import DICOM_SUFFIXES
 
 HEADER_TAGS = [
