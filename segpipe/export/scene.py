@@ -22,7 +22,7 @@ from segpipe.export.run_folder import RunFolder, local_folder
 from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.metrics.calibration import LEVELS
+from segpipe.metrics.tally import LEVELS
 from segpipe.pictures.archive import FORMAT, Previews, dump_previews, load_previews
 from segpipe.pictures.preview import raster_preview, volume_preview
 from segpipe.pipeline.measure import Measured, shown_classes

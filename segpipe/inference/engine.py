@@ -29,7 +29,7 @@ from segpipe.inference.object_merger import ObjectMerger, masked
 from segpipe.inference.queues import Prefetch, Writer
 from segpipe.inference.to_native import NativeAnswer, native_answer
 from segpipe.models.base import ObjectModel, SegmentationModel
-from segpipe.models.outputs import activate, all_finite, best_class
+from segpipe.models.network import activate, all_finite, best_class
 from segpipe.process.allocator import release
 from segpipe.sources.base import Pixels
 from segpipe.tiling.blocks import block_id

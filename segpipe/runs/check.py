@@ -8,8 +8,8 @@ from pathlib import Path
 
 from segpipe.config.card import Card, WindowZscore, read_card
 from segpipe.config.classes import load_classes
-from segpipe.config.groups import load_groups
 from segpipe.config.job import TTA, Blend, Job, parse_size
+from segpipe.config.loading import load_groups
 from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import check_card

@@ -12,11 +12,16 @@ import pandas as pd
 from segpipe.geometry.geometry import Geometry
 from segpipe.metrics.tally import SizeScale
 from segpipe.objects.average_precision import average_precision, detections
-from segpipe.objects.matching import ABOVE_HALF, match, object_counts
+from segpipe.objects.matching import (
+    ABOVE_HALF,
+    Quality,
+    match,
+    object_counts,
+    panoptic_counts,
+    panoptic_quality,
+)
 from segpipe.objects.overlap_table import Minimum, Objects, Overlaps, OverlapTable, overlaps
-from segpipe.objects.panoptic import Quality, panoptic_counts, panoptic_quality
-from segpipe.objects.region_members import Members
-from segpipe.objects.table import ObjectTable
+from segpipe.objects.table import Members, ObjectTable
 from segpipe.sources.labels import OBJECT, IdRule
 from segpipe.tables.frames import (
     FAILED,

@@ -11,9 +11,8 @@ from scipy.ndimage import gaussian_filter
 
 from segpipe.geometry.box import Box
 from segpipe.inference.merge import TrimLabels
-from segpipe.objects.edges import add_pairs, window_edges, window_overhang
 from segpipe.objects.merge import Lookup, SceneObjects, merge_objects, relabel
-from segpipe.objects.nodes import add_nodes, box_nodes
+from segpipe.objects.nodes import add_nodes, add_pairs, box_nodes, window_edges, window_overhang
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.blocks import Blocks
 from segpipe.tiling.windows import Index, Lattice, make_lattice

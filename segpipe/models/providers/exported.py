@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
-from segpipe.models.construct import only_arguments
+from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import Network, output_channels
 from segpipe.models.providers.pt2 import UnsafeProgramError, sanitised
 from segpipe.models.weights import resolve_weights

@@ -9,7 +9,7 @@ import monai.networks.nets as library
 import torch
 
 from segpipe.config.card import Card
-from segpipe.models.construct import construct, known
+from segpipe.models.card_checks import construct, known
 from segpipe.models.network import Network, output_channels, with_weights
 
 ARCHITECTURES = (

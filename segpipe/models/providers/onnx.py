@@ -22,7 +22,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.construct import only_arguments
+from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import Network, output_channels
 from segpipe.models.providers import onnx_objects
 from segpipe.models.providers.onnx_objects import OnnxObjects

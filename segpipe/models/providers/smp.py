@@ -9,7 +9,7 @@ import segmentation_models_pytorch as library
 import torch
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.construct import check_stride, construct, known, only_arguments
+from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, output_channels, with_weights
 
 ARCHITECTURES = {c.__name__: c for c in library.MODEL_ARCHITECTURES_MAPPING.values()}

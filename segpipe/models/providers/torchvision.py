@@ -27,7 +27,7 @@ from torchvision.ops import masks_to_boxes
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import MaskCandidates, ObjectNetwork, Truth
-from segpipe.models.construct import check_stride, construct, known, only_arguments
+from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
 from segpipe.models.weights import load_state, resolve_weights
 

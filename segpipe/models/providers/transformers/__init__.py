@@ -14,19 +14,24 @@ import torch
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import ObjectNetwork
-from segpipe.models.construct import known, only_arguments
+from segpipe.models.card_checks import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill
 from segpipe.models.providers.transformers.configs import (
+    ARCHITECTURES,
     argued_config,
     labelled,
+    load_pretrained,
     network_class,
     stored_config,
 )
-from segpipe.models.providers.transformers.families import ARCHITECTURES
-from segpipe.models.providers.transformers.folder import load_pretrained
-from segpipe.models.providers.transformers.queries import ClassScores, Queries, QueryObjects
-from segpipe.models.providers.transformers.query_loss import QueryLoss
-from segpipe.models.providers.transformers.task import TASK_ARGUMENTS, task_tokens
+from segpipe.models.providers.transformers.queries import (
+    TASK_ARGUMENTS,
+    ClassScores,
+    Queries,
+    QueryLoss,
+    QueryObjects,
+    task_tokens,
+)
 from segpipe.models.weights import load_state, resolve_weights
 
 
