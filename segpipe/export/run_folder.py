@@ -1,9 +1,9 @@
 """The folder of a run: where it lies, how files get into it, and the manifest of what it holds.
 
-The manifest has sizes and checksums, so that a copy can be checked years later. A scene's files are hashed by whoever wrote them, before they go anywhere: ``scenes/<scene>/manifest.json``,
-paths relative to the run. The run's own ``manifest.json`` joins these, and hashes what else is there. So
-nothing that was uploaded is downloaded again, and making a report anew never takes over a file that changed
-meanwhile.
+The manifest has sizes and checksums, so that a copy can be checked years later. A scene's files are hashed by
+whoever wrote them, before they go anywhere: ``scenes/<scene>/manifest.json``, paths relative to the run. The
+run's own ``manifest.json`` joins these, and hashes what else is there. So nothing that was uploaded is
+downloaded again, and making a report anew never takes over a file that changed meanwhile.
 """
 
 from __future__ import annotations

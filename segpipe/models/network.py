@@ -1,4 +1,4 @@
-"""What the providers' adapters share: weights filled in, scores made of outputs, ready and compiled models."""
+"""What adapters share: weights filled in, scores made of outputs, ready and compiled models."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ An object is matched with at most one other, of its class, at an IoU of at least
 unmatched object of which more than half is void is neither false positive nor false negative, as in
 panopticapi; here this holds for both sides.
 
-Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4): PQ = SQ × RQ, where over a class's segments, matched at IoU > 0.5,
+Panoptic quality (Kirillov et al., Panoptic Segmentation, CVPR 2019, section 4): PQ = SQ × RQ, where over a
+class's segments, matched at IoU > 0.5,
 
     SQ = Σ IoU / tp        RQ = tp / (tp + fp/2 + fn/2)
 

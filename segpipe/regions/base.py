@@ -16,11 +16,23 @@ import numpy as np
 
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
+from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES
 
 SCENE = "scene"
 """Name of the region that is the whole scene; every scene has it."""
 FULL = 1 << 16
 """Fixed-point cover of an element that lies wholly inside a region."""
+GRID, H3 = "grid", "h3"
+
+
+def is_grid(path: str) -> bool:
+    """Whether `regions.path` names a grid and not a file."""
+    return path.startswith((f"{GRID}:", f"{H3}:"))
+
+
+def is_atlas(path: str) -> bool:
+    """Whether `regions.path` names a label image, by its suffix; anything else is a layer."""
+    return path.lower().endswith((*NIFTI_SUFFIXES, *RASTER_SUFFIXES))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import check_card
 from segpipe.pipeline.surfaces import tolerances
 from segpipe.prompts.phrases import phrase_classes
-from segpipe.regions import is_grid, parse_grid
+from segpipe.regions.base import is_grid
 from segpipe.runs.fingerprint import fingerprint
 from segpipe.sources import SceneRef, discover
 from segpipe.store.location import check_writable, is_url
@@ -161,6 +161,8 @@ def _check_paths(job: Job) -> None:
         "prompts.earlier": job.prompts.earlier,
     }
     if job.regions and is_grid(job.regions.path):
+        from segpipe.regions.grids import parse_grid  # geopandas, which only few jobs need
+
         parse_grid(job.regions)
         del paths["regions.path"]
     for field, path in paths.items():

@@ -43,6 +43,7 @@ from segpipe.tables.frames import (
     Piece,
     column_types,
     fixed_counts,
+    table_columns,
     table_of_pieces,
     text_of,
 )
@@ -274,8 +275,9 @@ def _overlap(batch: _SceneGroups, rows: RegionCounts) -> dict[str, np.ndarray]:
     """The numbers of the metric table's rows."""
     counts = rows.counts
     numbers = {name: getattr(counts, name) / FULL for name in ("tp", "fp", "fn")}
-    numbers |= {name: getattr(counts, name) for name in ("iou", "dice", "precision", "recall")}
-    numbers |= {"tn": rows.tn / FULL, "specificity": rows.specificity, "size_ratio": rows.size_ratio}
+    numbers["tn"] = rows.tn / FULL
+    for name in (c.name for c in table_columns("metrics") if c.kind == "ratio"):
+        numbers[name] = getattr(counts if hasattr(counts, name) else rows, name)
     sizes = {
         "predicted": rows.predicted_size,
         "reference": rows.reference_size,

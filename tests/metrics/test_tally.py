@@ -28,7 +28,8 @@ from segpipe.metrics.tally import (
     measure_tile,
     measure_tiles,
 )
-from segpipe.regions import FULL, load_regions
+from segpipe.regions import load_regions
+from segpipe.regions.base import FULL
 
 UTM, WGS84 = CRS("EPSG:32616").to_wkt(), CRS("EPSG:4326").to_wkt()
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpipe.geometry.box import Box
-from segpipe.regions import FULL
+from segpipe.regions.base import FULL
 from segpipe.regions.polygons import unit_cover
 from tests.regions.tools import star
 

@@ -4,8 +4,8 @@ A bundle's configuration is a program in JSON or YAML: ``_target_`` calls anythi
 Python, ``%`` reads other files. Here it is only looked up: plain values, and references (``@name``,
 ``@name::key::0``) to plain values.
 
-The card says what metadata and inference configuration say. Preprocessing is looked up transform by transform. What has no counterpart in a card is not carried over, and
-said in the card's limits.
+The card says what metadata and inference configuration say. Preprocessing is looked up transform by
+transform. What has no counterpart in a card is not carried over, and said in the card's limits.
 """
 
 from __future__ import annotations

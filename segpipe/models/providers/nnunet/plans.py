@@ -1,8 +1,8 @@
 """What a trained nnU-Net folder says of itself, read as data, and the model card that follows from it.
 
-Read are plans.json and dataset.json. Orders of axes: nnU-Net permutes an image's axes before anything else (``transpose_forward``). Here
-*image order* is the order before, *network order* the one after: network axis a is image axis
-``order[a]``.
+Read are plans.json and dataset.json. Orders of axes: nnU-Net permutes an image's axes before anything else
+(``transpose_forward``). Here *image order* is the order before, *network order* the one after: network axis a
+is image axis ``order[a]``.
 """
 
 from __future__ import annotations

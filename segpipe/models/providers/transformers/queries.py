@@ -1,6 +1,7 @@
 """Networks that answer with queries, a mask each and of what, and their own losses.
 
-Cheng et al., MaskFormer, NeurIPS 2021. OneFormer is told its task in words, as numbers (Jain et al., CVPR 2023).
+Cheng et al., MaskFormer, NeurIPS 2021. OneFormer is told its task in words, as numbers (Jain et al., CVPR
+2023).
 """
 
 from __future__ import annotations
