@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from segpipe.config.card import Card
 from segpipe.config.job import Precision, Reference
 from segpipe.config.loading import load
 from segpipe.config.losses import LossName, LossTerm
-from segpipe.config.types import AutoSize, Memory, Strict, Text
-
-if TYPE_CHECKING:
-    pass
+from segpipe.config.types import AutoNumber, AutoSize, Memory, Strict, Text, as_text
 
 
 def _ascending(values: list[float]) -> list[float]:
@@ -134,7 +131,7 @@ class Split(Strict):
 
     by: SplitBy = Field(SplitBy.scene, description="scene: whole scenes. block: squares of a scene.")
     folds: int = Field(5, ge=2, le=100, description="Parts of about the same size; one is kept apart.")
-    fold: str = Field(
+    fold: Annotated[str, BeforeValidator(as_text)] = Field(
         "0",
         pattern=r"^(\d+|all|none)$",
         description="The part kept apart, from 0; all: one after another; none: learn from everything.",
@@ -142,13 +139,6 @@ class Split(Strict):
     block: int = Field(128, ge=1, description="Edge of a block, in elements of the model's grid.")
     buffer: int = Field(0, ge=0, description="Elements around a block kept apart that are not learned from.")
     seed: int = Field(0, ge=0, description="Of the random assignment.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fold_as_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("fold"), int):
-            return {**data, "fold": str(data["fold"])}
-        return data
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Split:
@@ -232,20 +222,13 @@ class TrainCompute(Strict):
     precision: Precision = Field(
         Precision.auto, description="auto: bf16 where the device computes it, else fp32. fp16: with a scaler."
     )
-    threads: str = Field("auto", pattern=r"^(auto|[1-9]\d*)$", description="CPU threads; auto: all cores.")
+    threads: AutoNumber = Field("auto", description="CPU threads; auto: all cores.")
     memory: Memory = Field("2GiB", description="Upper bound for scenes kept in memory; others are read.")
     minutes: float = Field(
         0.0,
         ge=0,
         description="Stop with a checkpoint after so many minutes; the next call goes on. 0: never.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _threads_as_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("threads"), int):
-            return {**data, "threads": str(data["threads"])}
-        return data
 
 
 class Stored(str, Enum):

@@ -20,19 +20,6 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry
 from segpipe.regions.base import FULL, Cover, RegionSet
-from segpipe.sources.labels import IGNORED
-
-__all__ = [
-    "IGNORED",
-    "MEASURE_TILE",
-    "NODATA",
-    "NOT_REQUESTED",
-    "SizeScale",
-    "Tally",
-    "add",
-    "measure_tile",
-    "measure_tiles",
-]
 
 MEASURE_TILE = {"raster": (2048, 2048), "volume": (128, 128, 128)}
 """Shape of a measure tile by kind of scene. Part of the metric definitions: never tuned."""
@@ -322,9 +309,7 @@ class Calibration:
         return cls(*(np.zeros(BINS, np.int64) for _ in range(3)))
 
     def __add__(self, other: Calibration) -> Calibration:
-        return Calibration(
-            self.count + other.count, self.confidence + other.confidence, self.right + other.right
-        )
+        return Calibration(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def error(self) -> float:

@@ -206,28 +206,24 @@ class ReadyObjects:
         return [self._resolved(window) for window in found]
 
     def _resolved(self, window: MaskCandidates) -> WindowObjects:
-        score, mask, overlap = self._output.score, self._output.mask, self._output.overlap
+        output = self._output
+        thresholds = {
+            "score_threshold": output.score,
+            "mask_threshold": output.mask,
+            "overlap_threshold": output.overlap,
+        }
         if self._output.kind == "panoptic":
             return resolve_masks(
                 window.masks,
                 window.classes,
                 window.scores,
-                score_threshold=score,
-                mask_threshold=mask,
-                overlap_threshold=overlap,
+                **thresholds,
                 things=self._things,
                 stuff=self._stuff,
                 rule=self._rule,
             )
         kept = np.isin(window.classes, self._things)
-        return resolve_instances(
-            window.masks[kept],
-            window.classes[kept],
-            window.scores[kept],
-            score_threshold=score,
-            mask_threshold=mask,
-            overlap_threshold=overlap,
-        )
+        return resolve_instances(window.masks[kept], window.classes[kept], window.scores[kept], **thresholds)
 
 
 def at_resolution(scores: torch.Tensor, batch: torch.Tensor, channels: int, name: str) -> torch.Tensor:

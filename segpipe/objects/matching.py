@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -58,14 +59,7 @@ class ObjectCounts:
     """Reference objects without a match, mostly where nothing valid was predicted: not in `fn`."""
 
     def __add__(self, other: ObjectCounts) -> ObjectCounts:
-        return ObjectCounts(
-            self.tp + other.tp,
-            self.fp + other.fp,
-            self.fn + other.fn,
-            self.iou + other.iou,
-            self.void_predicted + other.void_predicted,
-            self.void_reference + other.void_reference,
-        )
+        return ObjectCounts(*map(add, astuple(self), astuple(other)))
 
     @property
     def precision(self) -> float:

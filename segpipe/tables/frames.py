@@ -108,17 +108,14 @@ class ClassLike(Protocol):
     @property
     def value(self) -> int:
         """Value in label maps."""
-        ...
 
     @property
     def name(self) -> str:
         """What people read."""
-        ...
 
     @property
     def background(self) -> bool:
         """Left out of means."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shapely
 from pyproj import CRS, Transformer
 
 from segpipe.errors import SceneError
-from segpipe.export.stac import outline, why_no_place
+from segpipe.export.footprint import outline, why_no_place
 from segpipe.geometry.geometry import RasterGeometry
 
 

@@ -21,7 +21,8 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from segpipe.metrics.tally import FULL, IGNORED
+from segpipe.regions.base import FULL
+from segpipe.sources.labels import IGNORED
 from segpipe.tables.frames import Piece, table_of_pieces
 from segpipe.tables.overlap_tables import (
     SceneTallies,

@@ -7,7 +7,6 @@ the network's configuration is the card's `arguments`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +82,9 @@ def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNet
         network = module(card)
         fill(card, network, load_state(path))
     else:
-        network = _from_folder(card, path)
+        network = load_pretrained(
+            network_class(card), path, _config(card), lambda problem: card_error(card, "weights", problem)
+        )
         if card.output.kind == "semantic":
             network = _scorer(card, network)
     if card.output.kind == "semantic":
@@ -140,9 +141,3 @@ def _scorer(card: Card, network: torch.nn.Module) -> torch.nn.Module:
 def _queries(card: Card, network: torch.nn.Module) -> Queries:
     family = ARCHITECTURES[str(card.architecture)]
     return Queries(network, family, task_tokens(card, network.config) if family.task else None)
-
-
-def _from_folder(card: Card, path: Path) -> torch.nn.Module:
-    return load_pretrained(
-        network_class(card), path, _config(card), lambda problem: card_error(card, "weights", problem)
-    )
