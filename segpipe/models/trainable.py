@@ -21,7 +21,7 @@ class Trainable(Adapter, Protocol):
     module: Callable[[Card], torch.nn.Module]
     """The network with random weights."""
     objective: Callable[[Card], Objective | None]
-    """Where it has networks that find objects: the library's own loss of the card's; None where it has none."""
+    """Of networks that find objects, their library's own loss; None: the card's has none."""
     finder: Callable[[Card, torch.nn.Module, torch.device], ObjectNetwork]
     """Likewise: a network on its device as what finds objects, its weights as they are at each call."""
 
