@@ -15,31 +15,9 @@ from segpipe.objects.overlap_table import OverlapTable
 from segpipe.pipeline.measure import Measured, load_measured
 from segpipe.regions.base import SCENE
 from segpipe.store.stage import Stage
-from segpipe.tables import units
+from segpipe.tables import object_tables, overlap_tables, scene_tables, units
 from segpipe.tables.frames import FAILED, NO_REFERENCE, SIZE_COLUMNS, SceneValue, column_types, table_of_rows
-from segpipe.tables.object_tables import (
-    SceneDetections,
-    detections_table,
-    instances_table,
-    objects_table,
-    panoptic_table,
-    with_counts,
-)
-from segpipe.tables.overlap_tables import (
-    SceneTallies,
-    agreement_table,
-    confusion_table,
-    metric_table,
-    region_table,
-)
 from segpipe.tables.record import AskedPhrase, RunRecord, SceneRecord
-from segpipe.tables.scene_tables import (
-    SceneIntensity,
-    calibration_table,
-    intensity_table,
-    surface_table,
-    uncertainty_table,
-)
 from segpipe.tables.summary import summary_table
 
 T = TypeVar("T")
@@ -67,29 +45,33 @@ def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str,
     classes, job, scenes = record.legend, record.job, record.scenes
     measure = job.get("measure", {})
     results = [_tallies(scene, measured.get(scene.name)) for scene in scenes]
-    tables = {"regions": region_table(results, classes)}
+    tables = {"regions": overlap_tables.region_table(results, classes)}
     if job.get("reference"):
-        metrics = tables["metrics"] = metric_table(results, classes)
+        metrics = tables["metrics"] = overlap_tables.metric_table(results, classes)
         blocks: list[Tally] = []
         if len(scenes) == 1 and measured:
             receipts = next(iter(measured.values())).stage.receipts()
             blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
         tables["summary"] = summary_table(metrics, classes, groups=record.groups or None, blocks=blocks)
-        tables["agreement"] = agreement_table(metrics)
-        tables["confusion"] = confusion_table(results, classes)
+        tables["agreement"] = overlap_tables.agreement_table(metrics)
+        tables["confusion"] = overlap_tables.confusion_table(results, classes)
     if measure.get("intensity"):
         parts = _intensities(scenes, measured, lambda m: (m.channels, m.intensity))
-        tables["intensity"] = intensity_table(parts, classes)
+        tables["intensity"] = scene_tables.intensity_table(parts, classes)
     if measure.get("surface"):
-        tables["surface"] = surface_table(_values(scenes, measured, lambda m: m.surfaces), classes)
+        tables["surface"] = scene_tables.surface_table(
+            _values(scenes, measured, lambda m: m.surfaces), classes
+        )
     tables |= _object_tables(record, measured, tables["regions"])
     if record.prompted:
         tables["asked"] = phrase_table(record, tables["regions"], tables.get("instances"))
     if job.get("outputs", {}).get("uncertainty"):
         parts = _intensities(scenes, measured, lambda m: (m.doubts, m.uncertainty))
-        tables["uncertainty"] = uncertainty_table(parts, classes)
+        tables["uncertainty"] = scene_tables.uncertainty_table(parts, classes)
         if job.get("reference"):
-            tables["calibration"] = calibration_table(_values(scenes, measured, lambda m: m.calibration))
+            tables["calibration"] = scene_tables.calibration_table(
+                _values(scenes, measured, lambda m: m.calibration)
+            )
     return tables
 
 
@@ -100,9 +82,9 @@ def _object_tables(
     classes, measure = record.legend, record.job.get("measure", {})
     values = {int(k): v for k, v in (record.job.get("reference") or {}).get("values", {}).items()}
     detected = [
-        SceneDetections.of(scene.name, measured[scene.name], values)
+        object_tables.SceneDetections.of(scene.name, measured[scene.name], values)
         if scene.name in measured
-        else SceneDetections(scene.name, reason=scene.error)
+        else object_tables.SceneDetections(scene.name, reason=scene.error)
         for scene in record.scenes
     ]
     if any(scene.table is not None for scene in detected):
@@ -110,43 +92,50 @@ def _object_tables(
         things = [c.value for c in classes if not (c.background or c.stuff)]
         stuff = [c.value for c in classes if c.stuff]
         tables = {
-            "regions": with_counts(regions, detected, things),
-            "instances": detections_table(detected, classes, smallest, stuff),
+            "regions": object_tables.with_counts(regions, detected, things),
+            "instances": object_tables.detections_table(detected, classes, smallest, stuff),
         }
         if any(scene.overlaps is not None for scene in detected):
-            tables["panoptic"] = panoptic_table(detected, classes, stuff, smallest)
+            tables["panoptic"] = object_tables.panoptic_table(detected, classes, stuff, smallest)
         return tables
     if not measure.get("objects"):
         return {}
     given = _values(record.scenes, measured, _given_objects)
     smallest = measure["smallest"]
-    return {"objects": objects_table(given, smallest), "instances": instances_table(given, smallest)}
+    return {
+        "objects": object_tables.objects_table(given, smallest),
+        "instances": object_tables.instances_table(given, smallest),
+    }
 
 
 def _given_objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
     return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
 
 
-def _tallies(scene: SceneRecord, measured: Measured | None) -> SceneTallies:
+def _tallies(scene: SceneRecord, measured: Measured | None) -> overlap_tables.SceneTallies:
     if measured is None:
-        return SceneTallies(scene.name, regions=(), attempts=scene.attempts, reason=scene.error)
-    return SceneTallies.of(scene.name, measured, scene.attempts)
+        return overlap_tables.SceneTallies(
+            scene.name, regions=(), attempts=scene.attempts, reason=scene.error
+        )
+    return overlap_tables.SceneTallies.of(scene.name, measured, scene.attempts)
 
 
 def _intensities(
     scenes: Sequence[SceneRecord],
     measured: Mapping[str, Measured],
     pick: Callable[[Measured], tuple[tuple[Channel, ...], Intensity | None]],
-) -> list[SceneIntensity]:
+) -> list[scene_tables.SceneIntensity]:
     """Return the channels and statistics that are picked of every scene's measurements."""
     parts = []
     for scene in scenes:
         if (found := measured.get(scene.name)) is None:
-            parts.append(SceneIntensity(scene.name, reason=scene.error))
+            parts.append(scene_tables.SceneIntensity(scene.name, reason=scene.error))
             continue
         channels, intensity = pick(found)
         parts.append(
-            SceneIntensity(scene.name, regions=found.regions, channels=channels, intensity=intensity)
+            scene_tables.SceneIntensity(
+                scene.name, regions=found.regions, channels=channels, intensity=intensity
+            )
         )
     return parts
 

@@ -1,4 +1,11 @@
-"""``torch.export`` programs (.pt2): a graph of ATen operators, and only what was checked reaches PyTorch."""
+"""``torch.export`` programs (.pt2): a graph of ATen operators, and only what was checked reaches PyTorch.
+
+`torch.export.load` warns that it runs what a file says: it unpickles example inputs and some tensors, hands
+shape expressions to sympy's ``eval``, names of values to generated Python code, and loads compiled
+libraries. So the file is read here as a plain zip, its graph is held against closed lists, and a new archive
+of it is written in memory: the graph without traces of source code, guards or example inputs, and tensors as
+raw bytes.
+"""
 
 from __future__ import annotations
 
