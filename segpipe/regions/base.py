@@ -16,7 +16,6 @@ import numpy as np
 
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
-from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES
 
 SCENE = "scene"
 """Name of the region that is the whole scene; every scene has it."""
@@ -32,6 +31,8 @@ def is_grid(path: str) -> bool:
 
 def is_atlas(path: str) -> bool:
     """Whether `regions.path` names a label image, by its suffix; anything else is a layer."""
+    from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES  # its package reads files: slow
+
     return path.lower().endswith((*NIFTI_SUFFIXES, *RASTER_SUFFIXES))
 
 
