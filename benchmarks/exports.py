@@ -22,8 +22,7 @@ from segpipe.convert.onnx_file import METHODS, export_onnx, quantise
 from segpipe.convert.parity import compare, milliseconds
 from segpipe.errors import RequestError
 from segpipe.models.base import SegmentationModel
-from segpipe.models.compiled import compiled
-from segpipe.models.network import ReadyModel
+from segpipe.models.network import ReadyModel, compiled
 from segpipe.models.registry import build_network, load_model
 from segpipe.models.weights import resolve_weights
 

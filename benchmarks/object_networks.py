@@ -1,7 +1,7 @@
 """Rows of the transformers library's networks that answer with queries: semantic, instance and panoptic.
 
 Held against the library's image processors on the same windows. Three of their ways are not followed, as
-`segpipe.objects.window` and `segpipe.models.providers.transformers.families` say; the oracle is then the
+`segpipe.objects.window` and `segpipe.models.providers.transformers.configs` say; the oracle is then the
 processor's masks under the published rule, and its own map is counted beside it:
 
 - instances overlap: the processor lets the last query paint over the others, segpipe the one with the

@@ -128,7 +128,7 @@ def _nnunet_folder(root: Path, plans: dict[str, Any]) -> Path:
 
 def _nnunet(root: Path, *, network: str, folds: tuple[int, ...], mirror: bool) -> Made:
     """Held against nnU-Net's own predictor's network: mirror images, then the mean of the folds' logits."""
-    from segpipe.models.providers.nnunet.nnunet_card import card_from_nnunet
+    from segpipe.models.providers.nnunet.plans import card_from_nnunet
 
     folder = _nnunet_folder(root, _plans(network))
     card = card_from_nnunet(folder)
@@ -162,7 +162,7 @@ def _bundle(root: Path) -> Made:
     """Held against the network that MONAI's own parser makes of the bundle's configuration."""
     from monai.bundle.config_parser import ConfigParser
 
-    from segpipe.models.providers.bundle.bundle_card import card_from_bundle
+    from segpipe.models.providers.bundle.files import card_from_bundle
 
     config = {
         "dims": 3,

@@ -73,7 +73,8 @@ def with_segpipe(labels: str, districts: str) -> np.ndarray:
     from segpipe.config.job import Regions
     from segpipe.geometry.geometry import RasterGeometry
     from segpipe.metrics.tally import SizeScale, add, measure_tile, measure_tiles
-    from segpipe.regions import FULL, load_regions
+    from segpipe.regions import load_regions
+    from segpipe.regions.base import FULL
 
     with rasterio.open(labels, driver="GTiff") as source:
         geometry = RasterGeometry(source.shape, source.transform[:6], source.crs.to_wkt())

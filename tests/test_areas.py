@@ -20,7 +20,8 @@ from shapely.affinity import translate
 from segpipe.config.job import Regions
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.metrics.tally import SizeScale, add, measure_tile, measure_tiles
-from segpipe.regions import FULL, load_regions
+from segpipe.regions import load_regions
+from segpipe.regions.base import FULL
 
 SPACENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "spacenet_buildings"
 UTM = "EPSG:32616"

@@ -17,8 +17,8 @@ from world import CLASSES, World, polygon, write_polygons, write_volume
 
 from segpipe.config.card import Class
 from segpipe.export.bids import write_bids
-from segpipe.export.manifest import check_manifest
 from segpipe.export.ome_zarr import write_ome_zarr
+from segpipe.export.run_folder import check_manifest
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import volume_geometry
 from segpipe.lake.ledger import Ledger

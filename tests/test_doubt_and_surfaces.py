@@ -17,7 +17,7 @@ from segpipe.config.job import Job
 from segpipe.errors import RequestError
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import export_scene
-from segpipe.metrics.calibration import LEVELS
+from segpipe.metrics.tally import LEVELS
 from segpipe.pipeline.given_scene import prepare_labelled
 from segpipe.pipeline.measure import measure_scene
 from segpipe.runs.check import check_request

@@ -290,7 +290,7 @@ def compare(
 @app.command()
 def check(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
     """Hold every file of a run against the manifest: size and SHA-256. Exit code 1: some differ."""
-    from segpipe.export.manifest import check_manifest
+    from segpipe.export.run_folder import check_manifest
 
     wrong = check_manifest(run_folder)
     for line in wrong:

@@ -110,8 +110,8 @@ def import_(
     import yaml
 
     from segpipe.config.card import load_card
-    from segpipe.models.providers.bundle.bundle_card import card_from_bundle
-    from segpipe.models.providers.nnunet.nnunet_card import card_from_nnunet
+    from segpipe.models.providers.bundle.files import card_from_bundle
+    from segpipe.models.providers.nnunet.plans import card_from_nnunet
     from segpipe.models.registry import check_card
 
     nnunet = (source / "plans.json").is_file()

@@ -6,16 +6,15 @@ unions badly. An unknown key is a mistake; a mistake is reported with its path a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from segpipe.config.loading import load
 from segpipe.config.prompts import PromptOptions
-from segpipe.config.types import AutoSize, Memory, Name, Strict, Text, WindowSize, as_text, form
+from segpipe.config.types import AutoNumber, AutoSize, Memory, Name, Strict, Text, WindowSize, form
 from segpipe.errors import RequestError
 
 
@@ -106,11 +105,7 @@ class Compute(Strict):
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1.")
     precision: Precision = Field(Precision.auto, description="auto: bf16 on CUDA, fp32 on CPU.")
-    batch: str = Field(
-        "auto",
-        pattern=r"^(auto|[1-9]\d*)$",
-        description="Windows per forward pass; short batches are padded to it.",
-    )
+    batch: AutoNumber = Field("auto", description="Windows per forward pass; short batches are padded to it.")
     tta: TTA = Field(
         TTA.none,
         description="flips: mean over the mirror images along the card's mirror axes (of 2 or 3: 4 or 8).",
@@ -127,9 +122,7 @@ class Compute(Strict):
     workers: int = Field(
         1, ge=1, le=1024, description="Batches of blocks in progress at once; one per device."
     )
-    threads: str = Field(
-        "auto", pattern=r"^(auto|[1-9]\d*)$", description="CPU threads per worker; auto: all cores."
-    )
+    threads: AutoNumber = Field("auto", description="CPU threads per worker; auto: all cores.")
     least: int = Field(
         0,
         ge=0,
@@ -154,13 +147,6 @@ class Compute(Strict):
     batch_minutes: float = Field(
         2.0, gt=0, le=60, description="Work aimed at in one Prefect task, in minutes."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_as_text(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            return {k: as_text(v) if k in ("batch", "threads") else v for k, v in data.items()}
-        return data
 
     @model_validator(mode="after")
     def _what_goes_with_the_runner(self) -> Compute:

@@ -1,9 +1,10 @@
-"""YAML held against a pydantic model: every mistake told with its path and what would be valid."""
+"""Files held against what is asked of them: every mistake told with its path and what would be valid."""
 
 from __future__ import annotations
 
+import csv
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -150,3 +151,30 @@ def _describe(model: type[BaseModel], loc: Sequence[str | int]) -> str:
     field = _field_at(model, loc)
     text = field.description if field else None
     return f"valid: {text}" if text else "see the documentation of this key"
+
+
+FIELD = "measure.groups"
+
+
+def load_groups(path: str, scenes: Iterable[str]) -> dict[str, str]:
+    """Scene to group, of a CSV with the columns scene and group.
+
+    Raises:
+        RequestError: the file cannot be read, lacks a column, or a scene of the run is not in it or twice.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"{FIELD}: {path} cannot be read: {error}") from error
+    columns = list(rows[0]) if rows else []
+    if not {"scene", "group"} <= set(columns):
+        raise RequestError(f"{FIELD}: {path} has the columns {columns}; valid: scene,group and a row a scene")
+    found: dict[str, str] = {}
+    for row in rows:
+        if found.setdefault(row["scene"], row["group"]) != row["group"]:
+            raise RequestError(f"{FIELD}: {path} has {row['scene']!r} in two groups; valid: one")
+    missing = [scene for scene in scenes if not found.get(scene)]
+    if missing:
+        raise RequestError(f"{FIELD}: {path} has no group for {missing[0]!r}; every scene needs one")
+    return {scene: found[scene] for scene in scenes}

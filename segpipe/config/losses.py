@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from segpipe.config.types import Strict
-
-if TYPE_CHECKING:
-    pass
 
 IGNORE = -1
 """Target value of an element that takes no part: no data, or not labelled."""

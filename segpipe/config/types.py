@@ -16,6 +16,7 @@ def as_text(value: object) -> object:
 SIZE = r"(\d+|\d+x\d+|\d+x\d+x\d+)"
 AutoSize = Annotated[str, Field(pattern=rf"^(auto|{SIZE})$"), BeforeValidator(as_text)]
 """``auto``, one number for all axes, or one per axis in array order: ``512``, ``96x128x128``."""
+AutoNumber = Annotated[str, Field(pattern=r"^(auto|[1-9]\d*)$"), BeforeValidator(as_text)]
 WindowSize = Annotated[str, Field(pattern=rf"^(auto|whole|{SIZE})$"), BeforeValidator(as_text)]
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 """Text that may be left out, empty or null. A form shows a plain box, where a union would be two tabs."""

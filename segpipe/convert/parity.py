@@ -11,7 +11,7 @@ import torch
 
 from segpipe.config.card import Card
 from segpipe.models.base import SegmentationModel
-from segpipe.models.outputs import activate, best_class
+from segpipe.models.network import activate, best_class
 
 NOISE_EDGE = 64
 """Shortest edge of a window of noise for a model without a window of its own."""

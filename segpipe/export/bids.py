@@ -112,9 +112,7 @@ def write_bids(location: str, folder: Path, record: RunRecord, nodata: int | Non
             "Sources": [source],
             "SpatialReference": source,
         }
-        texts[f"{base}/{where}/{stem}_dseg.json"] = _json(
-            {**said, "Sources": [source], "SpatialReference": source}
-        )
+        texts[f"{base}/{where}/{stem}_dseg.json"] = _json(said)
         texts[f"{base}/desc-{desc}_dseg.tsv"] = _table(record.legend, nodata)
         copies[f"{base}/{where}/{stem}_dseg.nii.gz"] = labels[name]
     for path, text in texts.items():

@@ -25,8 +25,7 @@ from rasterio.windows import Window
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.sidecars import gdal_pam, qgis_style
-from segpipe.export.staging import commit, fit_labels, label_dtype, staging
+from segpipe.export.staging import commit, fit_labels, gdal_pam, label_dtype, qgis_style, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.pictures.colors import rgb

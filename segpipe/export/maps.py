@@ -19,14 +19,14 @@ from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.footprint import why_no_place
-from segpipe.export.manifest import ITEM, MANIFEST, hash_files, own_files, write_seal
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
+from segpipe.export.run_folder import ITEM, MANIFEST, hash_files, own_files, write_seal
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.inference.label_dtype import no_data_value
-from segpipe.metrics.calibration import LEVELS
+from segpipe.metrics.tally import LEVELS
 from segpipe.models.plugins import provider_spec
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pipeline.measure import Measured, shown_classes

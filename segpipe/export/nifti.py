@@ -22,8 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.sidecars import slicer_colors
-from segpipe.export.staging import commit, fit_labels, label_dtype, slab_boxes, staging
+from segpipe.export.staging import commit, fit_labels, label_dtype, slab_boxes, slicer_colors, staging
 from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.sources.base import LabelReader, ScoreReader
 

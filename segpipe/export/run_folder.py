@@ -1,18 +1,33 @@
-"""The folder of a run: where it lies, and how files get into it."""
+"""The folder of a run: where it lies, how files get into it, and the manifest of what it holds.
+
+The manifest has sizes and checksums, so that a copy can be checked years later. A scene's files are hashed by
+whoever wrote them, before they go anywhere: ``scenes/<scene>/manifest.json``, paths relative to the run. The
+run's own ``manifest.json`` joins these, and hashes what else is there. So nothing that was uploaded is
+downloaded again, and making a report anew never takes over a file that changed meanwhile.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import obstore
 
-from segpipe.export.manifest import MANIFEST
-from segpipe.store.location import is_url, join, open_store
+from segpipe.errors import RequestError
+from segpipe.sources.remote import public_uri
+from segpipe.store.location import is_url, join, open_store, write_atomic
+
+if TYPE_CHECKING:
+    from segpipe.tables.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -55,3 +70,171 @@ def local_folder(run: RunFolder) -> Iterator[Path]:
 def now() -> str:
     """Local time, ISO 8601 with its offset."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+MANIFEST = "manifest.json"
+ITEM = "item.json"
+RECORD = "run.json"
+"""Written after the manifest, so not in it."""
+PIECE = 8 * 2**20
+"""Bytes of an object read at once."""
+READERS = 8
+_NOT_OURS = re.compile(r"(^|/)\.|^compare-")
+"""Hidden files, and comparisons, which are made again whenever somebody likes."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What tells that a file is as it was."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+
+
+Marks = dict[str, Mark]
+"""By path relative to the run's folder."""
+
+
+def hash_file(path: Path) -> Mark:
+    """Size and checksum of a local file, read in pieces."""
+    with path.open("rb") as file:
+        return Mark(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def hash_files(folder: Path, paths: Iterable[str]) -> Marks:
+    """Marks of files below a local folder, by their paths relative to it."""
+    return {path: hash_file(folder / path) for path in paths}
+
+
+def own_files(folder: Path, below: str) -> list[str]:
+    """Paths of files, relative to a run's folder, in order; what somebody is still writing is left out.
+
+    Args:
+        folder: local, of the run.
+        below: relative to it.
+    """
+    return sorted(_sizes(open_store(str(folder)), below))
+
+
+def write_seal(folder: Path, scene: str, uri: str, identity: Mapping[str, Any], marks: Marks) -> None:
+    """Write a scene's own manifest, the last of its files.
+
+    Args:
+        folder: local, of the run.
+        scene: its name.
+        uri: of the source.
+        identity: of the source's content.
+        marks: of the scene's files.
+    """
+    source = {"uri": public_uri(uri), "identity": _public(identity)}
+    write_atomic(folder / "scenes" / scene / MANIFEST, _json({"source": source, "files": _listed(marks)}))
+
+
+def write_manifest(
+    location: str, folder: Path, record: RunRecord, known: Marks, copies: Mapping[str, str]
+) -> None:
+    """Write ``manifest.json`` of a run into a local folder.
+
+    Args:
+        location: the run's folder or URL; what lies there and has no mark yet is hashed.
+        folder: where the file is written (the run's own, or one that is uploaded).
+        record: of the run.
+        known: marks of files that were written just now.
+        copies: files that are copies of others, to these.
+    """
+    store = open_store(location)
+    with ThreadPoolExecutor(READERS) as pool:
+        names = [f"scenes/{scene.name}/{MANIFEST}" for scene in record.done]
+        seals = list(pool.map(lambda name: _read(store, name), names))
+        found: Marks = {}
+        scenes = []
+        for scene, name, seal in zip(record.done, names, seals, strict=True):
+            made: dict[str, Any] = {"source": {"uri": public_uri(scene.uri)}, "files": {}}
+            if seal is not None:
+                made = json.loads(seal)
+                found[name] = Mark(len(seal), hashlib.sha256(seal).hexdigest())
+            scenes.append({"name": scene.name, **made["source"], "keys": dict(scene.keys)})
+            found |= {path: Mark(**mark) for path, mark in made["files"].items()}
+        found |= known
+        found |= {path: found[origin] for path, origin in copies.items() if origin in found}
+        rest = [path for path in _sizes(store) if path not in found and path not in (MANIFEST, RECORD)]
+        found |= zip(rest, pool.map(lambda path: _hash_object(store, path), rest), strict=True)
+    manifest = {
+        "job": record.job_name,
+        "run": record.run_id,
+        "checksums": "sha256",
+        "scenes": scenes,
+        "files": _listed(found),
+    }
+    write_atomic(folder / MANIFEST, _json(manifest))
+
+
+def check_manifest(location: str) -> list[str]:
+    """What is missing from a run or has changed since it ended, a line each; empty: all is as it was.
+
+    Every file is read, in pieces.
+
+    Args:
+        location: folder or URL of the run.
+
+    Raises:
+        RequestError: there is no manifest.
+    """
+    store = open_store(location)
+    found = _read(store, MANIFEST)
+    if found is None:
+        raise RequestError(f"{location}: no {MANIFEST} here; `segpipe report` on a finished run writes it")
+    there = _sizes(store)
+
+    def fault(item: tuple[str, dict[str, Any]]) -> str:
+        path, mark = item
+        if path not in there:
+            return f"{path}: missing"
+        if there[path] != mark["size"]:
+            return f"{path}: found {there[path]} bytes, was {mark['size']}"
+        sha256 = _hash_object(store, path).sha256
+        return "" if sha256 == mark["sha256"] else f"{path}: found SHA-256 {sha256}, was {mark['sha256']}"
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [line for line in pool.map(fault, json.loads(found)["files"].items()) if line]
+
+
+def _hash_object(store: obstore.store.ObjectStore, path: str) -> Mark:
+    """Size and checksum of an object, read in pieces."""
+    digest, size = hashlib.sha256(), 0
+    for piece in obstore.get(store, path).stream(min_chunk_size=PIECE):
+        digest.update(piece)
+        size += len(piece)
+    return Mark(size, digest.hexdigest())
+
+
+def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[str, int]:
+    """The run's files and their bytes."""
+    listed = (meta for chunk in obstore.list(store, below) for meta in chunk)
+    return {m["path"]: m["size"] for m in listed if not _NOT_OURS.search(m["path"])}
+
+
+def _read(store: obstore.store.ObjectStore, path: str) -> bytes | None:
+    try:
+        return bytes(obstore.get(store, path).bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _public(value: Any) -> Any:
+    """A JSON value with `public_uri` applied to every text of it."""
+    if isinstance(value, str):
+        return public_uri(value)
+    if isinstance(value, Mapping):
+        return {k: _public(v) for k, v in value.items()}
+    return [_public(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _listed(marks: Marks) -> dict[str, dict[str, Any]]:
+    return {path: asdict(mark) for path, mark in sorted(marks.items())}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import geopandas
 import numpy as np
@@ -22,20 +22,23 @@ from segpipe.export.run_folder import RunFolder, local_folder
 from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.metrics.calibration import LEVELS
+from segpipe.metrics.tally import LEVELS
 from segpipe.pictures.archive import FORMAT, Previews, dump_previews, load_previews
 from segpipe.pictures.preview import raster_preview, volume_preview
 from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene
-from segpipe.regions import Layer, region_layer
+from segpipe.regions import region_layer
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
 from segpipe.sources.remote import public_uri
 from segpipe.store.location import write_atomic
 from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
+
+if TYPE_CHECKING:
+    from segpipe.regions.layer import Layer
 
 REGION_FACTS = ("seen", "state")
 """Columns that are the same for every class of a region."""

@@ -24,7 +24,7 @@ from pystac.extensions.raster import DataType, RasterBand, RasterExtension, Samp
 from segpipe import __version__
 from segpipe.config.card import Card, Class
 from segpipe.export.footprint import outline
-from segpipe.export.manifest import ITEM, Mark
+from segpipe.export.run_folder import ITEM, Mark
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.gdal import Handles

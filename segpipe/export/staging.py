@@ -1,4 +1,9 @@
-"""What every export shares: the reader's contract, the smallest dtype, atomic files."""
+"""What exports share: the smallest dtype, atomic files, and class names and colours beside a label map.
+
+A TIFF holds a palette but no names. GDAL reads them from ``<file>.aux.xml`` (category names, and a
+raster attribute table, which QGIS and ArcGIS show); QGIS takes ``<name>.qml`` as the layer's style,
+so that its legend lists the classes and not 256 colours; 3D Slicer reads ``.ctbl`` colour tables.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
+from pyproj import CRS
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
+from segpipe.pictures.colors import rgb
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""
@@ -72,3 +80,82 @@ def commit(source: Path, target: Path) -> None:
         return
     except OSError:  # a file system without links
         source.replace(target)
+
+
+LARGEST_LISTED = 255
+"""Category names are a dense list from 0: beyond this value only the attribute table is written."""
+
+_INTEGER, _STRING = 0, 2  # GDALRATFieldType
+_COLUMNS = (  # name, GDALRATFieldType, GDALRATFieldUsage
+    ("Value", _INTEGER, 5),
+    ("Class", _STRING, 2),
+    ("Red", _INTEGER, 6),
+    ("Green", _INTEGER, 7),
+    ("Blue", _INTEGER, 8),
+)
+
+
+def gdal_pam(classes: Sequence[Class], crs: CRS | None) -> str:
+    """The text of ``<file>.aux.xml``: category names and attribute table of band 1.
+
+    Args:
+        classes: what the values mean; none: nothing is said of band 1.
+        crs: written only where GeoTIFF keys cannot hold it exactly; GDAL prefers it then.
+    """
+    root = ET.Element("PAMDataset")
+    if crs is not None:
+        north_first = crs.axis_info and crs.axis_info[0].direction == "north"
+        mapping = "2,1" if north_first else "1,2"  # x and y of the raster to the CRS's axes
+        ET.SubElement(root, "SRS", dataAxisToSRSAxisMapping=mapping).text = crs.to_wkt()
+    if not classes:
+        return _pretty(root)
+    band = ET.SubElement(root, "PAMRasterBand", band="1")
+    names = {c.value: c.name for c in classes}
+    if max(names) <= LARGEST_LISTED:
+        categories = ET.SubElement(band, "CategoryNames")
+        for value in range(max(names) + 1):
+            ET.SubElement(categories, "Category").text = names.get(value, "")
+    table = ET.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    for index, (name, kind, usage) in enumerate(_COLUMNS):
+        field = ET.SubElement(table, "FieldDefn", index=str(index))
+        for tag, content in (("Name", name), ("Type", kind), ("Usage", usage)):
+            ET.SubElement(field, tag).text = str(content)
+    for index, item in enumerate(sorted(classes, key=lambda c: c.value)):
+        row = ET.SubElement(table, "Row", index=str(index))
+        for cell in (item.value, item.name, *rgb(item.color)):
+            ET.SubElement(row, "F").text = str(cell)
+    return _pretty(root)
+
+
+def qgis_style(classes: Sequence[Class]) -> str:
+    """The text of ``<file>.qml``: one legend entry per class, in the order of the values."""
+    root = ET.Element("qgis", version="3.0.0", styleCategories="Symbology")
+    pipe = ET.SubElement(root, "pipe")
+    renderer = ET.SubElement(pipe, "rasterrenderer", type="paletted", band="1", opacity="1", alphaBand="-1")
+    palette = ET.SubElement(renderer, "colorPalette")
+    for item in sorted(classes, key=lambda c: c.value):
+        ET.SubElement(
+            palette,
+            "paletteEntry",
+            value=str(item.value),
+            color=item.color,
+            alpha="0" if item.background else "255",  # background is looked through
+            label=item.name,
+        )
+    return "<!DOCTYPE qgis>\n" + _pretty(root)
+
+
+def slicer_colors(classes: Sequence[Class]) -> str:
+    """The text of a 3D Slicer colour table: value, name without blanks, red, green, blue, alpha."""
+    lines = ["# Color table file", f"# {len(classes)} values"]
+    for item in sorted(classes, key=lambda c: c.value):
+        red, green, blue = rgb(item.color)
+        name = "_".join(item.name.split()) or "unnamed"
+        alpha = 0 if item.background else 255
+        lines.append(f"{item.value} {name} {red} {green} {blue} {alpha}")
+    return "\n".join(lines) + "\n"
+
+
+def _pretty(root: ET.Element) -> str:
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"

@@ -36,7 +36,7 @@ from segpipe.inference.normalise import Normaliser
 from segpipe.inference.object_merger import ObjectMerger, masked
 from segpipe.inference.queues import Prefetch, Writer
 from segpipe.models.base import ObjectModel, SegmentationModel
-from segpipe.models.outputs import activate, all_finite, best_class
+from segpipe.models.network import activate, all_finite, best_class
 from segpipe.process.allocator import release
 from segpipe.sources.base import Pixels
 from segpipe.tiling.plan import Plan

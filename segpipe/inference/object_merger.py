@@ -11,8 +11,7 @@ import numpy as np
 from segpipe.config.card import Card
 from segpipe.geometry.box import Box
 from segpipe.inference.label_dtype import label_dtype
-from segpipe.objects.edges import Overhang, window_overhang
-from segpipe.objects.nodes import Nodes, box_nodes
+from segpipe.objects.nodes import Nodes, Overhang, box_nodes, window_overhang
 from segpipe.objects.window import WindowObjects, WindowTable
 from segpipe.tiling.windows import Index, Lattice
 

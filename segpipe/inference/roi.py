@@ -14,7 +14,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 from segpipe.geometry.grid_map import GridMap, sample_nearest
 from segpipe.inference.normalise import Normaliser, Readable, sample_grid, scene_statistics
-from segpipe.models.outputs import activate
+from segpipe.models.network import activate
 from segpipe.models.registry import load_model
 from segpipe.sources.base import Scaling
 

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from segpipe.metrics.calibration import CHANNELS, LEVELS
+from segpipe.metrics.tally import CHANNELS, LEVELS
 
 
 def uncertainty_channels(several_answers: bool) -> tuple[str, ...]:

@@ -23,20 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from segpipe.geometry.box import Box
+from segpipe.metrics import surface_distances
 from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED
-from segpipe.metrics.surface_distances import (
-    SLACK,
-    Distances,
-    band_margin,
-    boundary_band,
-    edge_elements,
-    element_table,
-    nearest,
-    percentile95,
-    summarise,
-    surface_elements,
-    weighted_percentile95,
-)
 from segpipe.metrics.tally import NODATA
 
 
@@ -65,9 +53,9 @@ class Boundary:
 class Surface:
     """Surface and boundary metrics of one class in one scene."""
 
-    element: Distances
+    element: surface_distances.Distances
     """Of weighted surface elements: DeepMind's definition."""
-    voxel: Distances
+    voxel: surface_distances.Distances
     """Of edge elements: MONAI's definition."""
     boundary: Boundary
     tolerance: float
@@ -120,8 +108,8 @@ class SurfaceCollector:
         self.classes, self.scene, self.nodata = tuple(classes), scene, nodata
         self.spacing, self.width = tuple(map(float, spacing)), float(width)
         self.tolerance = {c: float(tolerance[c]) for c in classes}
-        self.margin = band_margin(self.spacing, self.width)
-        self._sizes, self._bits = element_table(self.spacing)
+        self.margin = surface_distances.band_margin(self.spacing, self.width)
+        self._sizes, self._bits = surface_distances.element_table(self.spacing)
         # by side (0 predicted, 1 reference) and class code: one entry per tile
         self._corners: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
         self._neighbours: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
@@ -153,16 +141,16 @@ class SurfaceCollector:
         inners, bands = [], []
         for side, values in enumerate((labels, reference)):
             frame = self._frame(values, valid, view, box)
-            for code, at, around in surface_elements(frame, self.margin, last, self._bits):
+            for code, at, around in surface_distances.surface_elements(frame, self.margin, last, self._bits):
                 self._corners[side, code].append(self._places(at, box, 1))
                 self._neighbours[side, code].append(around)
             inner = frame[inside]
-            at = np.stack(np.nonzero(edge_elements(frame, self.margin) & (inner > 0)))
+            at = np.stack(np.nonzero(surface_distances.edge_elements(frame, self.margin) & (inner > 0)))
             places, on = self._places(at, box, 0), inner[tuple(at)]
             for one in np.unique(on).tolist():
                 self._edges[side, one].append(places[on == one])
             inners.append(inner)
-            bands.append(boundary_band(frame, self.margin, self.spacing, self.width))
+            bands.append(surface_distances.boundary_band(frame, self.margin, self.spacing, self.width))
         common = bands[0] & bands[1] & (inners[0] == inners[1])
         for row, inner, band in zip(self._bands, (*inners, inners[0]), (*bands, common), strict=True):
             row += np.bincount(inner[band], minlength=len(row))
@@ -202,16 +190,22 @@ class SurfaceCollector:
             weights.append(self._sizes[_joined(self._neighbours[side, code], np.uint8)[order]])
             edges.append(np.sort(_joined(self._edges[side, code], np.int64)))
         far = self._both_ways(corners, 1, workers)
-        element = summarise(far, weights, weighted_percentile95, tolerance)
+        element = surface_distances.summarise(
+            far, weights, surface_distances.weighted_percentile95, tolerance
+        )
         far = self._both_ways(edges, 0, workers)
-        voxel = summarise(far, [np.ones(len(d)) for d in far], percentile95, tolerance)
+        voxel = surface_distances.summarise(
+            far, [np.ones(len(d)) for d in far], surface_distances.percentile95, tolerance
+        )
         boundary = self._boundary(code, far)
         reason = _REASONS[boundary.predicted > 0, boundary.actual > 0]
         return Surface(element, voxel, boundary, tolerance, self.width, reason)
 
     def _boundary(self, code: int, far: Sequence[np.ndarray]) -> Boundary:
         """Agreement of the boundaries, from the bands and the edge elements' distances."""
-        precision, recall = (_share(int((d <= self.width * SLACK).sum()), len(d)) for d in far)
+        precision, recall = (
+            _share(int((d <= self.width * surface_distances.SLACK).sum()), len(d)) for d in far
+        )
         predicted, actual, common = self._bands[:, code].tolist()
         both = precision + recall
         return Boundary(
@@ -231,7 +225,7 @@ class SurfaceCollector:
             distances = np.zeros(len(one))
             apart = ~np.isin(one, other, assume_unique=True)  # places in both need no search
             points, others = self._points(one[apart], extra), self._points(other, extra)
-            distances[apart] = nearest(points, others, self.spacing, workers)
+            distances[apart] = surface_distances.nearest(points, others, self.spacing, workers)
             far.append(distances)
         return far
 

@@ -3,10 +3,13 @@
 Measuring goes over its own lattice of *measure tiles*, anchored at the scene's first element and
 independent of the blocks of prediction, and everything in a tally is a whole number. So sums do
 not depend on block size, order or runner, and adding again gives the same bits.
+
+So are the counts by confidence (`Calibration`), which tell whether a model is as sure as it is right.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -17,19 +20,6 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry
 from segpipe.regions.base import FULL, Cover, RegionSet
-from segpipe.sources.labels import IGNORED
-
-__all__ = [
-    "IGNORED",
-    "MEASURE_TILE",
-    "NODATA",
-    "NOT_REQUESTED",
-    "SizeScale",
-    "Tally",
-    "add",
-    "measure_tile",
-    "measure_tiles",
-]
 
 MEASURE_TILE = {"raster": (2048, 2048), "volume": (128, 128, 128)}
 """Shape of a measure tile by kind of scene. Part of the metric definitions: never tuned."""
@@ -296,3 +286,72 @@ def compact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     present = np.bincount(shifted.ravel()) > 0
     place = (np.cumsum(present) - 1).astype(np.int32)
     return np.flatnonzero(present) + low, place[shifted]
+
+
+BINS = 15
+"""Of equal width, as Guo et al. 2017 (arXiv:1706.04599) have it; a bin holds its lower end."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Additive counts over elements with a valid pixel and a reference: whole numbers, no order."""
+
+    count: np.ndarray
+    """Elements in each bin (BINS,), int64 as all of them."""
+    confidence: np.ndarray
+    """Sum of their confidence, in 1/65535."""
+    right: np.ndarray
+    """How many of them are right."""
+
+    @classmethod
+    def empty(cls) -> Calibration:
+        """Of nothing."""
+        return cls(*(np.zeros(BINS, np.int64) for _ in range(3)))
+
+    def __add__(self, other: Calibration) -> Calibration:
+        return Calibration(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: Σ count/total · |accuracy − mean confidence|; NaN of nothing."""
+        total = int(self.count.sum())
+        gaps = np.abs(self.right - self.confidence / LEVELS)
+        return math.fsum(gaps) / total if total else math.nan
+
+    def to_json(self) -> list[Any]:
+        """A JSON list, exact."""
+        return [self.count.tolist(), self.confidence.tolist(), self.right.tolist()]
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> Calibration:
+        """The inverse of `to_json`."""
+        return cls(*(np.array(column, dtype=np.int64) for column in data))
+
+
+def calibrate(
+    confidence: np.ndarray, labels: np.ndarray, nodata: int | None, reference: np.ndarray
+) -> Calibration:
+    """The counts of one tile.
+
+    Args:
+        confidence: share of the best class, uint16 in 1/65535.
+        labels: predicted class values of the same shape.
+        nodata: value of ``labels`` without a valid pixel; None: none.
+        reference: class values; negative ones are not compared.
+    """
+    compared = reference >= 0
+    if nodata is not None:
+        compared &= labels != nodata
+    sure = confidence[compared].astype(np.int64)
+    right = labels[compared] == reference[compared]
+    place = np.minimum(sure * BINS // LEVELS, BINS - 1)
+    sums = np.rint(np.bincount(place, weights=sure, minlength=BINS)).astype(np.int64)  # below 2**38: exact
+    return Calibration(np.bincount(place, minlength=BINS), sums, np.bincount(place[right], minlength=BINS))
+
+
+CHANNELS = ("entropy", "margin", "confidence", "disagreement")
+"""Of the stored map, in this order; the last only where there is more than one answer."""
+
+
+LEVELS = 65535
+"""Shares are stored as whole numbers of 1/65535."""

@@ -30,7 +30,6 @@ class SegmentationModel(Protocol):
             float32 (n, k, …) with the input's spatial shape: what `card.output.activation` says.
             A network that answers at a lower resolution is upsampled (bilinear, half-pixel) here.
         """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +57,6 @@ class ObjectNetwork(Protocol):
 
     def candidates(self, batch: torch.Tensor) -> Sequence[MaskCandidates]:
         """Masks proposed for each window of a batch (n, c, …), normalised, on `device`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,6 @@ class Objective(Protocol):
             images: (n, c, y, x), on the network's device as the truths are.
             truths: of each image.
         """
-        ...
 
 
 class ObjectModel(Protocol):
@@ -94,4 +91,3 @@ class ObjectModel(Protocol):
 
     def objects(self, batch: torch.Tensor) -> Sequence[WindowObjects]:
         """The objects of each window of a batch."""
-        ...

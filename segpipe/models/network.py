@@ -1,7 +1,9 @@
-"""What the providers' adapters share: filling a module with weights, and the ready models."""
+"""What adapters share: weights filled in, scores made of outputs, ready and compiled models."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +18,32 @@ from segpipe.errors import RequestError
 from segpipe.models.base import MaskCandidates, ObjectNetwork, SegmentationModel
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.objects.window import WindowObjects, resolve_instances, resolve_masks
+
+
+def activate(out: torch.Tensor, activation: str) -> torch.Tensor:
+    """Network output (n, k, …) as float32 probabilities of each class."""
+    out = out.float()
+    if activation == "softmax":
+        return out.softmax(1)
+    if activation == "sigmoid":
+        foreground = out.sigmoid()
+        return torch.cat([1 - foreground, foreground], 1)
+    return out
+
+
+def best_class(scores: torch.Tensor) -> torch.Tensor:
+    """The first channel of the highest score, (n, k, …) → (n, …).
+
+    By `max`, which also gives the first of equals: on a CPU `argmax` over this axis is not vectorised
+    and took a third of a small network's time.
+    """
+    return scores.max(1).indices.to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+
+
+def all_finite(scores: torch.Tensor) -> torch.Tensor:
+    """One boolean, in one pass without a copy: NaN and infinity reach the extremes."""
+    return torch.stack(torch.aminmax(scores)).isfinite().all()
+
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -178,28 +206,24 @@ class ReadyObjects:
         return [self._resolved(window) for window in found]
 
     def _resolved(self, window: MaskCandidates) -> WindowObjects:
-        score, mask, overlap = self._output.score, self._output.mask, self._output.overlap
+        output = self._output
+        thresholds = {
+            "score_threshold": output.score,
+            "mask_threshold": output.mask,
+            "overlap_threshold": output.overlap,
+        }
         if self._output.kind == "panoptic":
             return resolve_masks(
                 window.masks,
                 window.classes,
                 window.scores,
-                score_threshold=score,
-                mask_threshold=mask,
-                overlap_threshold=overlap,
+                **thresholds,
                 things=self._things,
                 stuff=self._stuff,
                 rule=self._rule,
             )
         kept = np.isin(window.classes, self._things)
-        return resolve_instances(
-            window.masks[kept],
-            window.classes[kept],
-            window.scores[kept],
-            score_threshold=score,
-            mask_threshold=mask,
-            overlap_threshold=overlap,
-        )
+        return resolve_instances(window.masks[kept], window.classes[kept], window.scores[kept], **thresholds)
 
 
 def at_resolution(scores: torch.Tensor, batch: torch.Tensor, channels: int, name: str) -> torch.Tensor:
@@ -236,3 +260,58 @@ def forward_pass(device: torch.device, precision: str, threads: int) -> Iterator
     dtype = AUTOCAST.get(precision)
     with torch.inference_mode(), nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype):
         yield
+
+
+COMPILERS = ("g++", "clang++", "c++")
+
+
+@dataclass
+class CompiledNetwork(TorchNetwork):
+    """A network whose module went through torch.compile; takes windows of one shape."""
+
+    name: str = ""
+    """Of the card, for messages."""
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Raw scores.
+
+        Raises:
+            RequestError: the compiler cannot cope with the network.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return super().__call__(batch)
+        except TorchDynamoException as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise RequestError(
+                f"compute.compile: torch.compile cannot compile {self.name} ({reason}); use compile: false"
+            ) from error
+
+
+def compiled(card: Card, network: Network) -> Network:
+    """The network compiled for windows of one shape.
+
+    Bits differ from those of the plain network, so this is part of a prediction's key.
+
+    Raises:
+        RequestError: no PyTorch network, no fixed window, or no C++ compiler here.
+    """
+    if not isinstance(network, TorchNetwork):
+        raise RequestError(
+            f"compute.compile: {card.name} ({card.provider}) is no PyTorch network; use compile: false"
+        )
+    if card.window_shape is None:
+        # Each scene's shape would be compiled anew, and after eight torch would quietly stop compiling.
+        raise RequestError(
+            f"compute.compile: {card.name} takes whole scenes of any shape; use compile: false"
+        )
+    wanted = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ((wanted,) if wanted else COMPILERS)):
+        raise RequestError(
+            f"compute.compile: no C++ compiler here (looked for {wanted or ', '.join(COMPILERS)}); "
+            "install one, e.g. g++, or use compile: false"
+        )
+    module = torch.compile(network.module, dynamic=False)
+    assert isinstance(module, torch.nn.Module)
+    return CompiledNetwork(module, network.device, network.channels_last, card.name)

@@ -100,9 +100,9 @@ def _loaded(
         if key not in _models:
             network = build_network(card, device_of(device), threads)
             if compile:
-                from segpipe.models.compiled import compiled
+                from segpipe.models.network import compiled
 
-                network = compiled(card, cast("Network", network))
+                network = compiled(card, cast(Network, network))
             _models[key] = ready(card, network, precision, threads)
         return cast(M, _models[key])
 

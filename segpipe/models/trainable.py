@@ -20,15 +20,10 @@ class Trainable(Adapter, Protocol):
 
     module: Callable[[Card], torch.nn.Module]
     """The network with random weights."""
-
-
-class ObjectTrainable(Trainable, Protocol):
-    """What it offers beside these where it has networks that find objects."""
-
     objective: Callable[[Card], Objective | None]
-    """The library's own loss of the card's network; None where it has none."""
+    """Of networks that find objects, their library's own loss; None: the card's has none."""
     finder: Callable[[Card, torch.nn.Module, torch.device], ObjectNetwork]
-    """A network on its device as what finds objects, its weights as they are at each call."""
+    """Likewise: a network on its device as what finds objects, its weights as they are at each call."""
 
 
 def untrained(card: Card) -> torch.nn.Module:
@@ -55,7 +50,7 @@ def objective(card: Card) -> Objective | None:
         return None
     check_objects(card)
     adapter = load_adapter(card)
-    found = cast(ObjectTrainable, adapter).objective(card) if hasattr(adapter, "objective") else None
+    found = cast(Trainable, adapter).objective(card) if hasattr(adapter, "objective") else None
     if found is None:
         raise card_error(
             card,
@@ -71,7 +66,7 @@ def finder(
 ) -> ObjectModel:
     """A network in training, whose `objective` there is, as what finds objects in windows."""
     return ReadyObjects(
-        card, cast(ObjectTrainable, load_adapter(card)).finder(card, network, device), precision, threads
+        card, cast(Trainable, load_adapter(card)).finder(card, network, device), precision, threads
     )
 
 

@@ -10,8 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from segpipe.geometry.box import Box
-from segpipe.objects.edges import PairCounts, matches
-from segpipe.objects.nodes import NO_SCORE, SCORE_BITS, Nodes, cells, window_number
+from segpipe.objects.nodes import NO_SCORE, SCORE_BITS, Nodes, PairCounts, cells, matches, window_number
 from segpipe.tiling.windows import Lattice
 
 

@@ -55,20 +55,16 @@ class Cells(Protocol):
     @property
     def size(self) -> tuple[int, ...]:
         """Cells: (rows, columns), or (cuts, rows, columns)."""
-        ...
 
     @property
     def factors(self) -> tuple[int, int]:
         """Elements per cell along rows and columns."""
-        ...
 
     def parts(self) -> Iterator[tuple[Box, tuple[slice, ...]]]:
         """Reads that cover all cells once, each with the cells it fills: whole cells only."""
-        ...
 
     def flat(self, values: np.ndarray, box: Box) -> np.ndarray:
         """(…, *box.shape) as elements (…, rows, columns) or (…, cuts, rows, columns)."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,16 @@ from segpipe.geometry.box import Box
 from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.object_merger import ground_value, load_parts, stuff_values
 from segpipe.metrics.tally import SizeScale
-from segpipe.objects.edges import Overhang, PairCounts, add_pairs, overhang_boxes, window_edges
 from segpipe.objects.merge import merge_objects, relabel
-from segpipe.objects.nodes import Nodes, add_nodes
+from segpipe.objects.nodes import (
+    Nodes,
+    Overhang,
+    PairCounts,
+    add_nodes,
+    add_pairs,
+    overhang_boxes,
+    window_edges,
+)
 from segpipe.objects.table import TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.store.stage import ArraySpec

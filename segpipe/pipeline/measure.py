@@ -31,15 +31,23 @@ from segpipe.geometry.geometry import (
     is_mercator,
 )
 from segpipe.metrics import intensity
-from segpipe.metrics.calibration import CHANNELS, LEVELS, Calibration, calibrate
 from segpipe.metrics.intensity import Channel, Intensity, measure_intensity
 from segpipe.metrics.surface import SurfaceCollector
-from segpipe.metrics.tally import SizeScale, Tally, add, measure_tile, measure_tiles
+from segpipe.metrics.tally import (
+    CHANNELS,
+    LEVELS,
+    Calibration,
+    SizeScale,
+    Tally,
+    add,
+    calibrate,
+    measure_tile,
+    measure_tiles,
+)
 from segpipe.objects import overlap_table as instances
 from segpipe.objects.overlap_table import OverlapTable, overlap_tile
-from segpipe.objects.region_members import Members, members_tile
-from segpipe.objects.region_members import add as add_members
-from segpipe.objects.table import FACTS, ObjectTable
+from segpipe.objects.table import FACTS, Members, ObjectTable, members_tile
+from segpipe.objects.table import add as add_members
 from segpipe.pipeline.given_scene import LabelledScene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene

@@ -22,7 +22,7 @@ from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.prompts.columns import Columns
 from segpipe.regions.base import FULL
-from segpipe.regions.cover import unit_cover
+from segpipe.regions.polygons import unit_cover
 
 
 class PromptSource(IntEnum):

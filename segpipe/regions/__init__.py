@@ -1,30 +1,19 @@
-"""Where numbers are reported: the whole scene, the polygons of a layer, a grid, or a label atlas."""
+"""Where numbers are reported: the whole scene, the polygons of a layer, a grid, or a label atlas.
+
+What draws regions is imported where a job has some: geopandas takes most of a second.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from segpipe.config.job import Regions
 from segpipe.geometry.geometry import Geometry, RasterGeometry
-from segpipe.regions.atlas import is_atlas, load_atlas
-from segpipe.regions.base import FULL, SCENE, Cover, RegionSet, WholeScene, WithScene, different
-from segpipe.regions.grids import grid_layer, is_grid, load_grid, parse_grid
-from segpipe.regions.layer import Layer, read_layer
-from segpipe.regions.polygons import load_polygons
+from segpipe.regions.base import SCENE, RegionSet, WholeScene, WithScene, different, is_atlas, is_grid
 
-__all__ = [
-    "FULL",
-    "SCENE",
-    "Cover",
-    "Layer",
-    "RegionSet",
-    "WholeScene",
-    "is_grid",
-    "load_regions",
-    "measured_regions",
-    "parse_grid",
-    "region_layer",
-]
+if TYPE_CHECKING:
+    from segpipe.regions.layer import Layer
 
 
 def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
@@ -41,9 +30,15 @@ def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
     if config is None:
         return WholeScene(geometry)
     if is_grid(config.path):
+        from segpipe.regions.grids import load_grid
+
         return load_grid(config, geometry)
     if is_atlas(config.path):
+        from segpipe.regions.atlas import load_atlas
+
         return load_atlas(config, geometry)
+    from segpipe.regions.polygons import load_polygons
+
     return load_polygons(config, geometry)
 
 
@@ -54,6 +49,9 @@ def region_layer(config: Regions, geometry: Geometry) -> Layer | None:
     """
     if not isinstance(geometry, RasterGeometry) or is_atlas(config.path):
         return None
+    from segpipe.regions.grids import grid_layer, parse_grid
+    from segpipe.regions.layer import read_layer
+
     grid = is_grid(config.path)
     layer = grid_layer(parse_grid(config), geometry) if grid else read_layer(config)
     return replace(layer, names=different((SCENE, *layer.names))[1:])

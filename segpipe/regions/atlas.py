@@ -19,16 +19,9 @@ from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.regions.base import FULL, Cover, RegionSet, different
 from segpipe.sources.labels import LabelFile
-from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES
 
-ATLAS_SUFFIXES = (*NIFTI_SUFFIXES, *RASTER_SUFFIXES)
 READ_LIMIT = 1 << 24
 """Most elements of an atlas read at once; a tile that needs more is halved."""
-
-
-def is_atlas(path: str) -> bool:
-    """Whether `regions.path` names a label image, by its suffix; anything else is a layer."""
-    return path.lower().endswith(ATLAS_SUFFIXES)
 
 
 class AtlasRegions(RegionSet):

@@ -21,6 +21,19 @@ SCENE = "scene"
 """Name of the region that is the whole scene; every scene has it."""
 FULL = 1 << 16
 """Fixed-point cover of an element that lies wholly inside a region."""
+GRID, H3 = "grid", "h3"
+
+
+def is_grid(path: str) -> bool:
+    """Whether `regions.path` names a grid and not a file."""
+    return path.startswith((f"{GRID}:", f"{H3}:"))
+
+
+def is_atlas(path: str) -> bool:
+    """Whether `regions.path` names a label image, by its suffix; anything else is a layer."""
+    from segpipe.sources.uri import NIFTI_SUFFIXES, RASTER_SUFFIXES  # its package reads files: slow
+
+    return path.lower().endswith((*NIFTI_SUFFIXES, *RASTER_SUFFIXES))
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.process.extras import require
+from segpipe.regions.base import GRID, H3
 from segpipe.regions.layer import Layer, make_layer, only_polygons
 from segpipe.regions.polygons import PolygonRegions, footprint, place_layer
 
-GRID, H3 = "grid", "h3"
 FINEST_H3 = 15
 MOST_CELLS = 100_000
 """Over one scene; a finer grid is refused."""
@@ -41,11 +41,6 @@ class Grid:
     def text(self) -> str:
         """As in the job: ``grid:1000``."""
         return f"{self.kind}:{plain(self.size)}"
-
-
-def is_grid(path: str) -> bool:
-    """Whether `regions.path` names a grid and not a file."""
-    return path.startswith((f"{GRID}:", f"{H3}:"))
 
 
 def parse_grid(config: Regions) -> Grid:

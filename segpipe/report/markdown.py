@@ -11,8 +11,8 @@ from segpipe.regions.base import SCENE
 from segpipe.report.charts import class_bars
 from segpipe.report.phrase_view import phrase_rows, phrases_sentence
 from segpipe.tables import units
-from segpipe.tables.phrase_table import phrase_table
 from segpipe.tables.record import RunRecord
+from segpipe.tables.run_tables import phrase_table
 
 HEADLINES = ("mIoU", "mean Dice", "pixel accuracy")
 """Metrics told first, of those over all classes; the summary table has every one."""

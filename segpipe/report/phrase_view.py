@@ -17,8 +17,8 @@ import pandas as pd
 
 from segpipe.report.cells import MISSING, Head, PageCell, number_cell
 from segpipe.tables import units
-from segpipe.tables.phrase_table import FOUND, GIVEN, PHRASE_COUNTS, SCENE_FAILED
 from segpipe.tables.record import ClassInfo, SceneRecord
+from segpipe.tables.run_tables import FOUND, GIVEN, PHRASE_COUNTS, SCENE_FAILED
 
 
 def describe_outcome(row: Mapping[Any, Any]) -> str:

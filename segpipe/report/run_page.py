@@ -18,9 +18,8 @@ import pandas as pd
 
 from segpipe.pictures.archive import Previews
 from segpipe.regions.base import SCENE
-from segpipe.report.cells import ROWS, PageTable, page_table
+from segpipe.report.cells import ROWS, Definition, PageTable, needed, of_metric, page_table
 from segpipe.report.charts import LISTED, Bar, Bars, class_bars, confusion_matrix
-from segpipe.report.definitions import Definition, needed, of_metric
 from segpipe.report.markdown import HEADLINES
 from segpipe.report.overview import figures, scene_scores, scene_table
 from segpipe.report.phrase_view import PhraseView, phrase_view, phrases_sentence

@@ -13,16 +13,15 @@ from typing import Any
 from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.config.card import Card, WindowZscore, read_card
 from segpipe.config.classes import load_classes
-from segpipe.config.groups import load_groups
 from segpipe.config.job import TTA, Blend, Job, parse_size
-from segpipe.config.loading import apply_overrides, read_yaml, validate
+from segpipe.config.loading import apply_overrides, load_groups, read_yaml, validate
 from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import check_card
 from segpipe.pipeline.measure import TALLY_VERSION, tolerances
 from segpipe.pipeline.plan_scene import model_parts
 from segpipe.prompts.phrases import phrase_classes
-from segpipe.regions import is_grid, parse_grid
+from segpipe.regions.base import is_grid
 from segpipe.sources import SceneRef, discover
 from segpipe.sources.base import matches
 from segpipe.sources.mosaic import MOSAIC
@@ -171,6 +170,8 @@ def _check_paths(job: Job) -> None:
         "prompts.earlier": job.prompts.earlier,
     }
     if job.regions and is_grid(job.regions.path):
+        from segpipe.regions.grids import parse_grid  # geopandas, which only few jobs need
+
         parse_grid(job.regions)
         del paths["regions.path"]
     for field, path in paths.items():

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from segpipe.config.card import Card, Class
 from segpipe.config.classes import load_classes, with_found
-from segpipe.config.groups import load_groups
 from segpipe.config.job import Format, Job
+from segpipe.config.loading import load_groups
 from segpipe.export.bids import write_bids
-from segpipe.export.manifest import hash_files, write_manifest
 from segpipe.export.maps import has_nodata
-from segpipe.export.run_folder import RunFolder, local_folder, now
+from segpipe.export.run_folder import RunFolder, hash_files, local_folder, now, write_manifest
 from segpipe.inference.label_dtype import no_data_value
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pictures.archive import Previews, load_previews

@@ -6,7 +6,6 @@ and types of their columns from it, the page its headers and definitions, a run 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -109,17 +108,14 @@ class ClassLike(Protocol):
     @property
     def value(self) -> int:
         """Value in label maps."""
-        ...
 
     @property
     def name(self) -> str:
         """What people read."""
-        ...
 
     @property
     def background(self) -> bool:
         """Left out of means."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -145,15 +141,21 @@ class Piece:
 
     length: int
     columns: Mapping[str, Any]
-    """Arrays of that length, or one value for all rows; a column that is left out is empty."""
+    """All of the table's: arrays of that length, or one value for all rows."""
 
 
 def table_of_pieces(pieces: Sequence[Piece], types: Mapping[str, str]) -> pd.DataFrame:
-    """Return a data frame with these columns and types, also without rows."""
+    """Return a data frame with these columns and types, also without rows.
+
+    Raises:
+        ValueError: a piece lacks one of the columns, or has another.
+    """
+    for piece in pieces:
+        if other := sorted(set(types) ^ set(piece.columns)):
+            raise ValueError(f"columns of the dictionary that rows lack, or of rows that it lacks: {other}")
     data = {}
     for name, dtype in types.items():
-        empty = "" if dtype == "str" else math.nan
-        parts = [_filled(piece.columns.get(name, empty), piece.length, dtype) for piece in pieces]
+        parts = [_filled(piece.columns[name], piece.length, dtype) for piece in pieces]
         data[name] = pd.Series(np.concatenate(parts) if parts else [], dtype=dtype)
     return pd.DataFrame(data)
 

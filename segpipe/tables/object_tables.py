@@ -11,12 +11,10 @@ import pandas as pd
 
 from segpipe.geometry.geometry import Geometry
 from segpipe.metrics.tally import SizeScale
+from segpipe.objects import matching
 from segpipe.objects.average_precision import average_precision, detections
-from segpipe.objects.matching import ABOVE_HALF, match, object_counts
 from segpipe.objects.overlap_table import Minimum, Objects, Overlaps, OverlapTable, overlaps
-from segpipe.objects.panoptic import Quality, panoptic_counts, panoptic_quality
-from segpipe.objects.region_members import Members
-from segpipe.objects.table import ObjectTable
+from segpipe.objects.table import Members, ObjectTable
 from segpipe.sources.labels import OBJECT, IdRule
 from segpipe.tables.frames import (
     FAILED,
@@ -138,7 +136,7 @@ def _objects(
         frame[f"first_{name}"], frame[f"end_{name}"] = objects.start[:, axis], objects.stop[:, axis]
     if scene.overlaps is not None:
         matched = scene_overlaps(scene, (), smallest)
-        pairs = match(matched, ABOVE_HALF)
+        pairs = matching.match(matched, matching.ABOVE_HALF)
         place = matched.predicted.objects.ids[matched.first[pairs]] - 1
         _add_partners(frame, place, matched.reference.objects.ids[matched.second[pairs]], matched.iou[pairs])
     return frame if scene.facts is None else frame.merge(scene.facts, on="id", how="left", validate="1:1")
@@ -211,7 +209,7 @@ def _panoptic_rows(
         return
     matched = scene_overlaps(scene, stuff, smallest)
     things = [c.value for c in classes if c.value not in stuff]
-    quality = panoptic_quality([panoptic_counts(matched)], things, list(stuff))
+    quality = matching.panoptic_quality([matching.panoptic_counts(matched)], things, list(stuff))
     precision = average_precision([detections(matched)])
     groups = {"all": quality.all, "things": quality.things, "stuff": quality.stuff}
     for name, mean in groups.items() if stuff else [("all", quality.all)]:
@@ -223,7 +221,7 @@ def _panoptic_rows(
         yield row if ap is None or c.value in stuff else {**row, "ap": ap.ap, "ap50": ap.ap50}
 
 
-def _quality(quality: Quality) -> dict[str, Any]:
+def _quality(quality: matching.Quality) -> dict[str, Any]:
     return {"pq": quality.pq, "sq": quality.sq, "rq": quality.rq, "reason": quality.reason}
 
 
@@ -256,12 +254,12 @@ def _match_rows(result: GivenObjects, smallest: int) -> Iterator[dict[str, Any]]
         return
     head["state"] = MEASURED
     scene = _given_overlaps(*result.value, smallest)
-    quality = panoptic_quality([panoptic_counts(scene)], [OBJECT], []).all
+    quality = matching.panoptic_quality([matching.panoptic_counts(scene)], [OBJECT], []).all
     found = average_precision([detections(scene)]).get(OBJECT)
     row = {**head, **_quality(quality)}
     yield row if found is None else {**row, "ap": found.ap, "ap50": found.ap50, "ap75": found.ap75}
     for threshold in THRESHOLDS:
-        for c in object_counts(scene, threshold).values():
+        for c in matching.object_counts(scene, threshold).values():
             row = {**head, "threshold": threshold, "tp": c.tp, "fp": c.fp, "fn": c.fn, "reason": c.reason}
             ratios = {"precision": c.precision, "recall": c.recall, "f1": c.f1, "mean_iou": c.mean_iou}
             yield row | ratios
@@ -280,7 +278,7 @@ def instances_table(results: Iterable[GivenObjects], smallest: int) -> pd.DataFr
 
 
 def _instances(name: str, scene: Overlaps) -> pd.DataFrame:
-    pairs = match(scene, ABOVE_HALF)
+    pairs = matching.match(scene, matching.ABOVE_HALF)
     frames = []
     for side, own, whose, other, its in (
         (scene.predicted, scene.first, "predicted", scene.reference, scene.second),

@@ -13,21 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from segpipe.metrics.overlap import (
-    ONE_CLASS,
-    ClassCounts,
-    Counts,
-    RegionCounts,
-    balanced_accuracy,
-    class_counts,
-    cohen_kappa,
-    frequency_weighted_iou,
-    is_compared,
-    pixel_accuracy,
-    ratio,
-    reasons,
-    totals,
-)
+from segpipe.metrics import overlap
 from segpipe.metrics.tally import NODATA, NOT_REQUESTED, SizeScale, Tally
 from segpipe.regions.base import FULL
 from segpipe.tables.frames import (
@@ -43,6 +29,7 @@ from segpipe.tables.frames import (
     Piece,
     column_types,
     fixed_counts,
+    table_columns,
     table_of_pieces,
     text_of,
 )
@@ -198,16 +185,16 @@ def region_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
     groups, failed = len(batch.scene), batch.failed
     rows = _Rows.of(groups, classes, group, label)
     valid = label != NODATA
-    covered = totals(group, np.where(valid, cover, 0), groups)
-    seen_size = totals(group, np.where(valid, size, 0), groups)
-    whole = totals(group, cover, groups) + _outside(batch)
-    seen = np.where(failed, np.nan, np.nan_to_num(ratio(covered, whole)))
+    covered = overlap.totals(group, np.where(valid, cover, 0), groups)
+    seen_size = overlap.totals(group, np.where(valid, size, 0), groups)
+    whole = overlap.totals(group, cover, groups) + _outside(batch)
+    seen = np.where(failed, np.nan, np.nan_to_num(overlap.ratio(covered, whole)))
     measured = (covered > 0)[rows.group]
     states = np.where(failed, 0, np.where(covered > 0, 1, 2))[rows.group]
     numbers = {
         "count": rows.take(cover) / FULL,
         **{SIZE_COLUMNS[unit]: batch.sizes(rows.group, rows.take(size), unit) for unit in batch.units},
-        "share": ratio(rows.take(size), seen_size[rows.group]),
+        "share": overlap.ratio(rows.take(size), seen_size[rows.group]),
         "touches_edge": rows.take(edge) > 0,
     }
     columns = {name: np.where(measured, values, np.nan) for name, values in numbers.items()}
@@ -247,15 +234,15 @@ def metric_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
     not in any mean of IoU or Dice.
     """
     batch = _SceneGroups.of(results)
-    found = class_counts(batch.tally)
+    found = overlap.class_counts(batch.tally)
     groups = len(batch.scene)
     rows = _Rows.of(groups, classes, found.group, found.value)
     compared = np.bincount(found.group, minlength=groups) > 0
     case = np.select([batch.failed, compared, batch.asked], [0, 1, 2], 3)[rows.group]
-    full = RegionCounts(
+    full = overlap.RegionCounts(
         rows.group,
         rows.value,
-        Counts(*(rows.take(v) for v in (found.counts.tp, found.counts.fp, found.counts.fn))),
+        overlap.Counts(*(rows.take(v) for v in (found.counts.tp, found.counts.fp, found.counts.fn))),
         groups,
         rows.take(found.predicted_size),
         rows.take(found.reference_size),
@@ -263,19 +250,20 @@ def metric_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) 
     failures = text_of([r.reason for r in batch.results], batch.scene[rows.group])
     why = np.where(case == 0, failures, text_of(("", "", NOTHING_COMPARED, NO_REFERENCE), case))
     columns = {name: np.where(case == 1, v, np.nan) for name, v in _overlap(batch, full).items()}
-    columns["reason"] = np.where(case == 1, reasons(full, rows.stranger, NOT_A_CLASS), why)
+    columns["reason"] = np.where(case == 1, overlap.reasons(full, rows.stranger, NOT_A_CLASS), why)
     columns["state"] = text_of((FAILED, MEASURED, NO_DATA, NOT_REQUESTED_STATE), case)
     return table_of_pieces(
         [Piece(len(rows.group), {**rows.head(batch), **columns})], column_types("metrics", batch.units)
     )
 
 
-def _overlap(batch: _SceneGroups, rows: RegionCounts) -> dict[str, np.ndarray]:
+def _overlap(batch: _SceneGroups, rows: overlap.RegionCounts) -> dict[str, np.ndarray]:
     """The numbers of the metric table's rows."""
     counts = rows.counts
     numbers = {name: getattr(counts, name) / FULL for name in ("tp", "fp", "fn")}
-    numbers |= {name: getattr(counts, name) for name in ("iou", "dice", "precision", "recall")}
-    numbers |= {"tn": rows.tn / FULL, "specificity": rows.specificity, "size_ratio": rows.size_ratio}
+    numbers["tn"] = rows.tn / FULL
+    for name in (c.name for c in table_columns("metrics") if c.kind == "ratio"):
+        numbers[name] = getattr(counts if hasattr(counts, name) else rows, name)
     sizes = {
         "predicted": rows.predicted_size,
         "reference": rows.reference_size,
@@ -297,18 +285,18 @@ def agreement_table(metrics: pd.DataFrame) -> pd.DataFrame:
     rows, group = metrics.iloc[order], group[order]
     heads = rows.iloc[np.flatnonzero(np.diff(group, prepend=-1))]
     counts, groups = fixed_counts(rows), len(heads)
-    cells = ClassCounts(group, rows["value"].to_numpy(dtype=np.int64), counts, groups)
-    compared = totals(group, counts.actual, groups)
-    kappa = cohen_kappa(cells)
-    why = np.where(np.isnan(kappa), ONE_CLASS, "").astype(object)
+    cells = overlap.ClassCounts(group, rows["value"].to_numpy(dtype=np.int64), counts, groups)
+    compared = overlap.totals(group, counts.actual, groups)
+    kappa = overlap.cohen_kappa(cells)
+    why = np.where(np.isnan(kappa), overlap.ONE_CLASS, "").astype(object)
     names, n_classes = _names(rows, group, ~counts.undefined, groups)
     columns = {name: heads[name].to_numpy() for name in ("scene", "region", "state", "attempts")}
     columns |= {
         "count": np.where(heads["tp"].notna(), compared / FULL, np.nan),
-        "pixel_accuracy": pixel_accuracy(cells),
-        "balanced_accuracy": balanced_accuracy(cells),
+        "pixel_accuracy": overlap.pixel_accuracy(cells),
+        "balanced_accuracy": overlap.balanced_accuracy(cells),
         "kappa": kappa,
-        "frequency_weighted_iou": frequency_weighted_iou(cells),
+        "frequency_weighted_iou": overlap.frequency_weighted_iou(cells),
         "classes": names,
         "n_classes": n_classes,
         "n_reference_classes": np.bincount(group[counts.actual > 0], minlength=groups),
@@ -337,7 +325,7 @@ def confusion_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike
     """
     batch = _SceneGroups.of(results)
     tally, known = batch.tally, {c.value: c.name for c in classes}
-    kept = np.flatnonzero(is_compared(tally))
+    kept = np.flatnonzero(overlap.is_compared(tally))
     order = kept[np.lexsort((tally.label[kept], tally.reference[kept], tally.region[kept]))]
     group = tally.region[order]
     columns = batch.head(group)

@@ -1,9 +1,10 @@
-"""A run's tables, from what measuring left of each scene."""
+"""A run's tables, that of its phrases among them, from what measuring left of each scene."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -12,32 +13,11 @@ from segpipe.metrics.intensity import Channel, Intensity
 from segpipe.metrics.tally import SizeScale, Tally
 from segpipe.objects.overlap_table import OverlapTable
 from segpipe.pipeline.measure import Measured, load_measured
+from segpipe.regions.base import SCENE
 from segpipe.store.stage import Stage
-from segpipe.tables.frames import NO_REFERENCE, SceneValue
-from segpipe.tables.object_tables import (
-    SceneDetections,
-    detections_table,
-    instances_table,
-    objects_table,
-    panoptic_table,
-    with_counts,
-)
-from segpipe.tables.overlap_tables import (
-    SceneTallies,
-    agreement_table,
-    confusion_table,
-    metric_table,
-    region_table,
-)
-from segpipe.tables.phrase_table import phrase_table
-from segpipe.tables.record import RunRecord, SceneRecord
-from segpipe.tables.scene_tables import (
-    SceneIntensity,
-    calibration_table,
-    intensity_table,
-    surface_table,
-    uncertainty_table,
-)
+from segpipe.tables import object_tables, overlap_tables, scene_tables, units
+from segpipe.tables.frames import FAILED, NO_REFERENCE, SIZE_COLUMNS, SceneValue, column_types, table_of_rows
+from segpipe.tables.record import AskedPhrase, RunRecord, SceneRecord
 from segpipe.tables.summary import summary_table
 
 T = TypeVar("T")
@@ -65,29 +45,33 @@ def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str,
     classes, job, scenes = record.legend, record.job, record.scenes
     measure = job.get("measure", {})
     results = [_tallies(scene, measured.get(scene.name)) for scene in scenes]
-    tables = {"regions": region_table(results, classes)}
+    tables = {"regions": overlap_tables.region_table(results, classes)}
     if job.get("reference"):
-        metrics = tables["metrics"] = metric_table(results, classes)
+        metrics = tables["metrics"] = overlap_tables.metric_table(results, classes)
         blocks: list[Tally] = []
         if len(scenes) == 1 and measured:
             receipts = next(iter(measured.values())).stage.receipts()
             blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
         tables["summary"] = summary_table(metrics, classes, groups=record.groups or None, blocks=blocks)
-        tables["agreement"] = agreement_table(metrics)
-        tables["confusion"] = confusion_table(results, classes)
+        tables["agreement"] = overlap_tables.agreement_table(metrics)
+        tables["confusion"] = overlap_tables.confusion_table(results, classes)
     if measure.get("intensity"):
         parts = _intensities(scenes, measured, lambda m: (m.channels, m.intensity))
-        tables["intensity"] = intensity_table(parts, classes)
+        tables["intensity"] = scene_tables.intensity_table(parts, classes)
     if measure.get("surface"):
-        tables["surface"] = surface_table(_values(scenes, measured, lambda m: m.surfaces), classes)
+        tables["surface"] = scene_tables.surface_table(
+            _values(scenes, measured, lambda m: m.surfaces), classes
+        )
     tables |= _object_tables(record, measured, tables["regions"])
     if record.prompted:
         tables["asked"] = phrase_table(record, tables["regions"], tables.get("instances"))
     if job.get("outputs", {}).get("uncertainty"):
         parts = _intensities(scenes, measured, lambda m: (m.doubts, m.uncertainty))
-        tables["uncertainty"] = uncertainty_table(parts, classes)
+        tables["uncertainty"] = scene_tables.uncertainty_table(parts, classes)
         if job.get("reference"):
-            tables["calibration"] = calibration_table(_values(scenes, measured, lambda m: m.calibration))
+            tables["calibration"] = scene_tables.calibration_table(
+                _values(scenes, measured, lambda m: m.calibration)
+            )
     return tables
 
 
@@ -98,9 +82,9 @@ def _object_tables(
     classes, measure = record.legend, record.job.get("measure", {})
     values = {int(k): v for k, v in (record.job.get("reference") or {}).get("values", {}).items()}
     detected = [
-        SceneDetections.of(scene.name, measured[scene.name], values)
+        object_tables.SceneDetections.of(scene.name, measured[scene.name], values)
         if scene.name in measured
-        else SceneDetections(scene.name, reason=scene.error)
+        else object_tables.SceneDetections(scene.name, reason=scene.error)
         for scene in record.scenes
     ]
     if any(scene.table is not None for scene in detected):
@@ -108,43 +92,50 @@ def _object_tables(
         things = [c.value for c in classes if not (c.background or c.stuff)]
         stuff = [c.value for c in classes if c.stuff]
         tables = {
-            "regions": with_counts(regions, detected, things),
-            "instances": detections_table(detected, classes, smallest, stuff),
+            "regions": object_tables.with_counts(regions, detected, things),
+            "instances": object_tables.detections_table(detected, classes, smallest, stuff),
         }
         if any(scene.overlaps is not None for scene in detected):
-            tables["panoptic"] = panoptic_table(detected, classes, stuff, smallest)
+            tables["panoptic"] = object_tables.panoptic_table(detected, classes, stuff, smallest)
         return tables
     if not measure.get("objects"):
         return {}
     given = _values(record.scenes, measured, _given_objects)
     smallest = measure["smallest"]
-    return {"objects": objects_table(given, smallest), "instances": instances_table(given, smallest)}
+    return {
+        "objects": object_tables.objects_table(given, smallest),
+        "instances": object_tables.instances_table(given, smallest),
+    }
 
 
 def _given_objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
     return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
 
 
-def _tallies(scene: SceneRecord, measured: Measured | None) -> SceneTallies:
+def _tallies(scene: SceneRecord, measured: Measured | None) -> overlap_tables.SceneTallies:
     if measured is None:
-        return SceneTallies(scene.name, regions=(), attempts=scene.attempts, reason=scene.error)
-    return SceneTallies.of(scene.name, measured, scene.attempts)
+        return overlap_tables.SceneTallies(
+            scene.name, regions=(), attempts=scene.attempts, reason=scene.error
+        )
+    return overlap_tables.SceneTallies.of(scene.name, measured, scene.attempts)
 
 
 def _intensities(
     scenes: Sequence[SceneRecord],
     measured: Mapping[str, Measured],
     pick: Callable[[Measured], tuple[tuple[Channel, ...], Intensity | None]],
-) -> list[SceneIntensity]:
+) -> list[scene_tables.SceneIntensity]:
     """Return the channels and statistics that are picked of every scene's measurements."""
     parts = []
     for scene in scenes:
         if (found := measured.get(scene.name)) is None:
-            parts.append(SceneIntensity(scene.name, reason=scene.error))
+            parts.append(scene_tables.SceneIntensity(scene.name, reason=scene.error))
             continue
         channels, intensity = pick(found)
         parts.append(
-            SceneIntensity(scene.name, regions=found.regions, channels=channels, intensity=intensity)
+            scene_tables.SceneIntensity(
+                scene.name, regions=found.regions, channels=channels, intensity=intensity
+            )
         )
     return parts
 
@@ -161,3 +152,62 @@ def _values(
         value = pick(measured[scene.name])
         parts.append(SceneValue(scene.name, value, NO_REFERENCE if value is None else ""))
     return parts
+
+
+SCENE_FAILED = "scene failed"
+"""Outcome where the scene failed: what became of the phrase is unknown."""
+GIVEN = "from prompts"
+"""Outcome of classes that no text asked for: their objects come from prompts of files or from points."""
+FOUND = "found"
+PHRASE_COUNTS = ("found", "below", "small", "merged")
+
+
+def phrase_table(
+    record: RunRecord, regions: pd.DataFrame, instances: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """A row a scene and phrase, in the order asked; classes that only prompts of files name come last.
+
+    Numbers of failed scenes are empty; ``mean_score`` is NaN where no object has a score.
+
+    Args:
+        record: of the run.
+        regions: the region table, with ``objects``.
+        instances: the table of objects; left out: ``mean_score`` is NaN.
+    """
+    asked = dict.fromkeys(a.phrase for scene in record.scenes for a in scene.asked)
+    named = (c.name for c in record.legend if not c.background)
+    phrases = list(dict.fromkeys((*asked, *named))) if record.prompted else []
+    sizes = [c for c in units.SIZES if c in regions and regions[c].notna().any()]
+    whole = regions[regions["region"] == SCENE]
+    measured = {(r["scene"], r["class"]): r for r in whole.to_dict("records") if r["state"] != FAILED}
+    scores = _mean_scores(instances)
+    rows = []
+    for scene in record.scenes:
+        told = {a.phrase: a for a in scene.asked}
+        for phrase in phrases:
+            here = measured.get((scene.name, phrase), {})
+            row = {"scene": scene.name, **_fate(scene, phrase, told.get(phrase))}
+            row |= {c: here.get(c) for c in ("objects", *sizes)}
+            rows.append(row | {"mean_score": scores.get((scene.name, phrase))})
+    kept = [unit for unit, column in SIZE_COLUMNS.items() if column in sizes]
+    return table_of_rows(rows, column_types("asked", kept))
+
+
+def _fate(scene: SceneRecord, phrase: str, asked: AskedPhrase | None) -> dict[str, Any]:
+    if asked is not None:
+        return asdict(asked)
+    failed = scene.state == "failed"
+    return {
+        "phrase": phrase, "outcome": SCENE_FAILED if failed else GIVEN,
+        "means": "", "note": scene.error if failed else "",
+    }  # fmt: skip
+
+
+def _mean_scores(instances: pd.DataFrame | None) -> dict[tuple[str, str], float]:
+    """Mean score of the objects by scene and class; without those that have none."""
+    if instances is None or not {"scene", "class", "score"} <= set(instances):
+        return {}
+    scored = instances.dropna(subset=["score"])
+    means = scored.groupby(["scene", "class"])["score"].mean().reset_index()
+    rows = zip(means["scene"], means["class"], means["score"], strict=True)
+    return {(str(scene), str(name)): float(mean) for scene, name, mean in rows}

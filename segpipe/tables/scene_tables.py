@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from segpipe.metrics.calibration import BINS, LEVELS, Calibration
 from segpipe.metrics.intensity import PERCENTILES, Cell, Channel, Intensity, statistics
+from segpipe.metrics.tally import BINS, LEVELS, Calibration
 from segpipe.tables.frames import (
     FAILED,
     MEASURED,

@@ -10,21 +10,8 @@ import numpy as np
 import pandas as pd
 
 from segpipe.errors import RequestError
+from segpipe.metrics import overlap
 from segpipe.metrics.bootstrap import RESAMPLES, Intervals, Statistic, mean_intervals, pooled_intervals
-from segpipe.metrics.overlap import (
-    CaseCounts,
-    ClassCounts,
-    Counts,
-    balanced_accuracy,
-    class_counts,
-    cohen_kappa,
-    frequency_weighted_iou,
-    grouped_mean,
-    is_compared,
-    mean,
-    pixel_accuracy,
-    totals,
-)
 from segpipe.metrics.tally import Tally
 from segpipe.regions.base import FULL, SCENE
 from segpipe.tables.frames import (
@@ -43,10 +30,10 @@ MIN_REFERENCE = 1000
 REGIONS = "regions"
 """Scope of the numbers over the regions in the scenes; `SCENE`: over whole scenes."""
 _AGREEMENT: dict[str, Statistic] = {
-    "pixel accuracy": pixel_accuracy,
-    "balanced accuracy": balanced_accuracy,
-    "Cohen's kappa": cohen_kappa,
-    "frequency-weighted IoU": frequency_weighted_iou,
+    "pixel accuracy": overlap.pixel_accuracy,
+    "balanced accuracy": overlap.balanced_accuracy,
+    "Cohen's kappa": overlap.cohen_kappa,
+    "frequency-weighted IoU": overlap.frequency_weighted_iou,
 }
 
 
@@ -56,13 +43,13 @@ class Scope:
 
     region: str
     """`SCENE` or `REGIONS`."""
-    cells: ClassCounts
+    cells: overlap.ClassCounts
     """A group is a region of a scene."""
     scene: np.ndarray
     """Of each group: index of the scene, ascending."""
     scenes: tuple[str, ...]
     """Names, sorted: nothing depends on the order of the rows."""
-    pooled: ClassCounts
+    pooled: overlap.ClassCounts
     """The counts of each value, summed over regions and scenes: one group."""
 
     @classmethod
@@ -73,17 +60,17 @@ class Scope:
         pairs, group = np.unique(scene * max(len(parts), 1) + part, return_inverse=True)
         order = np.argsort(group, kind="stable")
         value = rows["value"].to_numpy(dtype=np.int64)[order]
-        cells = ClassCounts(group[order], value, fixed_counts(rows)[order], len(pairs))
+        cells = overlap.ClassCounts(group[order], value, fixed_counts(rows)[order], len(pairs))
         pooled = merge_groups(cells, np.zeros(len(pairs), dtype=np.int64), 1)
         return cls(region, cells, pairs // max(len(parts), 1), tuple(scenes.tolist()), pooled)
 
     @property
     def compared(self) -> np.ndarray:
         """Of each group: whether anything was compared; bool."""
-        return totals(self.cells.group, self.cells.counts.actual, self.cells.groups) > 0
+        return overlap.totals(self.cells.group, self.cells.counts.actual, self.cells.groups) > 0
 
 
-def merge_groups(cells: ClassCounts, into: np.ndarray, groups: int) -> ClassCounts:
+def merge_groups(cells: overlap.ClassCounts, into: np.ndarray, groups: int) -> overlap.ClassCounts:
     """Counts with groups put together.
 
     Args:
@@ -96,8 +83,8 @@ def merge_groups(cells: ClassCounts, into: np.ndarray, groups: int) -> ClassCoun
     many = max(len(values), 1)
     found, place = np.unique(into[cells.group[kept]] * many + code, return_inverse=True)
     counts = cells.counts[kept]
-    sums = (totals(place, v, len(found)) for v in (counts.tp, counts.fp, counts.fn))
-    return ClassCounts(found // many, values[found % many], Counts(*sums), groups)
+    sums = (overlap.totals(place, v, len(found)) for v in (counts.tp, counts.fp, counts.fn))
+    return overlap.ClassCounts(found // many, values[found % many], overlap.Counts(*sums), groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,18 +100,18 @@ class SummaryRow(ABC):
     """Of the class, where it is about one."""
 
     @abstractmethod
-    def numbers(self, cells: ClassCounts) -> np.ndarray:
+    def numbers(self, cells: overlap.ClassCounts) -> np.ndarray:
         """Of each group the number; float64, NaN where undefined."""
 
     @abstractmethod
-    def cases(self, scope: Scope) -> CaseCounts:
+    def cases(self, scope: Scope) -> overlap.CaseCounts:
         """What entered it."""
 
     def of_sums(self, scope: Scope) -> SummaryRow:
         """The line that makes the same number of sums over parts of a scene."""
         return self
 
-    def sources(self, clusters: ClassCounts) -> int:
+    def sources(self, clusters: overlap.ClassCounts) -> int:
         """How many clusters have a part in the number of their sum."""
         return int((~np.isnan(self.numbers(clusters))).sum())
 
@@ -140,21 +127,25 @@ class ClassRow(SummaryRow):
     least: int = 0
     """A class enters where the reference has this much of it, in 1/65536."""
 
-    def _chosen(self, cells: ClassCounts) -> np.ndarray:
+    def _chosen(self, cells: overlap.ClassCounts) -> np.ndarray:
         one = len(self.values) == 1
         wanted = cells.value == self.values[0] if one else np.isin(cells.value, self.values)
         return wanted & (cells.counts.actual >= self.least)
 
-    def numbers(self, cells: ClassCounts) -> np.ndarray:
+    def numbers(self, cells: overlap.ClassCounts) -> np.ndarray:
         chosen = self._chosen(cells)
-        return grouped_mean(getattr(cells.counts[chosen], self.score), cells.group[chosen], cells.groups)
+        return overlap.grouped_mean(
+            getattr(cells.counts[chosen], self.score), cells.group[chosen], cells.groups
+        )
 
-    def cases(self, scope: Scope) -> CaseCounts:
+    def cases(self, scope: Scope) -> overlap.CaseCounts:
         cells = scope.pooled if self.pooled else scope.cells
-        found = CaseCounts.of(cells.counts[self._chosen(cells)])
+        found = overlap.CaseCounts.of(cells.counts[self._chosen(cells)])
         if not self.pooled:
             return found
-        return CaseCounts(found.defined, found.missed, found.hallucinated, len(self.values) - found.defined)
+        return overlap.CaseCounts(
+            found.defined, found.missed, found.hallucinated, len(self.values) - found.defined
+        )
 
     def of_sums(self, scope: Scope) -> SummaryRow:
         if not self.least:
@@ -169,19 +160,19 @@ class AgreementRow(SummaryRow):
 
     statistic: Statistic
 
-    def numbers(self, cells: ClassCounts) -> np.ndarray:
+    def numbers(self, cells: overlap.ClassCounts) -> np.ndarray:
         return self.statistic(cells)
 
-    def cases(self, scope: Scope) -> CaseCounts:
+    def cases(self, scope: Scope) -> overlap.CaseCounts:
         if not self.pooled:
             defined = int((~np.isnan(self.numbers(scope.cells))).sum())
         elif np.isnan(self.numbers(scope.pooled)[0]):
             defined = 0
         else:
             defined = int(scope.compared.sum())
-        return CaseCounts(defined, 0, 0, scope.cells.groups - defined)
+        return overlap.CaseCounts(defined, 0, 0, scope.cells.groups - defined)
 
-    def sources(self, clusters: ClassCounts) -> int:
+    def sources(self, clusters: overlap.ClassCounts) -> int:
         """All: a kappa may be defined of the sum and of no cluster."""
         return clusters.groups
 
@@ -201,13 +192,13 @@ def summary_rows(
         yield ClassRow(name, f"{of}, {then}", False, score, every)
     for name, score in scores:
         yield ClassRow(f"pooled {name}", f"{of}, of {sums}", True, score, every)
-    yield AgreementRow("pixel accuracy", f"all compared elements of all {only}", True, pixel_accuracy)
+    yield AgreementRow("pixel accuracy", f"all compared elements of all {only}", True, overlap.pixel_accuracy)
     many = f"{of} with at least {min_reference} reference elements in it, {then}"
     title = f"mIoU of classes with reference ≥ {min_reference}"
     yield ClassRow(title, many, False, "iou", every, least=min_reference * FULL)
     for name, statistic in _AGREEMENT.items():
         yield AgreementRow(f"mean {name}", f"all values compared, {then}", False, statistic)
-        if statistic is not pixel_accuracy:  # pooled above
+        if statistic is not overlap.pixel_accuracy:  # pooled above
             yield AgreementRow(f"pooled {name}", f"all values compared, of {sums}", True, statistic)
     for c in front:
         own = np.array([c.value], dtype=np.int64)
@@ -276,8 +267,8 @@ def _piece(scope: Scope, lines: Sequence[SummaryRow], clusters: _Clusters, faile
     for i, line in enumerate(lines):
         numbers = line.numbers(scope.pooled if line.pooled else scope.cells)
         if not line.pooled:
-            by_scene[:, i] = numbers = grouped_mean(numbers, scope.scene, len(scope.scenes))
-        values.append(mean(numbers.tolist()))
+            by_scene[:, i] = numbers = overlap.grouped_mean(numbers, scope.scene, len(scope.scenes))
+        values.append(overlap.mean(numbers.tolist()))
     found, said = clusters.intervals(scope, lines, by_scene)
     cases = [line.cases(scope) for line in lines]
     columns = {
@@ -300,7 +291,7 @@ class _Clusters:
 
     kind: str
     """In the plural."""
-    cells: ClassCounts
+    cells: overlap.ClassCounts
     """A group is a cluster."""
     of_scene: np.ndarray | None
     """Of each scene its cluster, -1 where nothing was compared; None: blocks."""
@@ -325,14 +316,14 @@ class _Clusters:
         """Spatial blocks of the one scene, which is the first region of their tallies."""
         if len(scope.scenes) != 1:
             raise ValueError(f"blocks are given for {len(scope.scenes)} scenes; they are of one")
-        rows = [(block, np.flatnonzero(is_compared(block) & (block.region == 0))) for block in blocks]
+        rows = [(block, np.flatnonzero(overlap.is_compared(block) & (block.region == 0))) for block in blocks]
         kept = [(block, here) for block, here in rows if len(here)]
         columns = {
             name: np.concatenate([getattr(block, name)[here] for block, here in kept] or [[]])
             for name in ("label", "reference", "cover", "size", "edge")
         }
         number = np.repeat(np.arange(len(kept)), [len(here) for _, here in kept])
-        cells = class_counts(Tally.from_columns(region=number, **columns))
+        cells = overlap.class_counts(Tally.from_columns(region=number, **columns))
         if _listed(merge_groups(cells, np.zeros(len(kept), dtype=np.int64), 1)) != _listed(scope.pooled):
             raise ValueError(f"the blocks do not add up to scene {scope.scenes[0]}")
         return cls("blocks", cells, None)
@@ -369,7 +360,7 @@ class _Clusters:
         return f"{self.cells.groups} {self.kind}{lost}"
 
 
-def _listed(cells: ClassCounts) -> list[tuple[int, ...]]:
+def _listed(cells: overlap.ClassCounts) -> list[tuple[int, ...]]:
     """Value, tp, fp and fn of each value that occurs."""
     counts, there = cells.counts, ~cells.counts.undefined
     columns = (cells.value, counts.tp, counts.fp, counts.fn)

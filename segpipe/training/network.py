@@ -17,8 +17,7 @@ from segpipe.config.recipe import Recipe, Stored
 from segpipe.errors import RequestError
 from segpipe.inference.object_merger import ground_value
 from segpipe.models.base import Truth
-from segpipe.models.network import AUTOCAST, at_resolution, output_channels
-from segpipe.models.outputs import best_class
+from segpipe.models.network import AUTOCAST, at_resolution, best_class, output_channels
 from segpipe.models.trainable import built_state, finder, objective, untrained
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.objects.window import WindowObjects

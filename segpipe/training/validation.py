@@ -14,7 +14,7 @@ from segpipe.config.card import Card
 from segpipe.config.losses import IGNORE
 from segpipe.geometry.box import Box
 from segpipe.metrics.bootstrap import mean_intervals
-from segpipe.models.outputs import best_class
+from segpipe.models.network import best_class
 from segpipe.tiling.windows import Lattice, make_lattice
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold

@@ -15,11 +15,10 @@ from segpipe.config.losses import IGNORE
 from segpipe.geometry.box import Box
 from segpipe.inference.object_merger import ObjectMerger, stuff_values
 from segpipe.metrics.tally import SizeScale
-from segpipe.objects.edges import add_pairs, window_edges
-from segpipe.objects.matching import ObjectCounts, pooled
+from segpipe.objects.matching import ObjectCounts, panoptic_counts, panoptic_quality, pooled
 from segpipe.objects.merge import SceneObjects, merge_objects, relabel
+from segpipe.objects.nodes import add_pairs, window_edges
 from segpipe.objects.overlap_table import VOID, Objects, Overlaps, overlap_tile, overlaps
-from segpipe.objects.panoptic import panoptic_counts, panoptic_quality
 from segpipe.objects.window import WindowObjects
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold

@@ -20,8 +20,7 @@ from world import OBLIQUE, World, nearest_label, write_volume
 
 from segpipe.config.job import Job
 from segpipe.export.bids import parse_bids
-from segpipe.export.manifest import check_manifest
-from segpipe.export.run_folder import RunFolder
+from segpipe.export.run_folder import RunFolder, check_manifest
 from segpipe.store.location import open_store
 
 NAMES = (

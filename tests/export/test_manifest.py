@@ -16,8 +16,7 @@ from world import World
 
 from segpipe.cli.main import execute
 from segpipe.errors import RequestError
-from segpipe.export.manifest import check_manifest, hash_file
-from segpipe.export.run_folder import RunFolder
+from segpipe.export.run_folder import RunFolder, check_manifest, hash_file
 from segpipe.store.location import open_store
 
 

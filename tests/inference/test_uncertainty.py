@@ -11,7 +11,7 @@ from scipy.stats import entropy as scipy_entropy
 
 from segpipe.inference.block_result import entropy
 from segpipe.inference.uncertainty import Uncertainty
-from segpipe.metrics.calibration import LEVELS
+from segpipe.metrics.tally import LEVELS
 
 HALF_STEP = 0.5 / LEVELS + 1e-6
 

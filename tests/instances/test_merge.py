@@ -9,10 +9,9 @@ from skimage.measure import label, regionprops
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
-from segpipe.objects.edges import overhang_boxes
+from segpipe.objects.matching import panoptic_counts, panoptic_quality
 from segpipe.objects.merge import relabel
-from segpipe.objects.nodes import add_nodes, box_nodes
-from segpipe.objects.panoptic import panoptic_counts, panoptic_quality
+from segpipe.objects.nodes import add_nodes, box_nodes, overhang_boxes
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.windows import make_lattice
 from tests.instances.scene import (

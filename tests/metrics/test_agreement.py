@@ -16,7 +16,8 @@ from sklearn.metrics import (
 
 from segpipe.metrics import overlap as agreement
 from segpipe.metrics.overlap import class_counts
-from segpipe.metrics.tally import FULL, Tally
+from segpipe.metrics.tally import Tally
+from segpipe.regions.base import FULL
 
 NUMBERS = (
     agreement.pixel_accuracy,

@@ -14,9 +14,8 @@ from segpipe.errors import RequestError
 from segpipe.metrics.tally import SizeScale
 from segpipe.objects import matching
 from segpipe.objects.average_precision import average_precision, detections
-from segpipe.objects.matching import ObjectCounts, match, object_counts, pooled
+from segpipe.objects.matching import ObjectCounts, match, object_counts, panoptic_counts, pooled
 from segpipe.objects.overlap_table import VOID, Minimum, overlaps
-from segpipe.objects.panoptic import panoptic_counts
 from tests.metrics.objects import (
     blobs,
     boxes_at,

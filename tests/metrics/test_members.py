@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpipe.geometry.box import Box, grid_boxes
-from segpipe.objects.region_members import Members, add, members_tile
+from segpipe.objects.table import Members, add, members_tile
 from segpipe.regions.base import FULL, Cover, RegionSet
 
 

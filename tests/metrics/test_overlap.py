@@ -28,8 +28,10 @@ from segpipe.metrics.overlap import (
     reasons,
     totals,
 )
-from segpipe.metrics.tally import FULL, IGNORED, NODATA, SizeScale, Tally, add, measure_tile
+from segpipe.metrics.tally import NODATA, SizeScale, Tally, add, measure_tile
 from segpipe.regions import load_regions
+from segpipe.regions.base import FULL
+from segpipe.sources.labels import IGNORED
 
 
 def tally_of(labels, reference, nodata=255, geometry=None):

@@ -12,9 +12,8 @@ from scipy.ndimage import gaussian_filter
 from torchmetrics.detection import PanopticQuality as TorchPanopticQuality
 
 from segpipe.errors import RequestError
-from segpipe.objects.matching import ObjectCounts
+from segpipe.objects.matching import ObjectCounts, panoptic_counts, panoptic_quality
 from segpipe.objects.overlap_table import VOID
-from segpipe.objects.panoptic import panoptic_counts, panoptic_quality
 from tests.metrics.objects import boxes_at, dimensions, pairs_of, seeds
 
 

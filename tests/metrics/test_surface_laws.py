@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from segpipe.geometry.box import Box
 from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED
 from segpipe.metrics.surface import SurfaceCollector
-from segpipe.metrics.tally import IGNORED, NODATA
+from segpipe.metrics.tally import NODATA
+from segpipe.sources.labels import IGNORED
 from tests.metrics.masks import few, measure, measure_labels, pairs, two_pixels
 
 # --- laws -------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.metrics.tally import (
-    IGNORED,
     MEASURE_TILE,
     NODATA,
     NOT_REQUESTED,
@@ -28,7 +27,9 @@ from segpipe.metrics.tally import (
     measure_tile,
     measure_tiles,
 )
-from segpipe.regions import FULL, load_regions
+from segpipe.regions import load_regions
+from segpipe.regions.base import FULL
+from segpipe.sources.labels import IGNORED
 
 UTM, WGS84 = CRS("EPSG:32616").to_wkt(), CRS("EPSG:4326").to_wkt()
 

@@ -13,7 +13,7 @@ import yaml
 from monai.bundle import ConfigParser
 
 from segpipe.errors import RequestError
-from segpipe.models.providers.bundle.bundle_card import card_from_bundle
+from segpipe.models.providers.bundle.files import card_from_bundle
 from segpipe.models.registry import check_card, load_model
 
 NETWORK = {

@@ -19,7 +19,7 @@ from segpipe.convert.onnx_file import check_graph, export_onnx, onnx_graph, quan
 from segpipe.convert.parity import Parity, compare, milliseconds, noise_windows
 from segpipe.errors import RequestError
 from segpipe.models import registry
-from segpipe.models.compiled import compiled
+from segpipe.models.network import compiled
 from segpipe.models.registry import load_model
 from segpipe.models.trainable import untrained
 

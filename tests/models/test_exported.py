@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from segpipe.config.card import Card
 from segpipe.errors import RequestError
-from segpipe.models.providers.pt2 import UnsafeProgramError, sanitised
+from segpipe.models.providers.exported import UnsafeProgramError, sanitised
 from segpipe.models.registry import check_card, load_model
 
 

@@ -15,10 +15,9 @@ from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.inference.merge import GaussianScores
-from segpipe.models.outputs import activate
+from segpipe.models.network import activate
 from segpipe.models.providers.nnunet.network import read_checkpoint
-from segpipe.models.providers.nnunet.nnunet_card import card_from_nnunet
-from segpipe.models.providers.nnunet.plans import read_plan
+from segpipe.models.providers.nnunet.plans import card_from_nnunet, read_plan
 from segpipe.models.registry import check_card, load_model
 from segpipe.tiling.windows import make_lattice
 

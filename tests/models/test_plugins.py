@@ -41,7 +41,7 @@ PROVIDER = ProviderSpec("acme_segpipe.adapter", install="acme-segpipe[gpu]", nee
 ADAPTER = """
 import torch
 
-from segpipe.models.construct import only_arguments
+from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import TorchNetwork
 
 

@@ -1,5 +1,8 @@
 """Every architecture of segmentation_models_pytorch, for any number of bands, against the library itself."""
 
+import sys
+from subprocess import run
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -33,7 +36,23 @@ def saved(folder, architecture, bands, arguments):
 
 
 def test_the_architectures_are_those_of_the_library():
-    assert len(CASES) == len(smp.MODEL_ARCHITECTURES_MAPPING) + 1 == 13
+    assert set(ARCHITECTURES) == {c.__name__ for c in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    assert len(CASES) == len(ARCHITECTURES) + 1 == 13
+
+
+def test_checking_a_card_does_not_import_the_library(make_card, tmp_path):
+    """It takes seconds, and a check needs only the names."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
+    make_card("smp", "w.safetensors", architecture="Unet", arguments=TINY)
+    code = (
+        "import sys\n"
+        "from segpipe.config.card import load_card\n"
+        "from segpipe.models.registry import check_card\n"
+        f"check_card(load_card({str(tmp_path / 'trial.yaml')!r}))\n"
+        "print('segmentation_models_pytorch' in sys.modules)"
+    )
+    done = run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
 
 
 @pytest.mark.parametrize("bands", [2, 3, 8])

@@ -10,7 +10,8 @@ from scipy.ndimage import map_coordinates
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
-from segpipe.regions import FULL, load_regions
+from segpipe.regions import load_regions
+from segpipe.regions.base import FULL
 from tests.regions.tools import UTM, dense, fixed
 
 

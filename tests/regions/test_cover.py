@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segpipe.geometry.box import Box
-from segpipe.regions import FULL
-from segpipe.regions.cover import unit_cover
+from segpipe.regions.base import FULL
+from segpipe.regions.polygons import unit_cover
 from tests.regions.tools import star
 
 

@@ -11,7 +11,8 @@ from pyproj import CRS, Geod, Transformer
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
-from segpipe.regions import FULL, is_grid, load_regions
+from segpipe.regions import load_regions
+from segpipe.regions.base import FULL, is_grid
 from tests.regions.tools import UTM, fixed
 
 WGS84 = CRS(4326).to_wkt()

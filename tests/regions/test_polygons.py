@@ -21,8 +21,8 @@ from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
-from segpipe.regions import FULL, load_regions
-from segpipe.regions.base import different
+from segpipe.regions import load_regions
+from segpipe.regions.base import FULL, different
 from segpipe.regions.polygons import densified
 from tests.regions.tools import UTM, data, dense, fixed, star, write
 

@@ -9,7 +9,7 @@ import shapely
 from pyproj import CRS
 
 from segpipe.geometry.box import grid_boxes
-from segpipe.regions import FULL
+from segpipe.regions.base import FULL
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 UTM = CRS("EPSG:32616").to_wkt()

@@ -26,8 +26,8 @@ from segpipe.pictures.sampling import Readers
 from segpipe.report.markdown import headline, run_markdown
 from segpipe.report.phrase_view import describe_outcome, phrase_captions, phrase_view, phrases_sentence
 from segpipe.report.run_page import INDEX, render_pages
-from segpipe.tables.phrase_table import phrase_table
 from segpipe.tables.record import AskedPhrase, ClassInfo, RunRecord, SceneRecord, dump_record, load_record
+from segpipe.tables.run_tables import phrase_table
 from tests.report.drawings import decoded, raster_input, reader
 from tests.report.pages import EVIL, Reader
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from world import World
 
-from segpipe.report.definitions import definitions, of_metric
+from segpipe.report.cells import definitions, of_metric
 from segpipe.tables.frames import SIZE_COLUMNS, column_types, describe_column, dictionary, table_columns
 from segpipe.tables.table_files import columns_json
 from tests.finished import finish

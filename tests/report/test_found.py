@@ -17,8 +17,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, volume_geometry
 from segpipe.metrics.tally import SizeScale
 from segpipe.objects.overlap_table import overlap_tile
-from segpipe.objects.region_members import Members
-from segpipe.objects.table import ObjectTable
+from segpipe.objects.table import Members, ObjectTable
 from segpipe.sources.labels import IdRule
 from segpipe.tables.object_tables import SceneDetections, detections_table, panoptic_table, with_counts
 from segpipe.tables.record import ClassInfo

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 
 from segpipe.config.card import Class
-from segpipe.report.cells import page_table
+from segpipe.report.cells import definitions, page_table
 from segpipe.report.charts import class_bars
-from segpipe.report.definitions import definitions
 from segpipe.report.overview import scene_scores, scene_table
 from segpipe.report.run_page import FAILURES, INDEX
 from segpipe.tables import units

@@ -17,7 +17,9 @@ from sklearn.metrics import (
 )
 
 from segpipe.errors import RequestError
-from segpipe.metrics.tally import FULL, IGNORED, SizeScale, Tally
+from segpipe.metrics.tally import SizeScale, Tally
+from segpipe.regions.base import FULL
+from segpipe.sources.labels import IGNORED
 from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.summary import summary_table
 from tests.report.scenes import CLASSES, result

@@ -21,7 +21,9 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from segpipe.metrics.tally import FULL, IGNORED
+from segpipe.regions.base import FULL
+from segpipe.sources.labels import IGNORED
+from segpipe.tables.frames import Piece, table_of_pieces
 from segpipe.tables.overlap_tables import (
     SceneTallies,
     agreement_table,
@@ -34,6 +36,16 @@ from segpipe.tables.table_files import MOST_ROWS, csv_bytes, parquet_bytes, resu
 from tests.report.scenes import CLASSES, NAMES, SIZES, result, rows
 
 INNER = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 255, 0], [0, 0, 0, 0, 0]]
+
+
+def test_a_column_that_the_dictionary_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"that it lacks: \['extra'\]"):
+        table_of_pieces([Piece(1, {"n": 1.0, "extra": 2.0})], {"n": "float64"})
+
+
+def test_a_listed_column_that_nobody_fills_is_refused():
+    with pytest.raises(ValueError, match=r"that rows lack, .*: \['why'\]"):
+        table_of_pieces([Piece(1, {"n": 1.0})], {"n": "float64", "why": "str"})
 
 
 def test_regions_of_one_scene():

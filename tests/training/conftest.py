@@ -11,8 +11,7 @@ import pytest
 import yaml
 from world import PIXEL, write_raster, write_volume
 
-from segpipe.config.augmentation import Augmentation
-from segpipe.config.recipe import Recipe
+from segpipe.config.recipe import Augmentation, Recipe
 from segpipe.sources import discover
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from segpipe.config.augmentation import Augmentation
+from segpipe.config.recipe import Augmentation
 from segpipe.errors import RequestError
 from segpipe.training.augmentation.augment import augment
 

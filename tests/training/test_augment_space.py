@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from segpipe.config.augmentation import Augmentation
+from segpipe.config.recipe import Augmentation
 from segpipe.training.augmentation.augment import augment
 from segpipe.training.augmentation.spatial import CELLS, sampling_grid
 

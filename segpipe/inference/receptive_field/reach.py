@@ -19,7 +19,7 @@ import torch
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.inference.receptive_field.probe import Predict, Radius, ask, measure_radius, round_up
-from segpipe.models.outputs import activate, all_finite, best_class
+from segpipe.models.network import activate, all_finite, best_class
 from segpipe.tiling.windows import make_lattice
 
 TOLERANCE = 1e-3

@@ -9,23 +9,12 @@ import monai.networks.nets as library
 import torch
 
 from segpipe.config.card import Card
-from segpipe.models.construct import construct, known
+from segpipe.models.card_checks import construct, known
 from segpipe.models.network import Network, output_channels, with_weights
 
 ARCHITECTURES = (
-    "AttentionUnet",
-    "BasicUNet",
-    "BasicUNetPlusPlus",
-    "DynUNet",
-    "FlexibleUNet",
-    "HighResNet",
-    "MedNeXt",
-    "SegResNet",
-    "SegResNetDS",
-    "SwinUNETR",
-    "UNETR",
-    "UNet",
-    "VNet",
+    *("AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "FlexibleUNet", "HighResNet", "MedNeXt"),
+    *("SegResNet", "SegResNetDS", "SwinUNETR", "UNETR", "UNet", "VNet"),
 )
 """Those that map an image to scores per class and are built from plain values alone."""
 

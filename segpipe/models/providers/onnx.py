@@ -9,20 +9,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-
-# onnxruntime's errors have no common base but Exception.
-from onnxruntime.capi.onnxruntime_pybind11_state import (
-    EPFail,
-    Fail,
-    InvalidArgument,
-    InvalidGraph,
-    InvalidProtobuf,
-    NotImplemented,
-    RuntimeException,
-)
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.construct import only_arguments
+from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import Network, output_channels
 from segpipe.models.providers import onnx_objects
 from segpipe.models.providers.onnx_objects import OnnxObjects
@@ -42,7 +32,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 
-_UNREADABLE = (EPFail, Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException)
+_UNREADABLE = (
+    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph),
+    *(state.InvalidProtobuf, state.NotImplemented, state.RuntimeException),
+)
+"""onnxruntime's errors have no common base but Exception."""
 
 
 @dataclass

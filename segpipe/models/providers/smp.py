@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import segmentation_models_pytorch as library
 import torch
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.construct import check_stride, construct, known, only_arguments
+from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, output_channels, with_weights
 
-ARCHITECTURES = {c.__name__: c for c in library.MODEL_ARCHITECTURES_MAPPING.values()}
+ARCHITECTURES = (
+    *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet"),
+    *("DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet", "Segformer", "DPT"),
+)
+"""All of the library, which takes seconds to import: it is asked only for networks."""
 
 
 def check(card: Card) -> None:
@@ -30,8 +33,9 @@ def module(card: Card) -> torch.nn.Module:
     Raises:
         RequestError: architecture, arguments and window do not fit one another.
     """
-    check(card)
-    factory = ARCHITECTURES[str(card.architecture)]
+    import segmentation_models_pytorch as library
+
+    factory = getattr(library, known(card, ARCHITECTURES))
     if not str(card.arguments.get("encoder_name")).startswith("tu-"):
         # Only timm's encoders ("tu-…") take more; elsewhere smp ignores what it does not know.
         only_arguments(card, set(inspect.signature(factory).parameters) - {"kwargs"})
@@ -51,7 +55,7 @@ def module(card: Card) -> torch.nn.Module:
 def _check_window(card: Card, network: Any) -> None:
     """The card's stride and window, held against the network's."""
     stride = int(network.encoder.output_stride)
-    if isinstance(network, library.DPT):  # its decoder goes on to 1/32 from the encoder's patches
+    if card.architecture == "DPT":  # its decoder goes on to 1/32 from the encoder's patches
         stride *= max(1, 2 ** (len(network.encoder.output_strides) + 1) // stride)
     check_stride(card, stride)
     patches: Any = getattr(getattr(network.encoder, "model", None), "patch_embed", None)

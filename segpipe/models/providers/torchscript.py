@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.construct import only_arguments
+from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import Network, TorchNetwork
 from segpipe.models.weights import resolve_weights
 

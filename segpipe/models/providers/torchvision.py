@@ -11,7 +11,7 @@ own begin at 32 pixels, which is more than a house, a tree or a cell has.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from torchvision.ops import masks_to_boxes
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import MaskCandidates, ObjectNetwork, Truth
-from segpipe.models.construct import check_stride, construct, known, only_arguments
+from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill, output_channels
 from segpipe.models.weights import load_state, resolve_weights
 
@@ -142,9 +142,11 @@ def module(card: Card) -> nn.Module:
         network = _mask_rcnn(card, name, arguments)
         network.transform = _AsGiven(1, 1, [0.0], [1.0])
     else:
-        only_arguments(card, () if name.startswith("lraspp") else ("aux_loss",))
-        arguments["num_classes"] = output_channels(card)
-        network = construct(card, getattr(segmentation, name), _plain(arguments, name))
+        # Without weights torchvision makes no auxiliary classifier unless told; LR-ASPP has none.
+        auxiliary = {} if name.startswith("lraspp") else {"aux_loss": False}
+        only_arguments(card, auxiliary)
+        arguments = {**auxiliary, **arguments, "num_classes": output_channels(card)}
+        network = construct(card, getattr(segmentation, name), arguments)
     widen(network, card.channels)
     assert isinstance(network, nn.Module)
     return network
@@ -208,11 +210,6 @@ class MaskRCNNLoss:
 def objective(card: Card) -> MaskRCNNLoss | None:
     """The library's own loss; None where networks are trained by losses of ours."""
     return MaskRCNNLoss(card) if card.architecture in INSTANCE else None
-
-
-def _plain(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Without weights torchvision makes no auxiliary classifier unless told; LR-ASPP has none."""
-    return dict(arguments) if name.startswith("lraspp") else {"aux_loss": False, **arguments}
 
 
 def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNetwork:

@@ -16,7 +16,7 @@ import torch
 import transformers as library
 
 from segpipe.errors import RequestError
-from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
+from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
 
 TOKENIZERS = {"BertTokenizer": ["vocab.txt"], "CLIPTokenizer": ["vocab.json", "merges.txt"]}
 """By class of the library: the files that it reads where there is no tokenizer.json."""

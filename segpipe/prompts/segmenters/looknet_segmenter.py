@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.construct import construct, known, only_arguments
+from segpipe.models.card_checks import construct, known, only_arguments
 from segpipe.models.network import fill, forward_pass
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, check_prompts

@@ -15,8 +15,8 @@ import transformers as library
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
-from segpipe.models.construct import only_arguments
-from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
+from segpipe.models.card_checks import only_arguments
+from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
 from segpipe.models.weights import resolve_weights
 from segpipe.prompts.segmenters.torch_base import check_channels, square_window, wrong_window
 

@@ -26,7 +26,7 @@ from torch.nn import functional
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
-from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
+from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
 from segpipe.prompts.masks.decode import window_prompt
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Prompt, check_prompts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segpipe.config.augmentation import Augmentation
+from segpipe.config.recipe import Augmentation
 from segpipe.errors import RequestError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn.functional import interpolate
 
-from segpipe.config.augmentation import Augmentation
+from segpipe.config.recipe import Augmentation
 
 
 def change_values(image: torch.Tensor, spec: Augmentation, rng: np.random.Generator) -> torch.Tensor:

@@ -11,7 +11,7 @@ from scipy.interpolate import BSpline
 from scipy.spatial.transform import Rotation
 from torch.nn.functional import affine_grid, grid_sample
 
-from segpipe.config.augmentation import Augmentation
+from segpipe.config.recipe import Augmentation
 
 CELLS = 4
 """Cells of the elastic lattice along an axis."""

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from segpipe.models.providers.builtin.common import check_size, positive, start_convolutions, upsample
+from segpipe.models.providers.builtin.convolutional import check_size, positive, start_convolutions, upsample
 
 
 class SETR(nn.Module, ABC):

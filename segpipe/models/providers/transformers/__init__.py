@@ -7,26 +7,15 @@ the network's configuration is the card's `arguments`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import ObjectNetwork
-from segpipe.models.construct import known, only_arguments
+from segpipe.models.card_checks import known, only_arguments
 from segpipe.models.network import Network, TorchNetwork, fill
-from segpipe.models.providers.transformers.configs import (
-    argued_config,
-    labelled,
-    network_class,
-    stored_config,
-)
-from segpipe.models.providers.transformers.families import ARCHITECTURES
-from segpipe.models.providers.transformers.folder import load_pretrained
-from segpipe.models.providers.transformers.queries import ClassScores, Queries, QueryObjects
-from segpipe.models.providers.transformers.query_loss import QueryLoss
-from segpipe.models.providers.transformers.task import TASK_ARGUMENTS, task_tokens
+from segpipe.models.providers.transformers import configs, queries
 from segpipe.models.weights import load_state, resolve_weights
 
 
@@ -62,7 +51,7 @@ def module(card: Card) -> torch.nn.Module:
     Raises:
         RequestError: as `check`.
     """
-    network = network_class(card)(_config(card))
+    network = configs.network_class(card)(_config(card))
     assert isinstance(network, torch.nn.Module)
     return _scorer(card, network) if card.output.kind == "semantic" else network
 
@@ -78,7 +67,12 @@ def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNet
         network = module(card)
         fill(card, network, load_state(path))
     else:
-        network = _from_folder(card, path)
+        network = configs.load_pretrained(
+            configs.network_class(card),
+            path,
+            _config(card),
+            lambda problem: card_error(card, "weights", problem),
+        )
         if card.output.kind == "semantic":
             network = _scorer(card, network)
     if card.output.kind == "semantic":
@@ -89,18 +83,20 @@ def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNet
 def finder(card: Card, network: torch.nn.Module, device: torch.device) -> ObjectNetwork:
     """A network that is already on the device, e.g. one in training, as what finds objects."""
     config: Any = network.config
-    return QueryObjects(card, _queries(card, network), labelled(card, config.num_labels), device)
+    return queries.QueryObjects(
+        card, _queries(card, network), configs.labelled(card, config.num_labels), device
+    )
 
 
-def objective(card: Card) -> QueryLoss | None:
+def objective(card: Card) -> queries.QueryLoss | None:
     """The library's own loss; None where networks are trained by losses of ours."""
     if card.output.kind == "semantic":
         return None
-    return QueryLoss(card, labelled(card, _config(card).num_labels))
+    return queries.QueryLoss(card, configs.labelled(card, _config(card).num_labels))
 
 
 def _config(card: Card) -> Any:
-    family = ARCHITECTURES[known(card, ARCHITECTURES)]
+    family = configs.ARCHITECTURES[known(card, configs.ARCHITECTURES)]
     if card.kind != "raster":
         raise card_error(card, "kind", f"found {card.kind}; {card.architecture} has two axes: valid: raster")
     if card.output.kind not in family.kinds:
@@ -116,28 +112,24 @@ def _config(card: Card) -> Any:
             f"found {card.output.activation}; {card.architecture} answers with scores of masks: valid: none",
         )
     path = resolve_weights(card) if card.weights else None
-    own = TASK_ARGUMENTS if family.task else ()
+    own = queries.TASK_ARGUMENTS if family.task else ()
     if path is None or path.is_file():
-        return argued_config(card, {k: v for k, v in card.arguments.items() if k not in own})
+        return configs.argued_config(card, {k: v for k, v in card.arguments.items() if k not in own})
     only_arguments(card, own)
-    config = stored_config(card, path)
+    config = configs.stored_config(card, path)
     if family.task:
-        task_tokens(card, config)
+        queries.task_tokens(card, config)
     return config
 
 
 def _scorer(card: Card, network: torch.nn.Module) -> torch.nn.Module:
-    if ARCHITECTURES[str(card.architecture)].queries:
-        return ClassScores(_queries(card, network))
+    if configs.ARCHITECTURES[str(card.architecture)].queries:
+        return queries.ClassScores(_queries(card, network))
     return Logits(network)
 
 
-def _queries(card: Card, network: torch.nn.Module) -> Queries:
-    family = ARCHITECTURES[str(card.architecture)]
-    return Queries(network, family, task_tokens(card, network.config) if family.task else None)
-
-
-def _from_folder(card: Card, path: Path) -> torch.nn.Module:
-    return load_pretrained(
-        network_class(card), path, _config(card), lambda problem: card_error(card, "weights", problem)
+def _queries(card: Card, network: torch.nn.Module) -> queries.Queries:
+    family = configs.ARCHITECTURES[str(card.architecture)]
+    return queries.Queries(
+        network, family, queries.task_tokens(card, network.config) if family.task else None
     )

@@ -1,17 +1,75 @@
-"""Networks that answer with queries: a mask each, and of what (Cheng et al., MaskFormer, NeurIPS 2021)."""
+"""Networks that answer with queries, a mask each and of what, and their own losses.
+
+Cheng et al., MaskFormer, NeurIPS 2021. OneFormer is told its task in words, as numbers (Jain et al., CVPR
+2023).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+from torchvision.ops import box_convert, masks_to_boxes
 
-from segpipe.config.card import Card
-from segpipe.models.base import MaskCandidates
-from segpipe.models.providers.transformers.families import TransformersFamily
+from segpipe.config.card import Card, card_error
+from segpipe.models.base import MaskCandidates, Truth
+from segpipe.models.providers.transformers.configs import ARCHITECTURES, TransformersFamily
+from segpipe.models.weights import resolve_weights
 from segpipe.objects.window import mask_quality
+
+TASK_ARGUMENTS = ("task", "task_tokens")
+TASKS = ("semantic", "instance", "panoptic")
+
+
+def task_tokens(card: Card, config: Any) -> list[int]:
+    """Numbers of "the task is …", padded with 0 to the network's length, as `OneFormerProcessor` gives them.
+
+    The task is `arguments.task`, or else the card's kind of output. Its numbers are `arguments.task_tokens`,
+    or those that config.json has under `task_tokens`, by task, or what the folder's CLIP tokenizer makes.
+
+    Raises:
+        RequestError: there are none, they are too many, or the task is unknown.
+    """
+    task = card.arguments.get("task", card.output.kind)
+    if task not in TASKS:
+        raise card_error(card, "arguments.task", f"found {task!r}; valid: {', '.join(TASKS)}")
+    tokens = card.arguments.get("task_tokens")
+    if tokens is None:
+        tokens = (getattr(config, "task_tokens", None) or {}).get(task)
+    if tokens is None:
+        tokens = _tokenised(card, f"the task is {task}")
+    length = int(config.task_seq_len)
+    plain = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
+    if not plain or not 0 < len(tokens) <= length:
+        raise card_error(
+            card, "arguments.task_tokens", f"found {tokens!r}; valid: 1 to {length} whole numbers from 0 on"
+        )
+    return [*tokens, *[0] * (length - len(tokens))]
+
+
+def _tokenised(card: Card, text: str) -> list[int]:
+    from transformers import CLIPTokenizer
+
+    folder = resolve_weights(card) if card.weights else Path()
+    there = (folder / "tokenizer.json").is_file() or (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    )
+    if not card.weights or not there:
+        raise card_error(
+            card,
+            "arguments.task_tokens",
+            f"none given, and {folder} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
+            f"valid: the numbers of {text!r} under the CLIP tokenizer",
+        )
+    try:
+        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise card_error(card, "weights", f"{folder}: its tokenizer cannot be read: {error}") from error
+    return [int(t) for t in tokenizer(text)["input_ids"]]
 
 
 class Queries(torch.nn.Module):
@@ -119,3 +177,58 @@ def enlarged(maps: torch.Tensor, size: torch.Size) -> torch.Tensor:
     if maps.shape[2:] == size or not maps.shape[1]:
         return maps.new_zeros(*maps.shape[:2], *size) if not maps.shape[1] else maps
     return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+class QueryLoss:
+    """The network's own loss: queries matched with masks, then of classes and masks.
+
+    Cheng et al., MaskFormer, NeurIPS 2021, section 3.3, and Mask2Former, CVPR 2022; Carion et al., DETR,
+    ECCV 2020.
+    """
+
+    def __init__(self, card: Card, values: tuple[int, ...]) -> None:
+        """``values``: class value of each of the network's labels.
+
+        Raises:
+            RequestError: OneFormer with a loss of texts, which needs texts for every image.
+        """
+        self._card = card
+        self._values = torch.tensor(values)
+        self._task = ARCHITECTURES[str(card.architecture)].task
+        if self._task and card.arguments.get("contrastive_temperature") is not None:
+            raise card_error(
+                card,
+                "arguments.contrastive_temperature",
+                "OneFormer is trained here without its loss of texts: valid: left out",
+            )
+
+    def __call__(
+        self, network: torch.nn.Module, images: torch.Tensor, truths: Sequence[Truth]
+    ) -> torch.Tensor:
+        """Loss of a batch, as `Objective` says."""
+        labels = [(t.classes[:, None] == self._values.to(images.device)).int().argmax(1) for t in truths]
+        if self._card.architecture == "DetrForSegmentation":
+            loss = network(pixel_values=images, labels=[*map(_boxed, truths, labels)]).loss
+        else:
+            more: dict[str, Any] = {}
+            if self._task:
+                config = getattr(network, "module", network).config
+                more["task_inputs"] = torch.tensor([task_tokens(self._card, config)] * len(images))
+                more["task_inputs"] = more["task_inputs"].to(images.device)
+            masks = [t.masks.to(torch.float32) for t in truths]
+            loss = network(pixel_values=images, mask_labels=masks, class_labels=labels, **more).loss
+        assert isinstance(loss, torch.Tensor)
+        return loss.squeeze()
+
+
+def _boxed(truth: Truth, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """DETR's targets: boxes as centre and size, as shares of the window."""
+    rows, columns = truth.masks.shape[1:]
+    boxes = masks_to_boxes(truth.masks).to(torch.float32)
+    boxes[:, 2:] += 1
+    size = torch.tensor([columns, rows, columns, rows], device=boxes.device)
+    return {
+        "class_labels": labels,
+        "boxes": box_convert(boxes, "xyxy", "cxcywh") / size,
+        "masks": truth.masks.to(torch.float32),
+    }

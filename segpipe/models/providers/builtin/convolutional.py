@@ -1,4 +1,4 @@
-"""DeepLab's first two versions: atrous convolution instead of the last poolings. V3 and V3+ are in smp."""
+"""SegNet and the first two DeepLabs, and what all architectures here share. DeepLab V3 and V3+ are in smp."""
 
 from __future__ import annotations
 
@@ -9,14 +9,129 @@ from typing import Any, cast
 import timm
 import torch
 from torch import nn
+from torch.nn import functional
 
-from segpipe.models.providers.builtin.common import (
-    check_size,
-    positive,
-    start_convolutions,
-    upsample,
-    vgg16_channels,
-)
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+"""Channels of VGG-16's convolutions, stage by stage (Simonyan and Zisserman, ICLR 2015, configuration D)."""
+
+
+def vgg16_channels(width: float) -> list[list[int]]:
+    """`VGG16` with ``width`` times the channels.
+
+    Raises:
+        ValueError: the width is not above 0.
+    """
+    if not width > 0:
+        raise ValueError(f"width: found {width}; valid: above 0, 1 for the paper's")
+    return [[max(1, round(width * n)) for n in stage] for stage in VGG16]
+
+
+def positive(**numbers: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, n in numbers.items():
+        if n < 1:
+            raise ValueError(f"{name}: found {n}; valid: 1 or more")
+
+
+def check_size(x: torch.Tensor, stride: int) -> None:
+    """Whether a batch's edges are multiples of the stride.
+
+    Raises:
+        ValueError: they are not.
+    """
+    rows, columns = x.shape[-2:]
+    if rows % stride or columns % stride:
+        raise ValueError(f"input of {rows} × {columns}; valid: multiples of the stride {stride}")
+
+
+def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """(n, c, y, x) to (n, c, factor·y, factor·x), bilinear between the centres of elements."""
+    return functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def start_convolutions(module: nn.Module) -> None:
+    """Fill convolutions as torchvision's VGG does: He et al. 2015 (arXiv:1502.01852), fan out, biases 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+class SegNet(nn.Module):
+    """SegNet on VGG-16.
+
+    Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
+    Segmentation", IEEE TPAMI 39(12), 2017, arXiv:1511.00561.
+
+    The encoder has VGG-16's thirteen convolutions, each with batch normalisation and ReLU; each of its five
+    max-poolings remembers where the maxima were. The decoder mirrors it: maxima are put back where they came
+    from (zeros elsewhere), then convolved. Its last convolution gives the logits. ``encoder`` is named and
+    ordered like torchvision's ``vgg16_bn().features``, so that its state dict loads.
+
+    Where we differ: the input is not normalised locally (LRN) first, that is the card's part; any number of
+    channels; He initialisation with fan out (torchvision's VGG) instead of fan in.
+
+    Args:
+        in_channels: channels of the image.
+        classes: channels of the logits.
+        width: times the paper's channels; 1 is the paper's network.
+    """
+
+    def __init__(self, *, in_channels: int, classes: int, width: float = 1.0) -> None:
+        super().__init__()
+        positive(in_channels=in_channels, classes=classes)
+        stages = vgg16_channels(width)
+        layers: list[nn.Module] = []
+        before = in_channels
+        for stage in stages:
+            for channels in stage:
+                layers += _convolution(before, channels)
+                before = channels
+            layers.append(nn.MaxPool2d(2, 2, return_indices=True))
+        self.encoder = nn.Sequential(*layers)
+        self.decoder = nn.ModuleList()
+        for number in reversed(range(len(stages))):
+            # Each stage ends with the channels that the next one's indices have.
+            after = [*stages[number][1:], stages[number - 1][-1] if number else classes]
+            layers = []
+            for channels in after:
+                layers += _convolution(before, channels)
+                before = channels
+            self.decoder.append(nn.Sequential(*(layers if number else layers[:-2])))
+        start_convolutions(self)
+
+    @property
+    def stride(self) -> int:
+        """Edges of the input are multiples of this: five poolings by 2."""
+        return 32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes, y, x) of images (n, in_channels, y, x).
+
+        Raises:
+            ValueError: an edge is no multiple of the stride.
+        """
+        check_size(x, self.stride)
+        positions = []
+        for layer in self.encoder:
+            if isinstance(layer, nn.MaxPool2d):
+                x, indices = layer(x)
+                positions.append(indices)
+            else:
+                x = layer(x)
+        for stage in self.decoder:
+            x = stage(functional.max_unpool2d(x, positions.pop(), [2, 2]))
+        return x
+
+
+def _convolution(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+
 
 STRIDE = 8
 """Total stride of both versions."""
