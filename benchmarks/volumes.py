@@ -34,7 +34,7 @@ from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.masks.patches import patch_cover
-from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.prompts.masks.windows import Planes, read_window
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter

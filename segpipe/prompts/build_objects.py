@@ -20,7 +20,6 @@ from segpipe.objects.table import FACTS, TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.progress import Done
 from segpipe.prompts.collect_prompts import phrase_row
 from segpipe.prompts.masks.automatic import merge_grid_masks
-from segpipe.prompts.masks.embedding_cache import prune
 from segpipe.prompts.masks.scene_masks import (
     MaskMerge,
     PatchIndex,
@@ -30,11 +29,11 @@ from segpipe.prompts.masks.scene_masks import (
     rasterise_scene,
 )
 from segpipe.prompts.masks.window_masks import ARRAYS, CANDIDATES, WindowMasks
+from segpipe.prompts.masks.windows import prune
 from segpipe.prompts.phrases import UNNAMED, value_of
 from segpipe.prompts.prompt_scene import ACCOUNT, PromptScene
 from segpipe.prompts.prompt_set import PromptSet, PromptSource
-from segpipe.prompts.segment_windows import automatic_settings, load_window_masks, read_grid_masks
-from segpipe.prompts.volumes.segment_volume import VOLUME
+from segpipe.prompts.segment_scene import VOLUME, automatic_settings, load_window_masks, read_grid_masks
 from segpipe.sources.base import LabelReader
 from segpipe.store.stage import ArraySpec
 from segpipe.tiling.blocks import BLOCK_EDGE, Blocks

@@ -26,8 +26,7 @@ from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.detect_scene import DetectorScene, prepare_detector
-from segpipe.prompts.masks.embedding_cache import PREFIX, Embeddings
-from segpipe.prompts.masks.read_planes import Planes
+from segpipe.prompts.masks.windows import PREFIX, Embeddings, Planes
 from segpipe.prompts.phrases import file_fingerprint, parse_phrases, phrase_classes
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter

@@ -24,10 +24,9 @@ from segpipe.sources.base import SceneRef
 from segpipe.sources.labels import find_reference
 from segpipe.training.distributed import World, join_world
 from segpipe.training.loop import MetricsRow, Training
-from segpipe.training.losses.build import build_loss
+from segpipe.training.losses import build_loss
 from segpipe.training.network import TrainNetwork, begin_with, precision_here
-from segpipe.training.page import FoldView, training_page
-from segpipe.training.pictures import samples
+from segpipe.training.page import FoldView, samples, training_page
 from segpipe.training.sampler import window_shape
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold

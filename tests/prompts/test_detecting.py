@@ -21,7 +21,7 @@ from segpipe.prompts.grounding.detectors import load_detector
 from segpipe.prompts.grounding.merge_boxes import merge_detections, to_scene
 from segpipe.prompts.masks.automatic import merge_grid_masks
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import (
+from segpipe.prompts.segment_scene import (
     automatic_settings,
     create_mask_stages,
     next_round,

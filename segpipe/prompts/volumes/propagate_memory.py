@@ -30,7 +30,7 @@ from segpipe.models.providers.transformers.folder import REFUSED, data_alone, lo
 from segpipe.prompts.masks.decode import window_prompt
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Prompt, check_prompts
-from segpipe.prompts.segmenters.sam_folder import embedding_shapes, read_folder
+from segpipe.prompts.segmenters.sam import embedding_shapes, read_folder
 from segpipe.prompts.volumes.propagate import (
     RECENT,
     Chain,
