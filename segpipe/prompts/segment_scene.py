@@ -16,7 +16,6 @@ from itertools import count
 import numpy as np
 
 from segpipe.config.job import parse_memory
-from segpipe.config.prompts import Volume
 from segpipe.errors import SceneError
 from segpipe.inference.queues import Prefetch
 from segpipe.inference.settings import Settings
@@ -28,10 +27,9 @@ from segpipe.pipeline.progress import Done, together
 from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.grounding.detect_scene import detect_windows
 from segpipe.prompts.masks.automatic import (
-    AutomaticSettings,
     GridMasks,
+    GridPoints,
     GridTally,
-    PointGrid,
     grid_prompts,
     segment_grid,
 )
@@ -43,7 +41,7 @@ from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import Rules, SliceMask, Stop
+from segpipe.prompts.volumes.propagate import SliceMask, Stop
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, has_memory, track
 from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
 from segpipe.store.stops import StopToken
@@ -158,18 +156,10 @@ def _needed(
     return {w: np.array(sorted(rows)) for w, rows in sorted(found.items())}
 
 
-def automatic_settings(scene: PromptScene) -> AutomaticSettings:
-    """Return the grid's thresholds."""
-    grid = scene.options.grid
-    return AutomaticSettings(
-        points_per_side=grid.points, pred_iou=grid.iou, stability=grid.stability, nms=grid.overlap,
-        crop_layers=grid.levels - 1, smallest=scene.job.measure.smallest,
-    )  # fmt: skip
-
-
-def _grids(scene: PromptScene) -> list[PointGrid]:
-    settings = automatic_settings(scene)
-    return [grid_prompts(scene.pyramid, settings, level) for level in settings.levels(scene.pyramid)]
+def _grids(scene: PromptScene) -> list[GridPoints]:
+    """The points of the grid on each of its levels."""
+    grid, pyramid = scene.options.grid, scene.pyramid
+    return [grid_prompts(pyramid, grid.points, k) for k in range(min(grid.levels, pyramid.levels))]
 
 
 def segment_windows(
@@ -190,7 +180,7 @@ def segment_windows(
     todo = [w for w in windows if _name(number, w) not in done]
     prompts = scene.prompt_set
     objects = _by_window(scene, prompts, number)
-    segmenter, settings, at_once = segmenter_of(scene), automatic_settings(scene), _at_once(scene.settings)
+    segmenter, at_once = segmenter_of(scene), _at_once(scene.settings)
     grids = _grids(scene) if number == 0 and scene.options.everything else []
     encoded = 0
     for window, embedding, valid, new in embedded(scene, segmenter, [(w, 0) for w in todo], stop):
@@ -200,11 +190,12 @@ def segment_windows(
             segmenter, embedding, window, scene.pyramid, mine, scene.options.choice, at_once, valid=valid
         )
         scene.masks.write_part(_name(number, window), WindowMasks.of_window(masks, window.level).dump())
-        for grid in grids:
-            if window in grid.windows:
+        for points in grids:
+            if window in points.windows:
                 of_grid, tally = segment_grid(
-                    segmenter, embedding, window, scene.pyramid, grid, settings, at_once, valid=valid
-                )
+                    segmenter, embedding, window, scene.pyramid, points, scene.options.grid,
+                    scene.job.measure.smallest, at_once, valid,
+                )  # fmt: skip
                 scene.masks.write_part(f"grid.{window_id(window)}", of_grid.dump(tally))
         receipt = {"objects": len(masks), "encoded": int(new), "attempts": attempt}
         scene.masks.commit(_name(number, window), receipt)
@@ -306,7 +297,7 @@ def segment_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
         return embedding
 
     inputs = (prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid)
-    rules = rules_of(scene.options.volume)
+    rules = scene.options.volume
     if has_memory(scene.card):
         found = track(*inputs, _network(scene), embed, rules)
     else:
@@ -325,11 +316,6 @@ def _network(scene: PromptScene) -> VideoNetwork:
         _networks.clear()  # one at a time: they are large
         _networks[key] = VideoNetwork(card, device_of(settings.device), settings.threads)
     return _networks[key]
-
-
-def rules_of(options: Volume) -> Rules:
-    """When a chain of slices ends."""
-    return Rules(options.least_iou, options.least_overlap, options.change, options.reach)
 
 
 def _gathered(found: Iterator[SliceMask | Stop], objects: list[int]) -> WindowMasks:

@@ -23,7 +23,7 @@ from segpipe.prompts.inputs.files import read_prompts
 from segpipe.prompts.masks.patches import patch_cover
 from segpipe.prompts.masks.windows import prune, window_id
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_scene import next_round, rules_of, segment_volume, segment_windows, segmenter_of
+from segpipe.prompts.segment_scene import next_round, segment_volume, segment_windows, segmenter_of
 from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import SliceMask
 from segpipe.prompts.volumes.propagate_prompts import link
@@ -259,7 +259,7 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
         padded[0, :50, :60] = voxels[index] / np.float32(255)
         return segmenter.encode(padded).half()
 
-    rules = rules_of(job.prompts.volume)
+    rules = job.prompts.volume
     expected = np.zeros(voxels.shape, bool)
     for item in link(prompts, 0, voxels.shape, scene.pyramid, segmenter, embed, rules):
         if isinstance(item, SliceMask) and item.mask.patch is not None:

@@ -24,6 +24,7 @@ import transformers as library
 from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
+from segpipe.config.prompts import Volume
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
 from segpipe.models.providers.transformers.folder import REFUSED, data_alone, load_pretrained
@@ -35,7 +36,6 @@ from segpipe.prompts.volumes.propagate import (
     RECENT,
     Chain,
     Embedder,
-    Rules,
     Section,
     SliceMask,
     Stop,
@@ -275,7 +275,7 @@ def track(
     pyramid: Pyramid,
     network: VideoNetwork,
     embed: Embedder,
-    rules: Rules,
+    rules: Volume,
 ) -> Iterator[SliceMask | Stop]:
     """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
 
