@@ -50,7 +50,7 @@ DATA = ROOT.parent / "shared" / "data" / "totalsegmentator_ct"
 STARTER = ROOT / "configs" / "models" / "starter-sam-volume.yaml"
 ORGANS = {"liver": 5, "spleen": 1, "right kidney": 2}
 """Values of TotalSegmentator's segmentation."""
-THROUGH = Volume(least_iou=0, least_overlap=0, change=math.inf)
+THROUGH = Volume.model_construct(least_iou=-math.inf, least_overlap=0, change=math.inf)
 CPU = torch.device("cpu")
 
 

@@ -64,17 +64,13 @@ class PromptScene(PredictedScene):
         """Windows of a plane."""
         return self.embeddings.pyramid
 
-    @cached_property
-    def _classes(self) -> tuple[Class, ...]:
-        return phrase_classes(self.options)
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    @property
+    @cached_property
     def classes(self) -> tuple[Class, ...]:
         """The phrases."""
-        return self._classes
+        return phrase_classes(self.options)
 
     @property
     def nodata(self) -> int:

@@ -110,44 +110,42 @@ def _shown(picture: np.ndarray) -> bytes:
 WIDE, HIGH, LEFT, RIGHT, BOTTOM = 640, 220, 56, 28, 28
 
 
-@dataclass(frozen=True)
-class FoldView:
-    """What a page shows of one fold."""
+def training_page(
+    recipe: Recipe,
+    name: str,
+    state: str,
+    scores: str,
+    rows: Sequence[MetricsRow],
+    shown: Sequence[Sample],
+    facts: Mapping[str, str],
+) -> str:
+    """One self-contained page of one fold.
 
-    name: str
-    state: str
-    scores: str
-    rows: Sequence[MetricsRow]
-    samples: Sequence[Sample]
-    facts: Mapping[str, str]
-
-
-def training_page(recipe: Recipe, folds: Sequence[FoldView]) -> str:
-    """One self-contained page."""
-    views = [
-        {
-            "name": fold.name,
-            "state": fold.state,
-            "scores": fold.scores,
-            "curves": [
-                (
-                    "Loss on what is learned from",
-                    curve([(m.step, m.loss) for m in fold.rows], "Loss by step"),
-                ),
-                (
-                    f"{recipe.measure} on what is kept apart",
-                    curve([(m.step, m.score) for m in fold.rows], f"{recipe.measure} by step"),
-                ),
-            ],
-            "samples": [(s.name, [(c, data_uri("jpeg", p)) for c, p in s.pictures]) for s in fold.samples],
-            "facts": fold.facts,
-        }
-        for fold in folds
-    ]
+    Args:
+        recipe: that is trained.
+        name: of the fold.
+        state: in a word.
+        scores: in words, once it is finished.
+        rows: its history.
+        shown: places that are kept apart.
+        facts: to be listed.
+    """
+    losses, scored = [(m.step, m.loss) for m in rows], [(m.step, m.score) for m in rows]
+    fold = {
+        "name": name,
+        "state": state,
+        "scores": scores,
+        "curves": [
+            ("Loss on what is learned from", curve(losses, "Loss by step")),
+            (f"{recipe.measure} on what is kept apart", curve(scored, f"{recipe.measure} by step")),
+        ],
+        "samples": [(s.name, [(c, data_uri("jpeg", p)) for c, p in s.pictures]) for s in shown],
+        "facts": facts,
+    }
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
     legend = [(c.name, c.color) for c in recipe.card.classes if not c.background]
     kinds = list(DIFFERENCE.values())
-    return render("training.html", recipe=recipe, folds=views, text=text, legend=legend, difference=kinds)
+    return render("training.html", recipe=recipe, folds=[fold], text=text, legend=legend, difference=kinds)
 
 
 def curve(points: Sequence[tuple[float, float]], title: str) -> Markup:

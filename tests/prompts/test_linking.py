@@ -27,6 +27,8 @@ from tests.prompts.tiny_sams import card_for, picture, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ANY = Volume(least_iou=0, least_overlap=0, change=np.inf)
+WHATEVER = Volume.model_construct(least_iou=-np.inf, least_overlap=0, change=np.inf)
+"""What no request may say: random weights predict an IoU below 0."""
 BY_BOX = LinkOptions(choice=Choice.box)
 SHAPE = (26, 30, 34)
 
@@ -244,7 +246,7 @@ def test_plain_loop_over_a_real_network(tmp_path: Path, with_mask: bool) -> None
     prompts = said([(1, (2, 20, 30), True)])
     events = link(
         prompts, 0, (6, 64, 64), pyramid, segmenter, lambda i, _: segmenter.encode(slices[i]),
-        ANY, LinkOptions(grow=0.1, mask=with_mask),
+        WHATEVER, LinkOptions(grow=0.1, mask=with_mask),
     )  # fmt: skip
     solids, answers, _ = collect(events, (6, 64, 64))
     first = segmenter.decode(

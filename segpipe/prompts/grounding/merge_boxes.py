@@ -32,13 +32,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from segpipe.geometry.box import Box
-from segpipe.prompts.columns import Columns
 from segpipe.prompts.grounding.base import Detections, PhraseAccount
 from segpipe.prompts.masks.nms import GroupedBoxes, box_iou, neighbours, shared_area, suppress
+from segpipe.prompts.prompt_set import Columns
 from segpipe.tiling.pyramid import Pyramid, Window
 
 TOUCH = 0.01
 """Share of a window's edge: a detector's boxes end about so near to the border that cuts the object."""
+IOU = 0.5
+"""Least IoU of two boxes of one phrase that are one object; of two cut ones in what both windows see."""
+COVER = 0.5
+"""Least share of a cut box inside a whole one that it is a part of."""
+OTHER_PHRASE_IOU = 0.7
+"""Least IoU of two boxes of different phrases that are one object."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,13 +106,8 @@ class ObjectBoxes(Columns):
         return self.take(np.lexsort((first, -table.score[first], pieced)))
 
 
-def assemble(table: BoxTable, pyramid: Pyramid, iou: float, cover: float) -> tuple[ObjectBoxes, np.ndarray]:
-    """Whole boxes and those joined from cut ones, and the rows (m,) that other boxes hold.
-
-    Args:
-        iou: least, of two cut boxes of one object, in what both windows see.
-        cover: least share of a cut box inside a whole one that it is a part of.
-    """
+def assemble(table: BoxTable, pyramid: Pyramid) -> tuple[ObjectBoxes, np.ndarray]:
+    """Whole boxes and those joined from cut ones, and the rows (m,) that other boxes hold."""
     whole = np.flatnonzero(~table.cut.any(axis=(1, 2)))
     rows = tuple(whole[:, None])
     objects = ObjectBoxes(table.boxes.take(whole), table.level[whole], np.zeros(len(whole), bool), rows)
@@ -114,15 +115,13 @@ def assemble(table: BoxTable, pyramid: Pyramid, iou: float, cover: float) -> tup
     open_rows = np.flatnonzero(table.cut.any(axis=(1, 2)))
     for level in np.unique(table.level[open_rows])[::-1].tolist():
         mine = open_rows[table.level[open_rows] == level]
-        inside = _held(table.boxes.take(mine), level, objects, pyramid, cover)
+        inside = _held(table.boxes.take(mine), level, objects, pyramid)
         held.append(mine[inside])
-        objects = ObjectBoxes.concatenate([objects, _join(table, mine[~inside], pyramid, iou)])
+        objects = ObjectBoxes.concatenate([objects, _join(table, mine[~inside], pyramid)])
     return objects, np.concatenate(held)
 
 
-def _held(
-    boxes: GroupedBoxes, level: int, objects: ObjectBoxes, pyramid: Pyramid, cover: float
-) -> np.ndarray:
+def _held(boxes: GroupedBoxes, level: int, objects: ObjectBoxes, pyramid: Pyramid) -> np.ndarray:
     """(n,) bool: which of a level's cut boxes are parts of objects."""
     edges = np.array([pyramid.edge(k) for k in range(pyramid.levels)])
     grown = TOUCH * np.maximum(edges[objects.level] - edges[level], 0)[:, None]
@@ -130,11 +129,11 @@ def _held(
     held = np.zeros(len(boxes), bool)
     for i, k in neighbours(boxes, holders):
         one = boxes.take(i)
-        held[i[shared_area(one, holders.take(k)) >= cover * one.area]] = True
+        held[i[shared_area(one, holders.take(k)) >= COVER * one.area]] = True
     return held
 
 
-def _join(table: BoxTable, rows: np.ndarray, pyramid: Pyramid, iou: float) -> ObjectBoxes:
+def _join(table: BoxTable, rows: np.ndarray, pyramid: Pyramid) -> ObjectBoxes:
     """Cut boxes of one level, linked where they agree in what both windows see."""
     boxes, views, cut = table.boxes.take(rows), table.view.take(rows), table.cut[rows]
     links = [np.zeros((2, 0), np.int64)]
@@ -145,7 +144,7 @@ def _join(table: BoxTable, rows: np.ndarray, pyramid: Pyramid, iou: float) -> Ob
         clipped = [
             (np.clip(boxes.start[j], start, stop), np.clip(boxes.stop[j], start, stop)) for j in (i, k)
         ]
-        agree = box_iou(*clipped[0], *clipped[1]) >= iou
+        agree = box_iou(*clipped[0], *clipped[1]) >= IOU
         links.append(np.stack([i[agree], k[agree]]))
     ends = np.concatenate(links, axis=1)
     graph = coo_array((np.ones(ends.shape[1], bool), (ends[0], ends[1])), shape=(len(rows),) * 2)
@@ -171,14 +170,6 @@ def view_of(window: Window, pyramid: Pyramid) -> tuple[np.ndarray, np.ndarray]:
     """Corners (axes,) of what a window sees of the scene, as positions."""
     seen = pyramid.box(window).intersect(Box.whole(pyramid.shape))
     return np.array(seen.start) - 0.5, np.array(seen.stop) - 0.5
-
-
-IOU = 0.5
-"""Least IoU of two boxes of one phrase that are one object; of two cut ones in what both windows see."""
-COVER = 0.5
-"""Least share of a cut box inside a whole one that it is a part of."""
-OTHER_PHRASE_IOU = 0.7
-"""Least IoU of two boxes of different phrases that are one object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +259,7 @@ def merge_detections(parts: Sequence[WindowDetections], pyramid: Pyramid, phrase
         phrases: how many there are.
     """
     table = BoxTable(parts, pyramid)
-    objects, held = assemble(table, pyramid, IOU, COVER)
+    objects, held = assemble(table, pyramid)
     ranked = objects.ranked(table)
     into = suppress(ranked.boxes, IOU)
     kept = np.flatnonzero(into < 0)

@@ -25,10 +25,10 @@ import numpy as np
 
 from segpipe.config.prompts import PointGrid
 from segpipe.errors import RequestError
-from segpipe.prompts.columns import Columns
 from segpipe.prompts.masks.decode import CandidateStats, WindowView, measure, view_of
 from segpipe.prompts.masks.nms import keep_best
 from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
+from segpipe.prompts.prompt_set import Columns
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, Segmenter
 from segpipe.tiling.pyramid import Pyramid, Window
 

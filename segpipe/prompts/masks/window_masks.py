@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from segpipe.prompts.columns import Columns
 from segpipe.prompts.masks.automatic import GridMasks
 from segpipe.prompts.masks.decode import ObjectMask
 from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
+from segpipe.prompts.prompt_set import Columns
 
 CANDIDATES = 3
 """Candidates of a prompt whose scores are kept."""
