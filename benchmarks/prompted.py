@@ -32,7 +32,7 @@ from segpipe.pipeline.predict import predict_blocks
 from segpipe.prompts.build_objects import build_objects
 from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import create_mask_stages, next_round, segment_windows
+from segpipe.prompts.segment_scene import create_mask_stages, next_round, segment_windows
 from segpipe.runs.check import check_request
 
 BLOCKS = ("auto", "1024", "777x1500")

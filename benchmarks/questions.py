@@ -24,7 +24,7 @@ from transformers import SamConfig, SamModel
 from segpipe.config.job import Job
 from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.prompt_scene import prepare_prompts
-from segpipe.prompts.segment_windows import create_mask_stages, next_round, segment_windows, segmenter_of
+from segpipe.prompts.segment_scene import create_mask_stages, next_round, segment_windows, segmenter_of
 from segpipe.runs.check import check_request
 
 SCENE = Path(".demo/landsat/landsat7_2000.tif")

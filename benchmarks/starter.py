@@ -27,7 +27,7 @@ from segpipe.config.card import load_card
 from segpipe.prompts.segmenters.base import Prompt, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.tiling.pyramid import Pyramid, Window
-from segpipe.training.promptable.prompt_sampling import mask_box
+from segpipe.training.promptable import mask_box
 
 # This folder holds scripts and is no package.
 sys.path.append(str(Path(__file__).parents[1] / "configs/models/starter-sam/train"))

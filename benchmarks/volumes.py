@@ -29,16 +29,16 @@ import yaml
 
 from benchmarks.fresh import run_fresh
 from segpipe.config.card import Card, load_card
-from segpipe.config.prompts import Choice, PlaneOf
+from segpipe.config.prompts import Choice, PlaneOf, Volume
 from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.masks.patches import patch_cover
-from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.prompts.masks.windows import Planes, read_window
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import Direction, Rules, SliceMask, Stop, propagate
+from segpipe.prompts.volumes.propagate import Direction, SliceMask, Stop, propagate
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker
 from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
 from segpipe.prompts.volumes.slices import prompts_by_slice
@@ -50,7 +50,7 @@ DATA = ROOT.parent / "shared" / "data" / "totalsegmentator_ct"
 STARTER = ROOT / "configs" / "models" / "starter-sam-volume.yaml"
 ORGANS = {"liver": 5, "spleen": 1, "right kidney": 2}
 """Values of TotalSegmentator's segmentation."""
-THROUGH = Rules(least_iou=-math.inf, least_overlap=0, change=math.inf)
+THROUGH = Volume.model_construct(least_iou=-math.inf, least_overlap=0, change=math.inf)
 CPU = torch.device("cpu")
 
 
@@ -107,7 +107,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * (a & b).sum() / both) if both else math.nan
 
 
-def organs(path: str, rules: Rules, linking: LinkOptions) -> None:
+def organs(path: str, rules: Volume, linking: LinkOptions) -> None:
     """The first table."""
     card = load_card(path)
     slices = Slices(DATA / "example_ct_sm.nii.gz", card, load_segmenter(card, CPU, torch.get_num_threads()))
@@ -284,7 +284,7 @@ def main() -> None:
         return
     card = load_card(arguments.card)
     if (Path(card.folder) / str(card.weights)).exists():
-        rules = Rules(reach=arguments.reach)
+        rules = Volume(reach=arguments.reach)
         organs(arguments.card, rules, LinkOptions(choice=arguments.choice, mask=arguments.mask))
     else:
         print(f"{arguments.card}: its weights are not here: no Dice was measured")

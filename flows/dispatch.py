@@ -20,7 +20,7 @@ from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.progress import Done, Pace, batches_of
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_windows import Round
+from segpipe.prompts.segment_scene import Round
 from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
 from segpipe.store.stage import StopToken

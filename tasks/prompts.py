@@ -13,8 +13,13 @@ from segpipe.pipeline.progress import Done
 from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.grounding.detect_scene import DetectorScene, detect_windows
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_windows import Round, create_mask_stages, next_round, segment_windows
-from segpipe.prompts.volumes.segment_volume import segment_volume
+from segpipe.prompts.segment_scene import (
+    Round,
+    create_mask_stages,
+    next_round,
+    segment_volume,
+    segment_windows,
+)
 from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from segpipe_tasks.scenes import BACKOFF, RETRIES

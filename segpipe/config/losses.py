@@ -1,4 +1,4 @@
-"""Terms of a loss: what a recipe may ask for. The modules are built in `segpipe.training.losses.build`."""
+"""Terms of a loss: what a recipe may ask for. The modules are built in `segpipe.training.losses`."""
 
 from __future__ import annotations
 

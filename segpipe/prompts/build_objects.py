@@ -6,7 +6,7 @@ import io
 import json
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,6 @@ from segpipe.objects.table import FACTS, TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.progress import Done
 from segpipe.prompts.collect_prompts import phrase_row
 from segpipe.prompts.masks.automatic import merge_grid_masks
-from segpipe.prompts.masks.embedding_cache import prune
 from segpipe.prompts.masks.scene_masks import (
     MaskMerge,
     PatchIndex,
@@ -29,12 +28,12 @@ from segpipe.prompts.masks.scene_masks import (
     merge_masks,
     rasterise_scene,
 )
-from segpipe.prompts.masks.window_masks import ARRAYS, CANDIDATES, WindowMasks
+from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
+from segpipe.prompts.masks.windows import prune
 from segpipe.prompts.phrases import UNNAMED, value_of
 from segpipe.prompts.prompt_scene import ACCOUNT, PromptScene
 from segpipe.prompts.prompt_set import PromptSet, PromptSource
-from segpipe.prompts.segment_windows import automatic_settings, load_window_masks, read_grid_masks
-from segpipe.prompts.volumes.segment_volume import VOLUME
+from segpipe.prompts.segment_scene import VOLUME, load_window_masks, read_grid_masks
 from segpipe.sources.base import LabelReader
 from segpipe.store.stage import ArraySpec
 from segpipe.tiling.windows import BLOCK_EDGE, Blocks
@@ -95,7 +94,7 @@ def _scene_masks(scene: PromptScene) -> tuple[PromptSet, SceneMasks]:
     names, source, score = [*prompts.phrases], prompts.source, prompts.score
     parts = read_grid_masks(scene)
     if parts:
-        of_grid, tally = merge_grid_masks(parts, automatic_settings(scene))
+        of_grid, tally = merge_grid_masks(parts, scene.options.grid.overlap)
         prompts = replace(prompts, notes=(*prompts.notes, *(f"grid: {line}" for line in tally.lines())))
         masks = WindowMasks.merge([masks, WindowMasks.of_grid(of_grid, len(prompts) + 1)])
         labels, confidence = [""] * len(of_grid), np.full(len(of_grid), np.nan)
@@ -107,7 +106,7 @@ def _scene_masks(scene: PromptScene) -> tuple[PromptSet, SceneMasks]:
         names += labels
         source = np.concatenate((source, np.full(len(of_grid), int(PromptSource.AUTOMATIC))))
         score = np.concatenate((score, np.where([name == "" for name in labels], np.nan, confidence)))
-    columns = {name: getattr(masks, name) for name in (*ARRAYS, "reason", "patches")}
+    columns = {f.name: getattr(masks, f.name) for f in fields(masks)}
     value = np.array([value_of(name, scene.classes) for name in names], np.int64)
     return prompts, SceneMasks(**columns, value=value, source=source, score=score)
 

@@ -26,8 +26,7 @@ from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.detect_scene import DetectorScene, prepare_detector
-from segpipe.prompts.masks.embedding_cache import PREFIX, Embeddings
-from segpipe.prompts.masks.read_planes import Planes
+from segpipe.prompts.masks.windows import PREFIX, Embeddings, Planes
 from segpipe.prompts.phrases import file_fingerprint, parse_phrases, phrase_classes
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
@@ -65,17 +64,13 @@ class PromptScene(PredictedScene):
         """Windows of a plane."""
         return self.embeddings.pyramid
 
-    @cached_property
-    def _classes(self) -> tuple[Class, ...]:
-        return phrase_classes(self.options)
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    @property
+    @cached_property
     def classes(self) -> tuple[Class, ...]:
         """The phrases."""
-        return self._classes
+        return phrase_classes(self.options)
 
     @property
     def nodata(self) -> int:

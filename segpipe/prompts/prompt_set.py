@@ -1,4 +1,4 @@
-"""Hold the prompts of one scene in one numbering: points, boxes and outlines of objects.
+"""All prompts of one scene as tables of columns: points, boxes, outlines, and where each object came from.
 
 Positions are fractional elements of the scene's grid in array order, whole numbers at the elements'
 centres, as `Geometry.to_world` takes them: element i reaches from i − ½ to i + ½, so a
@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import shapely
@@ -20,9 +20,44 @@ from shapely.affinity import affine_transform
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
-from segpipe.prompts.columns import Columns
 from segpipe.regions.base import FULL
 from segpipe.regions.polygons import unit_cover
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A dataclass whose fields hold one item a row: arrays, tuples, or further `Columns`."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Return some rows: by number in that order, or where a mask is True.
+
+        A tuple without items is a column that is not known; it stays so.
+        """
+        return type(self)(**{f.name: _taken(getattr(self, f.name), rows) for f in fields(self)})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Return the rows of all parts, of which there is at least one, one part after the other."""
+        return cls(**{f.name: _concatenated([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+
+
+def _taken(column: Any, rows: np.ndarray) -> Any:
+    if isinstance(column, np.ndarray):
+        return column[rows]
+    if isinstance(column, Columns):
+        return column.take(rows)
+    return tuple(column[i] for i in np.arange(len(column))[rows].tolist()) if column else ()
+
+
+def _concatenated(columns: Sequence[Any]) -> Any:
+    if isinstance(columns[0], np.ndarray):
+        return np.concatenate(columns)
+    if isinstance(columns[0], Columns):
+        return type(columns[0]).concatenate(columns)
+    return tuple(item for column in columns for item in column)
 
 
 class PromptSource(IntEnum):

@@ -61,7 +61,7 @@ def compute_scene(
         return together(parts, reused)
     if scene.prompted:
         from segpipe.prompts.prompt_scene import PromptScene  # loads torch
-        from segpipe.prompts.run_prompts import answer_scene
+        from segpipe.prompts.segment_scene import answer_scene
 
         assert isinstance(scene, PromptScene)
         return answer_scene(scene, stop, progress)

@@ -15,13 +15,12 @@ from segpipe.errors import RequestError
 from segpipe.inference.queues import Prefetch
 from segpipe.models.base import Truth
 from segpipe.training.distributed import World
-from segpipe.training.losses.build import build_loss
+from segpipe.training.losses import build_loss
 from segpipe.training.network import TrainNetwork
 from segpipe.training.sampler import Batch, Sampler
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
-from segpipe.training.validation import Trial, try_model
-from segpipe.training.validation_objects import try_objects
+from segpipe.training.validation import Trial, try_model, try_objects
 
 AHEAD = 4
 """Batches prepared ahead of the network."""

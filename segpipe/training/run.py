@@ -25,10 +25,9 @@ from segpipe.sources.base import SceneRef
 from segpipe.sources.labels import find_reference
 from segpipe.training.distributed import World, join_world
 from segpipe.training.loop import MetricsRow, Training
-from segpipe.training.losses.build import build_loss
+from segpipe.training.losses import build_loss
 from segpipe.training.network import TrainNetwork, begin_with, precision_here
-from segpipe.training.page import FoldView, training_page
-from segpipe.training.pictures import samples
+from segpipe.training.page import samples, training_page
 from segpipe.training.sampler import window_shape
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold
@@ -200,14 +199,8 @@ def _show(recipe: Recipe, training: Training, folder: Path, state: str, scores: 
     history = training.progress.history
     pd.DataFrame([asdict(m) for m in history]).to_csv(folder / "history.csv", index=False)
     network = training.network
-    shown = samples(
-        network.answer,
-        recipe.card,
-        training.scenes,
-        training.fold,
-        training.sampler.shape,
-        network.device,
-    )
+    places = (training.scenes, training.fold, training.sampler.shape)
+    shown = samples(network.answer, recipe.card, *places, network.device)
     (folder / "samples").mkdir(exist_ok=True)
     for number, sample in enumerate(shown):
         for caption, picture in sample.pictures:
@@ -218,8 +211,8 @@ def _show(recipe: Recipe, training: Training, folder: Path, state: str, scores: 
         "Network": f"{recipe.card.architecture}, {network.parameters:,} parameters",
         "Learned from": f"{len(training.sampler.scenes)} scenes",
     }
-    view = FoldView(folder.name, state, scores, history, shown, facts)
-    (folder / "training.html").write_text(training_page(recipe, [view]), encoding="utf-8")
+    page = training_page(recipe, folder.name, state, scores, history, shown, facts)
+    (folder / "training.html").write_text(page, encoding="utf-8")
 
 
 def scores_text(recipe: Recipe, fold: Fold, trial: Trial | None) -> str:

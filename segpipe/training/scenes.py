@@ -226,21 +226,17 @@ class Drawn:
     def __init__(self, classes: int) -> None:
         self.counts = [0] * classes
         self._keys: list[np.ndarray] = [np.zeros(0) for _ in range(classes)]
-        self._found: list[np.ndarray] = []
-
-    @property
-    def positions(self) -> list[np.ndarray]:
+        self.positions: list[np.ndarray] = []
         """int32 (n, axis) for each class."""
-        return self._found
 
     def add(self, target: np.ndarray, box: Box, rng: np.random.Generator) -> None:
         """Take a block in: each element draws a number, and the smallest are kept."""
-        if not self._found:
-            self._found = [np.zeros((0, target.ndim), np.int32) for _ in self.counts]
+        if not self.positions:
+            self.positions = [np.zeros((0, target.ndim), np.int32) for _ in self.counts]
         for channel in range(len(self.counts)):
             at = np.argwhere(target == channel)
             self.counts[channel] += len(at)
             keys = np.concatenate([self._keys[channel], rng.random(len(at))])
-            found = np.concatenate([self._found[channel], (at + box.start).astype(np.int32)])
+            found = np.concatenate([self.positions[channel], (at + box.start).astype(np.int32)])
             best = np.argsort(keys, kind="stable")[:POSITIONS]
-            self._keys[channel], self._found[channel] = keys[best], found[best]
+            self._keys[channel], self.positions[channel] = keys[best], found[best]

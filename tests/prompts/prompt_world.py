@@ -15,7 +15,7 @@ from rasterio.transform import from_origin
 from segpipe.config.job import Job, load_job
 from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import create_mask_stages
+from segpipe.prompts.segment_scene import create_mask_stages
 from segpipe.runs.check import check_request
 from tests.prompts.tiny_sams import edge_of, tiny
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,11 +19,10 @@ from skimage.measure import regionprops
 from torchvision.ops import box_iou, nms
 from transformers.models.sam.image_processing_sam import _build_point_grid
 
+from segpipe.config.prompts import PointGrid
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.prompts.masks.automatic import (
-    ARRAYS,
-    AutomaticSettings,
     GridMasks,
     GridTally,
     grid_prompts,
@@ -111,15 +110,15 @@ def test_a_scene_of_one_window_has_the_librarys_masks(world: World, same: float)
     pyramid, window = Pyramid((edge, edge), edge, 0.25), Window(0, (0, 0))
 
     def ours(**limits: float) -> tuple[GridMasks, GridTally]:
-        wanted = AutomaticSettings(points_per_side=SIDE, **limits)
-        grid = grid_prompts(pyramid, wanted, 0)
+        wanted = PointGrid(points=SIDE, **limits)
+        grid = grid_prompts(pyramid, wanted.points, 0)
         found = segment_grid(world.segmenter, world.embedding, window, pyramid, grid, wanted)
-        return merge_grid_masks([found], wanted)
+        return merge_grid_masks([found], wanted.overlap)
 
-    everything, _ = ours(pred_iou=0, stability=0, nms=1)
+    everything, _ = ours(iou=0, stability=0, overlap=1)
     score = between(everything.iou)
     stability = between(everything.stability[everything.iou > score])
-    masks, tally = ours(pred_iou=score, stability=stability, nms=same)
+    masks, tally = ours(iou=float(score), stability=float(stability), overlap=same)
     expected = published(
         world, SIDE, pred_iou_thresh=score, stability_score_thresh=stability, crops_nms_thresh=same
     )
@@ -139,14 +138,14 @@ def test_a_scene_of_one_window_has_the_librarys_masks(world: World, same: float)
 
 def test_points_are_the_librarys_on_one_window_and_one_grid_over_all() -> None:
     for side in (5, 8, 32):
-        wanted = AutomaticSettings(points_per_side=side)
-        grid = grid_prompts(Pyramid((64, 64), 64, 0.25), wanted, 0)
+        wanted = PointGrid(points=side)
+        grid = grid_prompts(Pyramid((64, 64), 64, 0.25), wanted.points, 0)
         np.testing.assert_allclose(grid.position[:, ::-1], _build_point_grid(side).numpy() * 64, atol=1e-5)
-    shape, wanted = (203, 130), AutomaticSettings(points_per_side=8, crop_layers=9)
+    shape, wanted = (203, 130), PointGrid(points=8, levels=8)
     pyramid = Pyramid(shape, 64, 0.25)
-    assert wanted.levels(pyramid) == range(3)
-    for level in wanted.levels(pyramid):
-        grid = grid_prompts(pyramid, wanted, level)
+    assert range(min(wanted.levels, pyramid.levels)) == range(3)
+    for level in range(min(wanted.levels, pyramid.levels)):
+        grid = grid_prompts(pyramid, wanted.points, level)
         steps = [np.unique(np.diff(np.unique(axis))) for axis in grid.position.T]
         assert all(step.tolist() == [8 << level] for step in steps)  # one grid
         assert len(np.unique(grid.position, axis=0)) == len(grid.position)
@@ -163,7 +162,7 @@ def test_points_are_the_librarys_on_one_window_and_one_grid_over_all() -> None:
         assert (far[np.arange(len(taken)), taken] == far.min(axis=1)).all()
         asked = np.concatenate([grid.numbers(w) for w in grid.windows])
         assert sorted(asked.tolist()) == list(range(len(grid.position)))
-    small = grid_prompts(Pyramid((3, 200), 64, 0.25), wanted, 0)
+    small = grid_prompts(Pyramid((3, 200), 64, 0.25), wanted.points, 0)
     assert set(small.position[:, 0]) == {1.0} and len(small.position) == 25  # 4.5 is beyond: the middle row
 
 
@@ -236,16 +235,16 @@ def pixels_of(bright: np.ndarray, pyramid: Pyramid, window: Window) -> np.ndarra
 
 
 def everywhere(
-    bright: np.ndarray, wanted: AutomaticSettings, at_once: int = 64
+    bright: np.ndarray, wanted: PointGrid, at_once: int = 64, smallest: int = 0
 ) -> list[tuple[GridMasks, GridTally]]:
     """The parts of all windows of all levels."""
     pyramid, segmenter = Pyramid(bright.shape, 64, 0.25), Flood()
     parts = []
-    for level in wanted.levels(pyramid):
-        grid = grid_prompts(pyramid, wanted, level)
+    for level in range(min(wanted.levels, pyramid.levels)):
+        grid = grid_prompts(pyramid, wanted.points, level)
         for window in grid.windows:
             embedding = segmenter.encode(pixels_of(bright, pyramid, window))
-            parts.append(segment_grid(segmenter, embedding, window, pyramid, grid, wanted, at_once))
+            parts.append(segment_grid(segmenter, embedding, window, pyramid, grid, wanted, smallest, at_once))
     return parts
 
 
@@ -257,9 +256,9 @@ SCENE = (201, 262)
 def test_every_object_of_a_scene_is_found_once_and_whole() -> None:
     """Disks on borders of windows, at the scene's edge, and two that nearly fill a window."""
     ids = disks(SCENE, PLACES + LARGE)
-    wanted = AutomaticSettings(points_per_side=8)
+    wanted = PointGrid(points=8)
     parts = everywhere(ids > 0, wanted)
-    masks, tally = merge_grid_masks(parts, wanted)
+    masks, tally = merge_grid_masks(parts, wanted.overlap)
     print(tally.lines())
     whole = Box.whole(SCENE)
     held = []
@@ -281,32 +280,32 @@ def test_every_object_of_a_scene_is_found_once_and_whole() -> None:
 
 def test_a_coarser_level_holds_what_the_finest_cuts() -> None:
     ids = disks((260, 262), [(128, 128, 60), (20, 30, 9), (230, 222, 9)])
-    fine = AutomaticSettings(points_per_side=8)
-    with_coarse = replace(fine, crop_layers=2)
-    assert len(merge_grid_masks(everywhere(ids > 0, fine), fine)[0]) == 2
-    masks, tally = merge_grid_masks(everywhere(ids > 0, with_coarse), with_coarse)
+    fine = PointGrid(points=8)
+    with_coarse = fine.model_copy(update={"levels": 3})
+    assert len(merge_grid_masks(everywhere(ids > 0, fine), fine.overlap)[0]) == 2
+    masks, tally = merge_grid_masks(everywhere(ids > 0, with_coarse), with_coarse.overlap)
     assert len(masks) == 3 and masks.level[:2].tolist() == [0, 0] and masks.level[2] > 0
     large = patch_cover(masks.patches[2], Box.whole(ids.shape))
     assert iou(large, ids == 1) > 0.97 and masks.elements[2] == pytest.approx((ids == 1).sum(), rel=0.03)
     assert tally.same_elsewhere >= 2  # the small ones, seen again
-    some = replace(with_coarse, smallest=400)  # a disk of radius 9 has 253 elements
-    kept, counted = merge_grid_masks(everywhere(ids > 0, some), some)
+    some = everywhere(ids > 0, with_coarse, smallest=400)  # a disk of radius 9 has 253 elements
+    kept, counted = merge_grid_masks(some, with_coarse.overlap)
     assert len(kept) == 1 and counted.small >= 2
 
 
 def test_neither_order_nor_turns_change_a_bit() -> None:
     """And what is left follows from torchvision's IoU: finer levels first, then predicted IoU."""
-    wanted = AutomaticSettings(points_per_side=8, pred_iou=0, stability=0, crop_layers=2, nms=0.5)
+    wanted = PointGrid(points=8, iou=0, stability=0, levels=3, overlap=0.5)
     bright = disks(SCENE, PLACES + LARGE) > 0
     parts = everywhere(bright, wanted)
-    masks, tally = merge_grid_masks(parts, wanted)
+    masks, tally = merge_grid_masks(parts, wanted.overlap)
     for other in (parts[::-1], everywhere(bright, wanted, at_once=3), [(masks, tally)]):
-        again, counted = merge_grid_masks(other, wanted)
+        again, counted = merge_grid_masks(other, wanted.overlap)
         assert same(masks, again) and tally == counted
     joined = join_grid_masks([part for part, _ in parts])
     rank = np.lexsort((joined.candidate, joined.number, -joined.iou, joined.level))
     xyxy = torch.from_numpy(np.concatenate((joined.start[:, ::-1], joined.stop[:, ::-1]), axis=1))
-    alike = box_iou(xyxy, xyxy).numpy() > wanted.nms
+    alike = box_iou(xyxy, xyxy).numpy() > wanted.overlap
     window = np.column_stack((joined.level, joined.window))
     kept: list[int] = []
     for i in rank.tolist():
@@ -317,7 +316,10 @@ def test_neither_order_nor_turns_change_a_bit() -> None:
 
 def same(a: GridMasks, b: GridMasks) -> bool:
     """Bit for bit."""
-    arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ARRAYS)
+    arrays = all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in [f.name for f in fields(GridMasks)][:-1]
+    )
     return arrays and all(
         p.origin == q.origin and p.scale == q.scale and np.array_equal(p.logits, q.logits)
         for p, q in zip(a.patches, b.patches, strict=True)
@@ -326,8 +328,8 @@ def same(a: GridMasks, b: GridMasks) -> bool:
 
 def test_points_without_data_are_not_asked_and_masks_end_there() -> None:
     pyramid, window = Pyramid((64, 64), 64, 0.25), Window(0, (0, 0))
-    wanted = AutomaticSettings(points_per_side=4, nms=0.7)
-    grid = grid_prompts(pyramid, wanted, 0)  # at 8, 24, 40, 56
+    wanted = PointGrid(points=4, overlap=0.7)
+    grid = grid_prompts(pyramid, wanted.points, 0)  # at 8, 24, 40, 56
     valid = np.zeros((64, 64), bool)
     valid[:, :40] = True
     segmenter, bright = Flood(), disks((64, 64), [(24, 30, 20)]) > 0
@@ -341,4 +343,4 @@ def test_points_without_data_are_not_asked_and_masks_end_there() -> None:
 
 def test_more_points_than_elements_are_rejected() -> None:
     with pytest.raises(RequestError, match="valid: up to 64"):
-        grid_prompts(Pyramid((64, 64), 64, 0.25), AutomaticSettings(points_per_side=65), 0)
+        grid_prompts(Pyramid((64, 64), 64, 0.25), 65, 0)

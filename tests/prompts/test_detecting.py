@@ -21,8 +21,7 @@ from segpipe.prompts.grounding.detectors import load_detector
 from segpipe.prompts.grounding.merge_boxes import merge_detections, to_scene
 from segpipe.prompts.masks.automatic import merge_grid_masks
 from segpipe.prompts.prompt_scene import PromptScene, prepare_prompts
-from segpipe.prompts.segment_windows import (
-    automatic_settings,
+from segpipe.prompts.segment_scene import (
     create_mask_stages,
     next_round,
     read_grid_masks,
@@ -203,7 +202,7 @@ def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:
     here = next_round(scene, 0)
     assert here is not None
     segment_windows(scene, 0, here.windows)
-    masks, _ = merge_grid_masks(read_grid_masks(scene), automatic_settings(scene))
+    masks, _ = merge_grid_masks(read_grid_masks(scene), scene.options.grid.overlap)
     assert len(masks) > 1
     assert scene.labeller is not None
     names, sure, accounts = label_masks(scene.labeller, masks.patches)

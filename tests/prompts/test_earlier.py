@@ -20,8 +20,13 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.prompts.inputs import components
-from segpipe.prompts.inputs.components import component_strips, deepest, find_components
-from segpipe.prompts.inputs.label_prompts import label_prompts, read_labels
+from segpipe.prompts.inputs.components import (
+    component_strips,
+    deepest,
+    find_components,
+    label_prompts,
+    read_labels,
+)
 
 UTM = "EPSG:32617"
 DATA = Path(__file__).parents[3] / "shared" / "data"

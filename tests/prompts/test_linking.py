@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-from segpipe.config.prompts import Choice
+from segpipe.config.prompts import Choice, Volume
 from segpipe.errors import RequestError
 from segpipe.prompts.masks.decode import window_prompt
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.segmenters.base import Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import Direction, Rules, StopReason
+from segpipe.prompts.volumes.propagate import Direction, StopReason
 from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
 from segpipe.prompts.volumes.slices import placed
 from segpipe.tiling.pyramid import Pyramid, Window
@@ -26,7 +26,9 @@ from tests.prompts.solids import Truth, ball, collect, cone, embedder, said, sla
 from tests.prompts.tiny_sams import card_for, picture, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ANY = Rules(least_iou=0, least_overlap=0, change=np.inf)
+ANY = Volume(least_iou=0, least_overlap=0, change=np.inf)
+WHATEVER = Volume.model_construct(least_iou=-np.inf, least_overlap=0, change=np.inf)
+"""What no request may say: random weights predict an IoU below 0."""
 BY_BOX = LinkOptions(choice=Choice.box)
 SHAPE = (26, 30, 34)
 
@@ -75,8 +77,8 @@ def test_overlap_and_change_stop_a_cone() -> None:
     areas = solid.sum(axis=(1, 2))
     box = said(boxes=[slice_box(solid, 0, 20)])
     for rules, why, ratio in (
-        (Rules(change=1.4, least_overlap=0), StopReason.change, 1 / 1.4),
-        (Rules(least_overlap=0.6, change=np.inf), StopReason.overlap, 0.6),
+        (Volume(change=1.4, least_overlap=0), StopReason.change, 1 / 1.4),
+        (Volume(least_overlap=0.6, change=np.inf), StopReason.overlap, 0.6),
     ):
         stop = run(solid.astype(int), box, rules=rules)[2][1, 20, "backward"]
         last = next(i for i in range(20, 4, -1) if areas[i - 1] / areas[i] < ratio)
@@ -91,9 +93,9 @@ def test_score_end_and_reach_stop() -> None:
     box = said(boxes=[slice_box(column == 1, 0, 4)])
     for rules, why, lasts in (
         (ANY, StopReason.end, (11, 0)),
-        (Rules(reach=3), StopReason.reach, (7, 1)),
-        (Rules(reach=1), StopReason.reach, (5, 3)),
-        (Rules(least_iou=0.97), StopReason.iou, (4, 4)),
+        (Volume(reach=3), StopReason.reach, (7, 1)),
+        (Volume(reach=1), StopReason.reach, (5, 3)),
+        (Volume(least_iou=0.97), StopReason.iou, (4, 4)),
     ):
         solids, _, stops, _ = run(column, box, rules=rules)
         assert [(s.why, s.last) for s in stops.values()] == [(why, n) for n in lasts]
@@ -151,7 +153,7 @@ def test_touching_objects_in_any_order() -> None:
     boxes = [slice_box(labels == 1, 0, 9, 1), slice_box(labels == 2, 0, 16, 2)]
     points = [(1, (9, 13, 10), True), (1, (9, 3, 3), False), (2, (16, 13, 22), True)]
     # Where one ends the other goes on: its section lies elsewhere.
-    rules = Rules(least_iou=0, least_overlap=0.2, change=5)
+    rules = Volume(least_iou=0, least_overlap=0.2, change=5)
     solids, answers, stops, asked = run(labels, said(points, boxes), rules=rules)
     for number in (1, 2):
         np.testing.assert_array_equal(solids[number], labels == number)
@@ -244,7 +246,7 @@ def test_plain_loop_over_a_real_network(tmp_path: Path, with_mask: bool) -> None
     prompts = said([(1, (2, 20, 30), True)])
     events = link(
         prompts, 0, (6, 64, 64), pyramid, segmenter, lambda i, _: segmenter.encode(slices[i]),
-        Rules(-np.inf, 0, np.inf), LinkOptions(grow=0.1, mask=with_mask),
+        WHATEVER, LinkOptions(grow=0.1, mask=with_mask),
     )  # fmt: skip
     solids, answers, _ = collect(events, (6, 64, 64))
     first = segmenter.decode(

@@ -17,9 +17,9 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.prompts.collect_prompts import prompt_line
-from segpipe.prompts.masks import read_planes as module
-from segpipe.prompts.masks.read_planes import Planes, read_box
-from segpipe.prompts.segment_windows import next_round, segment_windows
+from segpipe.prompts.masks import windows as module
+from segpipe.prompts.masks.windows import Planes, read_box
+from segpipe.prompts.segment_scene import next_round, segment_windows
 from segpipe.runs.check import check_request
 from segpipe.sources.base import Pixels, Scaling
 from tests.prompts.prompt_world import make_card, make_job, planned

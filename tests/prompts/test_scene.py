@@ -20,14 +20,13 @@ from segpipe.geometry.box import Box
 from segpipe.objects.table import FACTS, ObjectTable
 from segpipe.prompts.build_objects import build_objects
 from segpipe.prompts.inputs.files import read_prompts
-from segpipe.prompts.masks.embedding_cache import prune, window_id
 from segpipe.prompts.masks.patches import patch_cover
+from segpipe.prompts.masks.windows import prune, window_id
 from segpipe.prompts.prompt_scene import PromptScene
-from segpipe.prompts.segment_windows import next_round, segment_windows, segmenter_of
+from segpipe.prompts.segment_scene import next_round, segment_volume, segment_windows, segmenter_of
 from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import SliceMask
 from segpipe.prompts.volumes.propagate_prompts import link
-from segpipe.prompts.volumes.segment_volume import rules_of, segment_volume
 from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.prompt_world import EDGE, make_card, make_job, pixels, planned
@@ -148,7 +147,7 @@ def map_windows(scene: PromptScene) -> set[Any]:
     """All windows of all rounds."""
     found: set[Any] = set()
     number = 0
-    from segpipe.prompts.segment_windows import _by_window
+    from segpipe.prompts.segment_scene import _by_window
 
     while next_round(scene, number) is not None:
         found |= set(_by_window(scene, scene.prompt_set, number))
@@ -260,7 +259,7 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
         padded[0, :50, :60] = voxels[index] / np.float32(255)
         return segmenter.encode(padded).half()
 
-    rules = rules_of(job.prompts.volume)
+    rules = job.prompts.volume
     expected = np.zeros(voxels.shape, bool)
     for item in link(prompts, 0, voxels.shape, scene.pyramid, segmenter, embed, rules):
         if isinstance(item, SliceMask) and item.mask.patch is not None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers as library
 
+from segpipe.config.prompts import Volume
 from segpipe.errors import RequestError
 from segpipe.prompts.segmenters.base import Embedding, Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import Rules, StopReason, propagate
+from segpipe.prompts.volumes.propagate import StopReason, propagate
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, track
 from segpipe.prompts.volumes.slices import prompts_by_slice
 from segpipe.tiling.pyramid import Pyramid
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 EDGE, DEPTH = 64, 8
 NEAR = 3e-3
 """Of logits of some units: rounding grows from slice to slice, and is handed on by the memory."""
-ANY = Rules(least_iou=0, least_overlap=0, change=np.inf)
+ANY = Volume(least_iou=0, least_overlap=0, change=np.inf)
 BOX = (1, (3, 9.5, 12.5), (3, 50.5, 40.5))
 """On slice 3; in x and y of the library, whose boxes go from centre to centre: 13, 10, 40, 50."""
 

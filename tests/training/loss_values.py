@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segpipe.config.losses import IGNORE, LossTerm
-from segpipe.training.losses.build import build_loss
+from segpipe.training.losses import build_loss
 
 SMOOTH = 1e-3
 TERMS = [

@@ -10,8 +10,7 @@ import torch
 from scipy import ndimage
 
 from segpipe.config.recipe import Augmentation
-from segpipe.training.augmentation.augment import augment
-from segpipe.training.augmentation.spatial import CELLS, sampling_grid
+from segpipe.training.augmentation import CELLS, augment, sampling_grid
 
 NONE = Augmentation.none()
 

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 
 from segpipe.config.recipe import Augmentation
-from segpipe.training.augmentation.augment import augment
+from segpipe.training.augmentation import augment
 
 
 def changed(image: np.ndarray, seed: int = 0, **fields: object) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from segpipe.training.losses.border import border_weights
+from segpipe.training.losses import border_weights
 
 
 def all_pairs(ids, w0, sigma, spacing):

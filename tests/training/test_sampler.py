@@ -16,7 +16,7 @@ from segpipe.config.losses import IGNORE
 from segpipe.config.recipe import Recipe, Split
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
-from segpipe.training.losses.border import border_weights
+from segpipe.training.losses import border_weights
 from segpipe.training.sampler import Sampler
 from segpipe.training.split import Fold
 from tests.training.conftest import CLASSES, VALUES, fold_of, merged, prepared, recipe_of

@@ -13,7 +13,7 @@ from world import write_raster
 from segpipe.config.recipe import Recipe
 from segpipe.geometry.box import Box
 from segpipe.objects.window import WindowObjects
-from segpipe.training.validation_objects import find_objects, try_objects
+from segpipe.training.validation import find_objects, try_objects
 from tests.instances.scene import discs
 from tests.training.conftest import fold_of, prepared, recipe_data
 

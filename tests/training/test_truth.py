@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from segpipe.config.card import Card
 from segpipe.config.losses import IGNORE
-from segpipe.training.instance_targets import number_pairs, pairs_of, window_truth
+from segpipe.training.sampler import number_pairs, pairs_of, window_truth
 
 LARGE = 2**40 + 1
 """float32 does not hold it."""

@@ -19,7 +19,6 @@ from affine import Affine
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.objects.outlines import Pieces, block_pieces, dissolve
-from segpipe.prompts.columns import Columns
 from segpipe.prompts.grounding.vocabulary import Meaning, PhraseMatch, Vocabulary
 from segpipe.prompts.inputs.components import (
     Components,
@@ -28,6 +27,7 @@ from segpipe.prompts.inputs.components import (
     deepest,
     find_components,
 )
+from segpipe.prompts.prompt_set import Columns
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

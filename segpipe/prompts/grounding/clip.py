@@ -32,7 +32,7 @@ from segpipe.prompts.grounding.processors import (
     read_kind,
 )
 from segpipe.prompts.masks.patches import Patch
-from segpipe.prompts.masks.read_planes import Planes, read_box
+from segpipe.prompts.masks.windows import Planes, read_box
 
 PHOTO = ("a photo of a {}.",)
 """What CLIP's authors put around a name."""

@@ -27,8 +27,7 @@ from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, to_scene
-from segpipe.prompts.masks.embedding_cache import window_id
-from segpipe.prompts.masks.read_planes import Planes, read_window
+from segpipe.prompts.masks.windows import Planes, read_window, window_id
 from segpipe.prompts.phrases import parse_phrases
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import match_bands

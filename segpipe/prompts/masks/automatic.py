@@ -17,44 +17,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
+from operator import add
 
 import numpy as np
 
+from segpipe.config.prompts import PointGrid
 from segpipe.errors import RequestError
-from segpipe.prompts.columns import Columns
 from segpipe.prompts.masks.decode import CandidateStats, WindowView, measure, view_of
 from segpipe.prompts.masks.nms import keep_best
 from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
+from segpipe.prompts.prompt_set import Columns
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, Segmenter
 from segpipe.tiling.pyramid import Pyramid, Window
 
 
-@dataclass(frozen=True, kw_only=True)
-class AutomaticSettings:
-    """How masks are made and which are kept; `segpipe.config.prompts.Grid` checks what is typed."""
-
-    points_per_side: int = 32
-    """Of a window."""
-    pred_iou: float = 0.88
-    """Masks are kept whose predicted IoU is above this; 0: all."""
-    stability: float = 0.95
-    """And whose stability is above this; 0: all."""
-    nms: float = 0.7
-    """IoU of bounding boxes above which two masks are one; 1: none are."""
-    crop_layers: int = 0
-    """Coarser levels of the pyramid beside the finest."""
-    smallest: int = 0
-    """Fewest elements of the scene that a mask may have."""
-
-    def levels(self, pyramid: Pyramid) -> range:
-        """Return the levels of the grid."""
-        return range(min(1 + self.crop_layers, pyramid.levels))
-
-
 @dataclass(frozen=True, eq=False)
-class PointGrid:
+class GridPoints:
     """The points of one level, row by row, and the window of each."""
 
     level: int
@@ -80,20 +60,18 @@ class PointGrid:
         return np.argsort(self.which, kind="stable")
 
 
-def grid_prompts(pyramid: Pyramid, settings: AutomaticSettings, level: int) -> PointGrid:
+def grid_prompts(pyramid: Pyramid, side: int, level: int) -> GridPoints:
     """One grid of points over the plane, as SAM lays it over a single window.
 
-    Neighbours are W/k·2^level elements apart, with k points a side; in a window they have x = (i + ½)·W/k.
-    Where not even one fits along an axis, there is one in the middle.
+    Neighbours are W/k·2^level elements apart, with k points a ``side``; in a window they have
+    x = (i + ½)·W/k. Where not even one fits along an axis, there is one in the middle.
 
     Raises:
         RequestError: there are more points than elements along a window's side.
     """
-    if settings.points_per_side > pyramid.window:
-        raise RequestError(
-            f"automatic.points_per_side: found {settings.points_per_side}; valid: up to {pyramid.window}"
-        )
-    spacing = pyramid.window / settings.points_per_side
+    if side > pyramid.window:
+        raise RequestError(f"prompts.grid.points: found {side}; valid: up to {pyramid.window}")
+    spacing = pyramid.window / side
     axes = []
     for size in pyramid.shape:
         end = size / (1 << level)  # in elements of a window
@@ -102,19 +80,12 @@ def grid_prompts(pyramid: Pyramid, settings: AutomaticSettings, level: int) -> P
         axes.append((local + 0.5) * (1 << level) - 0.5 if len(local) else np.array([(size - 1) / 2]))
     position = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
     windows, which = pyramid.needed(position, position, level)
-    return PointGrid(level, position, windows, which)
+    return GridPoints(level, position, windows, which)
 
 
-COUNTS = (
-    "no_data", "points", "candidates", "low_iou", "empty", "unstable", "cut", "small", "same",
-    "same_elsewhere", "kept",
-)  # fmt: skip
-"""The counts of `GridTally`, in the order in which they are stored."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GridTally:
-    """What became of every candidate; each is counted once, where it failed first."""
+    """What became of every candidate; each is counted once, where it failed first. Stored in this order."""
 
     no_data: int = 0
     """Points where there is none: they are not decoded."""
@@ -135,7 +106,7 @@ class GridTally:
     kept: int = 0
 
     def __add__(self, other: GridTally) -> GridTally:
-        return GridTally(**{name: getattr(self, name) + getattr(other, name) for name in COUNTS})
+        return GridTally(*map(add, astuple(self), astuple(other)))
 
     def lines(self) -> tuple[str, ...]:
         """The tally in words, one line a fact."""
@@ -156,15 +127,9 @@ class GridTally:
         return tuple(said)
 
 
-ARRAYS = (
-    "level", "window", "number", "candidate", "point", "start", "stop", "iou", "stability", "elements",
-)  # fmt: skip
-"""The arrays of `GridMasks`, in the order in which they are stored."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GridMasks(Columns):
-    """The masks of a grid's points and their scores; positions on the plane."""
+    """The masks of a grid's points and their scores, stored in this order; positions on the plane."""
 
     level: np.ndarray
     """(n,) int64."""
@@ -190,20 +155,19 @@ class GridMasks(Columns):
 
     def dump(self, tally: GridTally) -> bytes:
         """Return the masks of one window and their tally, exact, as one blob."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        patches = np.frombuffer(dump_patches(arrays.pop("patches")), np.uint8)
         buffer = io.BytesIO()
-        np.savez(
-            buffer, tally=np.array([getattr(tally, name) for name in COUNTS], np.int64),
-            patches=np.frombuffer(dump_patches(self.patches), np.uint8),
-            **{name: getattr(self, name) for name in ARRAYS},
-        )  # fmt: skip
+        np.savez(buffer, tally=np.array(astuple(tally), np.int64), patches=patches, **arrays)
         return buffer.getvalue()
 
     @classmethod
     def load(cls, data: bytes) -> tuple[GridMasks, GridTally]:
         """Return the inverse of `dump`."""
         with np.load(io.BytesIO(data)) as f:
-            masks = cls(**{name: f[name] for name in ARRAYS}, patches=load_patches(f["patches"].tobytes()))
-            return masks, GridTally(**dict(zip(COUNTS, f["tally"].tolist(), strict=True)))
+            arrays = dict(f)
+            tally, patches = arrays.pop("tally"), load_patches(arrays.pop("patches").tobytes())
+            return cls(**arrays, patches=patches), GridTally(*tally.tolist())
 
 
 def join_grid_masks(parts: Sequence[GridMasks]) -> GridMasks:
@@ -218,16 +182,17 @@ def join_grid_masks(parts: Sequence[GridMasks]) -> GridMasks:
 
 
 def segment_grid(
-    segmenter: Segmenter, embedding: Embedding, window: Window, pyramid: Pyramid, grid: PointGrid,
-    settings: AutomaticSettings, at_once: int = 64, valid: np.ndarray | None = None,
+    segmenter: Segmenter, embedding: Embedding, window: Window, pyramid: Pyramid, points: GridPoints,
+    grid: PointGrid, smallest: int = 0, at_once: int = 64, valid: np.ndarray | None = None,
 ) -> tuple[GridMasks, GridTally]:  # fmt: skip
     """The masks of one window's points, without duplicates among them, and what became of the others.
 
-    Points where there is no data are left out. Args as for `segpipe.prompts.masks.decode.decode_window`.
+    Points where there is no data are left out, and masks of fewer than ``smallest`` elements of the scene.
+    Args as for `segpipe.prompts.masks.decode.decode_window`.
     """
     view = view_of(window, pyramid, valid)
-    numbers = grid.numbers(window)
-    local = pyramid.to_window(grid.position[numbers], window)
+    numbers = points.numbers(window)
+    local = pyramid.to_window(points.position[numbers], window)
     seen = view.valid[tuple(np.clip(np.floor(local + 0.5).astype(np.int64), 0, pyramid.window - 1).T)]
     numbers, local = numbers[seen], local[seen]
     label = np.ones(1, np.int64)
@@ -236,22 +201,27 @@ def segment_grid(
         here = slice(first, first + at_once)
         prompts = [Prompt(xy[None].astype(np.float32), label) for xy in local[here, ::-1]]
         found = segmenter.decode(embedding, prompts)
-        masks, counted = _filtered(found, grid, numbers[here], view, settings)
+        masks, counted = _filtered(found, points, numbers[here], view, grid, smallest)
         parts.append(masks)
         tally += counted
     masks = join_grid_masks(parts)
     order = np.lexsort((masks.candidate, masks.number, -masks.iou))
     half = view.scale / 2  # corners are centres of elements, as in SAM
-    left = keep_best(masks.start[order] + half, masks.stop[order] - half, settings.nms)
+    left = keep_best(masks.start[order] + half, masks.stop[order] - half, grid.overlap)
     gone = len(masks) - len(left)
     return masks.take(np.sort(order[left])), tally + GridTally(same=gone, kept=-gone)
 
 
 def _filtered(
-    found: Candidates, grid: PointGrid, numbers: np.ndarray, view: WindowView, settings: AutomaticSettings
+    found: Candidates,
+    points: GridPoints,
+    numbers: np.ndarray,
+    view: WindowView,
+    grid: PointGrid,
+    smallest: int,
 ) -> tuple[GridMasks, GridTally]:
     """The candidates of some points that pass every threshold."""
-    good = (found.iou > settings.pred_iou) | (settings.pred_iou == 0)
+    good = (found.iou > grid.iou) | (grid.iou == 0)
     tally = GridTally(points=len(numbers), candidates=good.size, low_iou=int((~good).sum()))
     parts = []
     for row in np.flatnonzero(good.any(axis=1)).tolist():
@@ -259,14 +229,14 @@ def _filtered(
         logits = found.logits[row, which]
         seen = view.only(logits)
         stats = measure(seen, found.iou[row, which])
-        kept, counted = _passing(stats, view, view.cut(seen > 0), settings)
+        kept, counted = _passing(stats, view, view.cut(seen > 0), grid, smallest)
         tally += counted
         n, number = len(kept), numbers[row]
         patches = tuple(p for i in kept if (p := view.patch(logits[i], None)) is not None)
         masks = GridMasks(
-            level=np.full(n, grid.level),
-            window=np.tile(np.array(grid.windows[grid.which[number]].index), (n, 1)),
-            number=np.full(n, number), candidate=which[kept], point=np.tile(grid.position[number], (n, 1)),
+            level=np.full(n, points.level),
+            window=np.tile(np.array(points.windows[points.which[number]].index), (n, 1)),
+            number=np.full(n, number), candidate=which[kept], point=np.tile(points.position[number], (n, 1)),
             start=_on_plane(stats.start[kept], view), stop=_on_plane(stats.stop[kept], view),
             iou=stats.iou[kept], stability=stats.stability[kept],
             elements=stats.elements[kept] * view.scale**2, patches=patches,
@@ -276,16 +246,16 @@ def _filtered(
 
 
 def _passing(
-    stats: CandidateStats, view: WindowView, cut: np.ndarray, settings: AutomaticSettings
+    stats: CandidateStats, view: WindowView, cut: np.ndarray, grid: PointGrid, smallest: int
 ) -> tuple[np.ndarray, GridTally]:
     """Numbers of the masks that pass the thresholds of their shape, and what became of the others."""
     left = np.ones(len(cut), bool)
     counts = {}
     for name, fails in (
         ("empty", stats.elements == 0),
-        ("unstable", ~((stats.stability > settings.stability) | (settings.stability == 0))),
+        ("unstable", ~((stats.stability > grid.stability) | (grid.stability == 0))),
         ("cut", cut),
-        ("small", stats.elements * view.scale**2 < settings.smallest),
+        ("small", stats.elements * view.scale**2 < smallest),
     ):
         counts[name] = int((left & fails).sum())
         left &= ~fails
@@ -298,11 +268,11 @@ def _on_plane(edges: np.ndarray, view: WindowView) -> np.ndarray:
 
 
 def merge_grid_masks(
-    parts: Iterable[tuple[GridMasks, GridTally]], settings: AutomaticSettings
+    parts: Iterable[tuple[GridMasks, GridTally]], overlap: float
 ) -> tuple[GridMasks, GridTally]:
     """The masks of all windows and levels without duplicates, and the whole tally.
 
-    Of masks of different windows whose boxes have an IoU above the limit, the finer level's is kept, then
+    Of masks of different windows whose boxes have an IoU above ``overlap``, the finer level's is kept, then
     that of higher predicted IoU, then of the first point and candidate. The result is ordered by level, point
     and candidate; neither that of the parts nor their number changes anything.
     """
@@ -312,6 +282,6 @@ def merge_grid_masks(
     windows = np.column_stack((masks.level, masks.window))
     _, group = np.unique(windows, axis=0, return_inverse=True)
     order = np.lexsort((masks.candidate, masks.number, -masks.iou, masks.level))
-    left = keep_best(masks.start[order], masks.stop[order], settings.nms, group.reshape(-1)[order])
+    left = keep_best(masks.start[order], masks.stop[order], overlap, group.reshape(-1)[order])
     gone = len(masks) - len(left)
     return masks.take(np.sort(order[left])), tally + GridTally(same_elsewhere=gone, kept=-gone)

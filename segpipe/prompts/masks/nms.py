@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 
-from segpipe.prompts.columns import Columns
+from segpipe.prompts.prompt_set import Columns
 
 BLOCK = 32
 """Boxes that are looked up at once; memory holds the pairs of so many with all others."""

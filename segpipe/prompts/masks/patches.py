@@ -97,7 +97,7 @@ def patch_cover(patch: Patch, box: Box) -> np.ndarray:
     cover = np.zeros(box.shape, bool)
     common = box.intersect(_lift(patch, patch.extent, box.ndim))
     if common.size:
-        along = range(common.ndim) if patch.plane is None else _others(patch.plane[0])
+        along = [a for a in range(box.ndim) if patch.plane is None or a != patch.plane[0]]
         y, x = (np.arange(common.start[a], common.stop[a]) for a in along)
         found = _object(patch, y, x)
         if patch.plane is not None:
@@ -167,11 +167,6 @@ def load_patches(data: bytes) -> tuple[Patch, ...]:
         )
         for scale, origin, plane, shape, stop in zip(*columns, stops, strict=True)
     )
-
-
-def _others(axis: int) -> Iterable[int]:
-    """The axes of a volume that lie in a slice."""
-    return [a for a in range(3) if a != axis]
 
 
 def _lift(patch: Patch, plane_box: Box, axes: int) -> Box:

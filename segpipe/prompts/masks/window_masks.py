@@ -5,26 +5,22 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from segpipe.prompts.columns import Columns
 from segpipe.prompts.masks.automatic import GridMasks
 from segpipe.prompts.masks.decode import ObjectMask
 from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
+from segpipe.prompts.prompt_set import Columns
 
 CANDIDATES = 3
 """Candidates of a prompt whose scores are kept."""
-ARRAYS = (
-    "number", "candidate", "iou", "stability", "all_iou", "all_stability", "level", "cut", "point",
-)  # fmt: skip
-"""The arrays of `WindowMasks`, in the order in which they are stored."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowMasks(Columns):
-    """The masks of n objects and their scores."""
+    """The masks of n objects and their scores; arrays are stored in this order."""
 
     number: np.ndarray
     """(n,) int64: of the object in the prompt set; of a grid, a number of its own."""
@@ -94,7 +90,7 @@ class WindowMasks(Columns):
             reason=np.frombuffer(json.dumps(self.reason).encode(), np.uint8),
             count=np.array([len(patches) for patches in self.patches], np.int64),
             patches=np.frombuffer(dump_patches(flat), np.uint8),
-            **{name: getattr(self, name) for name in ARRAYS},
+            **{f.name: getattr(self, f.name) for f in fields(WindowMasks)[:-2]},
         )
         return buffer.getvalue()
 
@@ -105,5 +101,5 @@ class WindowMasks(Columns):
             flat = load_patches(f["patches"].tobytes())
             ends = np.cumsum(f["count"]).tolist()
             patches = tuple(flat[e - n : e] for n, e in zip(f["count"].tolist(), ends, strict=True))
-            arrays = {name: f[name] for name in ARRAYS}
+            arrays = {field.name: f[field.name] for field in fields(WindowMasks)[:-2]}
             return cls(**arrays, reason=tuple(json.loads(f["reason"].tobytes())), patches=patches)

@@ -22,12 +22,12 @@ def check_segmenter(card: Card) -> Mapping[str, tuple[int, int, int]]:
         RequestError: names the field, what was found and what would be valid.
     """
     if card.provider == "literature":
-        from segpipe.prompts.segmenters import looknet_segmenter
+        from segpipe.prompts.segmenters import looknet
 
-        return looknet_segmenter.embedding_shapes(*looknet_segmenter.read_network(card))
-    from segpipe.prompts.segmenters import sam_folder
+        return looknet.embedding_shapes(*looknet.read_network(card))
+    from segpipe.prompts.segmenters import sam
 
-    return sam_folder.embedding_shapes(sam_folder.read_folder(card))
+    return sam.embedding_shapes(sam.read_folder(card))
 
 
 def load_segmenter(
@@ -48,7 +48,7 @@ def load_segmenter(
         RequestError: as `check_segmenter`; or the weights do not fit.
     """
     if card.provider == "literature":
-        from segpipe.prompts.segmenters.looknet_segmenter import LookSegmenter
+        from segpipe.prompts.segmenters.looknet import LookSegmenter
 
         return LookSegmenter(card, device, threads, precision, batch)
     from segpipe.prompts.segmenters.sam import SamSegmenter

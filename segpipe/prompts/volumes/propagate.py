@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from segpipe.config.prompts import Volume
 from segpipe.prompts.masks.decode import ObjectMask, measure, view_of
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.segmenters.base import Embedding
@@ -49,20 +50,6 @@ class StopReason(str, Enum):
     iou = "low predicted IoU"
     overlap = "little overlap with the slice before"
     change = "area changed too much"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """When a chain stops, and how it goes on."""
-
-    least_iou: float = 0.5
-    """Least IoU that the model predicts of a mask."""
-    least_overlap: float = 0.3
-    """Least IoU of the masks of neighbouring slices."""
-    change: float = 3.0
-    """Most times that the area grows or shrinks from slice to slice; 1 or more."""
-    reach: int = 0
-    """Slices at most on each side of a prompted one; 0: as far as the other rules let it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,7 +133,7 @@ def propagate(
     shape: Sequence[int],
     pyramid: Pyramid,
     tracker: Tracker,
-    rules: Rules,
+    rules: Volume,
 ) -> Iterator[SliceMask | Stop]:
     """Masks of every object on every slice that its chains reach, and the end of every chain.
 
@@ -182,7 +169,7 @@ def propagate(
 
 
 def _sweep(
-    chains: Sequence[Chain], step: int, pyramid: Pyramid, tracker: Tracker, rules: Rules
+    chains: Sequence[Chain], step: int, pyramid: Pyramid, tracker: Tracker, rules: Volume
 ) -> Iterator[SliceMask | Stop]:
     """All chains of one direction, slice after slice."""
     waiting = sorted(chains, key=lambda c: (c.origin * step, c.prompts.object), reverse=True)
@@ -222,7 +209,7 @@ def _stop(chain: Chain, index: int, why: StopReason, value: float) -> Stop:
 
 
 def _check_rules(
-    before: Patch, section: Section, pyramid: Pyramid, rules: Rules
+    before: Patch, section: Section, pyramid: Pyramid, rules: Volume
 ) -> tuple[float, tuple[StopReason, float] | None]:
     """IoU of a mask with the one before, and the first rule that it breaks, and by what."""
     mask = section.mask

@@ -24,18 +24,18 @@ import transformers as library
 from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
+from segpipe.config.prompts import Volume
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
 from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
 from segpipe.prompts.masks.decode import window_prompt
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Prompt, check_prompts
-from segpipe.prompts.segmenters.sam_folder import embedding_shapes, read_folder
+from segpipe.prompts.segmenters.sam import embedding_shapes, read_folder
 from segpipe.prompts.volumes.propagate import (
     RECENT,
     Chain,
     Embedder,
-    Rules,
     Section,
     SliceMask,
     Stop,
@@ -275,7 +275,7 @@ def track(
     pyramid: Pyramid,
     network: VideoNetwork,
     embed: Embedder,
-    rules: Rules,
+    rules: Volume,
 ) -> Iterator[SliceMask | Stop]:
     """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
 

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from segpipe.config.prompts import Choice
+from segpipe.config.prompts import Choice, Volume
 from segpipe.prompts.masks.decode import decode_window, view_of, window_prompt
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
@@ -22,7 +22,6 @@ from segpipe.prompts.volumes.propagate import (
     RECENT,
     Chain,
     Embedder,
-    Rules,
     Section,
     SliceMask,
     Stop,
@@ -62,7 +61,7 @@ class LinkOptions:
 
 def link(
     prompts: PromptSet, axis: int, shape: Sequence[int], pyramid: Pyramid, segmenter: Segmenter,
-    embed: Embedder, rules: Rules, linking: LinkOptions | None = None,
+    embed: Embedder, rules: Volume, linking: LinkOptions | None = None,
 ) -> Iterator[SliceMask | Stop]:  # fmt: skip
     """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
 

@@ -9,7 +9,7 @@ from monai.losses import DiceLoss
 from sklearn.metrics import jaccard_score
 from torch.nn import functional
 
-from segpipe.training.promptable.objective import jaccard_loss, mask_iou, mask_loss
+from segpipe.training.promptable import jaccard_loss, mask_iou, mask_loss
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from segpipe.prompts.segmenters.looknet import LOOK, laid
-from segpipe.training.promptable.prompt_sampling import (
+from segpipe.training.promptable import (
     Looks,
     ObjectPrompts,
     jitter_boxes,

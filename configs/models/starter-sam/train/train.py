@@ -25,10 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from segpipe.inference.queues import Prefetch
 from segpipe.prompts.segmenters.looknet import LookNet
-from segpipe.training.promptable.objective import mask_loss
-from segpipe.training.promptable.prompt_sampling import (
+from segpipe.training.promptable import (
     Looks,
     ObjectPrompts,
+    mask_loss,
     sample_corrections,
     sample_looks,
     sample_prompts,

@@ -1,11 +1,17 @@
-"""Encode windows that are not in the store yet, and decode their prompts; each step can be run again."""
+"""Segment a scene whose prompts are collected: window by window, or through a volume slice by slice.
+
+Each step can be run again: windows that are not in the store yet are encoded, their prompts decoded. In a
+volume a model with a memory of frames follows an object by it; for others the mask on one slice is the prompt
+on the next. Every slice's embedding is kept like any other; a volume is one task.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -15,23 +21,29 @@ from segpipe.inference.queues import Prefetch
 from segpipe.inference.settings import Settings
 from segpipe.models.registry import device_of
 from segpipe.models.weights import weights_fingerprint
-from segpipe.pipeline.progress import Done
+from segpipe.pipeline.model_scene import Scene, pending_blocks
+from segpipe.pipeline.predict import predict_blocks
+from segpipe.pipeline.progress import Done, together
+from segpipe.prompts.collect_prompts import collect_prompts
+from segpipe.prompts.grounding.detect_scene import detect_windows
 from segpipe.prompts.masks.automatic import (
-    AutomaticSettings,
     GridMasks,
+    GridPoints,
     GridTally,
-    PointGrid,
     grid_prompts,
     segment_grid,
 )
-from segpipe.prompts.masks.decode import decode_window
-from segpipe.prompts.masks.embedding_cache import check_budget, window_id
-from segpipe.prompts.masks.read_planes import read_window
-from segpipe.prompts.masks.window_masks import WindowMasks
+from segpipe.prompts.masks.decode import ObjectMask, decode_window
+from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
+from segpipe.prompts.masks.windows import check_budget, read_window, window_id
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
+from segpipe.prompts.volumes.propagate import SliceMask, Stop
+from segpipe.prompts.volumes.propagate_memory import VideoNetwork, has_memory, track
+from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
 from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from segpipe.tiling.windows import Blocks
@@ -144,18 +156,10 @@ def _needed(
     return {w: np.array(sorted(rows)) for w, rows in sorted(found.items())}
 
 
-def automatic_settings(scene: PromptScene) -> AutomaticSettings:
-    """Return the grid's thresholds."""
-    grid = scene.options.grid
-    return AutomaticSettings(
-        points_per_side=grid.points, pred_iou=grid.iou, stability=grid.stability, nms=grid.overlap,
-        crop_layers=grid.levels - 1, smallest=scene.job.measure.smallest,
-    )  # fmt: skip
-
-
-def _grids(scene: PromptScene) -> list[PointGrid]:
-    settings = automatic_settings(scene)
-    return [grid_prompts(scene.pyramid, settings, level) for level in settings.levels(scene.pyramid)]
+def _grids(scene: PromptScene) -> list[GridPoints]:
+    """The points of the grid on each of its levels."""
+    grid, pyramid = scene.options.grid, scene.pyramid
+    return [grid_prompts(pyramid, grid.points, k) for k in range(min(grid.levels, pyramid.levels))]
 
 
 def segment_windows(
@@ -176,7 +180,7 @@ def segment_windows(
     todo = [w for w in windows if _name(number, w) not in done]
     prompts = scene.prompt_set
     objects = _by_window(scene, prompts, number)
-    segmenter, settings, at_once = segmenter_of(scene), automatic_settings(scene), _at_once(scene.settings)
+    segmenter, at_once = segmenter_of(scene), _at_once(scene.settings)
     grids = _grids(scene) if number == 0 and scene.options.everything else []
     encoded = 0
     for window, embedding, valid, new in embedded(scene, segmenter, [(w, 0) for w in todo], stop):
@@ -186,11 +190,12 @@ def segment_windows(
             segmenter, embedding, window, scene.pyramid, mine, scene.options.choice, at_once, valid=valid
         )
         scene.masks.write_part(_name(number, window), WindowMasks.of_window(masks, window.level).dump())
-        for grid in grids:
-            if window in grid.windows:
+        for points in grids:
+            if window in points.windows:
                 of_grid, tally = segment_grid(
-                    segmenter, embedding, window, scene.pyramid, grid, settings, at_once, valid=valid
-                )
+                    segmenter, embedding, window, scene.pyramid, points, scene.options.grid,
+                    scene.job.measure.smallest, at_once, valid,
+                )  # fmt: skip
                 scene.masks.write_part(f"grid.{window_id(window)}", of_grid.dump(tally))
         receipt = {"objects": len(masks), "encoded": int(new), "attempts": attempt}
         scene.masks.commit(_name(number, window), receipt)
@@ -264,3 +269,110 @@ def read_grid_masks(scene: PromptScene) -> list[tuple[GridMasks, GridTally]]:
         return []
     windows = sorted({w for grid in _grids(scene) for w in grid.windows})
     return [GridMasks.load(scene.masks.read_part(f"grid.{window_id(w)}")) for w in windows]
+
+
+VOLUME = "volume"
+"""Name of the part that holds a volume's masks."""
+
+_networks: dict[tuple[str, str, str, int], VideoNetwork] = {}
+
+
+def segment_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
+    """Segment the prompted slices of a volume, follow every object both ways, and commit the masks.
+
+    Raises:
+        StoppedError: a stop was requested; the embeddings made so far stay.
+    """
+    begun = time.perf_counter()
+    if VOLUME in scene.masks.done():
+        return Done(0, 1, time.perf_counter() - begun, {"encoder passes": 0.0})
+    assert scene.planes.axis is not None
+    segmenter, prompts = segmenter_of(scene), scene.prompt_set
+    passes = 0
+
+    def embed(index: int, window: Window) -> Embedding:
+        nonlocal passes
+        [(_, embedding, _, new)] = embedded(scene, segmenter, [(window, index)], stop)
+        passes += new
+        return embedding
+
+    inputs = (prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid)
+    rules = scene.options.volume
+    if has_memory(scene.card):
+        found = track(*inputs, _network(scene), embed, rules)
+    else:
+        found = link(*inputs, segmenter, embed, rules, LinkOptions(choice=scene.options.choice))
+    masks = _gathered(found, prompts.objects.tolist())
+    scene.masks.write_part(VOLUME, masks.dump())
+    scene.masks.commit(VOLUME, {"objects": len(masks), "encoded": passes})
+    return Done(1, 0, time.perf_counter() - begun, {"encoder passes": float(passes)})
+
+
+def _network(scene: PromptScene) -> VideoNetwork:
+    """The scene's video model; the same object for the same request in one process."""
+    card, settings = scene.card, scene.settings
+    key = (card.prediction_fingerprint(), weights_fingerprint(card), settings.device, settings.threads)
+    if key not in _networks:
+        _networks.clear()  # one at a time: they are large
+        _networks[key] = VideoNetwork(card, device_of(settings.device), settings.threads)
+    return _networks[key]
+
+
+def _gathered(found: Iterator[SliceMask | Stop], objects: list[int]) -> WindowMasks:
+    """Return the masks of each object on all slices, and why its chains ended."""
+    sections: dict[int, list[tuple[ObjectMask, Patch]]] = {number: [] for number in objects}
+    ends: dict[int, list[str]] = {number: [] for number in objects}
+    for item in found:
+        if isinstance(item, Stop):
+            end = f"{item.how.value} from slice {item.origin} to {item.last}: {item.why.value}"
+            ends[item.object].append(end)
+        elif item.mask.patch is not None:
+            sections[item.mask.object].append((item.mask, item.mask.patch))
+    every, n = list(sections.values()), len(objects)
+    scales = [max((patch.scale for _, patch in one), default=1) for one in every]
+    return WindowMasks(
+        number=np.array(objects, np.int64),
+        candidate=np.array([one[-1][0].candidate if one else 0 for one in every], np.int64),
+        iou=np.array([np.mean([m.iou for m, _ in one]) if one else np.nan for one in every], np.float64),
+        stability=np.full(n, np.nan), all_iou=np.full((n, CANDIDATES), np.nan),
+        all_stability=np.full((n, CANDIDATES), np.nan), point=np.full((n, 2), np.nan),
+        level=np.array([scale.bit_length() - 1 for scale in scales], np.int64),
+        cut=np.array([any(m.cut for m, _ in one) for one in every], bool),
+        reason=tuple("; ".join(ends[number]) for number in objects),
+        patches=tuple(tuple(sorted((p for _, p in one), key=lambda p: p.plane or (0, 0))) for one in every),
+    )  # fmt: skip
+
+
+def answer_scene(
+    scene: PromptScene,
+    stop: StopToken | None = None,
+    progress: Callable[[int, int], None] = lambda n, of: None,
+) -> Done:
+    """Settle the prompts of a scene and segment them, round by round.
+
+    Args:
+        scene: its stages are made.
+        stop: looked at before every window.
+        progress: told the windows of a round that are done, and how many it has.
+
+    Raises:
+        SceneError, StoppedError, DeviceMemoryError.
+    """
+    grounder = None if scene.collected else scene.grounder
+    if isinstance(grounder, Scene):
+        predict_blocks(grounder, pending_blocks(grounder), stop)
+    elif grounder is not None:
+        detect_windows(grounder, grounder.pending(), stop)
+    collect_prompts(scene)
+    create_mask_stages(scene)
+    if scene.planes.axis is not None:
+        return segment_volume(scene, stop)
+    done: list[Done] = []
+    for number in count():
+        here = next_round(scene, number)
+        if here is None:
+            return together(done, 0)
+        progress(here.total - len(here.windows), here.total)
+        done.append(segment_windows(scene, number, here.windows, stop))
+        progress(here.total, here.total)
+    raise AssertionError("rounds end")

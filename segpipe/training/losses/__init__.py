@@ -1,1 +1,0 @@
-"""Losses by name, built from the terms of a recipe."""

@@ -1,1 +1,0 @@
-"""Prompts and the objective with which promptable models are trained."""
