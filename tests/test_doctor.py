@@ -34,7 +34,7 @@ from segpipe.doctor import (
     check_packages,
     check_prefect,
     check_store,
-    selftest,
+    machine,
 )
 from segpipe_flows.server import free_port
 from tests.services.loopback import Services
@@ -110,10 +110,10 @@ def test_a_terminal_shows_a_table() -> None:
 
 
 def test_a_network_that_answers_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pixels = selftest.drawn_raster(tmp_path / "scene.tif")
+    pixels = machine.drawn_raster(tmp_path / "scene.tif")
     wrong = int(((pixels > 100) != (pixels > 120)).sum())
     assert 1000 < wrong < pixels.size
-    monkeypatch.setattr(selftest, "threshold_card", partial(selftest.threshold_card, limit=120.0))
+    monkeypatch.setattr(machine, "threshold_card", partial(machine.threshold_card, limit=120.0))
     assert_failed(check_engine(), f"{wrong} of {pixels.size} pixels wrong", "cannot be trusted")
 
 
