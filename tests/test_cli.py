@@ -264,8 +264,8 @@ def test_models_are_listed_and_shown(world: World, here: Here, monkeypatch: pyte
         if "nearest" in line
     ]
     assert rows == [
-        ["nearest-volume", "volume", "torchscript", "ground, crop, water", "nearest-volume, for tests"],
         ["nearest", "raster", "torchscript", "ground, crop, water", "nearest, for tests"],
+        ["nearest-volume", "volume", "torchscript", "ground, crop, water", "nearest-volume, for tests"],
     ]
     shown = here("models", "show", str(world.models / "convolutions.yaml"))
     assert shown.code == 0

@@ -130,7 +130,7 @@ def fake_package(folder: Path, name: str, number: str) -> Path:
 
 def test_a_package_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(fake_package(tmp_path, "zarr", "2.18.1")))
-    assert_failed(check_packages(), "zarr 2.18.1", "pip install 'zarr<4,>=3.1'")
+    assert_failed(check_packages(), "zarr 2.18.1", "pip install 'zarr<4,>=3.1.5'")
 
 
 @pytest.mark.slow

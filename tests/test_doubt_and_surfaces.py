@@ -105,7 +105,7 @@ def test_the_map_does_not_depend_on_blocks(lab: Lab, keys: dict[str, Any]) -> No
 def test_asking_for_the_map_later_is_another_run(lab: Lab) -> None:
     ref, card = lab.raster(patches(SHAPE)), lab.card(2, **INPUT)
     without = lab.job(ref, card, "out", scores=True)
-    assert check_request(without).mark != check_request(uncertain(lab, "out", ref, card)).fingerprint
+    assert check_request(without).fingerprint != check_request(uncertain(lab, "out", ref, card)).fingerprint
 
 
 def test_labels_are_the_same_with_and_without_the_map(lab: Lab) -> None:

@@ -176,7 +176,7 @@ def test_a_port_that_somebody_else_has(other: Callable[[], AbstractContextManage
 def test_a_library_that_ends_the_process_has_not_done_the_work(code: str) -> None:
     program = (
         "import sys\n"
-        "from segpipe import cli\n"
+        "from segpipe.cli import main as cli\n"
         "@cli.app.command()\n"
         f"def leave(): sys.exit({code})\n"
         "sys.argv[1:] = ['leave']\n"

@@ -51,7 +51,7 @@ def test_a_series_that_cannot_be_referred_to_is_refused_at_planning(
     help_ = r".*leave dicomseg out of outputs\.formats, or give the series its UIDs"
     for prepare in (prepare_scene, dry_plan):
         with pytest.raises(SceneError, match=message + help_):
-            prepare(job, ref, settings)
+            prepare(job, read_card(job.model), ref, settings)
     with pytest.raises(SceneError, match=message + help_):
         prepare_labelled(given, ref)
     assert not (tmp_path / "out" / ".store").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,27 +15,18 @@ from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.inference.normalise import Normaliser, Statistics
+from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.collect_prompts import prompt_line
 from segpipe.prompts.masks import windows as module
 from segpipe.prompts.masks.windows import Planes, read_box
 from segpipe.prompts.segment_scene import next_round, segment_windows
 from segpipe.runs.check import check_request
-from segpipe.sources.base import Pixels, Scaling
+from segpipe.sources import open_source
+from segpipe.sources.base import Scaling
+from segpipe.sources.memory import hold
 from tests.prompts.prompt_world import make_card, make_job, planned
 
 SHAPE = (5, 23, 31)
-
-
-class Memory:
-    """A scene in memory."""
-
-    channels = (0,)
-
-    def __init__(self, values: np.ndarray, valid: np.ndarray) -> None:
-        self.values, self.valid = values, valid
-
-    def read(self, box: Box) -> Pixels:
-        return Pixels(self.values[(slice(None), *box.slices)], self.valid[box.slices])
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +69,12 @@ def test_a_box_is_the_means_of_what_is_valid(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STRIP", strip)
-        store: Any = Memory(values, valid)
-        found, known = read_box(store, normaliser, planes, box, step, index)
+        with (
+            hold(values, volume_geometry(SHAPE, np.eye(4)), valid=valid) as uri,
+            open_source(uri) as source,
+            SceneBlocks(ScenePixels.of(source)) as store,
+        ):
+            found, known = read_box(store, normaliser, planes, box, step, index)
     plane, there = values[0].take(index, axis) / 2, valid.take(index, axis)
     for row in range(cells[0]):
         for column in range(cells[1]):
