@@ -110,5 +110,5 @@ def test_shapes_that_do_not_go_together_are_refused() -> None:
 
 
 def test_the_spec_loads_no_torch() -> None:
-    code = "import sys, segpipe.config.augmentation; sys.exit('torch' in sys.modules)"
+    code = "import sys, segpipe.config.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

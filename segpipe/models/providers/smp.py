@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from segpipe.config.card import Card, card_error
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 from segpipe.models.network import Network, output_channels, with_weights
+
+if find_spec("segmentation_models_pytorch") is None:  # it is imported later, but missed now, before work
+    raise ModuleNotFoundError(name="segmentation_models_pytorch")
 
 ARCHITECTURES = (
     *("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet"),
