@@ -91,3 +91,11 @@ class ObjectModel(Protocol):
 
     def objects(self, batch: torch.Tensor) -> Sequence[WindowObjects]:
         """The objects of each window of a batch."""
+
+
+class Network(SegmentationModel, Protocol):
+    """What an adapter builds; `ReadyModel` makes it keep the promises of `SegmentationModel`."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers learned in training; None where the file does not tell."""

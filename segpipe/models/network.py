@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
-from segpipe.models.base import MaskCandidates, ObjectNetwork, SegmentationModel
+from segpipe.models.base import MaskCandidates, Network, ObjectNetwork
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.objects.window import WindowObjects, resolve_instances, resolve_masks
 
@@ -46,14 +45,6 @@ def all_finite(scores: torch.Tensor) -> torch.Tensor:
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Network(SegmentationModel, Protocol):
-    """What an adapter builds; `ReadyModel` makes it keep the promises of `SegmentationModel`."""
-
-    @property
-    def parameters(self) -> int | None:
-        """Numbers learned in training; None where the file does not tell."""
 
 
 @dataclass

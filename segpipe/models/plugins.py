@@ -29,8 +29,7 @@ from segpipe.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-    from segpipe.models.base import ObjectNetwork
-    from segpipe.models.network import Network
+    from segpipe.models.base import Network, ObjectNetwork
 
 GROUP = "segpipe.providers"
 

@@ -20,8 +20,7 @@ from segpipe.models.weights import resolve_weights, weights_files, weights_finge
 if TYPE_CHECKING:
     import torch
 
-    from segpipe.models.base import ObjectModel, ObjectNetwork, SegmentationModel
-    from segpipe.models.network import Network
+    from segpipe.models.base import Network, ObjectModel, ObjectNetwork, SegmentationModel
 
 FLOPS_EDGE = {2: 256, 3: 64}
 """Edge of what a forward pass is counted on, by number of axes."""

@@ -15,8 +15,9 @@ import torch
 from torch.nn.modules.dropout import _DropoutNd
 
 from segpipe.config.card import Card, card_error, load_card
+from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import Network, TorchNetwork, activate, at_resolution, output_channels
+from segpipe.models.network import TorchNetwork, activate, at_resolution, output_channels
 from segpipe.models.plugins import provider_spec
 from segpipe.models.registry import build_network, check_card
 

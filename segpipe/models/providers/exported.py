@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
+from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import Network, output_channels
+from segpipe.models.network import output_channels
 from segpipe.models.weights import resolve_weights
 
 FUNCTIONS = frozenset(

@@ -9,8 +9,9 @@ import monai.networks.nets as library
 import torch
 
 from segpipe.config.card import Card
+from segpipe.models.base import Network
 from segpipe.models.card_checks import construct, known
-from segpipe.models.network import Network, output_channels, with_weights
+from segpipe.models.network import output_channels, with_weights
 
 ARCHITECTURES = (
     *("AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "FlexibleUNet", "HighResNet", "MedNeXt"),

@@ -12,8 +12,9 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from segpipe.config.card import Card, card_error
+from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import Network, output_channels
+from segpipe.models.network import output_channels
 from segpipe.models.providers import onnx_objects
 from segpipe.models.providers.onnx_objects import OnnxObjects
 from segpipe.models.weights import resolve_weights

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from segpipe.config.card import Card, card_error
+from segpipe.models.base import Network
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
-from segpipe.models.network import Network, output_channels, with_weights
+from segpipe.models.network import output_channels, with_weights
 
 if find_spec("segmentation_models_pytorch") is None:  # it is imported later, but missed now, before work
     raise ModuleNotFoundError(name="segmentation_models_pytorch")

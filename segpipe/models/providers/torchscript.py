@@ -7,8 +7,9 @@ import warnings
 import torch
 
 from segpipe.config.card import Card, card_error
+from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import Network, TorchNetwork
+from segpipe.models.network import TorchNetwork
 from segpipe.models.weights import resolve_weights
 
 

@@ -26,9 +26,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.base import MaskCandidates, ObjectNetwork, Truth
+from segpipe.models.base import MaskCandidates, Network, ObjectNetwork, Truth
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
-from segpipe.models.network import Network, TorchNetwork, fill, output_channels
+from segpipe.models.network import TorchNetwork, fill, output_channels
 from segpipe.models.weights import load_state, resolve_weights
 
 SEMANTIC = {

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from segpipe.config.card import Card, card_error
+from segpipe.models.base import Network
 from segpipe.models.card_checks import check_stride, construct, known
-from segpipe.models.network import Network, output_channels, with_weights
+from segpipe.models.network import output_channels, with_weights
 from segpipe.models.providers.builtin.convolutional import DeepLabV1, DeepLabV2, SegNet
 from segpipe.models.providers.builtin.setr import SETRPUP, SETRNaive
 

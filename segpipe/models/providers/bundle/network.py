@@ -6,8 +6,9 @@ import torch
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
+from segpipe.models.base import Network
 from segpipe.models.card_checks import known, only_arguments
-from segpipe.models.network import Network, TorchNetwork, fill, output_channels
+from segpipe.models.network import TorchNetwork, fill, output_channels
 from segpipe.models.providers import monai
 from segpipe.models.providers.bundle.files import WEIGHTS, Bundle, network_definition
 from segpipe.models.weights import load_state, resolve_weights

@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from segpipe.config.card import Card, card_error
 from segpipe.config.loading import validate
 from segpipe.config.types import Strict
+from segpipe.models.base import Network
 from segpipe.models.card_checks import known, only_arguments
-from segpipe.models.network import Network
 from segpipe.models.providers.classical import graphs, regions
 from segpipe.models.providers.classical.forest import load_forest
 from segpipe.models.weights import resolve_weights

@@ -20,8 +20,9 @@ from torch import nn
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
+from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import Network, TorchNetwork, fill, output_channels
+from segpipe.models.network import TorchNetwork, fill, output_channels
 from segpipe.models.providers.nnunet.plans import NnunetPlan, read_plan
 from segpipe.models.weights import resolve_weights
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from segpipe.config.card import Card, card_error
-from segpipe.models.base import ObjectNetwork
+from segpipe.models.base import Network, ObjectNetwork
 from segpipe.models.card_checks import known, only_arguments
-from segpipe.models.network import Network, TorchNetwork, fill
+from segpipe.models.network import TorchNetwork, fill
 from segpipe.models.providers.transformers import configs, queries
 from segpipe.models.weights import load_state, resolve_weights
 
