@@ -23,7 +23,7 @@ from obstore.store import from_url
 from rich.console import Console
 from typer.testing import CliRunner
 
-from segpipe.cli.main import doctor_command, line_of, table_of
+from segpipe.cli.doctor import doctor_command, line_of, table_of
 from segpipe.doctor import (
     Finding,
     State,

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
 from segpipe import __version__
+from segpipe.cli.doctor import doctor_command
 from segpipe.cli.lake import quarantine_command, scan_command
 from segpipe.cli.local import run_in_process
 from segpipe.cli.models import models_app
@@ -25,7 +23,6 @@ from segpipe.process.extras import check_installed, missing_extra
 
 if TYPE_CHECKING:
     from segpipe.config.job import Job
-    from segpipe.doctor import Finding
     from segpipe.export.run_folder import RunFolder
     from segpipe.runs.check import ResolvedJob
     from segpipe.tables.record import RunRecord
@@ -56,6 +53,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(models_app, name="models")
+app.command("doctor")(doctor_command)
 app.command("scan")(scan_command)
 app.command("quarantine")(quarantine_command)
 
@@ -67,9 +65,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=value", help="Override a key of the job; may be repeated."),
 ]
-
-
-STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def _print_version(wanted: bool) -> None:
@@ -319,51 +314,6 @@ def serve(
     from segpipe_flows.serve import serve_locally
 
     serve_locally(host, port, limit)
-
-
-@app.command("doctor")
-def doctor_command(
-    out: Annotated[str, typer.Option(help="Folder or URL for results, as outputs.dir in a job.")] = "runs",
-    dask: Annotated[
-        str,
-        typer.Option(envvar="SEGPIPE_DASK_ADDRESS", help="Address of a Dask scheduler, tcp://host:8786."),
-    ] = "",
-    store: Annotated[str, typer.Option(help="Object store to read and write, s3://bucket/prefix.")] = "",
-    self_test: Annotated[bool, typer.Option(help="Run a tiny model through the engine.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False,
-) -> None:
-    """Check this machine, what is installed, and what a run talks to; say what to do about each failing line.
-
-    Exit code 0: all is well, or only warnings; 1: something fails.
-    """
-    from segpipe.doctor import State, examine
-
-    findings = []
-    console = Console()
-    for finding in examine(out, dask=dask, store=store, self_test=self_test):
-        findings.append(finding)
-        if not as_json and not console.is_terminal:
-            typer.echo(line_of(finding))
-    if as_json:
-        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
-    elif console.is_terminal:
-        console.print(table_of(findings))
-    if any(finding.state is State.fail for finding in findings):
-        raise typer.Exit(1)
-
-
-def line_of(finding: Finding) -> str:
-    """A finding for a log or a pipe."""
-    advice = f" -> {finding.advice}" if finding.advice else ""
-    return f"{finding.state.value:<4} {finding.name}: {finding.found}{advice}"
-
-
-def table_of(findings: list[Finding]) -> Table:
-    """Findings for a terminal."""
-    table = Table("", "what", "found", "what to do")
-    for state, *texts in ((f.state.value, f.name, f.found, f.advice) for f in findings):
-        table.add_row(f"[{STYLES[state]}]{state}[/]", *map(escape, texts))
-    return table
 
 
 def execute(arguments: list[str] | None = None) -> int:

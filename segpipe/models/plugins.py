@@ -155,7 +155,7 @@ def provider_spec(card: Card) -> ProviderSpec:
     entry = _entry(card)
     try:
         spec = entry.load()
-    except Exception as error:
+    except Exception as error:  # the code of another package: whatever it raises, other cards go on
         raise _broken(card, entry, error) from error
     if not isinstance(spec, ProviderSpec):
         raise _broken(card, entry, TypeError(f"{entry.value} is no segpipe.models.plugins.ProviderSpec"))
@@ -171,7 +171,7 @@ def load_adapter(card: Card) -> Adapter:
     spec, entry = provider_spec(card), _entry(card)
     try:
         module = importlib.import_module(spec.module)
-    except Exception as error:
+    except Exception as error:  # as above
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or missing.partition(".")[0] == spec.module.partition(".")[0]:
             raise _broken(card, entry, error) from error
