@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from threading import Barrier
 from typing import Any
 
 import numpy as np
+import pytest
 import zarr
 from finished import finish
 from world import CLASSES, World, polygon, write_polygons, write_volume
@@ -22,6 +24,7 @@ from segpipe.export.run_folder import check_manifest
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import volume_geometry
 from segpipe.lake.ledger import Ledger
+from segpipe.runs.finish import write_run
 from segpipe.store.location import check_writable, delete_objects, open_store
 from tests.lake.test_ledger import done, found
 
@@ -101,6 +104,26 @@ def test_bids_files_are_linked(world: World, tmp_path: Path) -> None:
         at_once(lambda _: write_bids(run.location, folder, record, None))
         assert check_manifest(run.location) == []
     assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+
+@pytest.mark.parametrize("at", ["manifest.json", "run.json"])
+def test_tables_page_and_manifest_are_of_one_run(
+    world: World, tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run of the request writes its page and its manifest just before this one's file gets its name."""
+    run, record = finish(world.job(tmp_path / "out"))
+    other, replace = dataclasses.replace(record, notes=("a longer page",)), os.replace
+
+    def meanwhile(source: str, target: str) -> None:
+        if Path(target).name == at:
+            monkeypatch.setattr(os, "replace", replace)
+            write_run(run, other)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    write_run(run, record)
+    assert os.replace is replace
+    assert check_manifest(run.location) == []
 
 
 def test_whole_runs_end_with_a_folder_that_is_as_its_manifest_says(world: World, tmp_path: Path) -> None:

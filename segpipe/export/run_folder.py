@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -62,9 +62,12 @@ def local_folder(run: RunFolder) -> Iterator[Path]:
         yield Path(name)
         store = open_store(run.location)
         last = [Path(name) / MANIFEST, Path(name) / "run.json"]  # who sees the record finds the rest
-        for path in [p for p in sorted(Path(name).rglob("*")) if p not in last] + last:
-            if path.is_file():
-                obstore.put(store, path.relative_to(name).as_posix(), path)
+        paths = [p for p in [*sorted(set(Path(name).rglob("*")) - set(last)), *last] if p.is_file()]
+        while paths:
+            ours = {p: obstore.put(store, p.relative_to(name).as_posix(), p)["e_tag"] for p in paths}
+            if all(obstore.head(store, p.relative_to(name).as_posix())["e_tag"] == ours[p] for p in paths):
+                return
+            # another run of the same request put files of its own meanwhile: who is last puts all of them
 
 
 def now() -> str:
@@ -133,17 +136,28 @@ def write_seal(folder: Path, scene: str, uri: str, identity: Mapping[str, Any], 
 
 
 def write_manifest(
-    location: str, folder: Path, record: RunRecord, known: Marks, copies: Mapping[str, str]
+    location: str, folder: Path, record: RunRecord, written: Collection[str], copies: Mapping[str, str]
 ) -> None:
     """Write ``manifest.json`` of a run into a local folder.
+
+    A run of the same request may write files of its own meanwhile, so those that were written are hashed again
+    afterwards: whose manifest is the last has seen the last of the files.
 
     Args:
         location: the run's folder or URL; what lies there and has no mark yet is hashed.
         folder: where the file is written (the run's own, or one that is uploaded).
         record: of the run.
-        known: marks of files that were written just now.
+        written: paths of files that were written into the folder just now.
         copies: files that are copies of others, to these.
     """
+    while True:
+        known = hash_files(folder, written)
+        write_atomic(folder / MANIFEST, _json(_manifest(location, record, known, copies)))
+        if hash_files(folder, written) == known:
+            return
+
+
+def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[str, str]) -> dict[str, Any]:
     store = open_store(location)
     with ThreadPoolExecutor(READERS) as pool:
         names = [f"scenes/{scene.name}/{MANIFEST}" for scene in record.done]
@@ -161,14 +175,13 @@ def write_manifest(
         found |= {path: found[origin] for path, origin in copies.items() if origin in found}
         rest = [path for path in _sizes(store) if path not in found and path not in (MANIFEST, RECORD)]
         found |= zip(rest, pool.map(lambda path: _hash_object(store, path), rest), strict=True)
-    manifest = {
+    return {
         "job": record.job_name,
         "run": record.run_id,
         "checksums": "sha256",
         "scenes": scenes,
         "files": _listed(found),
     }
-    write_atomic(folder / MANIFEST, _json(manifest))
 
 
 def check_manifest(location: str) -> list[str]:

@@ -12,7 +12,7 @@ from segpipe.config.job import Format, Job
 from segpipe.config.loading import load_groups
 from segpipe.export.bids import write_bids
 from segpipe.export.maps import has_nodata
-from segpipe.export.run_folder import RunFolder, hash_files, local_folder, now, write_manifest
+from segpipe.export.run_folder import RunFolder, local_folder, now, write_manifest
 from segpipe.inference.label_dtype import no_data_value
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pictures.archive import Previews, load_previews
@@ -110,7 +110,7 @@ def _write_account(
         nodata = no_data_value(c.value for c in record.legend) if gaps else None
         derived = write_bids(run.location, folder, record, nodata)
         paths, copies = [*paths, *derived.written], derived.copies
-    write_manifest(run.location, folder, record, hash_files(folder, paths), copies)
+    write_manifest(run.location, folder, record, paths, copies)
 
 
 def _class_infos(classes: Sequence[Class]) -> tuple[ClassInfo, ...]:
