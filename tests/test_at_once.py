@@ -110,7 +110,7 @@ def test_bids_files_are_linked(world: World, tmp_path: Path) -> None:
 def test_tables_page_and_manifest_are_of_one_run(
     world: World, tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run of the request writes its page and its manifest just before this one's file gets its name."""
+    """Another run of the request writes page and manifest just before this one's file gets its name."""
     run, record = finish(world.job(tmp_path / "out"))
     other, replace = dataclasses.replace(record, notes=("a longer page",)), os.replace
 
