@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
@@ -16,6 +17,9 @@ from segpipe.config.loading import load
 from segpipe.config.prompts import PromptOptions
 from segpipe.config.types import AutoNumber, AutoSize, Memory, Name, Strict, Text, WindowSize, form
 from segpipe.errors import RequestError
+
+SceneKind = Literal["given", "predicted", "prompted"]
+"""What the labels of a scene come from: a file, a model, or prompts that a model answers."""
 
 
 class Blend(str, Enum):
@@ -298,6 +302,11 @@ class Job(Request):
         description="Classes of `labels`: a CSV or YAML file with value, name (, color, background); "
         "empty: the values that are found, there or in the reference.",
     )
+
+    @property
+    def kind(self) -> SceneKind:
+        """What the labels of its scenes come from."""
+        return "given" if self.labels else "prompted" if self.prompts.asked else "predicted"
 
     @model_validator(mode="after")
     def _one_of_model_or_labels(self) -> Job:

@@ -114,7 +114,7 @@ class MeasurableScene(ABC):
     @property
     def prompted(self) -> bool:
         """Whether the objects were asked for (`segpipe.prompts.prompt_scene.PromptScene`)."""
-        return False
+        return self.job.kind == "prompted"
 
     @property
     def uncertainty(self) -> tuple[str, ...]:

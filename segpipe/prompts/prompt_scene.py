@@ -81,10 +81,6 @@ class PromptScene(PredictedScene):
         return self.labels
 
     @property
-    def prompted(self) -> bool:
-        return True
-
-    @property
     def collected(self) -> bool:
         """Whether the prompts are in the store: phrases need not be looked for again."""
         return self.prompts.exists and ASKED in self.prompts.done()

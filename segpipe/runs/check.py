@@ -77,13 +77,13 @@ def check_job(job: Job) -> ResolvedJob:
     _check_paths(job)
     card, settings = None, NO_MODEL
     classes = load_classes(job.classes) if job.classes else ()
-    if job.model and job.prompts.asked:
+    if job.kind == "prompted":
         from segpipe.prompts.prompt_scene import check_prompts  # loads torch
 
         card = check_prompts(job)
         settings = resolve_settings(job.compute, card)
         classes = phrase_classes(job.prompts)
-    elif job.model:
+    elif job.kind == "predicted":
         card = read_card(job.model)
         _check_kind(card)
         check_card(card)
@@ -201,7 +201,6 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         files += [job.reference.path]
     files += [path for path in (job.labels, job.classes, job.measure.groups, prompts.path) if path]
     files += [prompts.earlier] if prompts.earlier else []
-    prompted = card is not None and card.answers_prompts
     parts = {
         "asked": asked,
         "model": model_parts(card) if card else None,
@@ -209,7 +208,7 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         "grounder": [grounder.model_dump(mode="json"), model_parts(grounder)] if grounder else None,
         "settings": [settings.device_class, settings.precision, settings.batch],
         "inputs": [_state(uri) for uri in files],
-        "versions": [ENGINE_VERSION, TALLY_VERSION, *([ANSWER_VERSION] if prompted else [])],
+        "versions": [ENGINE_VERSION, TALLY_VERSION, *([ANSWER_VERSION] if job.kind == "prompted" else [])],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from segpipe.config.card import Card
-from segpipe.config.job import Job
+from segpipe.config.job import SceneKind
 from segpipe.errors import SegpipeError
 from segpipe.metrics.tally import measure_tiles
 from segpipe.pipeline.given_scene import prepare_labelled
@@ -34,34 +33,37 @@ def plan_scenes(resolved: ResolvedJob) -> Iterator[ScenePlan]:
     """The plan of each scene of a job, as it is made; nothing is written."""
     for ref in resolved.scenes:
         try:
-            yield _plan(resolved, ref)
+            yield PLANS[resolved.job.kind](resolved, ref)
         except SegpipeError as error:
             yield ScenePlan(ref.name, " ".join(str(error).split()), failed=True)
 
 
-def _plan(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
-    job, card = resolved.job, resolved.card
-    if card is None:
-        return ScenePlan(ref.name, _labels_line(job, ref))
-    if card.answers_prompts:
-        from segpipe.prompts.collect_prompts import prompt_line  # loads torch
-
-        return ScenePlan(ref.name, prompt_line(job, ref, resolved.settings))
-    return _windows(resolved, card, ref)
-
-
-def _labels_line(job: Job, ref: SceneRef) -> str:
-    scene = prepare_labelled(job, ref)
+def _given(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
+    scene = prepare_labelled(resolved.job, ref)
     tiles = sum(1 for _ in measure_tiles(scene.geometry))
-    image = " and the image" if job.measure.intensity else ""
-    return f"{tiles:,} tiles to measure of {scene.labels}{image}"
+    image = " and the image" if scene.job.measure.intensity else ""
+    return ScenePlan(ref.name, f"{tiles:,} tiles to measure of {scene.labels}{image}")
 
 
-def _windows(resolved: ResolvedJob, card: Card, ref: SceneRef) -> ScenePlan:
-    s = dry_plan(resolved.job, card, ref, resolved.settings).summary()
+def _predicted(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
+    assert resolved.card is not None
+    s = dry_plan(resolved.job, resolved.card, ref, resolved.settings).summary()
     text = (
         f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "
         f"{s['forward_passes']:,} passes (redundancy {s['redundancy']:.3f}), "
         f"memory {byte_size(s['memory_bytes'])}, store up to {byte_size(s['disk_bytes'])}"
     )
     return ScenePlan(ref.name, text, numbers=s)
+
+
+def _prompted(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
+    from segpipe.prompts.collect_prompts import prompt_line  # loads torch
+
+    return ScenePlan(ref.name, prompt_line(resolved.job, ref, resolved.settings))
+
+
+PLANS: Mapping[SceneKind, Callable[[ResolvedJob, SceneRef], ScenePlan]] = {
+    "given": _given,
+    "predicted": _predicted,
+    "prompted": _prompted,
+}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from segpipe.config.job import SceneKind
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene import done_record, drop_unkept, export_scene
-from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.given_scene import LabelledScene, prepare_labelled
 from segpipe.pipeline.measure import check_measure, measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.pipeline.predict import finish_labels, predict_blocks
@@ -18,8 +21,89 @@ from segpipe.sources import SceneRef
 from segpipe.store.stage import StopToken
 from segpipe.tables.record import SceneRecord
 
+if TYPE_CHECKING:
+    from segpipe.prompts.prompt_scene import PromptScene
+
+S = TypeVar("S", bound=MeasurableScene)
 Progress = Callable[[int, int], None]
 """Told the blocks (or windows) of the scene that are done, and how many there are."""
+
+
+class SceneSteps(ABC, Generic[S]):
+    """The steps from a scene to its labels, which differ by where the labels come from."""
+
+    @abstractmethod
+    def begin(self, resolved: ResolvedJob, ref: SceneRef) -> S:
+        """Open, check and plan a scene; make the stages of its model."""
+
+    def compute(self, scene: S, stop: StopToken | None, progress: Progress) -> Done:
+        """Compute what the scene lacks before its labels are finished; given labels lack nothing."""
+        return Done(0, 0, 0.0, {})
+
+    def finish(self, scene: S, computed: Done) -> dict[str, Done]:
+        """Finish the labels; the steps up to here."""
+        return {}
+
+    def drop(self, scene: S) -> None:
+        """Drop the stages that nobody needs once the scene is exported."""
+
+
+class _Given(SceneSteps[LabelledScene]):
+    def begin(self, resolved: ResolvedJob, ref: SceneRef) -> LabelledScene:
+        return _checked(prepare_labelled(resolved.job, ref))
+
+
+class _Predicted(SceneSteps[Scene]):
+    def begin(self, resolved: ResolvedJob, ref: SceneRef) -> Scene:
+        assert resolved.card is not None
+        return create_stages(_checked(prepare_scene(resolved.job, resolved.card, ref, resolved.settings)))
+
+    def compute(self, scene: Scene, stop: StopToken | None, progress: Progress) -> Done:
+        todo, total = pending_blocks(scene), scene.plan.blocks.count
+        reused = total - len(todo)
+        parts = []
+        if todo:
+            parts.append(predict_blocks(scene, todo, stop, progress=lambda n: progress(reused + n, total)))
+        return together(parts, reused)
+
+    def finish(self, scene: Scene, computed: Done) -> dict[str, Done]:
+        return {"predict": computed, "clean-up": finish_labels(scene)}
+
+    def drop(self, scene: Scene) -> None:
+        drop_unkept(scene)
+
+
+class _Prompted(SceneSteps["PromptScene"]):
+    """Imports what it needs where it needs it: other jobs do without the modules of prompts."""
+
+    def begin(self, resolved: ResolvedJob, ref: SceneRef) -> PromptScene:
+        from segpipe.prompts.prompt_scene import create_grounder, prepare_prompts
+
+        return create_grounder(_checked(prepare_prompts(resolved.job, ref, resolved.settings)))
+
+    def compute(self, scene: PromptScene, stop: StopToken | None, progress: Progress) -> Done:
+        from segpipe.prompts.segment_scene import answer_scene
+
+        return answer_scene(scene, stop, progress)
+
+    def finish(self, scene: PromptScene, computed: Done) -> dict[str, Done]:
+        from segpipe.prompts.build_objects import build_objects
+
+        return {"answer": computed, "objects": build_objects(scene)}
+
+
+def _checked(scene: S) -> S:
+    """Check a scene's regions and reference, before anything is written for it."""
+    check_measure(scene)
+    return scene
+
+
+STEPS: Mapping[SceneKind, SceneSteps[Any]] = {
+    "given": _Given(),
+    "predicted": _Predicted(),
+    "prompted": _Prompted(),
+}
+"""By `Job.kind`."""
 
 
 def begin_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
@@ -28,20 +112,8 @@ def begin_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
     Raises:
         SceneError, RequestError.
     """
-    job, card = resolved.job, resolved.card
-    if card is None:
-        given = prepare_labelled(job, ref)
-        check_measure(given)
-        return given
-    if card.answers_prompts:
-        from segpipe.prompts.prompt_scene import create_grounder, prepare_prompts  # loads torch
-
-        prompted = prepare_prompts(job, ref, resolved.settings)
-        check_measure(prompted)
-        return create_grounder(prompted)
-    scene = prepare_scene(job, card, ref, resolved.settings)
-    check_measure(scene)
-    return create_stages(scene)
+    scene: MeasurableScene = STEPS[resolved.job.kind].begin(resolved, ref)
+    return scene
 
 
 def compute_scene(
@@ -52,20 +124,7 @@ def compute_scene(
     Raises:
         SceneError, StoppedError, DeviceMemoryError.
     """
-    if isinstance(scene, Scene):
-        todo, total = pending_blocks(scene), scene.plan.blocks.count
-        reused = total - len(todo)
-        parts = []
-        if todo:
-            parts.append(predict_blocks(scene, todo, stop, progress=lambda n: progress(reused + n, total)))
-        return together(parts, reused)
-    if scene.prompted:
-        from segpipe.prompts.prompt_scene import PromptScene  # loads torch
-        from segpipe.prompts.segment_scene import answer_scene
-
-        assert isinstance(scene, PromptScene)
-        return answer_scene(scene, stop, progress)
-    return Done(0, 0, 0.0, {})
+    return STEPS[scene.job.kind].compute(scene, stop, progress)
 
 
 def complete_scene(
@@ -76,22 +135,13 @@ def complete_scene(
     Raises:
         SceneError, StoppedError.
     """
-    steps: dict[str, Done] = {}
-    if isinstance(scene, Scene):
-        steps = {"predict": computed, "clean-up": finish_labels(scene)}
-    elif scene.prompted:
-        from segpipe.prompts.build_objects import build_objects  # loads torch
-        from segpipe.prompts.prompt_scene import PromptScene
-
-        assert isinstance(scene, PromptScene)
-        steps = {"answer": computed, "objects": build_objects(scene)}
+    steps = STEPS[scene.job.kind].finish(scene, computed)
     measured, steps["measure"] = measure_scene(scene, stop)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
     record = done_record(scene, measured, files, steps)
-    if isinstance(scene, Scene):
-        drop_unkept(scene)
+    STEPS[scene.job.kind].drop(scene)
     return record
 
 
