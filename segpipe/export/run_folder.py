@@ -140,8 +140,8 @@ def write_manifest(
 ) -> None:
     """Write ``manifest.json`` of a run into a local folder.
 
-    A run of the same request may write files of its own meanwhile, so those that were written are hashed again
-    afterwards: whose manifest is the last has seen the last of the files.
+    A run of the same request may write files of its own meanwhile, so those that were written are hashed
+    again afterwards: whose manifest is the last has seen the last of the files.
 
     Args:
         location: the run's folder or URL; what lies there and has no mark yet is hashed.
