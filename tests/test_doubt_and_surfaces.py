@@ -27,6 +27,7 @@ from segpipe.tables.record import ClassInfo
 from segpipe.tables.scene_tables import (
     ALL_CLASSES,
     NOT_DEFINED,
+    Intensities,
     SceneIntensity,
     SceneSurfaces,
     surface_table,
@@ -129,9 +130,7 @@ def test_means_by_class_calibration_and_the_file(lab: Lab) -> None:
     measured, _ = measure_scene(scene)
 
     labels, shares, valid = labels_of(scene), doubt_of(scene) / LEVELS, values[0] > 0
-    found = SceneIntensity(
-        "scene", regions=measured.regions, channels=measured.doubts, intensity=measured.uncertainty
-    )
+    found = SceneIntensity("scene", Intensities(measured.regions, measured.doubts, measured.uncertainty))
     classes = [ClassInfo(c.value, c.name, c.color) for c in scene.classes]
     table = uncertainty_table([found], classes).set_index(["class", "channel"])
     for number, channel in enumerate(scene.uncertainty):

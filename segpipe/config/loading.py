@@ -80,24 +80,19 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
         RequestError: an item without ``=``, or below a value.
     """
     for item in overrides:
-        _apply(data, item)
-
-
-def _apply(data: dict[str, Any], item: str) -> None:
-    """Set one ``a.b=value`` override in a nested mapping."""
-    key, sign, value = item.partition("=")
-    if not sign or not key.strip():
-        raise RequestError(f"--set {item}: found no `key=value`; e.g. --set tiling.window=256")
-    *parents, last = key.strip().split(".")
-    for part in parents:
-        inner = data.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise RequestError(f"--set {item}: `{part}` is a value, it has no keys")
-        data = inner
-    try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RequestError(f"--set {item}: {value!r} is not a YAML value") from error
+        key, sign, value = item.partition("=")
+        if not sign or not key.strip():
+            raise RequestError(f"--set {item}: found no `key=value`; e.g. --set tiling.window=256")
+        *parents, last = key.strip().split(".")
+        inner = data
+        for part in parents:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise RequestError(f"--set {item}: `{part}` is a value, it has no keys")
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {item}: {value!r} is not a YAML value") from error
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:

@@ -101,23 +101,6 @@ class Augmentation(Strict):
         [0.5, 1.0], description="Share of the elements along an axis that `low_resolution` keeps."
     )
 
-    @classmethod
-    def none(cls) -> Augmentation:
-        """No change at all."""
-        return cls(
-            flip=0,
-            rotate90=0,
-            rotate=0,
-            scale=0,
-            elastic=0,
-            brightness=0,
-            contrast=0,
-            gamma=0,
-            noise=0,
-            blur=0,
-            low_resolution=0,
-        )
-
 
 class SplitBy(str, Enum):
     """What is kept together when the data is split."""

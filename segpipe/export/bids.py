@@ -7,7 +7,6 @@ one keeps it. The NIfTI file is the scene's ``labels.nii.gz``, linked or copied,
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe import __version__
-from segpipe.export.staging import commit, staging
+from segpipe.export.staging import commit, json_text, staging
 from segpipe.store.location import is_url, open_store, write_atomic
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def write_bids(location: str, folder: Path, record: RunRecord, nodata: int | Non
     stems = _stems(files, _label(record.model.name if record.model else record.job_name))
     links = {root: f"source{n or ''}" for n, root in enumerate(sorted({f.root for f in files.values()}))}
     texts = {
-        f"{base}/dataset_description.json": _json(_description(record, links)),
+        f"{base}/dataset_description.json": json_text(_description(record, links)),
         f"{base}/README.md": _readme(record),
     }
     copies = {}
@@ -112,7 +111,7 @@ def write_bids(location: str, folder: Path, record: RunRecord, nodata: int | Non
             "Sources": [source],
             "SpatialReference": source,
         }
-        texts[f"{base}/{where}/{stem}_dseg.json"] = _json(said)
+        texts[f"{base}/{where}/{stem}_dseg.json"] = json_text(said)
         texts[f"{base}/desc-{desc}_dseg.tsv"] = _table(record.legend, nodata)
         copies[f"{base}/{where}/{stem}_dseg.nii.gz"] = labels[name]
     for path, text in texts.items():
@@ -215,7 +214,3 @@ def _table(classes: Sequence[ClassInfo], nodata: int | None) -> str:
     rows += [] if nodata is None else [(nodata, "no data", "#000000")]
     lines = ["index\tname\tcolor", *("\t".join(map(str, row)) for row in rows)]
     return "\n".join(lines) + "\n"
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

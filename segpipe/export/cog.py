@@ -21,15 +21,23 @@ import rasterio.shutil
 from affine import Affine
 from pyproj import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.windows import Window
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.staging import commit, fit_labels, gdal_pam, label_dtype, qgis_style, staging
-from segpipe.geometry.box import Box, grid_boxes
+from segpipe.export.staging import (
+    commit,
+    commit_text,
+    fit_labels,
+    gdal_pam,
+    label_dtype,
+    qgis_style,
+    staging,
+)
+from segpipe.geometry.box import grid_boxes
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader, ScoreReader
+from segpipe.sources.gdal import window_of
 
 TILE = 512
 STEP = 4 * TILE
@@ -65,24 +73,12 @@ def write_cog(
     dtype = label_dtype(classes, nodata)
     names = {str(c.value): c.name for c in sorted(classes, key=lambda c: c.value)}
     tags = {**(tags or {}), "CLASSES": json.dumps(names, ensure_ascii=False)}
-    with staging(path) as folder, _gdal(path):
-        draft, final = folder / "draft.tif", folder / "final.tif"
-        with _draft(draft, geometry, ["class"], dtype, nodata, tags) as target:
-            for box in grid_boxes(geometry.shape, (STEP, STEP)):
-                target.write(fit_labels(labels(box), dtype, box, path), 1, window=_window(box))
-            if dtype == np.uint8:
-                palette = {c.value: (*rgb(c.color), 255) for c in classes}
-                target.write_colormap(1, palette)
-        _copy(draft, final, predictor="NO", resampling="MODE")
-        sidecars = {
-            path.with_name(path.name + ".aux.xml"): gdal_pam(classes, _crs_lost(final, geometry)),
-            path.with_suffix(".qml"): qgis_style(classes),
-        }
-        for target_path, text in sidecars.items():
-            part = folder / target_path.name
-            part.write_text(text, encoding="utf-8", newline="\n")
-            commit(part, target_path)
-        commit(final, path)  # last: who sees the map finds its names
+    palette = {c.value: (*rgb(c.color), 255) for c in classes} if dtype == np.uint8 else {}
+    with _cog(path, geometry, ["class"], dtype, nodata, tags, classes, named=True) as target:
+        for box in grid_boxes(geometry.shape, (STEP, STEP)):
+            target.write(fit_labels(labels(box), dtype, box, path), 1, window=window_of(box))
+        if palette:
+            target.write_colormap(1, palette)
 
 
 def write_cog_scores(
@@ -102,13 +98,9 @@ def write_cog_scores(
         tags: further dataset tags.
     """
     dtype = np.dtype(np.float32)
-    with staging(path) as folder, _gdal(path):
-        draft, final = folder / "draft.tif", folder / "final.tif"
-        with _draft(draft, geometry, [c.name for c in classes], dtype, float("nan"), tags) as target:
-            for box in grid_boxes(geometry.shape, (STEP, STEP)):
-                target.write(np.asarray(scores(box), dtype=dtype), window=_window(box))
-        _copy(draft, final, predictor="FLOATING_POINT", resampling="AVERAGE")
-        _commit_with_crs(final, geometry, classes, path)
+    with _cog(path, geometry, [c.name for c in classes], dtype, float("nan"), tags, classes) as target:
+        for box in grid_boxes(geometry.shape, (STEP, STEP)):
+            target.write(np.asarray(scores(box), dtype=dtype), window=window_of(box))
 
 
 def write_cog_ids(
@@ -133,13 +125,50 @@ def write_cog_ids(
     Raises:
         SceneError: an id does not fit the dtype, or the file cannot be written.
     """
+    with _cog(path, geometry, ["object"], dtype, 0, tags, ()) as target:
+        for box in grid_boxes(geometry.shape, (STEP, STEP)):
+            target.write(fit_labels(ids(box), dtype, box, path), 1, window=window_of(box))
+
+
+@contextmanager
+def _cog(
+    path: Path,
+    geometry: RasterGeometry,
+    bands: Sequence[str],
+    dtype: np.dtype[Any],
+    nodata: float | None,
+    tags: Mapping[str, str] | None,
+    classes: Sequence[Class],
+    *,
+    named: bool = False,
+) -> Iterator[rasterio.io.DatasetWriter]:
+    """Open a plain tiled TIFF to write windows into, of scores if dtype is floating; a COG at the end.
+
+    Beside it lies ``<path>.aux.xml`` where GeoTIFF keys cannot hold the CRS, or where the classes are
+    ``named``: then a ``.qml`` style too.
+    """
+    rows, columns = geometry.shape
+    crs = None if geometry.crs is None else rasterio.CRS.from_wkt(geometry.crs)
     with staging(path) as folder, _gdal(path):
         draft, final = folder / "draft.tif", folder / "final.tif"
-        with _draft(draft, geometry, ["object"], dtype, 0, tags) as target:
-            for box in grid_boxes(geometry.shape, (STEP, STEP)):
-                target.write(fit_labels(ids(box), dtype, box, path), 1, window=_window(box))
-        _copy(draft, final, predictor="NO", resampling="MODE")
-        _commit_with_crs(final, geometry, (), path)
+        with rasterio.open(
+            draft, "w", driver="GTiff", height=rows, width=columns, count=len(bands), dtype=dtype.name,
+            nodata=nodata, crs=crs, transform=Affine(*geometry.transform), interleave="band",
+            bigtiff="IF_SAFER", tiled=True, blockxsize=TILE, blockysize=TILE,
+            compress="ZSTD", zstd_level=1,  # fast; this file lives for a minute
+        ) as target:  # fmt: skip
+            yield target
+            target.update_tags(**(tags or {}))
+            for number, name in enumerate(bands, start=1):
+                target.set_band_description(number, name)
+        predictor, resampling = ("FLOATING_POINT", "AVERAGE") if dtype.kind == "f" else ("NO", "MODE")
+        _copy(draft, final, predictor, resampling)
+        lost = _crs_lost(final, geometry)
+        if named or lost is not None:
+            commit_text(folder, path.with_name(path.name + ".aux.xml"), gdal_pam(classes, lost))
+        if named:
+            commit_text(folder, path.with_suffix(".qml"), qgis_style(classes))
+        commit(final, path)  # last: who sees the map finds its names
 
 
 @contextmanager
@@ -151,34 +180,6 @@ def _gdal(path: Path) -> Iterator[None]:
             yield
     except RasterioError as error:
         raise SceneError(f"{path}: cannot be written as a COG ({error})") from error
-
-
-@contextmanager
-def _draft(
-    path: Path,
-    geometry: RasterGeometry,
-    bands: Sequence[str],
-    dtype: np.dtype[Any],
-    nodata: float | None,
-    tags: Mapping[str, str] | None,
-) -> Iterator[rasterio.io.DatasetWriter]:
-    """Open a plain tiled TIFF to write windows into; its bands get their names and the file its tags."""
-    rows, columns = geometry.shape
-    crs = None if geometry.crs is None else rasterio.CRS.from_wkt(geometry.crs)
-    with rasterio.open(
-        path, "w", driver="GTiff", height=rows, width=columns, count=len(bands), dtype=dtype.name,
-        nodata=nodata, crs=crs, transform=Affine(*geometry.transform), interleave="band", bigtiff="IF_SAFER",
-        tiled=True, blockxsize=TILE, blockysize=TILE,
-        compress="ZSTD", zstd_level=1,  # fast; this file lives for a minute
-    ) as target:  # fmt: skip
-        yield target
-        target.update_tags(**(tags or {}))
-        for number, name in enumerate(bands, start=1):
-            target.set_band_description(number, name)
-
-
-def _window(box: Box) -> Window:
-    return Window(box.start[1], box.start[0], box.shape[1], box.shape[0])
 
 
 def _copy(draft: Path, final: Path, predictor: str, resampling: str) -> None:
@@ -195,16 +196,6 @@ def _copy(draft: Path, final: Path, predictor: str, resampling: str) -> None:
         NUM_THREADS="ALL_CPUS",  # the same bytes: tiles are compressed apart and written in order
         BIGTIFF="IF_SAFER",
     )
-
-
-def _commit_with_crs(final: Path, geometry: RasterGeometry, classes: Sequence[Class], path: Path) -> None:
-    """Make a finished file visible, after the sidecar that has its CRS where GeoTIFF keys cannot hold it."""
-    crs = _crs_lost(final, geometry)
-    if crs is not None:
-        part = final.with_name("draft.aux.xml")
-        part.write_text(gdal_pam(classes, crs), encoding="utf-8", newline="\n")
-        commit(part, path.with_name(path.name + ".aux.xml"))
-    commit(final, path)
 
 
 def _crs_lost(final: Path, geometry: RasterGeometry) -> CRS | None:

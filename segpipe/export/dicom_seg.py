@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from highdicom import UID, AlgorithmIdentificationSequence
@@ -32,10 +33,12 @@ from segpipe import __version__
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.staging import commit, slab_boxes, staging
+from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader
 from segpipe.sources.dicom.reader import DicomSource
 from segpipe.sources.dicom.series import DICOM_ERRORS, DicomSlice
 
+N = TypeVar("N", int, float)
 PRIVATE = "99SEGPIPE"
 """Coding scheme of classes whose card names no concept: the code is made from the class's name."""
 ANATOMICAL = codes.SCT.AnatomicalStructure
@@ -110,7 +113,7 @@ def write_dicom_seg(
             segmentation_type=SegmentationTypeValues.BINARY,
             segment_descriptions=[_described(n, c, algorithm) for n, c in enumerate(segments, start=1)],
             series_instance_uid=UID(),
-            series_number=SERIES_NUMBER + _series_number(patient),
+            series_number=SERIES_NUMBER + _number(patient, "SeriesNumber", int),
             sop_instance_uid=UID(),
             instance_number=1,
             manufacturer="segpipe",
@@ -191,11 +194,9 @@ def _anonymous_headers(source: DicomSource, patient: Dataset) -> list[Dataset]:
         header.Modality = s.modality
         header.Rows, header.Columns = s.shape
         header.PixelSpacing = list(first.spacing)
-        header.ImagePositionPatient, header.ImageOrientationPatient = (
-            list(s.position),
-            list(first.orientation),
-        )
-        header.SliceThickness = _thickness(patient) or step
+        header.ImagePositionPatient = list(s.position)
+        header.ImageOrientationPatient = list(first.orientation)
+        header.SliceThickness = _number(patient, "SliceThickness", float) or step
         header.SpacingBetweenSlices = step
         for keyword in _BLANK:
             setattr(header, keyword, "")
@@ -229,7 +230,6 @@ def _described(number: int, c: Class, algorithm: Algorithm) -> SegmentDescriptio
     family = (
         codes.cid7162.ArtificialIntelligence if algorithm.learned else Code("unknown", PRIVATE, "Not known")
     )
-    rgb = (int(c.color[i : i + 2], 16) for i in (1, 3, 5))
     described = SegmentDescription(
         segment_number=number,
         segment_label=c.name[:LONGEST],
@@ -239,7 +239,7 @@ def _described(number: int, c: Class, algorithm: Algorithm) -> SegmentDescriptio
         algorithm_identification=AlgorithmIdentificationSequence(
             name=algorithm.name[:LONGEST], family=family, version=algorithm.version[:LONGEST]
         ),
-        display_color=CIELabColor.from_rgb(*rgb),
+        display_color=CIELabColor.from_rgb(*rgb(c.color)),
     )
     described.SegmentDescription = f"value {c.value} in label maps"
     return described
@@ -266,18 +266,9 @@ def _codes_of(collection: Collection) -> frozenset[tuple[str, str]]:
     return frozenset((c.scheme_designator, c.value) for c in collection.concepts.values())
 
 
-def _series_number(header: Dataset) -> int:
-    """The source's SeriesNumber; 0 where it has none or none that is a number."""
+def _number(header: Dataset, keyword: str, kind: type[N]) -> N:
+    """A tag of the source; 0 where it has none, none that is a number, or one below 0."""
     try:
-        return max(0, int(header.get("SeriesNumber") or 0))
+        return max(kind(0), kind(header.get(keyword) or 0))
     except (TypeError, ValueError):
-        return 0
-
-
-def _thickness(header: Dataset) -> float | None:
-    """The source's SliceThickness in mm; None where it says nothing of use."""
-    try:
-        thickness = float(header.get("SliceThickness") or 0)
-    except (TypeError, ValueError):
-        return None
-    return thickness if thickness > 0 else None
+        return kind(0)

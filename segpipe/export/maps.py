@@ -132,7 +132,7 @@ def why_no_file(classes: Sequence[Class]) -> str:
 def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[Class], path: Path) -> None:
     geometry, nodata = scene.geometry, _nodata(scene, measured, classes)
     with scene.open_labels() as read:
-        labels = read if nodata is None else _with_nodata(read, scene.nodata, nodata)
+        labels = _with_nodata(read, scene.nodata, nodata)
         if isinstance(geometry, RasterGeometry):
             write_cog(labels, geometry, classes, nodata, path, _tags(scene))
         else:
@@ -156,7 +156,7 @@ def _write_levels(
     folder, nodata = target / "labels.ome.zarr", _nodata(scene, measured, classes)
     if not folder.exists():
         with scene.open_labels() as read:
-            labels = read if nodata is None else _with_nodata(read, scene.nodata, nodata)
+            labels = _with_nodata(read, scene.nodata, nodata)
             write_ome_zarr(labels, scene.geometry, classes, nodata, folder)
     return {"ome-zarr": folder / "zarr.json"}
 
@@ -197,9 +197,9 @@ def _drawn_by(scene: MeasurableScene) -> Algorithm:
     return Algorithm(card.name, version, not scene.prompted, provider_spec(card).learned)
 
 
-def _with_nodata(read: LabelReader, before: int, after: int) -> LabelReader:
-    """The reader with another number for no data."""
-    if before == after:
+def _with_nodata(read: LabelReader, before: int, after: int | None) -> LabelReader:
+    """The reader with another number for no data; None: as it is."""
+    if after is None or before == after:
         return read
 
     def renamed(box: Box, /) -> np.ndarray:

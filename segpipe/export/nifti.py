@@ -10,8 +10,7 @@ are taken (sform, qform, their codes, pixdim, units): its text fields may name a
 from __future__ import annotations
 
 import gzip
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,16 @@ from nibabel.spatialimages import HeaderDataError
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
-from segpipe.export.staging import commit, fit_labels, label_dtype, slab_boxes, slicer_colors, staging
+from segpipe.export.staging import (
+    commit,
+    commit_text,
+    fit_labels,
+    json_text,
+    label_dtype,
+    slab_boxes,
+    slicer_colors,
+    staging,
+)
 from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.sources.base import LabelReader, ScoreReader
 
@@ -65,19 +73,9 @@ def write_nifti(
     header = _header(geometry, source_header, dtype, path)
     header.set_intent("label")
     header["cal_max"] = max(c.value for c in classes)
-
-    def slabs() -> Iterator[np.ndarray]:
-        for box in slab_boxes(geometry.shape, dtype.itemsize):
-            yield fit_labels(labels(box), dtype, box, path)
-
-    colors = path.with_name(path.name.split(".nii")[0] + ".ctbl")
-    with staging(path) as folder:
-        draft = folder / "draft"
-        _write(draft, header, slabs(), compress=path.suffix == ".gz")
-        part = folder / colors.name
-        part.write_text(slicer_colors(classes), encoding="utf-8", newline="\n")
-        commit(part, colors)
-        commit(draft, path)
+    boxes = slab_boxes(geometry.shape, dtype.itemsize)
+    slabs = (fit_labels(labels(box), dtype, box, path) for box in boxes)
+    _write(path, header, slabs, {".ctbl": slicer_colors(classes)})
 
 
 def write_nifti_ids(
@@ -102,11 +100,7 @@ def write_nifti_ids(
     header = _header(geometry, source_header, dtype, path)
     header.set_intent("label")
     boxes = slab_boxes(geometry.shape, dtype.itemsize)
-    with staging(path) as folder:
-        draft = folder / "draft"
-        slabs = (fit_labels(ids(box), dtype, box, path) for box in boxes)
-        _write(draft, header, slabs, compress=path.suffix == ".gz")
-        commit(draft, path)
+    _write(path, header, (fit_labels(ids(box), dtype, box, path) for box in boxes), {})
 
 
 def write_nifti_scores(
@@ -137,28 +131,28 @@ def write_nifti_scores(
             for box in slab_boxes(geometry.shape, dtype.itemsize * len(classes)):
                 yield np.ascontiguousarray(scores(box)[index], dtype=dtype)
 
+    _write(path, header, slabs(), {".json": json_text({"frames": [c.name for c in classes]})})
+
+
+def _write(path: Path, header: Any, slabs: Iterator[np.ndarray], beside: Mapping[str, str]) -> None:
+    """Write a file of slabs, and before it is visible the texts beside it, by their suffixes."""
+    compress = path.suffix == ".gz"
     with staging(path) as folder:
-        draft, names = folder / "draft", folder / "names"
-        _write(draft, header, slabs(), compress=path.suffix == ".gz")
-        text = json.dumps({"frames": [c.name for c in classes]}, ensure_ascii=False, indent=2)
-        names.write_text(text + "\n", encoding="utf-8", newline="\n")
-        commit(names, path.with_name(path.name.split(".nii")[0] + ".json"))
+        draft = folder / "draft"
+        with draft.open("wb") as raw:
+            # no name and no time in the gzip header: the same labels give the same bytes
+            stream: BinaryIO | gzip.GzipFile = (
+                gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) if compress else raw
+            )
+            stream.write(header.binaryblock + bytes(4))
+            for slab in slabs:
+                ordered = slab.astype(slab.dtype.newbyteorder("<"), copy=False)
+                stream.write(np.ascontiguousarray(ordered).data)
+            if compress:
+                stream.close()
+        for suffix, text in beside.items():
+            commit_text(folder, path.with_name(path.name.split(".nii")[0] + suffix), text)
         commit(draft, path)
-
-
-def _write(draft: Path, header: Any, slabs: Iterator[np.ndarray], compress: bool) -> None:
-    little = header.endianness == "<"
-    with draft.open("wb") as raw:
-        # no name and no time in the gzip header: the same labels give the same bytes
-        stream: BinaryIO | gzip.GzipFile = (
-            gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) if compress else raw
-        )
-        stream.write(header.binaryblock + bytes(4))
-        for slab in slabs:
-            ordered = slab.astype(slab.dtype.newbyteorder("<" if little else ">"), copy=False)
-            stream.write(np.ascontiguousarray(ordered).data)
-        if compress:
-            stream.close()
 
 
 def _header(

@@ -24,7 +24,7 @@ import obstore
 
 from segpipe.errors import RequestError
 from segpipe.sources.remote import public_uri
-from segpipe.store.location import is_url, join, open_store, write_atomic
+from segpipe.store.location import is_url, join, open_store, read_object, write_atomic
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord
@@ -161,7 +161,7 @@ def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[st
     store = open_store(location)
     with ThreadPoolExecutor(READERS) as pool:
         names = [f"scenes/{scene.name}/{MANIFEST}" for scene in record.done]
-        seals = list(pool.map(lambda name: _read(store, name), names))
+        seals = list(pool.map(lambda name: read_object(store, name), names))
         found: Marks = {}
         scenes = []
         for scene, name, seal in zip(record.done, names, seals, strict=True):
@@ -196,7 +196,7 @@ def check_manifest(location: str) -> list[str]:
         RequestError: there is no manifest.
     """
     store = open_store(location)
-    found = _read(store, MANIFEST)
+    found = read_object(store, MANIFEST)
     if found is None:
         raise RequestError(f"{location}: no {MANIFEST} here; `segpipe report` on a finished run writes it")
     there = _sizes(store)
@@ -227,13 +227,6 @@ def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[s
     """The run's files and their bytes."""
     listed = (meta for chunk in obstore.list(store, below) for meta in chunk)
     return {m["path"]: m["size"] for m in listed if not _NOT_OURS.search(m["path"])}
-
-
-def _read(store: obstore.store.ObjectStore, path: str) -> bytes | None:
-    try:
-        return bytes(obstore.get(store, path).bytes())
-    except FileNotFoundError:
-        return None
 
 
 def _public(value: Any) -> Any:

@@ -25,6 +25,7 @@ from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.metrics.tally import LEVELS
 from segpipe.pictures.archive import FORMAT, Previews, dump_previews, load_previews
 from segpipe.pictures.preview import raster_preview, volume_preview
+from segpipe.pictures.sampling import Readers
 from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.progress import Done
@@ -162,17 +163,15 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
         doubt = _entropy(scene)
         ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
         asked = measured.found.objects if scene.prompted and measured.found else None
+        read = Readers(image, labels, truth, doubt, ids)
         if isinstance(geometry, RasterGeometry):
+            count = len(scene.pixels.channels)
             previews = raster_preview(
-                image, labels, truth, geometry, scene.pixels.bands, classes, nodata,
-                count=len(scene.pixels.channels), read_uncertainty=doubt, read_ids=ids, asked=asked,
-            )  # fmt: skip
+                read, geometry, scene.pixels.bands, classes, nodata, count=count, asked=asked
+            )
         else:
             assert isinstance(geometry, VolumeGeometry)
-            previews = volume_preview(
-                image, labels, truth, geometry, classes, nodata,
-                read_uncertainty=doubt, read_ids=ids, asked=asked,
-            )  # fmt: skip
+            previews = volume_preview(read, geometry, classes, nodata, asked=asked)
     measured.stage.write_bytes(name, dump_previews(previews))
     return previews
 

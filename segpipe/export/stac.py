@@ -6,9 +6,9 @@ its files (type, nodata, grid, checksum) is read from the files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from segpipe import __version__
 from segpipe.config.card import Card, Class
 from segpipe.export.footprint import outline
 from segpipe.export.run_folder import ITEM, Mark
+from segpipe.export.staging import json_text
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.gdal import Handles
@@ -106,7 +107,7 @@ def scene_item(
     for relation in ("root", "parent"):
         item.add_link(pystac.Link(relation, f"../../{CATALOG}", pystac.MediaType.JSON))
     item.add_link(pystac.Link("derived_from", public_uri(uri)))
-    return _text(item.to_dict(include_self_link=False, transform_hrefs=False))
+    return json_text(item.to_dict(include_self_link=False, transform_hrefs=False))
 
 
 def run_catalog(record: RunRecord) -> str:
@@ -123,7 +124,7 @@ def run_catalog(record: RunRecord) -> str:
         if ITEM in scene.files.get("item", ""):
             link = pystac.Link("item", f"./{scene.files['item']}", pystac.MediaType.GEOJSON, scene.name)
             catalog.add_link(link)
-    return _text(catalog.to_dict(include_self_link=False, transform_hrefs=False))
+    return json_text(catalog.to_dict(include_self_link=False, transform_hrefs=False))
 
 
 def capture_time(uri: str) -> tuple[datetime, str] | None:
@@ -131,12 +132,8 @@ def capture_time(uri: str) -> tuple[datetime, str] | None:
     uri = uri.removeprefix("file://")
     if (":" in uri.split("/")[0] and not is_remote(uri)) or uri.lower().endswith(VRT):
         return None  # a mosaic has many times, a package's file and others none that we look for
-    handles = Handles(uri, remote=is_remote(uri))
-    try:
-        with handles.borrow() as dataset:
-            tags = {(domain, tag): dataset.tags(ns=domain).get(tag, "") for domain, tag in TIMES}
-    finally:
-        handles.close()
+    with closing(Handles(uri, remote=is_remote(uri))) as handles, handles.borrow() as dataset:
+        tags = {(domain, tag): dataset.tags(ns=domain).get(tag, "") for domain, tag in TIMES}
     for (_, tag), text in tags.items():
         for form in TIME_FORMATS:
             try:
@@ -229,12 +226,10 @@ def _describe_bands(asset: pystac.Asset, path: Path) -> None:
     with rasterio.open(path, driver="GTiff") as file:
         names = [text or str(number) for number, text in enumerate(file.descriptions, start=1)]
         kinds = list(zip(file.dtypes, file.nodatavals, strict=True))
-    bands = []
-    for name, (dtype, nodata) in zip(names, kinds, strict=True):
-        band: dict[str, Any] = {"name": name, "data_type": dtype}
-        if nodata is not None:
-            band["nodata"] = _number(nodata)
-        bands.append(band)
+    bands = [
+        {"name": name, "data_type": dtype} | ({} if nodata is None else {"nodata": _number(nodata)})
+        for name, (dtype, nodata) in zip(names, kinds, strict=True)
+    ]
     asset.extra_fields["bands"] = bands
     RasterExtension.ext(asset, add_if_missing=True).bands = [
         RasterBand.create(nodata=b.get("nodata"), sampling=Sampling.AREA, data_type=DataType(b["data_type"]))
@@ -258,7 +253,3 @@ def _classifications(classes: Sequence[Class], nodata: int | None) -> Iterator[C
         )  # fmt: skip
     if nodata is not None:
         yield Classification.create(value=nodata, name="no-data", title="no data", nodata=True)
-
-
-def _text(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -7,6 +7,7 @@ so that its legend lists the classes and not 256 colours; 3D Slicer reads ``.ctb
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,18 @@ def commit(source: Path, target: Path) -> None:
         return
     except OSError:  # a file system without links
         source.replace(target)
+
+
+def commit_text(folder: Path, target: Path, text: str) -> None:
+    """Write a small file into a `staging` folder and make it visible under its name."""
+    part = folder / target.name
+    part.write_text(text, encoding="utf-8", newline="\n")
+    commit(part, target)
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """A JSON file that people may read too."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 LARGEST_LISTED = 255

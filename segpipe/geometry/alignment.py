@@ -84,8 +84,7 @@ def _crs_distance(scene: RasterGeometry, first: CRS, second: CRS) -> float:
     """How far the corners move, in elements, when the second CRS is read as the first."""
     rows, columns = scene.shape
     corners = np.array([[0, 0, 1], [columns, 0, 1], [0, rows, 1], [columns, rows, 1]]).T
-    a, b, c, d, e, f = scene.transform
-    there = np.array([[a, b, c], [d, e, f], [0, 0, 1]])
+    there = np.array([*scene.transform, 0, 0, 1]).reshape(3, 3)
     x, y, _ = there @ corners
     moved = Transformer.from_crs(second, first, always_xy=True).transform(x, y)
     if not np.isfinite(moved).all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 
 @dataclass(frozen=True, order=True)
@@ -37,10 +38,7 @@ class Box:
     @property
     def size(self) -> int:
         """Number of elements."""
-        n = 1
-        for k in self.shape:
-            n *= k
-        return n
+        return prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -67,6 +65,12 @@ class Box:
     def hull(self, other: Box) -> Box:
         """The smallest box that holds both."""
         return Box(tuple(map(min, self.start, other.start)), tuple(map(max, self.stop, other.stop)))
+
+    def narrowed(self, axis: int, start: int, stop: int) -> Box:
+        """The same box but for one axis, on which it is ``[start, stop)``."""
+        starts, stops = list(self.start), list(self.stop)
+        starts[axis], stops[axis] = start, stop
+        return Box(tuple(starts), tuple(stops))
 
     def shift(self, offset: Sequence[int]) -> Box:
         return Box(

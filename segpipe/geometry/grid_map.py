@@ -52,39 +52,35 @@ class GridMap:
             and all(r == 1.0 for r in self.ratio)
         )
 
+    def _span(self, axis: int) -> tuple[int, int]:
+        """First native element of the crop along a model axis, and how many there are."""
+        native = self.axes[axis]
+        return self.crop.start[native], self.crop.shape[native]
+
+    def _turned(self, axis: int, along: np.ndarray) -> np.ndarray:
+        """Positions in the crop along a model axis, from its other end where that axis is flipped."""
+        return np.asarray((self._span(axis)[1] - 1) - along) if self.flips[axis] else along
+
     def to_native(self, axis: int, start: int, stop: int) -> np.ndarray:
         """Native coordinates of the centres of model elements [start, stop) along a model axis."""
-        native = self.axes[axis]
-        low, high = self.crop.start[native], self.crop.stop[native]
+        low, size = self._span(axis)
         along = (np.arange(start, stop, dtype=np.float64) + 0.5) * self.ratio[axis] - 0.5
-        if self.flips[axis]:
-            along = (high - low - 1) - along
-        return np.clip(along + low, low, high - 1)
+        return np.asarray(np.clip(self._turned(axis, along) + low, low, low + size - 1))
 
     def to_model(self, axis: int, start: int, stop: int) -> np.ndarray:
         """Model coordinates of the centres of native elements [start, stop) along a model axis."""
-        native = self.axes[axis]
-        low, high = self.crop.start[native], self.crop.stop[native]
-        along = np.arange(start, stop, dtype=np.float64) - low
-        if self.flips[axis]:
-            along = (high - low - 1) - along
+        along = self._turned(axis, np.arange(start, stop, dtype=np.float64) - self._span(axis)[0])
         m = (along + 0.5) / self.ratio[axis] - 0.5
         return np.clip(m, 0, self.shape[axis] - 1)
 
     def nearest_native(self, axis: int, start: int, stop: int) -> np.ndarray:
         """Native element nearest to model elements [start, stop) along a model axis."""
-        native = self.axes[axis]
-        low, high = self.crop.start[native], self.crop.stop[native]
-        along = _nearest(np.arange(start, stop), self.ratio[axis], high - low)
-        return low + ((high - low - 1) - along if self.flips[axis] else along)
+        low, size = self._span(axis)
+        return low + self._turned(axis, _nearest(np.arange(start, stop), self.ratio[axis], size))
 
     def nearest_model(self, axis: int, start: int, stop: int) -> np.ndarray:
         """Model element nearest to native elements [start, stop) along a model axis."""
-        native = self.axes[axis]
-        low, high = self.crop.start[native], self.crop.stop[native]
-        along = np.arange(start, stop) - low
-        if self.flips[axis]:
-            along = (high - low - 1) - along
+        along = self._turned(axis, np.arange(start, stop) - self._span(axis)[0])
         return _nearest(along, 1 / self.ratio[axis], self.shape[axis])
 
     def native_box(self, box: Box) -> Box:
@@ -101,12 +97,10 @@ class GridMap:
     def model_box(self, box: Box) -> Box:
         """The model elements from which the cropped part of a native box is interpolated."""
         inside = box.intersect(self.crop)
+        if not inside.size:
+            return Box.whole((0,) * len(self.axes))
         start, stop = [], []
         for axis, native in enumerate(self.axes):
-            if inside.size == 0:
-                start.append(0)
-                stop.append(0)
-                continue
             at = self.to_model(axis, inside.start[native], inside.stop[native])
             nearest = self.nearest_model(axis, inside.start[native], inside.stop[native])
             start.append(min(int(np.floor(at.min())), int(nearest.min())))
@@ -284,13 +278,9 @@ def sample_nearest(read: Callable[[Box], np.ndarray], grid: GridMap, dtype: Any)
     last: tuple[int, np.ndarray] | None = None
     for m, native in enumerate(at):
         if last is None or last[0] != native:
-            start, stop = list(grid.crop.start), list(grid.crop.stop)
-            start[0], stop[0] = int(native), int(native) + 1
-            slab = Box(tuple(start), tuple(stop))
-            box = Box.whole(grid.shape)
-            begin, end = list(box.start), list(box.stop)
-            begin[first_axis], end[first_axis] = m, m + 1
-            plane = onto_model(read(slab), slab, grid, Box(tuple(begin), tuple(end)), nearest=True)
+            slab = grid.crop.narrowed(0, int(native), int(native) + 1)
+            target = Box.whole(grid.shape).narrowed(first_axis, m, m + 1)
+            plane = onto_model(read(slab), slab, grid, target, nearest=True)
             last = (int(native), plane.astype(dtype, copy=False))
         planes.append(last[1])
     return np.concatenate(planes, axis=first_axis + 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -92,32 +91,22 @@ def content_hash(uri: str) -> str:
     for part in uri.removeprefix("stack:").split("|"):
         location = part.partition("#")[0]
         if is_remote(location):
-            _add(total, _remote(location))
+            _add_remote(total, location)
             continue
         path = Path(location)
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         for file in files:
             if len(files) > 1:
                 total.update(file.name.encode())
-            _add(total, _local(file))
+            with file.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: total)  # goes on with this one
     return total.hexdigest()
 
 
-def _add(total: Any, chunks: Iterator[bytes]) -> None:
-    for chunk in chunks:
-        total.update(chunk)
-
-
-def _local(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def _remote(uri: str) -> Iterator[bytes]:
+def _add_remote(total: Any, uri: str) -> None:
     from obstore import get
     from obstore.store import from_url
 
     folder, _, name = uri.rpartition("/")
     for chunk in get(from_url(folder), name).stream(min_chunk_size=CHUNK):
-        yield bytes(chunk)
+        total.update(chunk)

@@ -122,12 +122,11 @@ class Ledger:
     def quarantined(self) -> list[Quarantined]:
         """The scenes in quarantine, by name."""
         found = []
-        for page in obstore.list(self.objects, "quarantine", chunk_size=PAGE):
-            for meta in page:
-                told = self._read(meta["path"])
-                if told is not None:
-                    parts = (told["name"], told["uri"], told["reason"], told["at"], told["tries"])
-                    found.append(Quarantined(_stem(meta["path"]), *parts))
+        for path in self._paths("quarantine"):
+            told = self._read(path)
+            if told is not None:
+                parts = (told["name"], told["uri"], told["reason"], told["at"], told["tries"])
+                found.append(Quarantined(_stem(path), *parts))
         return sorted(found, key=lambda q: (q.name, q.digest))
 
     def release(self, scene: Quarantined) -> None:
@@ -136,16 +135,13 @@ class Ledger:
 
     def records(self, run: str) -> list[SceneRecord]:
         """What became of an open run's scenes so far, by name."""
-        found = []
-        for page in obstore.list(self.objects, f"records/{run}", chunk_size=PAGE):
-            told = [self._read(meta["path"]) for meta in page]
-            found += [_SCENES.validate_python(record) for record in told if record is not None]
+        told = map(self._read, self._paths(f"records/{run}"))
+        found = [_SCENES.validate_python(record) for record in told if record is not None]
         return sorted(found, key=lambda record: record.name)
 
     def open_runs(self) -> list[str]:
         """Runs that were begun and not ended, the oldest first."""
-        pages = obstore.list(self.objects, "open", chunk_size=PAGE)
-        return sorted(_stem(meta["path"]) for page in pages for meta in page)
+        return sorted(map(_stem, self._paths("open")))
 
     def begin_run(self, run: str, started: str) -> None:
         """A run is begun: until it has ended, the scan that finds it abandoned takes it on."""
@@ -161,6 +157,11 @@ class Ledger:
         for page in obstore.list(self.objects, f"records/{run}", chunk_size=PAGE):
             delete_objects(self.objects, [meta["path"] for meta in page])
         self._delete(f"open/{run}.json")
+
+    def _paths(self, folder: str) -> Iterator[str]:
+        """The objects of a folder of the ledger."""
+        for page in obstore.list(self.objects, folder, chunk_size=PAGE):
+            yield from (meta["path"] for meta in page)
 
     def _read(self, path: str) -> dict[str, Any] | None:
         data = read_object(self.objects, path)

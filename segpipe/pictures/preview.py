@@ -25,7 +25,7 @@ from segpipe.pictures.phrase_pictures import (
     small_objects,
     spotted,
 )
-from segpipe.pictures.sampling import ArrayReader, ImageReader, Readers, sample_image, sample_labels, thinned
+from segpipe.pictures.sampling import Readers, sample_image, sample_labels, thinned
 
 if TYPE_CHECKING:
     from segpipe.objects.merge import SceneObjects
@@ -59,36 +59,27 @@ class RasterPictures:
 
 
 def raster_preview(
-    read_image: ImageReader,
-    read_labels: ArrayReader,
-    read_reference: ArrayReader | None,
+    read: Readers,
     geometry: RasterGeometry,
     bands: Sequence[str],
     classes: Sequence[Class],
     nodata: int | None,
     max_size: int = 900,
     count: int | None = None,
-    read_uncertainty: ArrayReader | None = None,
-    read_ids: ArrayReader | None = None,
     asked: SceneObjects | None = None,
 ) -> Previews:
     """Panels of a raster: image, labels over it, reference over it, difference, uncertainty.
 
     Args:
-        read_image: windowed reader of pixels and validity, `Source.read` for one.
-        read_labels: windowed reader of the label map.
-        read_reference: of the reference in the classes' values; any other value is not compared.
+        read: of the scene; objects are outlined where there are ids.
         geometry: of the scene; a north-up picture is made of a south-up raster.
         bands: the image's band names, empty when it has none.
         classes: values, names and colours.
         nodata: the label of pixels without data.
         max_size: longest side of a panel, in pixels.
         count: the image's channels; needed only when ``bands`` is empty and there are several.
-        read_uncertainty: windowed reader of shares, 0 (sure) to 1.
-        read_ids: windowed reader of the ids of predicted objects, which are outlined.
         asked: of a prompted run, whose classes are phrases: its objects; a picture of each phrase is made.
     """
-    read = Readers(read_image, read_labels, read_reference, read_uncertainty, read_ids)
     drawn = raster_pictures(read, geometry, bands, classes, nodata, max_size, count, asked)
     panels, legend, differences = _panels(drawn.pictures, drawn.caption, drawn.seen, classes, nodata)
     phrases = phrase_panels([(c, picture, "") for c, picture in drawn.phrases])
@@ -156,16 +147,12 @@ def _notes(geometry: RasterGeometry, factor: int) -> list[str]:
 
 
 def volume_preview(
-    read_image: ImageReader,
-    read_labels: ArrayReader,
-    read_reference: ArrayReader | None,
+    read: Readers,
     geometry: VolumeGeometry,
     classes: Sequence[Class],
     nodata: int | None,
     max_size: int = 1200,
     channel: int = 0,
-    read_uncertainty: ArrayReader | None = None,
-    read_ids: ArrayReader | None = None,
     asked: SceneObjects | None = None,
 ) -> Previews:
     """Panels of a volume: three planes through the largest structure; and axial slices to leaf through.
@@ -175,20 +162,14 @@ def volume_preview(
     millimetres; the picture says so.
 
     Args:
-        read_image: windowed reader of voxels and validity.
-        read_labels: windowed reader of the label map; streamed in slabs, once to find the planes and
-            once for the slices.
-        read_reference: as for `raster_preview`.
+        read: of the scene; labels are streamed in slabs, once to find the planes and once for the slices.
         geometry: of the scene.
         classes: values, names and colours.
         nodata: the label of voxels without data.
         max_size: width of a panel, in pixels.
         channel: of the image to show.
-        read_uncertainty: as for `raster_preview`.
-        read_ids: as for `raster_preview`.
         asked: as for `raster_preview`; a phrase is shown in the axial slice with most of it.
     """
-    read = Readers(read_image, read_labels, read_reference, read_uncertainty, read_ids)
     drawn = volume_pictures(read, geometry, classes, nodata, max_size, channel)
     low, high = drawn.bounds
     caption = (

@@ -86,10 +86,8 @@ class AtlasRegions(RegionSet):
         if window.size > READ_LIMIT and tile.size > 1:
             axis = int(np.argmax(tile.shape))
             half = (tile.start[axis] + tile.stop[axis]) // 2
-            cut = tuple(half if i == axis else n for i, n in enumerate(tile.stop))
-            first = Box(tile.start, cut)
-            cut = tuple(half if i == axis else n for i, n in enumerate(tile.start))
-            second = Box(cut, tile.stop)
+            first = tile.narrowed(axis, tile.start[axis], half)
+            second = tile.narrowed(axis, half, tile.stop[axis])
             return np.concatenate([self.labels(first), self.labels(second)], axis=axis)
         values = self._checked(window)
         offsets = zip(picked, window.start, strict=True)
@@ -173,14 +171,11 @@ class AtlasMap:
         else:
             assert isinstance(self._start, RasterGeometry)
             assert isinstance(self._end, RasterGeometry)
-            there, back = self._start.affine, ~self._end.affine
-            column, row = axes[0] + 0.5, axes[1] + 0.5
-            x = there.a * column + there.b * row + there.c
-            y = there.d * column + there.e * row + there.f
-            x, y = np.broadcast_arrays(x, y)
-            x, y = self._transformer.transform(x, y)
-            x, y = np.where(np.isfinite(x), x, -1e15), np.where(np.isfinite(y), y, -1e15)
-            found = [back.a * x + back.b * y + back.c - 0.5, back.d * x + back.e * y + back.f - 0.5]
+            there: Any = self._start.affine  # takes arrays too, which its types do not say
+            x, y = np.broadcast_arrays(*(there @ (axes[0] + 0.5, axes[1] + 0.5)))
+            moved = self._transformer.transform(x, y)
+            ends = [np.where(np.isfinite(axis), axis, -1e15) for axis in moved]
+            found = [axis - 0.5 for axis in ~self._end.affine @ ends]
         far = 2.0**40  # beyond any grid, and safe as an integer
         return [np.clip(np.broadcast_to(axis, box.shape), -far, far) for axis in found[::-1]]
 

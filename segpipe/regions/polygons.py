@@ -183,23 +183,12 @@ def ground_area(polygon: shapely.Geometry, crs: CRS | None) -> float:
     return float(sum(abs(geod.geometry_area_perimeter(part)[0]) for part in parts))
 
 
-def _apply(affine: Any, xy: np.ndarray) -> np.ndarray:
-    x, y = xy[:, 0], xy[:, 1]
-    a, b, c, d, e, f = affine[:6]
-    return np.column_stack((a * x + b * y + c, d * x + e * y + f))
-
-
 def _projection(geometry: RasterGeometry, transformer: Transformer | None) -> Projection:
     """From the layer's coordinates to the scene's pixel space."""
     inverse = ~geometry.affine
     if transformer is None:
-        return lambda xy: _apply(inverse, xy)
-
-    def project(xy: np.ndarray) -> np.ndarray:
-        x, y = transformer.transform(xy[:, 0], xy[:, 1])
-        return _apply(inverse, np.column_stack((x, y)))
-
-    return project
+        return lambda xy: np.column_stack(inverse @ xy.T)
+    return lambda xy: np.column_stack(inverse @ transformer.transform(*xy.T))
 
 
 def footprint(geometry: RasterGeometry, transformer: Transformer | None) -> shapely.Geometry:
@@ -210,7 +199,8 @@ def footprint(geometry: RasterGeometry, transformer: Transformer | None) -> shap
     """
     rows, columns = geometry.shape
     corners = np.array([[0, 0], [columns, 0], [columns, rows], [0, rows]], dtype=np.float64)
-    outline = _apply(geometry.affine, corners)
+    affine: Any = geometry.affine  # takes arrays too, which its types do not say
+    outline = np.column_stack(affine @ corners.T)
     if transformer is None:
         return shapely.Polygon(outline)
     (left, bottom), (right, top) = outline.min(axis=0), outline.max(axis=0)

@@ -160,10 +160,8 @@ def confusion_matrix(confusion: pd.DataFrame | None, classes: Sequence[ClassInfo
     present = set(whole["reference"]) | set(whole["predicted"])
     names = [c.name for c in classes if c.name in present]
     names += sorted(present - set(names))
-    place = {name: i for i, name in enumerate(names)}
-    counts = np.zeros((len(names), len(names)))
-    pairs = (whole["reference"].map(place).to_numpy(), whole["predicted"].map(place).to_numpy())
-    np.add.at(counts, pairs, whole["count"].to_numpy())
+    sums = whole.pivot_table("count", "reference", "predicted", aggfunc="sum", fill_value=0.0)
+    counts = sums.reindex(index=names, columns=names, fill_value=0.0).to_numpy()
     folded = 0
     if len(names) > MATRIX_CLASSES:
         order = np.argsort(-(counts.sum(axis=0) + counts.sum(axis=1)), kind="stable")

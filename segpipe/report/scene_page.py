@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -11,35 +11,11 @@ import pandas as pd
 from segpipe.pictures.archive import LegendEntry, Panel, Previews, SliceStack
 from segpipe.report.charts import Bars, Matrix, class_bars, confusion_matrix
 from segpipe.report.phrase_view import phrase_captions
-from segpipe.report.templates import data_uri
 from segpipe.tables import units
 from segpipe.tables.record import ClassInfo, SceneRecord
 
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A panel with its legend."""
-
-    title: str
-    caption: str
-    alt: str
-    src: str
-    width: int
-    height: int
-    legend: tuple[LegendEntry, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slider:
-    """Slices to leaf through."""
-
-    frames: tuple[tuple[str, str], ...]
-    """Source and caption of each."""
-    first: int
-    width: int
-    height: int
-    caption: str
-    legend: tuple[LegendEntry, ...]
+Picture = tuple[Panel, tuple[LegendEntry, ...]]
+"""A panel with its legend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +25,9 @@ class SceneView:
     scene: SceneRecord
     facts: tuple[str, ...]
     pictures: tuple[Picture, ...]
-    slider: Slider | None
+    slices: SliceStack | None
+    legend: tuple[LegendEntry, ...]
+    """Of the slices."""
     bars: tuple[Bars, ...]
     matrix: Matrix | None
     notes: tuple[str, ...]
@@ -86,7 +64,8 @@ def scene_view(
         scene=scene,
         facts=_facts(scene),
         pictures=_pictures(previews) if previews else (),
-        slider=_slider(previews.slices, previews.legend) if previews and previews.slices else None,
+        slices=previews.slices if previews else None,
+        legend=previews.legend if previews else (),
         bars=() if regions is None else class_bars(regions, tables.get("metrics"), classes),
         matrix=confusion_matrix(tables.get("confusion"), classes),
         notes=(*scene.notes, *(previews.notes if previews else ())),
@@ -97,14 +76,7 @@ def scene_view(
 
 def _pictures(previews: Previews) -> tuple[Picture, ...]:
     legends = {"labels": previews.legend, "difference": previews.difference_legend}
-    return tuple(_picture(p, p.caption, legends.get(p.key, ())) for p in previews.panels)
-
-
-def _picture(panel: Panel, caption: str, legend: tuple[LegendEntry, ...]) -> Picture:
-    return Picture(
-        title=panel.title, caption=caption, alt=panel.alt, src=data_uri(panel.kind, panel.content),
-        width=panel.width, height=panel.height, legend=legend,
-    )  # fmt: skip
+    return tuple((p, legends.get(p.key, ())) for p in previews.panels)
 
 
 def _phrases(
@@ -116,16 +88,9 @@ def _phrases(
     pictures = []
     for panel in previews.phrases:
         said = ". ".join(filter(None, (numbers.get(panel.title, ""), panel.caption)))
-        pictures.append(_picture(panel, said, (LegendEntry(panel.title, colors.get(panel.title, "")),)))
+        legend = (LegendEntry(panel.title, colors.get(panel.title, "")),)
+        pictures.append((replace(panel, caption=said), legend))
     return tuple(pictures)
-
-
-def _slider(stack: SliceStack, legend: tuple[LegendEntry, ...]) -> Slider:
-    frames = tuple((data_uri("jpeg", s.jpeg), s.caption) for s in stack.slices)
-    return Slider(
-        frames=frames, first=stack.first, width=stack.width, height=stack.height, caption=stack.caption,
-        legend=legend,
-    )  # fmt: skip
 
 
 def _facts(scene: SceneRecord) -> tuple[str, ...]:

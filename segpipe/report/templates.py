@@ -40,6 +40,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["color"] = color
     environment.filters["relative"] = relative
+    environment.filters["data_uri"] = data_uri
     return environment
 
 

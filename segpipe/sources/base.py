@@ -56,9 +56,9 @@ class Source(ABC):
     geometry: Geometry
     dtype: np.dtype[Any]
     """Of the stored values that `read` returns; all channels share one."""
-    count: int
+    count: int = 1
     """Channels that `read` returns."""
-    bands: tuple[str, ...]
+    bands: tuple[str, ...] = ()
     """Names of the channels as the file gives them; empty when it gives none."""
     scaling: tuple[Scaling, ...]
     """One per channel."""

@@ -17,6 +17,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 from affine import Affine
+from rasterio.dtypes import dtype_rev, typename_fwd
 
 from segpipe.errors import SceneError
 from segpipe.sources.base import matches, require_file
@@ -27,20 +28,6 @@ MOSAIC = "mosaic:"
 
 OFF_GRID = 0.01
 """Pixels by which a file may lie beside the common grid: more would need resampling."""
-
-GDAL_TYPES = {
-    "uint8": "Byte",
-    "int8": "Int8",
-    "uint16": "UInt16",
-    "int16": "Int16",
-    "uint32": "UInt32",
-    "int32": "Int32",
-    "uint64": "UInt64",
-    "int64": "Int64",
-    "float32": "Float32",
-    "float64": "Float64",
-}
-"""numpy's names of dtypes to GDAL's."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +115,7 @@ def vrt_text(tiles: Sequence[Tile]) -> str:
 def _add_band(root: ET.Element, number: int, placed: Sequence[tuple[Tile, tuple[int, int]]]) -> None:
     """One band of the mosaic, drawn from each tile in turn."""
     common = placed[0][0].common
-    kind = GDAL_TYPES[common["dtypes"][number - 1]]
+    kind = typename_fwd[dtype_rev[common["dtypes"][number - 1]]]  # numpy's name to GDAL's
     nodata = common["nodata values"][number - 1]
     band = ET.SubElement(root, "VRTRasterBand", dataType=kind, band=str(number))
     if common["band names"][number - 1]:

@@ -80,8 +80,6 @@ class NiftiSource(Source):
         self.dtype = _native(self.uri, stored.dtype)
         self._require_all_bytes()
         self.geometry = _geometry(self.uri, image, stored.shape[:3])
-        self.count = 1
-        self.bands = ()
         self.scaling = (scaling_of(stored.slope, stored.inter),)
         self.notes = tuple(_notes(image))
         # Analyze's third file, .mat, is optional.

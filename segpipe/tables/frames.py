@@ -10,14 +10,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
 import yaml
 
+from segpipe.config.card import Class
 from segpipe.metrics.overlap import Counts
 from segpipe.regions.base import FULL
+from segpipe.tables.record import ClassInfo
 
 MEASURED = "measured"
 NO_DATA = "no_data"
@@ -102,20 +104,8 @@ def table_of_rows(rows: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -
     return table.astype(dict(types))
 
 
-class ClassLike(Protocol):
-    """What the tables need of a class: a card's `Class` has it."""
-
-    @property
-    def value(self) -> int:
-        """Value in label maps."""
-
-    @property
-    def name(self) -> str:
-        """What people read."""
-
-    @property
-    def background(self) -> bool:
-        """Left out of means."""
+ClassLike = Class | ClassInfo
+"""What the tables need of a class, both have: value, name, and whether it is background."""
 
 
 @dataclass(frozen=True)

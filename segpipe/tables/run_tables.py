@@ -56,7 +56,7 @@ def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str,
         tables["agreement"] = overlap_tables.agreement_table(metrics)
         tables["confusion"] = overlap_tables.confusion_table(results, classes)
     if measure.get("intensity"):
-        parts = _intensities(scenes, measured, lambda m: (m.channels, m.intensity))
+        parts = _values(scenes, measured, lambda m: _intensities(m, m.channels, m.intensity))
         tables["intensity"] = scene_tables.intensity_table(parts, classes)
     if measure.get("surface"):
         tables["surface"] = scene_tables.surface_table(
@@ -66,7 +66,7 @@ def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str,
     if record.prompted:
         tables["asked"] = phrase_table(record, tables["regions"], tables.get("instances"))
     if job.get("outputs", {}).get("uncertainty"):
-        parts = _intensities(scenes, measured, lambda m: (m.doubts, m.uncertainty))
+        parts = _values(scenes, measured, lambda m: _intensities(m, m.doubts, m.uncertainty))
         tables["uncertainty"] = scene_tables.uncertainty_table(parts, classes)
         if job.get("reference"):
             tables["calibration"] = scene_tables.calibration_table(
@@ -121,23 +121,9 @@ def _tallies(scene: SceneRecord, measured: Measured | None) -> overlap_tables.Sc
 
 
 def _intensities(
-    scenes: Sequence[SceneRecord],
-    measured: Mapping[str, Measured],
-    pick: Callable[[Measured], tuple[tuple[Channel, ...], Intensity | None]],
-) -> list[scene_tables.SceneIntensity]:
-    """Return the channels and statistics that are picked of every scene's measurements."""
-    parts = []
-    for scene in scenes:
-        if (found := measured.get(scene.name)) is None:
-            parts.append(scene_tables.SceneIntensity(scene.name, reason=scene.error))
-            continue
-        channels, intensity = pick(found)
-        parts.append(
-            scene_tables.SceneIntensity(
-                scene.name, regions=found.regions, channels=channels, intensity=intensity
-            )
-        )
-    return parts
+    measured: Measured, channels: tuple[Channel, ...], intensity: Intensity | None
+) -> scene_tables.Intensities | None:
+    return None if intensity is None else scene_tables.Intensities(measured.regions, channels, intensity)
 
 
 def _values(

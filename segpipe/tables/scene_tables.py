@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -46,19 +46,16 @@ SceneSurfaces = SceneValue[Mapping[str, Any]]
 # ------------------------------------------------------------------ intensity and uncertainty
 
 
-@dataclass(frozen=True)
-class SceneIntensity:
+class Intensities(NamedTuple):
     """The statistics that measuring left of one scene."""
 
-    scene: str
-    _: KW_ONLY
-    regions: tuple[str, ...] = ()
+    regions: tuple[str, ...]
     """Names, by index."""
-    channels: tuple[Channel, ...] = ()
-    intensity: Intensity | None = None
-    """None: the scene failed."""
-    reason: str = ""
-    """Why it failed, in one line."""
+    channels: tuple[Channel, ...]
+    intensity: Intensity
+
+
+SceneIntensity = SceneValue[Intensities]
 
 
 def intensity_table(results: Iterable[SceneIntensity], classes: Sequence[ClassLike]) -> pd.DataFrame:
@@ -73,19 +70,20 @@ def intensity_table(results: Iterable[SceneIntensity], classes: Sequence[ClassLi
 
 
 def _intensity_rows(result: SceneIntensity, known: dict[int, str]) -> Iterator[dict[str, Any]]:
-    if result.intensity is None:
+    if result.value is None:
         failed = {"scene": result.scene, "state": FAILED, "reason": result.reason}
         for value, name in known.items():
             yield {**failed, "class": name, "value": value}
         return
-    cells = result.intensity.cells
+    regions, channels, intensity = result.value
+    cells = intensity.cells
     present: dict[int, set[int]] = {}
     for place, value, _ in cells:
         present.setdefault(place, set()).add(value)
-    for index, region in enumerate(result.regions):
+    for index, region in enumerate(regions):
         here = present.get(index, set())
         for value in (*known, *sorted(here - known.keys())):
-            for number, channel in enumerate(result.channels):
+            for number, channel in enumerate(channels):
                 row: dict[str, Any] = {"scene": result.scene, "region": region, "value": value}
                 row |= {"class": known.get(value, str(value)), "channel": channel.name, "unit": channel.unit}
                 cell = cells.get((index, value, number))
@@ -93,7 +91,7 @@ def _intensity_rows(result: SceneIntensity, known: dict[int, str]) -> Iterator[d
                     state = MEASURED if here else NO_DATA
                     yield {**row, "n": 0.0 if here else None, "state": state, "reason": ABSENT}
                     continue
-                s = statistics(cell, result.intensity.point, channel.scaling)
+                s = statistics(cell, intensity.point, channel.scaling)
                 numbers = (s.n, s.mean, s.sd, s.min, s.max, *s.percentiles, s.bin)
                 yield {**row, **dict(zip(NUMBERS, numbers, strict=True)), "state": MEASURED}
 
@@ -114,14 +112,14 @@ def uncertainty_table(results: Iterable[SceneIntensity], classes: Sequence[Class
 
 def _with_all(result: SceneIntensity) -> SceneIntensity:
     """The same with a cell over all classes for each region and channel."""
-    if result.intensity is None:
+    if result.value is None:
         return result
+    point, before = result.value.intensity.point, result.value.intensity.cells
     sums: dict[tuple[int, int, int], Cell] = {}
-    for (region, _, channel), cell in sorted(result.intensity.cells.items()):
+    for (region, _, channel), cell in sorted(before.items()):
         key = (region, ALL, channel)
         sums[key] = sums[key] + cell if key in sums else cell
-    cells = {**result.intensity.cells, **sums}
-    return replace(result, intensity=Intensity(result.intensity.point, cells))
+    return replace(result, value=result.value._replace(intensity=Intensity(point, {**before, **sums})))
 
 
 # ------------------------------------------------------------------ calibration

@@ -56,13 +56,9 @@ class Plan:
         """Windows computed over all blocks; each axis separately, for the grid is a product."""
         total = 1
         for axis, native in enumerate(self.grid.axes):
-            total *= sum(len(r) for r in self._axis_needs(axis, native))
+            rows = map(self.grid.model_box, self._rows(native))
+            total *= sum(len(self.lattice.needed(row, self.blend)[axis]) for row in rows)
         return total
-
-    def _axis_needs(self, axis: int, native: int) -> Iterator[range]:
-        """Windows along a model axis needed by each row of blocks along its native axis."""
-        for row in self._rows(native):
-            yield self.lattice.needed(self.grid.model_box(row), self.blend)[axis]
 
     def _rows(self, native: int) -> Iterator[Box]:
         """The blocks along one native axis, each as wide as the crop on the others."""
@@ -70,9 +66,7 @@ class Plan:
         for position in range(self.blocks.counts[native]):
             index[native] = position
             block = self.blocks.box(tuple(index))
-            low, high = list(self.grid.crop.start), list(self.grid.crop.stop)
-            low[native], high[native] = block.start[native], block.stop[native]
-            yield Box(tuple(low), tuple(high))
+            yield self.grid.crop.narrowed(native, block.start[native], block.stop[native])
 
     def _largest(self) -> tuple[int, int, int]:
         """Elements of the largest read, model region and block: axis by axis, the grid is a product."""

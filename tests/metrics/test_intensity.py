@@ -27,7 +27,7 @@ from segpipe.metrics.intensity import (
 from segpipe.regions.base import FULL, Cover, RegionSet, WholeScene
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.tables.record import ClassInfo
-from segpipe.tables.scene_tables import SceneIntensity, intensity_table
+from segpipe.tables.scene_tables import Intensities, SceneIntensity, intensity_table
 
 NODATA = 255
 
@@ -224,9 +224,8 @@ def test_the_table_says_what_is_absent():
     fraction = np.array([[FULL, FULL // 2, 0]], dtype=np.uint32)
     answer = measure(values, np.ones((1, 3), bool), labels, Weighted(fraction), (1, 3))
     classes = [ClassInfo(1, "one", "#000000"), ClassInfo(2, "two", "#000000")]
-    done = SceneIntensity(
-        "a", regions=("scene", "part", "empty"), channels=(Channel("red", Scaling()),), intensity=answer
-    )
+    regions = ("scene", "part", "empty")
+    done = SceneIntensity("a", Intensities(regions, (Channel("red", Scaling()),), answer))
     failed = SceneIntensity("b", reason="damaged")
     table = intensity_table([done, failed], classes)
     rows = {(r.scene, r.region, r["class"]): r for _, r in table.iterrows()}

@@ -48,14 +48,21 @@ def reader(image: np.ndarray, valid: np.ndarray | None = None):
 
 
 def raster_input(labels: np.ndarray, reference: np.ndarray | None = None, **more) -> dict[str, object]:
-    """Readers and geometry of a raster, by the names of `raster_preview`'s arguments."""
+    """Readers and geometry of a raster, by the names of `raster_preview`'s arguments.
+
+    ``more`` may have further readers of `Readers`, by their names.
+    """
     shape = labels.shape
     image = more.pop("image", np.linspace(0, 100, labels.size).reshape(1, *shape).astype(np.float32))
     transform = more.pop("transform", (10.0, 0.0, 0.0, 0.0, -10.0, 0.0))
     return {
-        "read_image": reader(image, more.pop("valid", None)),
-        "read_labels": lambda box: labels[box.slices],
-        "read_reference": None if reference is None else lambda box: reference[box.slices],
+        "read": Readers(
+            reader(image, more.pop("valid", None)),
+            lambda box: labels[box.slices],
+            None if reference is None else lambda box: reference[box.slices],
+            more.pop("uncertainty", None),
+            more.pop("ids", None),
+        ),
         "geometry": RasterGeometry(shape, transform, more.pop("crs", UTM)),
         "bands": more.pop("bands", ()),
         "classes": more.pop("classes", (FOREST, WATER)),
@@ -65,6 +72,4 @@ def raster_input(labels: np.ndarray, reference: np.ndarray | None = None, **more
 
 
 def raster(labels: np.ndarray, reference: np.ndarray | None = None, **more) -> RasterPictures:
-    given = raster_input(labels, reference, **more)
-    read = Readers(*(given.pop(f"read_{what}") for what in ("image", "labels", "reference")))
-    return raster_pictures(read, **given, max_size=900, count=None)
+    return raster_pictures(**raster_input(labels, reference, **more), max_size=900, count=None)

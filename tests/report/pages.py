@@ -12,6 +12,7 @@ import pandas as pd
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.pictures.preview import raster_preview
+from segpipe.pictures.sampling import Readers
 from segpipe.report.run_page import render_pages
 from segpipe.sources.base import Pixels
 from segpipe.tables.record import ClassInfo, GeometrySummary, ModelSummary, RunRecord, SceneRecord
@@ -133,9 +134,7 @@ def previews():
     classes = [Class(value=c.value, name=c.name, color=c.color, background=c.background) for c in CLASSES]
     place = RasterGeometry((60, 80), (10, 0, 0, 0, -10, 0), None)
     return raster_preview(
-        read,
-        lambda b: labels[b.slices],
-        lambda b: labels[b.slices],
+        Readers(read, lambda b: labels[b.slices], lambda b: labels[b.slices]),
         place,
         ("red", "green", "blue"),
         classes,

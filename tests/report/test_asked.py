@@ -271,9 +271,8 @@ def test_plain_text_has_the_negatives_too() -> None:
 def test_a_phrase_is_filled_and_outlined_and_all_else_dim() -> None:
     ids, labels = discs((80, 90), 12, 9)
     image = np.random.default_rng(1).uniform(0, 100, (3, 80, 90)).astype(np.float32)
-    given = raster_input(labels, image=image, classes=CLASSES)
-    read = Readers(given["read_image"], given["read_labels"], ids=lambda b: ids[b.slices])
-    drawn = raster_pictures(read, given["geometry"], (), CLASSES, 255, 900, 3, objects_of(ids, labels))
+    given = raster_input(labels, image=image, classes=CLASSES, ids=lambda b: ids[b.slices])
+    drawn = raster_pictures(**given, max_size=900, count=3, asked=objects_of(ids, labels))
     assert [c.name for c, _ in drawn.phrases] == ["lake", "dock"]  # no picture of what was not found
     base = drawn.pictures["image"][..., :3].astype(float)
     for item, picture in drawn.phrases:
@@ -300,9 +299,9 @@ def test_objects_too_small_to_be_seen_are_dots(down: float, right: float) -> Non
     places = [(100, 200), (1503, 2801), (1000, 1500)]
     for number, (y, x) in enumerate(places, start=1):
         ids[y : y + 3, x : x + 3], labels[y : y + 3, x : x + 3] = number, 1
-    given = raster_input(labels, classes=CLASSES, transform=(right, 0.0, 5e5, 0.0, down, 4e6))
-    read = Readers(given["read_image"], given["read_labels"], ids=lambda b: ids[b.slices])
-    drawn = raster_pictures(read, given["geometry"], (), CLASSES, 255, 300, 1, objects_of(ids, labels))
+    place = (right, 0.0, 5e5, 0.0, down, 4e6)
+    given = raster_input(labels, classes=CLASSES, transform=place, ids=lambda b: ids[b.slices])
+    drawn = raster_pictures(**given, max_size=300, count=1, asked=objects_of(ids, labels))
     [(_, picture)] = drawn.phrases
     assert picture.shape[:2] == (200, 300)
     spots, number = ndimage.label((picture[..., :3] == rgb(LAKE.color)).all(axis=-1))
@@ -324,10 +323,8 @@ def test_a_phrase_of_a_volume_is_shown_where_most_of_it_is() -> None:
     for sign, ranks in ((1, (7, 16)), (-1, (18, 9))):
         place = volume_geometry(labels.shape, np.diag([1.0, 1.0, sign * 2.0, 1.0]))
         ids, _ = ndimage.label(labels)
-        previews = volume_preview(
-            reader(image), lambda b: labels[b.slices], None, place, CLASSES, None,
-            read_ids=lambda b, ids=ids: ids[b.slices], asked=objects_of(ids, labels),
-        )  # fmt: skip
+        read = Readers(reader(image), lambda b: labels[b.slices], ids=lambda b, ids=ids: ids[b.slices])
+        previews = volume_preview(read, place, CLASSES, None, asked=objects_of(ids, labels))
         assert [p.title for p in previews.phrases] == ["lake", "dock"]
         for panel, rank, item in zip(previews.phrases, ranks, (LAKE, DOCK), strict=True):
             assert panel.caption.startswith(f"Slice {rank} of 24, ")

@@ -17,6 +17,7 @@ from segpipe.config.card import Class
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.pictures.archive import THUMBNAIL_BYTES, Previews
 from segpipe.pictures.preview import raster_preview, volume_preview
+from segpipe.pictures.sampling import Readers
 from segpipe.report.charts import DARK
 from segpipe.report.run_page import INDEX, render_pages, scene_path
 from segpipe.sources.base import Pixels
@@ -106,7 +107,7 @@ def raster() -> Previews:
     place = RasterGeometry((60, 80), (10, 0, 0, 0, -10, 0), None)
     names = ("red", "green", "blue")
     reads = (read_pixels(image), lambda b: labels[b.slices], lambda b: np.flip(labels, 0)[b.slices])
-    return raster_preview(*reads, place, names, CARDS, 255)
+    return raster_preview(Readers(*reads), place, names, CARDS, 255)
 
 
 def volume() -> Previews:
@@ -115,7 +116,8 @@ def volume() -> Previews:
     labels[5:12, 5:20, 5:15] = 1
     image = np.random.default_rng(1).random((1, 24, 30, 20))
     place = volume_geometry(labels.shape, np.diag([1.0, 1.0, 2.0, 1.0]))
-    return volume_preview(read_pixels(image), lambda b: labels[b.slices], None, place, CARDS, None)
+    read = Readers(read_pixels(image), lambda b: labels[b.slices])
+    return volume_preview(read, place, CARDS, None)
 
 
 def scene(name: str, kind: str, failed: bool = False) -> SceneRecord:

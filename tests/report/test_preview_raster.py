@@ -173,16 +173,12 @@ def test_uncertainty_is_drawn_in_cividis() -> None:
     labels = np.ones((1, 101), np.uint8)
     labels[0, 50] = 255
     shares = np.linspace(0, 1, 101)[None]
-    given = raster_input(labels)
-    read = Readers(
-        *(given.pop(f"read_{w}") for w in ("image", "labels", "reference")), lambda b: shares[b.slices]
-    )
-    drawn = panel(raster_pictures(read, **given, max_size=900, count=None), "uncertainty")
+    drawn = panel(raster(labels, uncertainty=lambda b: shares[b.slices]), "uncertainty")
     expected = np.round(np.array(colormaps["cividis"](shares[0])) * 255)
     kept = labels[0] != 255
     assert np.abs(drawn[0, kept, :3] - expected[kept, :3]).max() <= 8  # of 255, between the stops
     assert drawn[0, :, 3].tolist() == np.where(kept, 255, 0).tolist()
-    whole = raster_preview(**raster_input(labels), read_uncertainty=lambda b: shares[b.slices])
+    whole = raster_preview(**raster_input(labels, uncertainty=lambda b: shares[b.slices]))
     assert [p.key for p in whole.panels] == ["image", "labels", "uncertainty"]
 
 

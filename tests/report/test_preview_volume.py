@@ -43,12 +43,11 @@ def oriented(axes: tuple[int, ...], signs: tuple[int, ...]):
 
 
 def volume_input(image: np.ndarray, labels: np.ndarray, place) -> tuple:
-    return reader(image[None]), lambda b: labels[b.slices], None, place, (GROUND, ORGAN, BONE), None
+    return Readers(reader(image[None]), lambda b: labels[b.slices]), place, (GROUND, ORGAN, BONE), None
 
 
 def volume(image: np.ndarray, labels: np.ndarray, place) -> VolumePictures:
-    read_image, read_labels, _, *rest = volume_input(image, labels, place)
-    return volume_pictures(Readers(read_image, read_labels), *rest, 600, 0)
+    return volume_pictures(*volume_input(image, labels, place), 600, 0)
 
 
 def test_every_voxel_order_gives_the_same_upright_pictures() -> None:

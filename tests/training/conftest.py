@@ -11,10 +11,11 @@ import pytest
 import yaml
 from world import PIXEL, write_raster, write_volume
 
-from segpipe.config.recipe import Augmentation, Recipe
+from segpipe.config.recipe import Recipe
 from segpipe.sources import discover
 from segpipe.training.scenes import TrainScene, prepare
 from segpipe.training.split import Fold
+from tests.training.no_augmentation import NONE
 
 CLASSES = [
     {"value": 0, "name": "ground", "color": "#000000", "background": True},
@@ -25,7 +26,7 @@ CLASSES = [
 VALUES = np.array([c["value"] for c in CLASSES])
 COUNTS = np.array([100, 150, 200])
 """Of band nir over each channel's elements: what makes the problem easy."""
-NO_AUGMENTATION = Augmentation.none().model_dump(mode="json")
+NO_AUGMENTATION = NONE.model_dump(mode="json")
 AFFINE = np.array([[-1.0, 0, 0, 30], [0, 1.5, 0, -20], [0, 0, 2.0, 5], [0, 0, 0, 1]])
 """Of volumes: the first axis runs to the left."""
 

@@ -13,13 +13,10 @@ from pydantic import ValidationError
 from segpipe.config.recipe import Augmentation
 from segpipe.errors import RequestError
 from segpipe.training.augmentation import augment
+from tests.training.no_augmentation import NONE
 
 ALWAYS = Augmentation(
-    **{
-        name: 1.0
-        for name, value in Augmentation.none().model_dump().items()
-        if value == 0.0 and not isinstance(value, bool)
-    }
+    **{name: 1.0 for name, value in NONE.model_dump().items() if value == 0.0 and not isinstance(value, bool)}
 )
 
 
@@ -73,7 +70,7 @@ def test_none_is_the_identity(shape: tuple[int, ...]) -> None:
     image, target = window(shape, bands=3)
     image[0].view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -0.0])
     for seed in range(5):
-        got, labels = augment(image, target, Augmentation.none(), np.random.default_rng(seed))
+        got, labels = augment(image, target, NONE, np.random.default_rng(seed))
         assert got.numpy().tobytes() == image.numpy().tobytes()
         assert torch.equal(labels, target)
 

@@ -11,9 +11,7 @@ from scipy import ndimage
 
 from segpipe.config.recipe import Augmentation
 from segpipe.training.augmentation import CELLS, augment, sampling_grid
-
-NONE = Augmentation.none()
-
+from tests.training.no_augmentation import NONE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

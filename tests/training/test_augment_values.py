@@ -7,10 +7,11 @@ from scipy import ndimage
 
 from segpipe.config.recipe import Augmentation
 from segpipe.training.augmentation import augment
+from tests.training.no_augmentation import NONE
 
 
 def changed(image: np.ndarray, seed: int = 0, **fields: object) -> np.ndarray:
-    chosen = Augmentation(**{**Augmentation.none().model_dump(), **fields})
+    chosen = Augmentation(**{**NONE.model_dump(), **fields})
     target = torch.zeros(image.shape[1:], dtype=torch.int64)
     got, labels = augment(torch.from_numpy(image), target, chosen, np.random.default_rng(seed))
     assert torch.equal(labels, target)

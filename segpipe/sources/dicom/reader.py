@@ -78,8 +78,6 @@ class DicomSource(Source):
         _require_decoders(self._slices)
         self._rescaled = len({s.rescale for s in slices}) > 1
         self.dtype = np.dtype("float32") if self._rescaled else stored_dtype(slices)
-        self.count = 1
-        self.bands = ()
         self.scaling = (Scaling() if self._rescaled else scaling_of(*slices[0].rescale),)
         self.notes = (*notes, *_notes(self._slices, self._rescaled))
         self.identity = {"uri": self.uri, "files": file_identity(s.path for s in slices)}

@@ -257,11 +257,7 @@ def _slice(path: Path, header: Dataset) -> DicomSlice:
     slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
     return DicomSlice(
         path=str(path),
-        sop_class=str(header.get("SOPClassUID") or ""),
-        sop_instance=str(header.get("SOPInstanceUID") or ""),
-        study=str(header.get("StudyInstanceUID") or ""),
-        series=str(header.get("SeriesInstanceUID") or ""),
-        frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),
+        **{field: str(header.get(keyword) or "") for keyword, field in _UIDS.items()},
         modality=str(header.get("Modality") or "image"),
         shape=(int(header.Rows), int(header.Columns)),
         spacing=(between_rows, between_columns),
