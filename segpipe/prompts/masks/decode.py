@@ -295,12 +295,7 @@ def _prompt(
 
 
 def window_prompt(
-    window: Window,
-    pyramid: Pyramid,
-    points: np.ndarray,
-    positive: np.ndarray,
-    box: np.ndarray | None,
-    mask: np.ndarray | None = None,
+    window: Window, pyramid: Pyramid, points: np.ndarray, positive: np.ndarray, box: np.ndarray | None
 ) -> Prompt:
     """Return positions on the plane as a segmenter takes them.
 
@@ -313,7 +308,6 @@ def window_prompt(
         points: (p, 2) positions (y, x).
         positive: (p,) bool.
         box: (2, 2), its corners.
-        mask: logits as `Prompt.mask`.
     """
     local = pyramid.to_window(points, window)
     inside = ((local >= -0.5) & (local <= pyramid.window - 0.5)).all(axis=1)
@@ -323,7 +317,7 @@ def window_prompt(
         middle = seen.mean(axis=0)
         first, last = np.minimum(seen[0] + 0.5, middle), np.maximum(seen[1] - 0.5, middle)
         corners = np.concatenate((first[::-1], last[::-1])).astype(np.float32)
-    return Prompt(local[inside, ::-1].astype(np.float32), positive[inside].astype(np.int64), corners, mask)
+    return Prompt(local[inside, ::-1].astype(np.float32), positive[inside].astype(np.int64), corners)
 
 
 def _box_in_window(box: np.ndarray, window: Window, pyramid: Pyramid) -> np.ndarray:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,26 +23,14 @@ import transformers as library
 from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
-from segpipe.config.prompts import Volume
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
 from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
 from segpipe.prompts.masks.decode import window_prompt
-from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Prompt, check_prompts
 from segpipe.prompts.segmenters.sam import embedding_shapes, read_folder
-from segpipe.prompts.volumes.propagate import (
-    RECENT,
-    Chain,
-    Embedder,
-    Section,
-    SliceMask,
-    Stop,
-    propagate,
-    section_of,
-    wider,
-)
-from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, placed, prompts_by_slice
+from segpipe.prompts.volumes.propagate import Chain, Embedder, Section, section_of, wider
+from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, placed
 from segpipe.tiling.pyramid import Pyramid, Window
 
 FAMILIES = {"sam2_video": "Sam2Video", "edgetam_video": "EdgeTamVideo"}
@@ -268,47 +255,26 @@ class VideoNetwork:
                 tracked[other] = {POINTER: tracked[other][POINTER]}
 
 
-def track(
-    prompts: PromptSet,
-    axis: int,
-    shape: Sequence[int],
-    pyramid: Pyramid,
-    network: VideoNetwork,
-    embed: Embedder,
-    rules: Volume,
-) -> Iterator[SliceMask | Stop]:
-    """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
+@dataclass(eq=False)
+class VideoTracker:
+    """A `segpipe.prompts.volumes.propagate.Tracker` with a memory an object and chain.
 
     An object has one window for all its slices: the one that the pyramid gives the envelope of all that is
     said of it. Masks that it cuts are asked for again in another, as `propagate.wider` says:
     those of all prompted slices together; and in a chain the memory begins anew there, from the prompts and
     the mask of the slice before.
-
-    Args:
-        prompts: of the volume.
-        axis: across which it is cut.
-        shape: of the volume.
-        pyramid: of a slice.
-        network: with the pyramid's window.
-        embed: gives embeddings of the same folder's segmenter.
-        rules: when a chain stops.
-
-    Raises:
-        RequestError: as `prompts_by_slice`.
     """
-    tracker = VideoTracker(axis, shape[axis], pyramid, network, lru_cache(RECENT)(embed))
-    yield from propagate(prompts_by_slice(prompts, axis, shape), axis, shape, pyramid, tracker, rules)
-
-
-@dataclass(eq=False)
-class VideoTracker:
-    """A `segpipe.prompts.volumes.propagate.Tracker` with a memory an object and chain."""
 
     axis: int
+    """Across which the volume is cut."""
     depth: int
+    """Slices of the volume."""
     pyramid: Pyramid
+    """Of a slice."""
     network: VideoNetwork
+    """With the pyramid's window."""
     embed: Embedder
+    """Gives embeddings of the same folder's segmenter."""
     _prompted: dict[int, Memory] = field(default_factory=dict)
     """By object: of its prompted slices."""
     _chains: dict[Chain, Memory] = field(default_factory=dict)
