@@ -210,7 +210,8 @@ def by_video(slices: Slices, card: Card) -> int:
     tracker = VideoTracker(axis, shape[axis], slices.pyramid, VideoNetwork(card, CPU), slices)
     most = prompted = 0
     for event in propagate(middle_box(slices), axis, shape, slices.pyramid, tracker, THROUGH):
-        most = max(most, tracker.held_bytes)
+        memories = (*tracker._prompted.values(), *tracker._chains.values())
+        most = max(most, held_bytes([vars(memory) for memory in memories]))
         prompted += isinstance(event, SliceMask) and event.how is Direction.prompted
     assert prompted == 1
     return most
