@@ -35,7 +35,7 @@ from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.masks.patches import patch_cover
-from segpipe.prompts.masks.windows import Planes, read_window
+from segpipe.prompts.masks.windows import Planes, read_box
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segment_scene import RECENT
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
@@ -75,7 +75,8 @@ class Slices:
 
     def read(self, index: int, window: Window) -> np.ndarray:
         """What the encoder sees, (c, y, x)."""
-        return read_window(self.store, self.normaliser, self.planes, self.pyramid, window, index)[0]
+        box, step = self.pyramid.box(window), 1 << window.level
+        return read_box(self.store, self.normaliser, self.planes, box, step, index)[0]
 
     def __call__(self, index: int, window: Window) -> Embedding:
         """The embedding of a window of a slice, halved."""

@@ -36,7 +36,7 @@ from segpipe.prompts.masks.automatic import (
 from segpipe.prompts.masks.decode import ObjectMask, decode_window
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
-from segpipe.prompts.masks.windows import check_budget, read_window, window_id
+from segpipe.prompts.masks.windows import check_budget, read_box, window_id
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
@@ -217,10 +217,10 @@ def embedded(
     cache, batch = scene.embeddings, scene.settings.batch
     kept = cache.stage.done()
     with scene.open_image() as store:
-        normaliser = scene.normaliser
+        normaliser, planes, pyramid = scene.normaliser, scene.planes, scene.pyramid
 
         def pixels(window: Window, index: int) -> tuple[np.ndarray, np.ndarray]:
-            return read_window(store, normaliser, scene.planes, scene.pyramid, window, index)
+            return read_box(store, normaliser, planes, pyramid.box(window), 1 << window.level, index)
 
         known = [p for p in windows if window_id(*p) in kept]
         for window, index in known:
