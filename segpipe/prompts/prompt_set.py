@@ -63,11 +63,12 @@ def _concatenated(columns: Sequence[Any]) -> Any:
 def dump_arrays(compressed: bool = False, **arrays: np.ndarray | bytes) -> bytes:
     """Return arrays and blobs, exact, as one blob, in this order."""
     buffer, save = io.BytesIO(), np.savez_compressed if compressed else np.savez
-    save(buffer, **{k: np.frombuffer(a, np.uint8) if isinstance(a, bytes) else a for k, a in arrays.items()})
+    columns: Any = {k: np.frombuffer(a, np.uint8) if isinstance(a, bytes) else a for k, a in arrays.items()}
+    save(buffer, **columns)
     return buffer.getvalue()
 
 
-def load_arrays(data: bytes) -> dict[str, np.ndarray]:
+def load_arrays(data: bytes) -> dict[str, Any]:
     """Return the inverse of `dump_arrays`; blobs are uint8."""
     with np.load(io.BytesIO(data)) as found:
         return dict(found)

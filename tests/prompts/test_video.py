@@ -19,7 +19,7 @@ from segpipe.prompts.segment_scene import RECENT
 from segpipe.prompts.segmenters.base import Embedding, Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.prompts.volumes.propagate import StopReason, propagate
-from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker
+from segpipe.prompts.volumes.propagate_memory import Memory, VideoNetwork, VideoTracker
 from segpipe.tiling.pyramid import Pyramid
 from tests.prompts.solids import Truth, TruthMemory, ball, collect, embedder, said, slanted, slice_box
 from tests.prompts.tiny_sams import VIDEO_NETWORKS, card_for, picture, tiny, weighted
@@ -154,7 +154,7 @@ def test_logits_corrections_and_masks_are_the_librarys(world: World) -> None:
     mask = np.hypot(*(np.mgrid[:EDGE, :EDGE] - 30)) < 14
     network, session = world.network, world.session()
     point = np.array([[30, 25]], np.float32)
-    mine = network.begin(DEPTH)
+    mine = Memory(DEPTH)
     for frame, given, prompt in (
         (1, {"input_points": [[point.tolist()]], "input_labels": [[[1]]]}, Prompt(point, np.array([1]))),
         (6, {"input_masks": mask}, mask),

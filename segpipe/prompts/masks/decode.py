@@ -48,23 +48,17 @@ def measure(logits: np.ndarray, iou: np.ndarray) -> CandidateStats:
         iou: (k,) as the model predicted it.
     """
     masks = logits > 0
-    start, stop = bounds(masks)
-    elements = np.count_nonzero(masks, axis=(-2, -1)).astype(np.int64)
-    return CandidateStats(
-        iou=np.asarray(iou, np.float64), stability=stability_score(logits), elements=elements, start=start,
-        stop=stop,
-    )  # fmt: skip
-
-
-def bounds(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return bounding boxes of masks (k, y, x): start and stop, (k, 2) y, x; see `CandidateStats.start`."""
     start, stop = np.full((2, len(masks), 2), np.nan)
     for axis in (0, 1):
         lines = np.asarray(masks.any(axis=2 - axis))
         some = lines.any(axis=-1)
         start[some, axis] = lines[some].argmax(axis=-1) - 0.5
         stop[some, axis] = lines.shape[-1] - lines[some, ::-1].argmax(axis=-1) - 0.5
-    return start, stop
+    elements = np.count_nonzero(masks, axis=(-2, -1)).astype(np.int64)
+    return CandidateStats(
+        iou=np.asarray(iou, np.float64), stability=stability_score(logits), elements=elements, start=start,
+        stop=stop,
+    )  # fmt: skip
 
 
 def choose_candidate(choice: Choice, stats: CandidateStats, box: np.ndarray | None = None) -> tuple[int, str]:

@@ -102,7 +102,8 @@ class VideoNetwork:
         self.mask_shape = (4 * folder.grid, 4 * folder.grid)
         self.shapes = embedding_shapes(folder)
         self._device, self._threads = device, threads
-        self._network: Any = load_pretrained(network, folder.path, config, wrong).to(device)
+        loaded: Any = load_pretrained(network, folder.path, config, wrong)
+        self._network = loaded.to(device)
         self._session_class: Any = getattr(library, f"{FAMILIES[kind]}InferenceSession")
         self._iou: Any = None
         self._network.mask_decoder.register_forward_hook(self._note_iou)
@@ -114,15 +115,6 @@ class VideoNetwork:
     def _note_iou(self, _module: Any, _inputs: Any, output: Any) -> None:
         """The predicted IoU of the mask that is taken: of several masks the library takes the best."""
         self._iou = output[1].max()
-
-    def begin(self, depth: int, known: Memory | None = None) -> Memory:
-        """Return a memory without tracked slices.
-
-        Args:
-            depth: Slices of the volume.
-            known: A memory whose prompted slices it has too; None: it has none.
-        """
-        return Memory(depth, dict(known.prompted) if known is not None else {})
 
     def prompt(self, memory: Memory, index: int, embedding: Embedding, prompt: Prompt | np.ndarray) -> Seen:
         """Return the mask of a prompted slice, which is remembered as such.
@@ -273,7 +265,8 @@ class VideoTracker:
         sections = []
         for chain in chains:
             if chain not in self._chains:
-                self._chains[chain] = self.network.begin(self.depth, self._prompted[chain.prompts.object])
+                known = self._prompted[chain.prompts.object]
+                self._chains[chain] = Memory(self.depth, dict(known.prompted))
             section = self._track(chain, index, chain.window)
             tried, extents = {chain.window}, [p.extent for p in chain.prompts.prompted]
             while (window := wider([section], extents, self.pyramid, tried)) is not None:
@@ -289,7 +282,7 @@ class VideoTracker:
 
     def _begin(self, one: ObjectPrompts, window: Window) -> tuple[Memory, list[Section]]:
         """Return a memory of an object's prompted slices in a window, and the masks there."""
-        memory, sections = self.network.begin(self.depth), []
+        memory, sections = Memory(self.depth), []
         for said in one.prompted:
             prompt = window_prompt(window, self.pyramid, said.points, said.positive, said.box)
             seen = self.network.prompt(memory, said.index, self.embed(said.index, window), prompt)
