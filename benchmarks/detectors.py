@@ -26,7 +26,7 @@ from benchmarks.detector_files import clip, clipseg, dino, owl, sam3, sam3_video
 from segpipe.prompts.grounding.base import Detections
 from segpipe.prompts.grounding.clip import PHOTO, load_labeller
 from segpipe.prompts.grounding.detectors import ClipSeg, load_detector
-from segpipe.prompts.grounding.sam3 import load_concepts
+from segpipe.prompts.grounding.sam3 import enlarged, load_concepts
 
 CPU = torch.device("cpu")
 PHRASES = ["lake", "small docks", "field"]
@@ -133,20 +133,21 @@ def concepts(folder: Path, make: Callable[[Path], Any]) -> Compared:
         outputs.append(network(**{name: batch[name] for name in names}))
     scores = torch.stack([o.pred_logits.sigmoid() * o.presence_logits.sigmoid() for o in outputs])
     threshold = float(scores.quantile(0.4))
-    found = load_concepts(folder, CPU, threshold).ground_masks(WINDOW, PHRASES)
-    own = []
-    for output in outputs:
+    found = load_concepts(folder, CPU, threshold).ground(WINDOW, PHRASES)
+    own, ours = [], []
+    for output, score in zip(outputs, scores, strict=True):
         result = processor.post_process_instance_segmentation(
             output, threshold=threshold, target_sizes=[SHAPE]
         )[0]
         there = result["masks"].flatten(1).any(dim=1)
         own.append({name: tensor[there] for name, tensor in result.items()})
+        ours.append(enlarged(output.pred_masks[0, score[0] > threshold], SHAPE)[there.numpy()] > 0)
     phrase = np.repeat(np.arange(len(PHRASES)), [len(o["scores"]) for o in own])
     together = {name: torch.cat([o[name] for o in own]) for name in own[0]}
     equal = found.detections.phrase.tolist() == phrase.tolist()
     compared = _boxes(found.detections, together, equal)
     masks = together["masks"].numpy() > 0
-    differ = (masks != (found.logits > 0)).mean() if masks.shape == found.logits.shape else np.inf
+    differ = (masks != np.concatenate(ours)).mean()
     return Compared(compared.boxes, {**compared.differences, "elements": float(differ)}, equal)
 
 

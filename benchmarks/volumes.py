@@ -1,6 +1,6 @@
 """Prompts on one slice of a CT volume become solids: Dice of three organs, and memory against depth.
 
-    python -m benchmarks.volumes [CARD] [--depth 30 112] [--reach N] [--mask]
+    python -m benchmarks.volumes [CARD] [--depth 30 112] [--reach N]
 
 The first table links slices by a promptable model (the starter model by default): a box on the slice on
 which each organ is largest; Dice with the published segmentation in all slices and on the prompted one
@@ -17,7 +17,8 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.masks.patches import patch_cover
-from segpipe.prompts.masks.windows import Planes, read_window
+from segpipe.prompts.masks.windows import Planes, read_box
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
+from segpipe.prompts.segment_scene import RECENT
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.prompts.volumes.propagate import Direction, SliceMask, Stop, propagate
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker
-from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
-from segpipe.prompts.volumes.slices import prompts_by_slice
+from segpipe.prompts.volumes.propagate_prompts import Linker
 from segpipe.sources import open_source
 from segpipe.tiling.pyramid import Pyramid, Window
 
@@ -74,7 +75,8 @@ class Slices:
 
     def read(self, index: int, window: Window) -> np.ndarray:
         """What the encoder sees, (c, y, x)."""
-        return read_window(self.store, self.normaliser, self.planes, self.pyramid, window, index)[0]
+        box, step = self.pyramid.box(window), 1 << window.level
+        return read_box(self.store, self.normaliser, self.planes, box, step, index)[0]
 
     def __call__(self, index: int, window: Window) -> Embedding:
         """The embedding of a window of a slice, halved."""
@@ -107,7 +109,14 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * (a & b).sum() / both) if both else math.nan
 
 
-def organs(path: str, rules: Volume, linking: LinkOptions) -> None:
+def linked(slices: Slices, prompts: PromptSet, rules: Volume, choice: Choice) -> Iterator[SliceMask | Stop]:
+    """Masks that prompts lead to, each slice prompted by the one before."""
+    axis = slices.planes.axis or 0
+    linker = Linker(axis, slices.pyramid, slices.segmenter, lru_cache(RECENT)(slices), choice)
+    return propagate(prompts, axis, slices.planes.shape, slices.pyramid, linker, rules)
+
+
+def organs(path: str, rules: Volume, choice: Choice) -> None:
     """The first table."""
     card = load_card(path)
     slices = Slices(DATA / "example_ct_sm.nii.gz", card, load_segmenter(card, CPU, torch.get_num_threads()))
@@ -118,9 +127,7 @@ def organs(path: str, rules: Volume, linking: LinkOptions) -> None:
     best = {n: int((truth == n).sum(axis=others).argmax()) for n in ORGANS.values()}
     boxes = [(n, *box_around(truth == n, axis, index)) for n, index in best.items()]
     begun = time.perf_counter()
-    events = list(link(
-        prompts_of(boxes), axis, shape, slices.pyramid, slices.segmenter, slices, rules, linking
-    ))  # fmt: skip
+    events = list(linked(slices, prompts_of(boxes), rules, choice))
     seconds = time.perf_counter() - begun
     print(f"{card.name}, {shape[axis]} axial slices: {seconds:.1f} s, {len(slices.encoded)} encoder passes")
     print(f"{'organ':<14}{'voxels':>8}{'slices':>8}{'reached':>9}{'Dice 3D':>9}{'Dice slice':>12}  stopped")
@@ -193,10 +200,7 @@ def middle_box(slices: Slices) -> PromptSet:
 
 def by_linking(slices: Slices, card: Card) -> int:
     """Nothing but a mask a chain is held."""
-    axis, shape = slices.planes.axis or 0, slices.planes.shape
-    for _ in link(
-        middle_box(slices), axis, shape, slices.pyramid, slices.segmenter, slices, THROUGH
-    ):  # fmt: skip
+    for _ in linked(slices, middle_box(slices), THROUGH, Choice.score):
         pass
     return 0
 
@@ -205,9 +209,10 @@ def by_video(slices: Slices, card: Card) -> int:
     """The most bytes that sessions held."""
     axis, shape = slices.planes.axis or 0, slices.planes.shape
     tracker = VideoTracker(axis, shape[axis], slices.pyramid, VideoNetwork(card, CPU), slices)
-    asked, most, prompted = prompts_by_slice(middle_box(slices), axis, shape), 0, 0
-    for event in propagate(asked, axis, shape, slices.pyramid, tracker, THROUGH):
-        most = max(most, tracker.held_bytes)
+    most = prompted = 0
+    for event in propagate(middle_box(slices), axis, shape, slices.pyramid, tracker, THROUGH):
+        memories = (*tracker._prompted.values(), *tracker._chains.values())
+        most = max(most, held_bytes([vars(memory) for memory in memories]))
         prompted += isinstance(event, SliceMask) and event.how is Direction.prompted
     assert prompted == 1
     return most
@@ -273,7 +278,6 @@ def main() -> None:
     parser.add_argument("--depth", type=int, nargs="*", default=[30, 112])
     parser.add_argument("--reach", type=int, default=0, help="slices at most on each side; 0: no bound")
     parser.add_argument("--choice", type=Choice, default=Choice.score, help="on prompted slices")
-    parser.add_argument("--mask", action="store_true", help="the mask before is a prompt too")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -285,7 +289,7 @@ def main() -> None:
     card = load_card(arguments.card)
     if (Path(card.folder) / str(card.weights)).exists():
         rules = Volume(reach=arguments.reach)
-        organs(arguments.card, rules, LinkOptions(choice=arguments.choice, mask=arguments.mask))
+        organs(arguments.card, rules, arguments.choice)
     else:
         print(f"{arguments.card}: its weights are not here: no Dice was measured")
     if arguments.depth:

@@ -268,22 +268,17 @@ def check_prompts(job: Job) -> Card:
     _check_unused(job)
     if options.text:
         parse_phrases(options.text)
-    if options.grounder:
-        grounder = read_card(options.grounder)
-        if grounder.output.kind not in ("semantic", "boxes"):
-            raise RequestError(
-                f"prompts.grounder: {grounder.name!r} is a {grounder.output.kind} model; valid: a semantic "
-                "one, or a detector that takes text (output.kind: boxes)"
-            )
-        check_model(grounder)
-    if options.labeller:
-        names = read_card(options.labeller)
-        if names.output.kind != "names":
-            raise RequestError(
-                f"prompts.labeller: {names.name!r} is a {names.output.kind} model; valid: a CLIP "
-                "(output.kind: names)"
-            )
-        check_model(names)
+    semantic_or_boxes = "a semantic one, or a detector that takes text (output.kind: boxes)"
+    for field, path, kinds, valid in (
+        ("grounder", options.grounder, ("semantic", "boxes"), semantic_or_boxes),
+        ("labeller", options.labeller, ("names",), "a CLIP (output.kind: names)"),
+    ):
+        if path:
+            other = read_card(path)
+            kind = other.output.kind
+            if kind not in kinds:
+                raise RequestError(f"prompts.{field}: {other.name!r} is a {kind} model; valid: {valid}")
+            check_model(other)
     if options.path:
         file_fingerprint(options.path)
     classes = phrase_classes(options)

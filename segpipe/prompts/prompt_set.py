@@ -60,6 +60,20 @@ def _concatenated(columns: Sequence[Any]) -> Any:
     return tuple(item for column in columns for item in column)
 
 
+def dump_arrays(compressed: bool = False, **arrays: np.ndarray | bytes) -> bytes:
+    """Return arrays and blobs, exact, as one blob, in this order."""
+    buffer, save = io.BytesIO(), np.savez_compressed if compressed else np.savez
+    columns: Any = {k: np.frombuffer(a, np.uint8) if isinstance(a, bytes) else a for k, a in arrays.items()}
+    save(buffer, **columns)
+    return buffer.getvalue()
+
+
+def load_arrays(data: bytes) -> dict[str, Any]:
+    """Return the inverse of `dump_arrays`; blobs are uint8."""
+    with np.load(io.BytesIO(data)) as found:
+        return dict(found)
+
+
 class PromptSource(IntEnum):
     """Where an object's prompt came from."""
 
@@ -197,32 +211,27 @@ class PromptSet:
         """Return all columns, exact, as one blob."""
         text = {"names": self.phrases, "also": self.also, "phrases": self.accounts, "lines": self.notes}
         polygons = shapely.to_wkb(shapely.GeometryCollection(self.outlines.polygons.tolist()))
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            objects=self.objects, kind=self.source, score=self.score,
+        return dump_arrays(
+            True, objects=self.objects, kind=self.source, score=self.score,
             points=self.points.position, positive=self.points.positive, points_of=self.points.objects,
             box_start=self.boxes.start, box_stop=self.boxes.stop, boxes_of=self.boxes.objects,
-            outlines_of=self.outlines.objects,
-            outlines=np.frombuffer(bytes(polygons), np.uint8),
-            text=np.frombuffer(json.dumps(text).encode(), np.uint8),
+            outlines_of=self.outlines.objects, outlines=bytes(polygons), text=json.dumps(text).encode(),
         )  # fmt: skip
-        return buffer.getvalue()
 
     @classmethod
     def load(cls, data: bytes) -> PromptSet:
         """Return the inverse of `dump`."""
-        with np.load(io.BytesIO(data)) as f:
-            text = json.loads(f["text"].tobytes())
-            polygons = np.array([*shapely.from_wkb(f["outlines"].tobytes()).geoms], dtype=object)
-            return cls(
-                objects=f["objects"], phrases=tuple(text["names"]),
-                points=Points(f["points"], f["positive"], f["points_of"]),
-                boxes=Boxes(f["box_start"], f["box_stop"], f["boxes_of"]),
-                outlines=Outlines(polygons, f["outlines_of"]),
-                source=f["kind"], score=f["score"], also=tuple(tuple(names) for names in text["also"]),
-                accounts=tuple(text["phrases"]), notes=tuple(text["lines"]),
-            )  # fmt: skip
+        f = load_arrays(data)
+        text = json.loads(f["text"].tobytes())
+        polygons = np.array([*shapely.from_wkb(f["outlines"].tobytes()).geoms], dtype=object)
+        return cls(
+            objects=f["objects"], phrases=tuple(text["names"]),
+            points=Points(f["points"], f["positive"], f["points_of"]),
+            boxes=Boxes(f["box_start"], f["box_stop"], f["boxes_of"]),
+            outlines=Outlines(polygons, f["outlines_of"]),
+            source=f["kind"], score=f["score"], also=tuple(tuple(names) for names in text["also"]),
+            accounts=tuple(text["phrases"]), notes=tuple(text["lines"]),
+        )  # fmt: skip
 
 
 def make_points(rows: Iterable[tuple[int, Sequence[float], bool]], axes: int) -> Points:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import lru_cache
 
 import numpy as np
 
@@ -36,14 +36,14 @@ from segpipe.prompts.masks.automatic import (
 from segpipe.prompts.masks.decode import ObjectMask, decode_window
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
-from segpipe.prompts.masks.windows import check_budget, read_window, window_id
+from segpipe.prompts.masks.windows import check_budget, read_box, window_id
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Segmenter
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import SliceMask, Stop
-from segpipe.prompts.volumes.propagate_memory import VideoNetwork, has_memory, track
-from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
+from segpipe.prompts.volumes.propagate import SliceMask, Stop, Tracker, propagate
+from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, has_memory
+from segpipe.prompts.volumes.propagate_prompts import Linker
 from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from segpipe.tiling.windows import Blocks
@@ -52,6 +52,9 @@ AHEAD = 2
 """Windows read before the one that is encoded."""
 DECODED = 16
 """Prompts of a kind in one pass of a GPU's decoder; fewer are padded: a batch's shape is part of its bits."""
+RECENT = 4
+"""Embeddings of a volume that are kept at hand, for objects that ask for the same one after another. With
+more windows on a slice, some that are needed again count twice."""
 
 _segmenters: dict[tuple[str, str, str, str, int, int], Segmenter] = {}
 _lock = threading.Lock()
@@ -214,10 +217,10 @@ def embedded(
     cache, batch = scene.embeddings, scene.settings.batch
     kept = cache.stage.done()
     with scene.open_image() as store:
-        normaliser = scene.normaliser
+        normaliser, planes, pyramid = scene.normaliser, scene.planes, scene.pyramid
 
         def pixels(window: Window, index: int) -> tuple[np.ndarray, np.ndarray]:
-            return read_window(store, normaliser, scene.planes, scene.pyramid, window, index)
+            return read_box(store, normaliser, planes, pyramid.box(window), 1 << window.level, index)
 
         known = [p for p in windows if window_id(*p) in kept]
         for window, index in known:
@@ -286,22 +289,23 @@ def segment_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
     begun = time.perf_counter()
     if VOLUME in scene.masks.done():
         return Done(0, 1, time.perf_counter() - begun, {"encoder passes": 0.0})
-    assert scene.planes.axis is not None
+    axis, shape, pyramid = scene.planes.axis, scene.geometry.shape, scene.pyramid
+    assert axis is not None
     segmenter, prompts = segmenter_of(scene), scene.prompt_set
     passes = 0
 
+    @lru_cache(RECENT)
     def embed(index: int, window: Window) -> Embedding:
         nonlocal passes
         [(_, embedding, _, new)] = embedded(scene, segmenter, [(window, index)], stop)
         passes += new
         return embedding
 
-    inputs = (prompts, scene.planes.axis, scene.geometry.shape, scene.pyramid)
-    rules = scene.options.volume
     if has_memory(scene.card):
-        found = track(*inputs, _network(scene), embed, rules)
+        tracker: Tracker = VideoTracker(axis, shape[axis], pyramid, _network(scene), embed)
     else:
-        found = link(*inputs, segmenter, embed, rules, LinkOptions(choice=scene.options.choice))
+        tracker = Linker(axis, pyramid, segmenter, embed, scene.options.choice)
+    found = propagate(prompts, axis, shape, pyramid, tracker, scene.options.volume)
     masks = _gathered(found, prompts.objects.tolist())
     scene.masks.write_part(VOLUME, masks.dump())
     scene.masks.commit(VOLUME, {"objects": len(masks), "encoded": passes})
@@ -368,11 +372,8 @@ def answer_scene(
     if scene.planes.axis is not None:
         return segment_volume(scene, stop)
     done: list[Done] = []
-    for number in count():
-        here = next_round(scene, number)
-        if here is None:
-            return together(done, 0)
+    while (here := next_round(scene, len(done))) is not None:
         progress(here.total - len(here.windows), here.total)
-        done.append(segment_windows(scene, number, here.windows, stop))
+        done.append(segment_windows(scene, here.number, here.windows, stop))
         progress(here.total, here.total)
-    raise AssertionError("rounds end")
+    return together(done, 0)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from segpipe.geometry.box import Box
 from segpipe.prompts.masks.patches import patch_cover
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt
 from segpipe.prompts.volumes.propagate import Embedder, SliceMask, Stop
-from segpipe.prompts.volumes.propagate_memory import Seen
+from segpipe.prompts.volumes.propagate_memory import Memory, Seen
 from segpipe.tiling.pyramid import Pyramid, Window
 
 
@@ -90,33 +91,30 @@ def meant(labels: np.ndarray, prompt: Prompt) -> float:
 
 
 class TruthMemory:
-    """The same as a network with a memory: a session is the label that it follows, once it is known."""
+    """The same as a network with a memory: of a prompted slice it remembers the label that it follows."""
 
     def __init__(self, window: int) -> None:
         self.window = (window, window)
 
-    def begin(self, depth: int, known: Any = None) -> list[float]:
-        return list(known or [])
-
-    def prompt(
-        self, session: list[float], index: int, embedding: Embedding, prompt: Prompt | np.ndarray
-    ) -> Seen:
+    def prompt(self, memory: Memory, index: int, embedding: Embedding, prompt: Prompt | np.ndarray) -> Seen:
         labels = embedding.arrays["image"][0]
         if isinstance(prompt, np.ndarray):
             values, counts = np.unique(labels[prompt & (labels > 0)], return_counts=True)
-            session.append(float(values[counts.argmax()]))
+            value = float(values[counts.argmax()])
         else:
-            session.append(meant(labels, prompt))
-        return self._section(session, labels)
+            value = meant(labels, prompt)
+        memory.prompted[index] = {"label": torch.tensor(value)}
+        return self._section(memory, labels)
 
     def track(
-        self, session: list[float], index: int, embedding: Embedding, reverse: bool, prompt: Any = None
+        self, memory: Memory, index: int, embedding: Embedding, reverse: bool, prompt: Any = None
     ) -> Seen:
-        return self._section(session, embedding.arrays["image"][0])
+        return self._section(memory, embedding.arrays["image"][0])
 
     @staticmethod
-    def _section(session: list[float], labels: np.ndarray) -> Seen:
-        return Seen(np.where((labels == session[0]) & (labels > 0), 4.0, -4.0).astype(np.float32), 0.9)
+    def _section(memory: Memory, labels: np.ndarray) -> Seen:
+        value = next(iter(memory.prompted.values()))["label"].item()
+        return Seen(np.where((labels == value) & (labels > 0), 4.0, -4.0).astype(np.float32), 0.9)
 
 
 def embedder(

@@ -15,7 +15,7 @@ from skimage.measure import label, regionprops
 
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
-from segpipe.prompts.grounding.base import Outcome, VocabularyGrounder
+from segpipe.prompts.grounding.base import Grounding, Outcome, VocabularyGrounder
 from segpipe.prompts.grounding.vocabulary import Concept, Vocabulary
 from segpipe.prompts.inputs import components as strips
 
@@ -35,8 +35,15 @@ WORDS = [
 ]
 
 
-def grounder(**options: object) -> VocabularyGrounder:
-    return VocabularyGrounder(Vocabulary(WORDS, spelled), **options)  # type: ignore[arg-type]
+class InMemory(VocabularyGrounder):
+    """Of probabilities (k, y, x) or (k, z, y, x) in memory."""
+
+    def ground(self, window: np.ndarray, phrases: Sequence[str]) -> Grounding:
+        return self.ground_scene(lambda box: window[(slice(None), *box.slices)], window.shape[1:], phrases)
+
+
+def grounder(**options: object) -> InMemory:
+    return InMemory(Vocabulary(WORDS, spelled), **options)  # type: ignore[arg-type]
 
 
 def scores_of(best: np.ndarray, sure: np.ndarray) -> np.ndarray:
@@ -194,9 +201,7 @@ def test_a_component_has_its_outline() -> None:
     rng = np.random.default_rng(4)
     scores = np.kron(rng.random((9, 11)), np.ones((5, 4)))
     maps = np.stack([1 - scores, scores])
-    grounder = VocabularyGrounder(
-        Vocabulary([Concept("land", ("land",), True), Concept("lake", ("lake",))], spelled)
-    )
+    grounder = InMemory(Vocabulary([Concept("land", ("land",), True), Concept("lake", ("lake",))], spelled))
     found = grounder.ground(maps, ["lake"]).detections
     parts = label(scores > 0.5, connectivity=2)
     assert len(found) == len(found.outline) == parts.max() > 3

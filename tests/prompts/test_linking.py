@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from segpipe.config.prompts import Choice, Volume
 from segpipe.errors import RequestError
 from segpipe.prompts.masks.decode import window_prompt
 from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.segment_scene import RECENT
 from segpipe.prompts.segmenters.base import Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
-from segpipe.prompts.volumes.propagate import Direction, StopReason
-from segpipe.prompts.volumes.propagate_prompts import LinkOptions, link
+from segpipe.prompts.volumes.propagate import Direction, StopReason, propagate
+from segpipe.prompts.volumes.propagate_prompts import GROW, Linker
 from segpipe.prompts.volumes.slices import placed
 from segpipe.tiling.pyramid import Pyramid, Window
 from tests.prompts.solids import Truth, ball, collect, cone, embedder, said, slanted, slice_box, torus
@@ -29,16 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ANY = Volume(least_iou=0, least_overlap=0, change=np.inf)
 WHATEVER = Volume.model_construct(least_iou=-np.inf, least_overlap=0, change=np.inf)
 """What no request may say: random weights predict an IoU below 0."""
-BY_BOX = LinkOptions(choice=Choice.box)
 SHAPE = (26, 30, 34)
 
 
-def run(labels, prompts, axis=0, rules=ANY, window=64, linking=BY_BOX, margin=0.25):
+def run(labels, prompts, axis=0, rules=ANY, window=64, choice=Choice.box, margin=0.25):
     """Solids, answers, stops, embeddings asked for."""
     plane = tuple(n for i, n in enumerate(labels.shape) if i != axis)
     pyramid, truth = Pyramid(plane, window, margin), Truth(window)
     embed, asked = embedder(labels, axis, pyramid, truth.encode)
-    events = link(prompts, axis, labels.shape, pyramid, truth, embed, rules, linking)
+    linker = Linker(axis, pyramid, truth, lru_cache(RECENT)(embed), choice)
+    events = propagate(prompts, axis, labels.shape, pyramid, linker, rules)
     return *collect(events, labels.shape), asked
 
 
@@ -138,7 +139,7 @@ def test_nearest_prompted_slice_answers(prompted: set[int]) -> None:
     labels = np.zeros((12, 8, 8), int)
     labels[:, 2:6, 2:6] = 1
     points = [(1, (i, 3, 3), True) for i in prompted]
-    _, answers, stops, _ = run(labels, said(points), window=8, linking=LinkOptions(choice=Choice.medium))
+    _, answers, stops, _ = run(labels, said(points), window=8, choice=Choice.medium)
     assert sorted(a.index for a in answers) == [*range(12)]
     for a in answers:
         assert a.origin == min(prompted, key=lambda p: (abs(p - a.index), p))
@@ -208,8 +209,8 @@ def test_larger_windows_for_larger_sections() -> None:
         said(boxes=[slice_box(solid, 0, 4)]),
         said([(1, (35, 45, 45), True)]),
     ):
-        linking = LinkOptions(choice=Choice.box if len(prompts.boxes) else Choice.medium)
-        solids, answers, _, asked = run(solid.astype(int), prompts, window=32, linking=linking)
+        choice = Choice.box if len(prompts.boxes) else Choice.medium
+        solids, answers, _, asked = run(solid.astype(int), prompts, window=32, choice=choice)
         assert not any(a.mask.cut for a in answers)
         assert sorted(a.index for a in answers) == np.flatnonzero(solid.any(axis=(1, 2))).tolist()
         iou = (solids[1] & solid).sum() / (solids[1] | solid).sum()
@@ -235,8 +236,7 @@ def test_placed_masks(scale: int) -> None:
         np.testing.assert_array_equal(placed(patch, window, pyramid), expected)
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_plain_loop_over_a_real_network(tmp_path: Path, with_mask: bool) -> None:
+def test_plain_loop_over_a_real_network(tmp_path: Path) -> None:
     """A SAM of random weights, asked slice by slice without any of this, in one window."""
     tiny("sam").save_pretrained(tmp_path / "net")
     segmenter = load_segmenter(card_for(tmp_path), torch.device("cpu"))
@@ -244,10 +244,8 @@ def test_plain_loop_over_a_real_network(tmp_path: Path, with_mask: bool) -> None
     slices = [np.roll(image, (3 * i, i), (1, 2)) - 0.5 for i in range(6)]
     pyramid = Pyramid((64, 64), 64, 0.25)
     prompts = said([(1, (2, 20, 30), True)])
-    events = link(
-        prompts, 0, (6, 64, 64), pyramid, segmenter, lambda i, _: segmenter.encode(slices[i]),
-        WHATEVER, LinkOptions(grow=0.1, mask=with_mask),
-    )  # fmt: skip
+    linker = Linker(0, pyramid, segmenter, lambda i, _: segmenter.encode(slices[i]), Choice.score)
+    events = propagate(prompts, 0, (6, 64, 64), pyramid, linker, WHATEVER)
     solids, answers, _ = collect(events, (6, 64, 64))
     first = segmenter.decode(
         segmenter.encode(slices[2]), [Prompt(np.array([[30, 20]], np.float32), np.array([1]))]
@@ -257,15 +255,15 @@ def test_plain_loop_over_a_real_network(tmp_path: Path, with_mask: bool) -> None
     for order in ((3, 4, 5), (1, 0)):
         before = begin
         for index in order:
-            found = segmenter.decode(segmenter.encode(slices[index]), [loop_prompt(before, 0.1, with_mask)])
+            found = segmenter.decode(segmenter.encode(slices[index]), [loop_prompt(before, GROW)])
             masks = found.logits[0] > 0
             before = max(masks, key=lambda m: (m & before).sum() / (m | before).sum())
             np.testing.assert_array_equal(solids[1][index], before)
     assert {a.index for a in answers} == {*range(6)}
 
 
-def loop_prompt(mask: np.ndarray, grow: float, with_mask: bool) -> Prompt:
-    """Box grown on each side, and deepest element; and the mask as SAM 2 takes one, a quarter as large."""
+def loop_prompt(mask: np.ndarray, grow: float) -> Prompt:
+    """Box grown on each side, and deepest element."""
     y, x = np.nonzero(mask)
     corners = []
     for at in (x, y):
@@ -275,11 +273,9 @@ def loop_prompt(mask: np.ndarray, grow: float, with_mask: bool) -> Prompt:
     depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(depth.argmax(), depth.shape)
     (x0, x1), (y0, y1) = corners
-    small = np.asarray(Image.fromarray(np.where(mask, 10, -10).astype(np.float32)).resize((16, 16), 2))
     return Prompt(
-        np.array([[column, row]], np.float32), np.array([1]), np.array([x0, y0, x1, y1], np.float32),
-        small if with_mask else None,
-    )  # fmt: skip
+        np.array([[column, row]], np.float32), np.array([1]), np.array([x0, y0, x1, y1], np.float32)
+    )
 
 
 def test_prompts_in_windows() -> None:

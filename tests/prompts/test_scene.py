@@ -25,8 +25,8 @@ from segpipe.prompts.masks.windows import prune, window_id
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_scene import next_round, segment_volume, segment_windows, segmenter_of
 from segpipe.prompts.segmenters.base import Embedding
-from segpipe.prompts.volumes.propagate import SliceMask
-from segpipe.prompts.volumes.propagate_prompts import link
+from segpipe.prompts.volumes.propagate import SliceMask, propagate
+from segpipe.prompts.volumes.propagate_prompts import Linker
 from segpipe.store.stage import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.prompt_world import EDGE, make_card, make_job, pixels, planned
@@ -259,9 +259,9 @@ def test_a_box_on_one_slice_becomes_a_solid(tmp_path: Path) -> None:
         padded[0, :50, :60] = voxels[index] / np.float32(255)
         return segmenter.encode(padded).half()
 
-    rules = job.prompts.volume
+    linker = Linker(0, scene.pyramid, segmenter, embed, job.prompts.choice)
     expected = np.zeros(voxels.shape, bool)
-    for item in link(prompts, 0, voxels.shape, scene.pyramid, segmenter, embed, rules):
+    for item in propagate(prompts, 0, voxels.shape, scene.pyramid, linker, job.prompts.volume):
         if isinstance(item, SliceMask) and item.mask.patch is not None:
             expected |= patch_cover(item.mask.patch, Box.whole(voxels.shape))
     assert expected.any(axis=(1, 2)).sum() > 1

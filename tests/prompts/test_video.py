@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import transformers as library
 
 from segpipe.config.prompts import Volume
 from segpipe.errors import RequestError
+from segpipe.prompts.segment_scene import RECENT
 from segpipe.prompts.segmenters.base import Embedding, Prompt
 from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.prompts.volumes.propagate import StopReason, propagate
-from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, track
-from segpipe.prompts.volumes.slices import prompts_by_slice
+from segpipe.prompts.volumes.propagate_memory import Memory, VideoNetwork, VideoTracker
 from segpipe.tiling.pyramid import Pyramid
 from tests.prompts.solids import Truth, TruthMemory, ball, collect, embedder, said, slanted, slice_box
 from tests.prompts.tiny_sams import VIDEO_NETWORKS, card_for, picture, tiny, weighted
@@ -122,7 +122,8 @@ def ours(world: World, prompts: Any, depth: int = DEPTH) -> tuple[dict[int, np.n
         return world.embeddings[index % DEPTH]
 
     pyramid = Pyramid(shape[1:], EDGE, 0.25)
-    events = track(prompts, 0, shape, pyramid, world.network, embed, ANY)
+    tracker = VideoTracker(0, depth, pyramid, world.network, lru_cache(RECENT)(embed))
+    events = propagate(prompts, 0, shape, pyramid, tracker, ANY)
     return collect(events, shape)[0], asked
 
 
@@ -153,7 +154,7 @@ def test_logits_corrections_and_masks_are_the_librarys(world: World) -> None:
     mask = np.hypot(*(np.mgrid[:EDGE, :EDGE] - 30)) < 14
     network, session = world.network, world.session()
     point = np.array([[30, 25]], np.float32)
-    mine = network.begin(DEPTH)
+    mine = Memory(DEPTH)
     for frame, given, prompt in (
         (1, {"input_points": [[point.tolist()]], "input_labels": [[[1]]]}, Prompt(point, np.array([1]))),
         (6, {"input_masks": mask}, mask),
@@ -212,8 +213,9 @@ def test_memory_does_not_grow_with_depth(world: World) -> None:
         tracker = VideoTracker(0, depth, pyramid, world.network, lambda i, _: world.embeddings[i % DEPTH])
         prompts = said([(1, (4, 25, 30), True)])
         held = []
-        for _ in propagate(prompts_by_slice(prompts, 0, shape), 0, shape, pyramid, tracker, ANY):
-            held.append(tracker.held_bytes)
+        for _ in propagate(prompts, 0, shape, pyramid, tracker, ANY):
+            memories = (*tracker._prompted.values(), *tracker._chains.values())
+            held.append(sum(t.numel() * t.element_size() for m in memories for t in tensors(vars(m))))
         most[depth] = max(held)
         assert len(held) == depth + 2  # every slice and two ends
     assert most[30] == most[112]
@@ -230,9 +232,8 @@ def test_solids_by_a_memory_that_knows() -> None:
     solid = slanted(shape, (9, 12), 2.0, 5)
     pyramid = Pyramid(shape[1:], 32, 0.1)
     embed, _ = embedder(solid.astype(int), 0, pyramid, Truth(32).encode)
-    events = track(
-        said(boxes=[slice_box(solid, 0, 2)]), 0, shape, pyramid, TruthMemory(32), embed, ANY  # type: ignore[arg-type]
-    )  # fmt: skip
+    tracker = VideoTracker(0, shape[0], pyramid, TruthMemory(32), embed)  # type: ignore[arg-type]
+    events = propagate(said(boxes=[slice_box(solid, 0, 2)]), 0, shape, pyramid, tracker, ANY)
     solids, answers, stops = collect(events, shape)
     assert not any(a.mask.cut for a in answers)
     assert sorted(a.index for a in answers) == [*range(34)]
@@ -250,7 +251,8 @@ def test_ends_of_a_ball_and_two_objects() -> None:
     pyramid = Pyramid(shape[1:], 64, 0.25)
     embed, asked = embedder(labels, 0, pyramid, Truth(64).encode)
     boxes = [slice_box(labels == n, 0, 13, n) for n in (1, 2)]
-    events = track(said(boxes=boxes), 0, shape, pyramid, TruthMemory(64), embed, ANY)  # type: ignore[arg-type]
+    tracker = VideoTracker(0, shape[0], pyramid, TruthMemory(64), lru_cache(RECENT)(embed))  # type: ignore[arg-type]
+    events = propagate(said(boxes=boxes), 0, shape, pyramid, tracker, ANY)
     solids, _, stops = collect(events, shape)
     for number, (first, last) in ((1, (3, 21)), (2, (8, 20))):
         np.testing.assert_array_equal(solids[number], labels == number)

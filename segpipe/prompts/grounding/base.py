@@ -120,7 +120,7 @@ class Grounder(Protocol):
         """Detections in the window's own positions.
 
         Args:
-            window: what the grounder looks at: an image (3, y, x), or a score map (k, y, x) or (k, z, y, x).
+            window: what the grounder looks at: an image (3, y, x).
             phrases: in words, at least one, none empty.
         """
         ...
@@ -130,36 +130,18 @@ ScoreReader = Callable[[Box], np.ndarray]
 """Probabilities of a box, (k, …) with the box's own axes behind; NaN: no data."""
 
 
+@dataclass(frozen=True)
 class VocabularyGrounder:
     """Components of the class that a phrase means, in a semantic model's score map."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        threshold: float = 0.5,
-        smallest: int = 1,
-        spacing: Sequence[float] | None = None,
-    ) -> None:
-        """What is no object.
-
-        Args:
-            vocabulary: the model's classes.
-            threshold: least mean probability of a component.
-            smallest: least number of elements.
-            spacing: edge lengths of an element, for the place farthest from the outside; none: all equal.
-        """
-        self.vocabulary = vocabulary
-        self.threshold = threshold
-        self.smallest = smallest
-        self.spacing = spacing
-
-    def ground(self, window: np.ndarray, phrases: Sequence[str]) -> Grounding:
-        """As `ground_scene`, of probabilities (k, y, x) or (k, z, y, x) in memory."""
-
-        def read(box: Box) -> np.ndarray:
-            return window[(slice(None), *box.slices)]
-
-        return self.ground_scene(read, window.shape[1:], phrases)
+    vocabulary: Vocabulary
+    """The model's classes."""
+    threshold: float = 0.5
+    """Least mean probability of a component."""
+    smallest: int = 1
+    """Least number of elements."""
+    spacing: Sequence[float] | None = None
+    """Edge lengths of an element, for the place farthest from the outside; none: all equal."""
 
     def ground_scene(self, read: ScoreReader, shape: Sequence[int], phrases: Sequence[str]) -> Grounding:
         """The components of every phrase's class, where it is the most probable one.

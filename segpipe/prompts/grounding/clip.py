@@ -9,9 +9,10 @@ web: of pixels of ten metres or of slices of a body it knows little.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ GREY = 0.5
 """What is put in place of what is not shown."""
 MARGIN = 0.25
 """Shown on every side of a mask, as a share of the longest edge of its box."""
-TOGETHER = 64
-"""Masks whose pictures are held at once."""
 OTHER = "something else"
 """What a mask may be beside the phrases: else the likeliest of them would be all that there is."""
 
@@ -65,23 +64,20 @@ class MaskLabels:
     """Of each phrase; `below`: masks of which it is the likeliest, but not enough."""
 
 
-def mask_crop(image: np.ndarray, mask: np.ndarray, margin: float = 0.25) -> np.ndarray:
+def mask_crop(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A mask's square crop, (3, s, s) float32: CLIP's processor would cut the ends off a longer one.
 
-    What lies beyond the image is grey.
+    It shows `MARGIN` around the mask's box. What lies beyond the image is grey.
 
     Args:
         image: (3, y, x), 0…1.
         mask: (y, x) bool, at least one element.
-        margin: shown on every side, as a share of the longest edge of the mask's box.
     """
     if not mask.any():
         raise ValueError("mask: found no element")
-    if not 0 <= margin < math.inf:
-        raise RequestError(f"margin: found {margin}; valid: a share of an object's size, 0 or more")
     sides = [np.flatnonzero(mask.any(axis=axis))[[0, -1]] for axis in (1, 0)]
     longest = max(int(last - first) + 1 for first, last in sides)
-    edge = longest + 2 * math.ceil(margin * longest)
+    edge = longest + 2 * math.ceil(MARGIN * longest)
     crop = np.full((3, edge, edge), GREY, np.float32)
     start = [(int(first + last) + 1 - edge) // 2 for first, last in sides]
     here = tuple(slice(max(0, a), min(a + edge, n)) for a, n in zip(start, mask.shape, strict=True))
@@ -126,12 +122,12 @@ class ClipLabeller:
         self.templates, self.batch = tuple(templates), batch
 
     def label(
-        self, crops: Sequence[np.ndarray], phrases: Sequence[str], others: Sequence[str] = ()
+        self, crops: Iterable[np.ndarray], phrases: Sequence[str], others: Sequence[str] = ()
     ) -> MaskLabels:
         """The likeliest phrase of each crop.
 
         Args:
-            crops: (3, y, x) float, 0…1, each of any size (`mask_crop`).
+            crops: (3, y, x) float, 0…1, each of any size (`mask_crop`); a batch of them is held at once.
             phrases: in words.
             others: what else there may be, e.g. background: where it is the likeliest, no phrase is meant.
 
@@ -152,7 +148,7 @@ class ClipLabeller:
         phrase = np.where(sure & (best < len(phrases)), best, -1).astype(np.int64)
         accounts = []
         for i, name in enumerate(phrases):
-            highest = float(probability[:, i].max()) if len(crops) else math.nan
+            highest = float(probability[:, i].max()) if len(probability) else math.nan
             found, below = int((phrase == i).sum()), int(((best == i) & ~sure).sum())
             accounts.append(PhraseAccount(phrase=name, found=found, below=below, best=highest))
         names = tuple(phrases[i] if i >= 0 else "" for i in phrase.tolist())
@@ -173,11 +169,11 @@ class ClipLabeller:
         unit: torch.Tensor = mean / mean.norm()
         return unit
 
-    def _logits(self, crops: Sequence[np.ndarray], words: torch.Tensor) -> torch.Tensor:
+    def _logits(self, crops: Iterable[np.ndarray], words: torch.Tensor) -> torch.Tensor:
         """(n, k): cosines with the k vectors of words, times the checkpoint's scale."""
         found = [torch.zeros((0, len(words)), device=self.network.device)]
-        for begin in range(0, len(crops), self.batch):
-            few = [image_tensor(crop) for crop in crops[begin : begin + self.batch]]
+        images = map(image_tensor, crops)
+        while few := [*islice(images, self.batch)]:
             # Short batches repeat their last crop: other crops then change no answer beyond rounding, for a
             # batch's shape, and on a CPU a crop's place in it, are part of its bits.
             full = few + few[-1:] * (self.batch - len(few))
@@ -204,17 +200,9 @@ def label_masks(
     labeller = _labeller(
         str(resolve_weights(card)), weights_fingerprint(card), device, scene.job.prompts.threshold
     )
-    names: list[str] = []
-    scores = [np.zeros(0)]
-    accounts = tuple(PhraseAccount(phrase=p, found=0, below=0, best=math.nan) for p in scene.phrases)
     with scene.open_image() as store:
-        for first in range(0, len(patches), TOGETHER):
-            crops = [*_crops(scene, store, patches[first : first + TOGETHER])]
-            found = labeller.label(crops, scene.phrases, (OTHER,))
-            names += found.names
-            scores.append(found.probability.max(axis=1))
-            accounts = tuple(_sum(a, b) for a, b in zip(accounts, found.accounts, strict=True))
-    return names, np.concatenate(scores), accounts
+        found = labeller.label(_crops(scene, store, patches), scene.phrases, (OTHER,))
+    return [*found.names], found.probability.max(axis=1), found.accounts
 
 
 @lru_cache(maxsize=1)
@@ -233,9 +221,4 @@ def _crops(scene: DetectorScene, store: SceneBlocks, patches: Sequence[Patch]) -
         box = Box.at(start, [(n + 2 * around) * patch.scale for n in (height, width)])
         image, known = read_box(store, scene.normaliser, planes, box, patch.scale, 0)
         mask = np.pad(patch.logits > 0, around)
-        yield mask_crop(np.where(known, image, np.float32(GREY)), mask, MARGIN)
-
-
-def _sum(a: PhraseAccount, b: PhraseAccount) -> PhraseAccount:
-    best = np.fmax(a.best, b.best)
-    return replace(a, found=a.found + b.found, below=a.below + b.below, best=float(best))
+        yield mask_crop(np.where(known, image, np.float32(GREY)), mask)

@@ -5,7 +5,6 @@ A stage ``detect-<key>`` holds what was found in each window, by the window's na
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +26,9 @@ from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, to_scene
-from segpipe.prompts.masks.windows import Planes, read_window, window_id
+from segpipe.prompts.masks.windows import Planes, read_box, window_id
 from segpipe.prompts.phrases import parse_phrases
+from segpipe.prompts.prompt_set import dump_arrays, load_arrays
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import match_bands
 from segpipe.store.stage import Stage, StopToken, stage_key
@@ -136,7 +136,7 @@ def detect_windows(scene: DetectorScene, windows: Sequence[Window], stop: StopTo
     with scene.open_image() as store:
 
         def read(window: Window) -> np.ndarray:
-            return read_window(store, normaliser, planes, scene.pyramid, window, 0)[0]
+            return read_box(store, normaliser, planes, scene.pyramid.box(window), 1 << window.level, 0)[0]
 
         pictures = ((w, read(w)) for w in windows)
         with Prefetch(pictures, AHEAD) as ahead:
@@ -173,18 +173,15 @@ def dump_grounding(found: Grounding) -> bytes:
     """Exact, as one blob. Detectors match no vocabulary: accounts are numbers."""
     d = found.detections
     accounts = [{**asdict(a), "match": None} for a in found.accounts]
-    buffer = io.BytesIO()
-    np.savez(
-        buffer, start=d.start, stop=d.stop, point=d.point, phrase=d.phrase, score=d.score,
-        text=np.frombuffer(json.dumps({"label": d.label, "accounts": accounts}).encode(), np.uint8),
+    return dump_arrays(
+        start=d.start, stop=d.stop, point=d.point, phrase=d.phrase, score=d.score,
+        text=json.dumps({"label": d.label, "accounts": accounts}).encode(),
     )  # fmt: skip
-    return buffer.getvalue()
 
 
 def load_grounding(data: bytes) -> Grounding:
     """The inverse of `dump_grounding`."""
-    with np.load(io.BytesIO(data)) as f:
-        text = json.loads(f["text"].tobytes())
-        arrays = {name: f[name] for name in ("start", "stop", "point", "phrase", "score")}
-        detections = Detections(**arrays, label=tuple(text["label"]))
-        return Grounding(detections, tuple(PhraseAccount(**a) for a in text["accounts"]))
+    arrays = load_arrays(data)
+    text = json.loads(arrays.pop("text").tobytes())
+    detections = Detections(**arrays, label=tuple(text["label"]))
+    return Grounding(detections, tuple(PhraseAccount(**a) for a in text["accounts"]))

@@ -28,11 +28,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from segpipe.geometry.box import Box
 from segpipe.prompts.grounding.base import Detections, PhraseAccount
+from segpipe.prompts.inputs.components import joined
 from segpipe.prompts.masks.nms import GroupedBoxes, box_iou, neighbours, shared_area, suppress
 from segpipe.prompts.prompt_set import Columns
 from segpipe.tiling.pyramid import Pyramid, Window
@@ -79,11 +78,10 @@ class BoxTable:
         )  # fmt: skip
         order = np.lexsort(keys)
         self.detections = found.take(order)
-        self.score = self.detections.score
         self.boxes = GroupedBoxes(self.detections.start, self.detections.stop, self.detections.phrase)
-        self.part, self.row = part[order], row[order]
-        self.level = level[self.part]
-        self.view = GroupedBoxes(views[self.part, 0], views[self.part, 1], self.boxes.group)
+        part = part[order]
+        self.level = level[part]
+        self.view = GroupedBoxes(views[part, 0], views[part, 1], self.boxes.group)
         self.cut = np.concatenate([np.zeros((0, 2, axes), bool), *(p.cut for p in parts)])[order]
 
 
@@ -103,7 +101,7 @@ class ObjectBoxes(Columns):
         """From the best down: of one whole box first, by score, by row of the table."""
         first = np.array([r[0] for r in self.rows], np.int64)
         pieced = np.array([len(r) > 1 for r in self.rows], bool) | self.cut
-        return self.take(np.lexsort((first, -table.score[first], pieced)))
+        return self.take(np.lexsort((first, -table.detections.score[first], pieced)))
 
 
 def assemble(table: BoxTable, pyramid: Pyramid) -> tuple[ObjectBoxes, np.ndarray]:
@@ -136,7 +134,7 @@ def _held(boxes: GroupedBoxes, level: int, objects: ObjectBoxes, pyramid: Pyrami
 def _join(table: BoxTable, rows: np.ndarray, pyramid: Pyramid) -> ObjectBoxes:
     """Cut boxes of one level, linked where they agree in what both windows see."""
     boxes, views, cut = table.boxes.take(rows), table.view.take(rows), table.cut[rows]
-    links = [np.zeros((2, 0), np.int64)]
+    links = []
     for i, k in neighbours(boxes, boxes):
         i, k = i[i < k], k[i < k]
         start = np.maximum(views.start[i], views.start[k])
@@ -145,10 +143,9 @@ def _join(table: BoxTable, rows: np.ndarray, pyramid: Pyramid) -> ObjectBoxes:
             (np.clip(boxes.start[j], start, stop), np.clip(boxes.stop[j], start, stop)) for j in (i, k)
         ]
         agree = box_iou(*clipped[0], *clipped[1]) >= IOU
-        links.append(np.stack([i[agree], k[agree]]))
-    ends = np.concatenate(links, axis=1)
-    graph = coo_array((np.ones(ends.shape[1], bool), (ends[0], ends[1])), shape=(len(rows),) * 2)
-    count, member = connected_components(graph, directed=False) if len(rows) else (0, rows)
+        links.append(np.column_stack((i[agree], k[agree])))
+    member = joined(links, len(rows))
+    count = int(member.max(initial=-1)) + 1
     start, stop = np.full((count, 2), np.inf), np.full((count, 2), -np.inf)
     np.minimum.at(start, member, boxes.start)
     np.maximum.at(stop, member, boxes.stop)
@@ -157,7 +154,7 @@ def _join(table: BoxTable, rows: np.ndarray, pyramid: Pyramid) -> ObjectBoxes:
     far = np.stack([boxes.start > start[member] + reach, boxes.stop < stop[member] - reach], axis=1)
     still = np.ones((count, *cut.shape[1:]), bool)
     np.logical_and.at(still, member, cut | far)
-    order = np.lexsort((np.arange(len(rows)), -table.score[rows], member))
+    order = np.lexsort((np.arange(len(rows)), -table.detections.score[rows], member))
     pieces = np.split(rows[order], np.cumsum(np.bincount(member, minlength=count))[:-1]) if count else []
     first = np.array([p[0] for p in pieces], np.int64)
     still_cut = np.asarray(still.any(axis=(1, 2)))

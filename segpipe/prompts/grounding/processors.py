@@ -17,6 +17,7 @@ import transformers as library
 
 from segpipe.errors import RequestError
 from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
+from segpipe.prompts.segmenters.torch_base import library_config
 
 TOKENIZERS = {"BertTokenizer": ["vocab.txt"], "CLIPTokenizer": ["vocab.json", "merges.txt"]}
 """By class of the library: the files that it reads where there is no tokenizer.json."""
@@ -48,11 +49,7 @@ def load_network(folder: Path, name: str, data: dict[str, Any]) -> Any:
         RequestError: the configuration makes no sense, or the tensors do not fit it.
     """
     cls = getattr(library, name)
-    try:
-        config = cls.config_class.from_dict(data)
-    except REFUSED as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"{folder / 'config.json'} makes no {name}: {reason}") from error
+    config = library_config(cls.config_class, data, f"{folder / 'config.json'} makes no {name}")
     return load_pretrained(cls, folder, config)
 
 

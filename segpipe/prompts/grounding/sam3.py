@@ -1,4 +1,4 @@
-"""Find phrases by SAM 3 (Carion et al., 2025), straight as masks, from folders of save_pretrained.
+"""Find phrases by SAM 3 (Carion et al., 2025), from folders of save_pretrained.
 
 It was trained on photographs: where pixels are ten metres, or slices of a body, it knows no concept. The
 network and the scaling of images are the transformers library's; nothing in a folder is executed.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,6 @@ SATURATED = 1e-6
 
 AT_ONCE = 16
 """Masks that are enlarged to the window together."""
-
-
-@dataclass(frozen=True, eq=False)
-class MaskGrounding(Grounding):
-    """Detections with their masks.
-
-    A detection's point is where its mask is surest. An account's `small` counts those of a sufficient score
-    without an element that is more likely object than not.
-    """
-
-    logits: np.ndarray
-    """(n, y, x) float16 at the window's size: above 0 is the object."""
 
 
 def load_concepts(folder: Path, device: torch.device, threshold: float = 0.3) -> Sam3:
@@ -87,14 +74,12 @@ class Sam3:
         self.network, self.processor, self.threshold = network, processor, threshold
 
     def ground(self, window: np.ndarray, phrases: Sequence[str]) -> Grounding:
-        """As `ground_masks`."""
-        return self.ground_masks(window, phrases)
-
-    def ground_masks(self, window: np.ndarray, phrases: Sequence[str]) -> MaskGrounding:
-        """Boxes and masks over the threshold; boxes are the network's, and may reach beyond the window.
+        """Boxes over the threshold, the network's own, which may reach beyond the window, and points inside.
 
         A score is the candidate's probability times that of the phrase being in the image at all. Masks'
-        probabilities are enlarged bilinearly (half-pixel centres), as the library's processor does.
+        probabilities are enlarged bilinearly (half-pixel centres), as the library's processor does; the point
+        is where the mask is surest. An account's `small` counts the candidates of a sufficient score without
+        an element that is more likely object than not.
 
         Args:
             window: (3, y, x) float, 0…1; the processor resizes it to the network's square.
@@ -107,7 +92,7 @@ class Sam3:
         limit = min(WORDS, self.network.config.text_config.max_position_embeddings)
         check_length(self.processor, phrases, limit)
         device, scale = self.network.device, torch.tensor([*window.shape[1:]] * 2)
-        detections, logits, accounts = [], [np.zeros((0, *window.shape[1:]), np.float16)], []
+        detections, accounts = [], []
         with torch.inference_mode():
             pixels = self.processor(images=[image], do_rescale=False, return_tensors="pt").pixel_values
             vision = self.network.get_vision_features(pixel_values=pixels.to(device))
@@ -116,20 +101,19 @@ class Sam3:
                 output = self.network(vision_embeds=vision, **words)
                 score = (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0]
                 over = score > self.threshold
-                masks = _enlarged(output.pred_masks[0, over], window.shape[1:])
+                masks = enlarged(output.pred_masks[0, over], window.shape[1:])
                 there = np.asarray((masks > 0).any(axis=(1, 2)))
                 corners = output.pred_boxes[0, over].cpu()[:, [1, 0, 3, 2]] * scale - 0.5
                 detections.append(_detections(corners, score[over].cpu(), masks, there, i, phrase))
-                logits.append(masks[there])
                 small, below = int((~there).sum()), int((~over).sum())
                 account = PhraseAccount(
                     phrase=phrase, found=int(there.sum()), below=below, best=float(score.max()), small=small
                 )
                 accounts.append(account)
-        return MaskGrounding(Detections.join(detections, 2), tuple(accounts), np.concatenate(logits))
+        return Grounding(Detections.join(detections, 2), tuple(accounts))
 
 
-def _enlarged(masks: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+def enlarged(masks: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
     """Logits (n, y, x) float16 of masks of the network's own size; float16 keeps every sign."""
     parts = [np.zeros((0, *shape), np.float16)]
     for few in masks.sigmoid().split(AT_ONCE):

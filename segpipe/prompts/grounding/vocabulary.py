@@ -137,6 +137,7 @@ def read_anchors() -> dict[str, tuple[str, ...]]:
 ANCHORS = read_anchors()
 
 
+@cache
 def sentence_encoder() -> Encoder:
     """The mean of the last layer over a text's word pieces, scaled to length 1 (Reimers & Gurevych 2019).
 
@@ -146,12 +147,6 @@ def sentence_encoder() -> Encoder:
         RequestError: the package is not installed (names the pip command), or its files have gone; and, of
             the encoder, a text of more than `MAX_TOKENS` word pieces.
     """
-    one = _load()
-    return lambda texts: np.stack([one(text) for text in texts]) if texts else np.zeros((0, 384), np.float32)
-
-
-@cache
-def _load() -> Callable[[str], np.ndarray]:
     try:
         weights, config, words = (
             package_file(f"{_FOLDER}/{name}")
@@ -183,30 +178,23 @@ def _load() -> Callable[[str], np.ndarray]:
             row = network(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
         return np.asarray(torch.nn.functional.normalize(row, dim=0).numpy())
 
-    return encode
+    return lambda texts: np.stack([*map(encode, texts)]) if texts else np.zeros((0, 384), np.float32)
 
 
 class Vocabulary:
     """The classes of a model, to look phrases up in."""
 
-    def __init__(
-        self,
-        words: Sequence[Concept],
-        encode: Encoder | None = None,
-        limits: MatchLimits = LIMITS,
-        anchors: Mapping[str, Sequence[str]] = ANCHORS,
-    ) -> None:
+    def __init__(self, words: Sequence[Concept], encode: Encoder | None = None) -> None:
         """``encode``: the package's sentence encoder where none is given.
 
         Raises:
             RequestError: the encoder's package is not installed.
         """
         self.words = tuple(words)
-        self.limits = limits
         self._encode = encode or sentence_encoder()
         self._owner = np.repeat(np.arange(len(self.words)), [len(w.texts) for w in self.words])
         self._texts = self._encode([text for w in self.words for text in w.texts])
-        self.anchors = self._other(anchors)
+        self.anchors = self._other(ANCHORS)
         self._anchors = self._encode(self.anchors)
 
     def _other(self, anchors: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -244,7 +232,7 @@ class Vocabulary:
         near, far = float(texts[best]), float(anchors[other]) if len(anchors) else -1.0
         word = self.words[int(self._owner[best])]
         meaning = Meaning.unknown
-        if self.limits.meant(np.array(near), np.array(far)):
+        if LIMITS.meant(np.array(near), np.array(far)):
             meaning = Meaning.background if word.background else Meaning.meant
         anchor = self.anchors[other] if len(anchors) else ""
         return PhraseMatch(

@@ -95,7 +95,7 @@ def find_components(read: LabelReader, shape: Sequence[int], ids: bool, strip: i
         counts.append(len(table))
         values.append(table[:, 0])
     table = np.concatenate(rows)
-    groups = np.unique(table[:, 0], return_inverse=True)[1] if ids else _joined(pairs, known)
+    groups = np.unique(table[:, 0], return_inverse=True)[1] if ids else joined(pairs, known)
     return _merged(table, groups.reshape(-1), counts, len(shape))
 
 
@@ -220,7 +220,7 @@ def _touching(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np
     return np.unique(np.concatenate(found), axis=0)
 
 
-def _joined(pairs: Sequence[np.ndarray], count: int) -> np.ndarray:
+def joined(pairs: Sequence[np.ndarray], count: int) -> np.ndarray:
     """The group of each of ``count`` pieces of which these pairs are one."""
     one, two = np.concatenate([np.zeros((0, 2), np.int64), *pairs]).T
     graph = coo_array((np.ones(len(one), bool), (one, two)), shape=(count, count))

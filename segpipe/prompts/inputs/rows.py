@@ -179,12 +179,8 @@ class Collector:
     def add_points(self, row: int, positions: np.ndarray) -> None:
         """Positions (n, axes) of one row, all of its object and label."""
         here = inside(positions, self.geometry.shape)
-        if not here.any():
-            self._rows["outside"].append(row)
+        if not self._is_used(row, bool(here.any()), not here.all()):
             return
-        self._rows["used"].append(row)
-        if not here.all():
-            self._rows["cut"].append(row)
         number, positive = self.attributes.objects[row], self.attributes.positive[row]
         self._points += [(number, position, positive) for position in positions[here].tolist()]
         self._point_rows += [row] * int(here.sum())
@@ -195,26 +191,25 @@ class Collector:
         end = np.array(self.geometry.shape) - 0.5
         low, high = np.maximum(start, -0.5), np.minimum(stop, end)
         beyond = np.where(start == stop, (start < -0.5) | (start >= end), low >= high)
-        if beyond.any() or not np.isfinite([start, stop]).all():
-            self._rows["outside"].append(row)
-            return
-        self._rows["used"].append(row)
-        if (low > start).any() or (high < stop).any():
-            self._rows["cut"].append(row)
-        self._boxes.append((self.attributes.objects[row], low, high))
+        there = not beyond.any() and bool(np.isfinite([start, stop]).all())
+        if self._is_used(row, there, bool((low > start).any() or (high < stop).any())):
+            self._boxes.append((self.attributes.objects[row], low, high))
 
     def add_polygon(self, row: int, polygon: ClippedPolygon) -> None:
         """A polygon as a box and, where wanted, as an outline."""
         self._must_be_positive(row)
-        if polygon.polygon.is_empty:
-            self._rows["outside"].append(row)
+        if not self._is_used(row, not polygon.polygon.is_empty, polygon.cut):
             return
-        self._rows["used"].append(row)
-        if polygon.cut:
-            self._rows["cut"].append(row)
         self._boxes.append((self.attributes.objects[row], *polygon.corners))
         if self.outlines:
             self._outlines.append((self.attributes.objects[row], polygon.polygon))
+
+    def _is_used(self, row: int, there: bool, cut: bool) -> bool:
+        """Count a row as used, if something of it is ``there``, and perhaps cut; else as outside."""
+        self._rows["used" if there else "outside"].append(row)
+        if there and cut:
+            self._rows["cut"].append(row)
+        return there
 
     def _must_be_positive(self, row: int) -> None:
         if not self.attributes.positive[row]:

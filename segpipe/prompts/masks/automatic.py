@@ -15,7 +15,6 @@ again. SAM's removal of small holes and islands is not done.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
@@ -28,7 +27,7 @@ from segpipe.errors import RequestError
 from segpipe.prompts.masks.decode import CandidateStats, WindowView, measure, view_of
 from segpipe.prompts.masks.nms import keep_best
 from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
-from segpipe.prompts.prompt_set import Columns
+from segpipe.prompts.prompt_set import Columns, dump_arrays, load_arrays
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, Segmenter
 from segpipe.tiling.pyramid import Pyramid, Window
 
@@ -156,18 +155,15 @@ class GridMasks(Columns):
     def dump(self, tally: GridTally) -> bytes:
         """Return the masks of one window and their tally, exact, as one blob."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        patches = np.frombuffer(dump_patches(arrays.pop("patches")), np.uint8)
-        buffer = io.BytesIO()
-        np.savez(buffer, tally=np.array(astuple(tally), np.int64), patches=patches, **arrays)
-        return buffer.getvalue()
+        patches = dump_patches(arrays.pop("patches"))
+        return dump_arrays(tally=np.array(astuple(tally), np.int64), patches=patches, **arrays)
 
     @classmethod
     def load(cls, data: bytes) -> tuple[GridMasks, GridTally]:
         """Return the inverse of `dump`."""
-        with np.load(io.BytesIO(data)) as f:
-            arrays = dict(f)
-            tally, patches = arrays.pop("tally"), load_patches(arrays.pop("patches").tobytes())
-            return cls(**arrays, patches=patches), GridTally(*tally.tolist())
+        arrays = load_arrays(data)
+        tally, patches = arrays.pop("tally"), load_patches(arrays.pop("patches").tobytes())
+        return cls(**arrays, patches=patches), GridTally(*tally.tolist())
 
 
 def join_grid_masks(parts: Sequence[GridMasks]) -> GridMasks:

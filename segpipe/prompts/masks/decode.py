@@ -48,23 +48,17 @@ def measure(logits: np.ndarray, iou: np.ndarray) -> CandidateStats:
         iou: (k,) as the model predicted it.
     """
     masks = logits > 0
-    start, stop = bounds(masks)
-    elements = np.count_nonzero(masks, axis=(-2, -1)).astype(np.int64)
-    return CandidateStats(
-        iou=np.asarray(iou, np.float64), stability=stability_score(logits), elements=elements, start=start,
-        stop=stop,
-    )  # fmt: skip
-
-
-def bounds(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return bounding boxes of masks (k, y, x): start and stop, (k, 2) y, x; see `CandidateStats.start`."""
     start, stop = np.full((2, len(masks), 2), np.nan)
     for axis in (0, 1):
         lines = np.asarray(masks.any(axis=2 - axis))
         some = lines.any(axis=-1)
         start[some, axis] = lines[some].argmax(axis=-1) - 0.5
         stop[some, axis] = lines.shape[-1] - lines[some, ::-1].argmax(axis=-1) - 0.5
-    return start, stop
+    elements = np.count_nonzero(masks, axis=(-2, -1)).astype(np.int64)
+    return CandidateStats(
+        iou=np.asarray(iou, np.float64), stability=stability_score(logits), elements=elements, start=start,
+        stop=stop,
+    )  # fmt: skip
 
 
 def choose_candidate(choice: Choice, stats: CandidateStats, box: np.ndarray | None = None) -> tuple[int, str]:
@@ -295,12 +289,7 @@ def _prompt(
 
 
 def window_prompt(
-    window: Window,
-    pyramid: Pyramid,
-    points: np.ndarray,
-    positive: np.ndarray,
-    box: np.ndarray | None,
-    mask: np.ndarray | None = None,
+    window: Window, pyramid: Pyramid, points: np.ndarray, positive: np.ndarray, box: np.ndarray | None
 ) -> Prompt:
     """Return positions on the plane as a segmenter takes them.
 
@@ -313,7 +302,6 @@ def window_prompt(
         points: (p, 2) positions (y, x).
         positive: (p,) bool.
         box: (2, 2), its corners.
-        mask: logits as `Prompt.mask`.
     """
     local = pyramid.to_window(points, window)
     inside = ((local >= -0.5) & (local <= pyramid.window - 0.5)).all(axis=1)
@@ -323,7 +311,7 @@ def window_prompt(
         middle = seen.mean(axis=0)
         first, last = np.minimum(seen[0] + 0.5, middle), np.maximum(seen[1] - 0.5, middle)
         corners = np.concatenate((first[::-1], last[::-1])).astype(np.float32)
-    return Prompt(local[inside, ::-1].astype(np.float32), positive[inside].astype(np.int64), corners, mask)
+    return Prompt(local[inside, ::-1].astype(np.float32), positive[inside].astype(np.int64), corners)
 
 
 def _box_in_window(box: np.ndarray, window: Window, pyramid: Pyramid) -> np.ndarray:

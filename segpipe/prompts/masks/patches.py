@@ -8,7 +8,6 @@ changes no bit. A scale is a power of two, so weights are exact.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,6 +15,7 @@ from functools import reduce
 import numpy as np
 
 from segpipe.geometry.box import Box, grid_boxes
+from segpipe.prompts.prompt_set import dump_arrays, load_arrays
 
 TILE = {2: (1024, 1024), 3: (16, 256, 256)}
 """Shape, by axes, of the parts in which masks of any size are gone through."""
@@ -82,7 +82,7 @@ def patch_box(patch: Patch, shape: Sequence[int]) -> Box:
         patch: of the scene.
         shape: of the scene: (y, x), or (z, y, x) where the patch is of a slice.
     """
-    return _lift(patch, patch.extent, len(shape)).intersect(Box.whole(shape))
+    return _lift(patch, len(shape)).intersect(Box.whole(shape))
 
 
 def patch_cover(patch: Patch, box: Box) -> np.ndarray:
@@ -94,25 +94,21 @@ def patch_cover(patch: Patch, box: Box) -> np.ndarray:
         patch: of the scene.
         box: native elements: (y, x), or (z, y, x) where the patch is of a slice.
     """
-    cover = np.zeros(box.shape, bool)
-    common = box.intersect(_lift(patch, patch.extent, box.ndim))
-    if common.size:
-        along = [a for a in range(box.ndim) if patch.plane is None or a != patch.plane[0]]
-        y, x = (np.arange(common.start[a], common.stop[a]) for a in along)
-        found = _object(patch, y, x)
-        if patch.plane is not None:
-            found = np.expand_dims(found, patch.plane[0])
-        cover[common.within(box)] = found
-    return cover
+    return object_cover((patch,), box)
 
 
 def object_cover(patches: Iterable[Patch], box: Box) -> np.ndarray:
     """Which elements of a box are object in any of its patches; otherwise as `patch_cover`."""
     cover = np.zeros(box.shape, bool)
     for patch in patches:
-        common = box.intersect(_lift(patch, patch.extent, box.ndim))
+        common = box.intersect(_lift(patch, box.ndim))
         if common.size:
-            cover[common.within(box)] |= patch_cover(patch, common)
+            along = [a for a in range(box.ndim) if patch.plane is None or a != patch.plane[0]]
+            y, x = (np.arange(common.start[a], common.stop[a]) for a in along)
+            found = _object(patch, y, x)
+            if patch.plane is not None:
+                found = np.expand_dims(found, patch.plane[0])
+            cover[common.within(box)] |= found
     return cover
 
 
@@ -141,22 +137,20 @@ def check_patches(patches: Sequence[Patch]) -> None:
 
 def dump_patches(patches: Sequence[Patch]) -> bytes:
     """All of them, exact; the same patches are the same bytes."""
-    buffer = io.BytesIO()
     shapes = np.array([p.logits.shape for p in patches], np.int64).reshape(-1, 2)
-    np.savez_compressed(
-        buffer, scale=np.array([p.scale for p in patches], np.int64),
+    return dump_arrays(
+        True, scale=np.array([p.scale for p in patches], np.int64),
         origin=np.array([p.origin for p in patches], np.int64).reshape(-1, 2),
         plane=np.array([p.plane or (-1, -1) for p in patches], np.int64).reshape(-1, 2), shape=shapes,
         logits=np.concatenate([np.zeros(0, np.float16), *(p.logits.ravel() for p in patches)]),
     )  # fmt: skip
-    return buffer.getvalue()
 
 
 def load_patches(data: bytes) -> tuple[Patch, ...]:
     """The inverse of `dump_patches`."""
-    with np.load(io.BytesIO(data)) as found:
-        columns = [found[name].tolist() for name in ("scale", "origin", "plane", "shape")]
-        logits = found["logits"]
+    found = load_arrays(data)
+    columns = [found[name].tolist() for name in ("scale", "origin", "plane", "shape")]
+    logits = found["logits"]
     stops = np.cumsum([y * x for y, x in columns[3]], dtype=np.int64).tolist()
     return tuple(
         Patch(
@@ -169,17 +163,19 @@ def load_patches(data: bytes) -> tuple[Patch, ...]:
     )
 
 
-def _lift(patch: Patch, plane_box: Box, axes: int) -> Box:
-    """A box of a patch's plane among the scene's axes."""
-    if (patch.plane is None) != (axes == 2):
-        raise ValueError(f"a patch of plane {patch.plane} in a scene of {axes} axes")
-    if patch.plane is None:
-        return plane_box
-    axis, index = patch.plane
-    start, stop = list(plane_box.start), list(plane_box.stop)
+def slice_box(plane: Box, axis: int, index: int) -> Box:
+    """A box (y, x) of the slice at ``index`` across an axis, as a box of the volume."""
+    start, stop = list(plane.start), list(plane.stop)
     start.insert(axis, index)
     stop.insert(axis, index + 1)
     return Box(tuple(start), tuple(stop))
+
+
+def _lift(patch: Patch, axes: int) -> Box:
+    """A patch's extent among the scene's axes."""
+    if (patch.plane is None) != (axes == 2):
+        raise ValueError(f"a patch of plane {patch.plane} in a scene of {axes} axes")
+    return patch.extent if patch.plane is None else slice_box(patch.extent, *patch.plane)
 
 
 def _object(patch: Patch, y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,7 +11,7 @@ import numpy as np
 from segpipe.prompts.masks.automatic import GridMasks
 from segpipe.prompts.masks.decode import ObjectMask
 from segpipe.prompts.masks.patches import Patch, dump_patches, load_patches
-from segpipe.prompts.prompt_set import Columns
+from segpipe.prompts.prompt_set import Columns, dump_arrays, load_arrays
 
 CANDIDATES = 3
 """Candidates of a prompt whose scores are kept."""
@@ -84,22 +83,19 @@ class WindowMasks(Columns):
     def dump(self) -> bytes:
         """Return all columns, exact, as one blob."""
         flat = [patch for patches in self.patches for patch in patches]
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            reason=np.frombuffer(json.dumps(self.reason).encode(), np.uint8),
+        return dump_arrays(
+            reason=json.dumps(self.reason).encode(),
             count=np.array([len(patches) for patches in self.patches], np.int64),
-            patches=np.frombuffer(dump_patches(flat), np.uint8),
+            patches=dump_patches(flat),
             **{f.name: getattr(self, f.name) for f in fields(WindowMasks)[:-2]},
         )
-        return buffer.getvalue()
 
     @classmethod
     def load(cls, data: bytes) -> WindowMasks:
         """Return the inverse of `dump`."""
-        with np.load(io.BytesIO(data)) as f:
-            flat = load_patches(f["patches"].tobytes())
-            ends = np.cumsum(f["count"]).tolist()
-            patches = tuple(flat[e - n : e] for n, e in zip(f["count"].tolist(), ends, strict=True))
-            arrays = {field.name: f[field.name] for field in fields(WindowMasks)[:-2]}
-            return cls(**arrays, reason=tuple(json.loads(f["reason"].tobytes())), patches=patches)
+        arrays = load_arrays(data)
+        flat, counts = load_patches(arrays.pop("patches").tobytes()), arrays.pop("count")
+        ends = np.cumsum(counts).tolist()
+        patches = tuple(flat[e - n : e] for n, e in zip(counts.tolist(), ends, strict=True))
+        reason = tuple(json.loads(arrays.pop("reason").tobytes()))
+        return cls(**arrays, reason=reason, patches=patches)

@@ -26,6 +26,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
 from segpipe.inference.normalise import Normaliser
 from segpipe.pipeline.scene_io import SceneBlocks
+from segpipe.prompts.masks.patches import slice_box
 from segpipe.prompts.segmenters.base import Embedding
 from segpipe.store.location import join, open_store
 from segpipe.store.stage import IMAGE_CODEC, STORE_FOLDER, Stage
@@ -82,19 +83,7 @@ class Planes:
 
     def box(self, plane: Box, index: int) -> Box:
         """A box of one plane as a box of the scene."""
-        if self.axis is None:
-            return plane
-        start, stop = list(plane.start), list(plane.stop)
-        start.insert(self.axis, index)
-        stop.insert(self.axis, index + 1)
-        return Box(tuple(start), tuple(stop))
-
-
-def read_window(
-    store: SceneBlocks, normaliser: Normaliser, planes: Planes, pyramid: Pyramid, window: Window, index: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the encoder sees of a window, and which of its elements have data; see `read_box`."""
-    return read_box(store, normaliser, planes, pyramid.box(window), 1 << window.level, index)
+        return plane if self.axis is None else slice_box(plane, self.axis, index)
 
 
 def read_box(

@@ -118,21 +118,17 @@ class Segmenter(Protocol):
         """
 
 
-def stability_score(
-    logits: np.ndarray, threshold: float = 0.0, offset: float = STABILITY_OFFSET
-) -> np.ndarray:
+def stability_score(logits: np.ndarray) -> np.ndarray:
     """IoU of each mask with itself under a higher and a lower threshold (Kirillov et al. 2023, appendix B).
 
     Args:
-        logits: (…, y, x).
-        threshold: above which an element belongs to the mask.
-        offset: by which the threshold is raised and lowered.
+        logits: (…, y, x); above 0 an element belongs to the mask.
 
     Returns:
         (…) float64; NaN where even the lower threshold leaves no element.
     """
-    inner = np.count_nonzero(logits > threshold + offset, axis=(-2, -1))
-    outer = np.count_nonzero(logits > threshold - offset, axis=(-2, -1))
+    inner = np.count_nonzero(logits > STABILITY_OFFSET, axis=(-2, -1))
+    outer = np.count_nonzero(logits > -STABILITY_OFFSET, axis=(-2, -1))
     nothing = np.full(outer.shape, np.nan)
     return np.asarray(np.divide(inner, outer, out=nothing, where=outer > 0))
 

@@ -31,7 +31,13 @@ from segpipe.models.card_checks import construct, known, only_arguments
 from segpipe.models.network import fill, forward_pass
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, check_prompts
-from segpipe.prompts.segmenters.torch_base import TorchSegmenter, check_channels, square_window, wrong_window
+from segpipe.prompts.segmenters.torch_base import (
+    TorchSegmenter,
+    check_channels,
+    embedding_tensors,
+    square_window,
+    wrong_window,
+)
 
 STRIDE = 4
 """Elements of the window for one of the encoder's map, along each axis."""
@@ -284,7 +290,7 @@ class LookSegmenter(TorchSegmenter):
     ) -> Candidates:
         """As `Segmenter.decode`. One mask: the look's of highest predicted IoU."""
         check_prompts(prompts, self.window, self.mask_shape)
-        window, context = self._tensors_of(embedding)
+        window, context = embedding_tensors(embedding, self.shapes, self.device)
         logits = np.empty((len(prompts), LOOKS if multimask else 1, *self.window), np.float32)
         iou = np.empty(logits.shape[:2], np.float32)
         with forward_pass(self.device, "fp32", self._threads):

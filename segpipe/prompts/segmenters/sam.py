@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,17 @@ from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import forward_pass
-from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
+from segpipe.models.providers.transformers.configs import data_alone, load_pretrained
 from segpipe.models.weights import resolve_weights
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt, check_prompts
-from segpipe.prompts.segmenters.torch_base import TorchSegmenter, check_channels, square_window, wrong_window
+from segpipe.prompts.segmenters.torch_base import (
+    TorchSegmenter,
+    check_channels,
+    embedding_tensors,
+    library_config,
+    square_window,
+    wrong_window,
+)
 
 ENLARGE = ("logits", "probabilities")
 """`arguments.enlarge`: what is resized to the window. SAM's own way is logits, MedSAM's probabilities."""
@@ -70,6 +78,10 @@ class SamFolder:
     """A folder whose configuration fits the card."""
 
     path: Path
+    kind: str
+    """Its `model_type`."""
+    data: dict[str, Any]
+    """Its config.json without the keys that ask for code."""
     family: SamFamily
     config: Any
     """The library's configuration."""
@@ -109,16 +121,14 @@ def read_folder(card: Card) -> SamFolder:
         )
     where = path / "config.json"
     cls = getattr(library, family.network).config_class
-    try:
-        config = cls.from_dict(data)
-    except REFUSED as error:
-        reason = " ".join(str(error).split())
-        raise _wrong(card, f"{where} makes no {cls.__name__}: {reason}") from error
+    config = library_config(cls, data, f"{where} makes no {cls.__name__}", partial(_wrong, card))
     channels, edge, grid = _sizes(card, path, family, config)
     if square_window(card) != edge:
         raise wrong_window(card, edge, f"{where} says image_size {edge}: valid: size:")
     check_channels(card, channels, f"{where} has num_channels")
-    return SamFolder(path=path, family=family, config=config, channels=channels, edge=edge, grid=grid)
+    return SamFolder(
+        path=path, kind=kind, data=data, family=family, config=config, channels=channels, edge=edge, grid=grid
+    )
 
 
 def _wrong(card: Card, problem: str) -> RequestError:
@@ -204,18 +214,6 @@ def embedding_shapes(folder: SamFolder) -> dict[str, tuple[int, int, int]]:
     return image
 
 
-def load_network(card: Card, folder: SamFolder) -> torch.nn.Module:
-    """The network with its tensors, float32, in evaluation mode.
-
-    Raises:
-        RequestError: the folder is damaged, or its tensors do not fit its config.json.
-    """
-    network = getattr(library, folder.family.network)
-    return load_pretrained(
-        network, folder.path, folder.config, lambda problem: card_error(card, "weights", problem)
-    )
-
-
 SATURATED = 1e-6
 """Probabilities are kept this far from 0 and 1, so that their logits are finite."""
 
@@ -226,10 +224,11 @@ class SamSegmenter(TorchSegmenter):
     def __init__(self, card: Card, device: torch.device, threads: int, precision: str, batch: int) -> None:
         """As `load_segmenter`."""
         folder = read_folder(card)
-        network, shapes = load_network(card, folder), embedding_shapes(folder)
+        cls = getattr(library, folder.family.network)
+        network = load_pretrained(cls, folder.path, folder.config, partial(_wrong, card))
         super().__init__(
-            network, card, folder.channels, folder.edge, 4 * folder.grid, shapes, device, threads, precision,
-            batch,
+            network, card, folder.channels, folder.edge, 4 * folder.grid, embedding_shapes(folder), device,
+            threads, precision, batch,
         )  # fmt: skip
         self._hq, self._levels = folder.family.network == "SamHQModel", bool(folder.family.backbone)
         self._probabilities = card.arguments.get("enlarge", ENLARGE[0]) == "probabilities"
@@ -270,7 +269,7 @@ class SamSegmenter(TorchSegmenter):
 
     def _maps(self, embedding: Embedding) -> dict[str, Any]:
         """The embedding as the network's arguments."""
-        tensors = self._tensors_of(embedding)
+        tensors = embedding_tensors(embedding, self.shapes, self.device)
         if self._levels:
             return {"image_embeddings": tensors}
         layers = [t.permute(0, 2, 3, 1) for t in tensors[:-1]]

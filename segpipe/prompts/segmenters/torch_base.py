@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
+from segpipe.models.providers.transformers.configs import REFUSED
 from segpipe.prompts.segmenters.base import Candidates, Embedding, Prompt
 
 
@@ -74,19 +75,42 @@ class TorchSegmenter(ABC):
     ) -> Candidates:
         """As `Segmenter.decode`."""
 
-    def _tensors_of(self, embedding: Embedding) -> list[torch.Tensor]:
-        """The maps (1, c, y, x) of an embedding, float32, in the order of `shapes`.
 
-        Raises:
-            RequestError: it is of another network.
-        """
-        found = {name: a.shape for name, a in embedding.arrays.items()}
-        if found != dict(self.shapes):
-            raise RequestError(f"embedding: found {found}; valid: {dict(self.shapes)}")
-        return [
-            torch.from_numpy(np.ascontiguousarray(embedding.arrays[name], np.float32))[None].to(self.device)
-            for name in self.shapes
-        ]
+def embedding_tensors(
+    embedding: Embedding, shapes: Mapping[str, tuple[int, int, int]], device: torch.device
+) -> list[torch.Tensor]:
+    """The maps (1, c, y, x) of an embedding, float32, in the order of a network's ``shapes``.
+
+    Raises:
+        RequestError: it is of another network.
+    """
+    found = {name: a.shape for name, a in embedding.arrays.items()}
+    if found != dict(shapes):
+        raise RequestError(f"embedding: found {found}; valid: {dict(shapes)}")
+    return [
+        torch.from_numpy(np.ascontiguousarray(embedding.arrays[name], np.float32))[None].to(device)
+        for name in shapes
+    ]
+
+
+def library_config(
+    cls: Any, data: dict[str, Any], what: str, refuse: Callable[[str], RequestError] = RequestError
+) -> Any:
+    """The configuration of the transformers library that a folder's numbers make.
+
+    Args:
+        cls: of the configuration.
+        data: its fields.
+        what: begins the message of data that make no sense.
+        refuse: makes the error of the message.
+
+    Raises:
+        RequestError: the data make no sense.
+    """
+    try:
+        return cls.from_dict(data)
+    except REFUSED as error:
+        raise refuse(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def square_window(card: Card) -> int | None:

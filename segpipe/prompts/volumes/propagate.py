@@ -20,15 +20,20 @@ import numpy as np
 from segpipe.config.prompts import Volume
 from segpipe.prompts.masks.decode import ObjectMask, measure, view_of
 from segpipe.prompts.masks.patches import Patch
+from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding
-from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, mask_box, overlaps, placed
+from segpipe.prompts.volumes.slices import (
+    ObjectPrompts,
+    SlicePrompt,
+    mask_box,
+    overlaps,
+    placed,
+    prompts_by_slice,
+)
 from segpipe.tiling.pyramid import Pyramid, Window
 
 Embedder = Callable[[int, Window], Embedding]
 """The embedding of a window of slice i, encoded or out of a cache."""
-
-RECENT = 4
-"""Embeddings that are kept at hand, for objects that ask for the same one after another."""
 
 
 class Direction(str, Enum):
@@ -128,12 +133,7 @@ def how_of(step: int) -> Direction:
 
 
 def propagate(
-    objects: Sequence[ObjectPrompts],
-    axis: int,
-    shape: Sequence[int],
-    pyramid: Pyramid,
-    tracker: Tracker,
-    rules: Volume,
+    prompts: PromptSet, axis: int, shape: Sequence[int], pyramid: Pyramid, tracker: Tracker, rules: Volume
 ) -> Iterator[SliceMask | Stop]:
     """Masks of every object on every slice that its chains reach, and the end of every chain.
 
@@ -141,16 +141,19 @@ def propagate(
     chains; an object on it that has no mask there has two that end at once.
 
     Args:
-        objects: with their prompts.
+        prompts: of the volume.
         axis: across which the slices are cut.
         shape: of the volume.
         pyramid: of a slice.
         tracker: how a mask goes on.
         rules: when it does not.
+
+    Raises:
+        RequestError: as `prompts_by_slice`.
     """
-    known = {a.object: a for a in objects}
+    known = {a.object: a for a in prompts_by_slice(prompts, axis, shape)}
     chains: list[Chain] = []
-    for prompt, section in tracker.begin(objects):
+    for prompt, section in tracker.begin([*known.values()]):
         number, index, patch = prompt.object, prompt.index, section.mask.patch
         yield SliceMask(mask=section.mask, index=index, origin=index, how=Direction.prompted, overlap=np.nan)
         for step in (1, -1):

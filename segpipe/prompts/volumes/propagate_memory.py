@@ -12,10 +12,9 @@ is tracked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,26 +23,14 @@ import transformers as library
 from torch.nn import functional
 
 from segpipe.config.card import Card, card_error
-from segpipe.config.prompts import Volume
-from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
-from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
+from segpipe.models.providers.transformers.configs import load_pretrained
 from segpipe.prompts.masks.decode import window_prompt
-from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Prompt, check_prompts
 from segpipe.prompts.segmenters.sam import embedding_shapes, read_folder
-from segpipe.prompts.volumes.propagate import (
-    RECENT,
-    Chain,
-    Embedder,
-    Section,
-    SliceMask,
-    Stop,
-    propagate,
-    section_of,
-    wider,
-)
-from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, placed, prompts_by_slice
+from segpipe.prompts.segmenters.torch_base import embedding_tensors, library_config
+from segpipe.prompts.volumes.propagate import Chain, Embedder, Section, section_of, wider
+from segpipe.prompts.volumes.slices import ObjectPrompts, SlicePrompt, placed
 from segpipe.tiling.pyramid import Pyramid, Window
 
 FAMILIES = {"sam2_video": "Sam2Video", "edgetam_video": "EdgeTamVideo"}
@@ -58,8 +45,7 @@ Outputs = dict[int, dict[str, torch.Tensor]]
 
 def has_memory(card: Card) -> bool:
     """Whether a promptable model's folder is that of a video model, which remembers slices."""
-    data = json.loads((read_folder(card).path / "config.json").read_text(encoding="utf-8"))
-    return data["model_type"] in FAMILIES
+    return read_folder(card).kind in FAMILIES
 
 
 ME, MINE = 1, 0
@@ -84,12 +70,6 @@ class Memory:
     prompted: Outputs = field(default_factory=dict)
     tracked: Outputs = field(default_factory=dict)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of its tensors."""
-        kept = [t for o in (self.prompted, self.tracked) for found in o.values() for t in found.values()]
-        return sum(t.numel() * t.element_size() for t in kept)
-
 
 class VideoNetwork:
     """A network with a memory, ready on its device."""
@@ -106,35 +86,23 @@ class VideoNetwork:
             RequestError: it is none, or the folder is damaged.
         """
         folder = read_folder(card)
-        config_json = folder.path / "config.json"
-        data = data_alone(json.loads(config_json.read_text(encoding="utf-8")))
-        kind = data["model_type"]
+        config_json, kind = folder.path / "config.json", folder.kind
+        wrong = partial(card_error, card, "weights")
         if kind not in FAMILIES:
-            raise card_error(
-                card, "weights", f"{config_json}: model_type is {kind!r}; valid: {', '.join(FAMILIES)}"
-            )
-        network = getattr(library, f"{FAMILIES[kind]}Model")
-        try:
-            config = network.config_class.from_dict(data)
-        except REFUSED as error:
-            reason = " ".join(str(error).split())
-            raise card_error(
-                card, "weights", f"{config_json} makes no {network.__name__}: {reason}"
-            ) from error
+            raise wrong(f"{config_json}: model_type is {kind!r}; valid: {', '.join(FAMILIES)}")
+        name = f"{FAMILIES[kind]}Model"
+        network = getattr(library, name)
+        config = library_config(network.config_class, folder.data, f"{config_json} makes no {name}", wrong)
         found = [config.image_size, list(config.memory_attention_rope_feat_sizes)]
         if found != (valid := [folder.edge, [folder.grid] * 2]):
-            raise card_error(
-                card,
-                "weights",
-                f"{config_json}: found image_size, memory_attention_rope_feat_sizes {found}; valid: {valid}",
+            raise wrong(
+                f"{config_json}: found image_size, memory_attention_rope_feat_sizes {found}; valid: {valid}"
             )
         self.window = (folder.edge, folder.edge)
         self.mask_shape = (4 * folder.grid, 4 * folder.grid)
         self.shapes = embedding_shapes(folder)
         self._device, self._threads = device, threads
-        loaded: Any = load_pretrained(
-            network, folder.path, config, lambda problem: card_error(card, "weights", problem)
-        )
+        loaded: Any = load_pretrained(network, folder.path, config, wrong)
         self._network = loaded.to(device)
         self._session_class: Any = getattr(library, f"{FAMILIES[kind]}InferenceSession")
         self._iou: Any = None
@@ -147,15 +115,6 @@ class VideoNetwork:
     def _note_iou(self, _module: Any, _inputs: Any, output: Any) -> None:
         """The predicted IoU of the mask that is taken: of several masks the library takes the best."""
         self._iou = output[1].max()
-
-    def begin(self, depth: int, known: Memory | None = None) -> Memory:
-        """Return a memory without tracked slices.
-
-        Args:
-            depth: Slices of the volume.
-            known: A memory whose prompted slices it has too; None: it has none.
-        """
-        return Memory(depth, dict(known.prompted) if known is not None else {})
 
     def prompt(self, memory: Memory, index: int, embedding: Embedding, prompt: Prompt | np.ndarray) -> Seen:
         """Return the mask of a prompted slice, which is remembered as such.
@@ -246,14 +205,8 @@ class VideoNetwork:
 
         A segmenter's embedding has the vector in it that says that there is no memory.
         """
-        found = {name: a.shape for name, a in embedding.arrays.items()}
-        if found != dict(self.shapes):
-            raise RequestError(f"embedding: found {found}; valid: {dict(self.shapes)}")
-        maps = [
-            torch.from_numpy(np.ascontiguousarray(embedding.arrays[name], np.float32)).to(self._device)
-            for name in self.shapes
-        ]
-        features = [m.flatten(1).T[:, None] for m in maps]
+        maps = embedding_tensors(embedding, self.shapes, self._device)
+        features = [m[0].flatten(1).T[:, None] for m in maps]
         features[-1] = features[-1] - self._network.no_memory_embedding
         return {"vision_feats": features, "vision_pos_embeds": [self._place]}
 
@@ -268,55 +221,29 @@ class VideoNetwork:
                 tracked[other] = {POINTER: tracked[other][POINTER]}
 
 
-def track(
-    prompts: PromptSet,
-    axis: int,
-    shape: Sequence[int],
-    pyramid: Pyramid,
-    network: VideoNetwork,
-    embed: Embedder,
-    rules: Volume,
-) -> Iterator[SliceMask | Stop]:
-    """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
+@dataclass(eq=False)
+class VideoTracker:
+    """A `segpipe.prompts.volumes.propagate.Tracker` with a memory an object and chain.
 
     An object has one window for all its slices: the one that the pyramid gives the envelope of all that is
     said of it. Masks that it cuts are asked for again in another, as `propagate.wider` says:
     those of all prompted slices together; and in a chain the memory begins anew there, from the prompts and
     the mask of the slice before.
-
-    Args:
-        prompts: of the volume.
-        axis: across which it is cut.
-        shape: of the volume.
-        pyramid: of a slice.
-        network: with the pyramid's window.
-        embed: gives embeddings of the same folder's segmenter.
-        rules: when a chain stops.
-
-    Raises:
-        RequestError: as `prompts_by_slice`.
     """
-    tracker = VideoTracker(axis, shape[axis], pyramid, network, lru_cache(RECENT)(embed))
-    yield from propagate(prompts_by_slice(prompts, axis, shape), axis, shape, pyramid, tracker, rules)
-
-
-@dataclass(eq=False)
-class VideoTracker:
-    """A `segpipe.prompts.volumes.propagate.Tracker` with a memory an object and chain."""
 
     axis: int
+    """Across which the volume is cut."""
     depth: int
+    """Slices of the volume."""
     pyramid: Pyramid
+    """Of a slice."""
     network: VideoNetwork
+    """With the pyramid's window."""
     embed: Embedder
+    """Gives embeddings of the same folder's segmenter."""
     _prompted: dict[int, Memory] = field(default_factory=dict)
     """By object: of its prompted slices."""
     _chains: dict[Chain, Memory] = field(default_factory=dict)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the tensors in memories; those of a prompted slice are counted in each."""
-        return sum(m.held_bytes for m in (*self._prompted.values(), *self._chains.values()))
 
     def begin(self, objects: Sequence[ObjectPrompts]) -> Iterator[tuple[SlicePrompt, Section]]:
         """As `Tracker.begin`."""
@@ -338,7 +265,8 @@ class VideoTracker:
         sections = []
         for chain in chains:
             if chain not in self._chains:
-                self._chains[chain] = self.network.begin(self.depth, self._prompted[chain.prompts.object])
+                known = self._prompted[chain.prompts.object]
+                self._chains[chain] = Memory(self.depth, dict(known.prompted))
             section = self._track(chain, index, chain.window)
             tried, extents = {chain.window}, [p.extent for p in chain.prompts.prompted]
             while (window := wider([section], extents, self.pyramid, tried)) is not None:
@@ -354,7 +282,7 @@ class VideoTracker:
 
     def _begin(self, one: ObjectPrompts, window: Window) -> tuple[Memory, list[Section]]:
         """Return a memory of an object's prompted slices in a window, and the masks there."""
-        memory, sections = self.network.begin(self.depth), []
+        memory, sections = Memory(self.depth), []
         for said in one.prompted:
             prompt = window_prompt(window, self.pyramid, said.points, said.positive, said.box)
             seen = self.network.prompt(memory, said.index, self.embed(said.index, window), prompt)

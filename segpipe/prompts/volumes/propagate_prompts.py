@@ -9,26 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 
-from segpipe.config.prompts import Choice, Volume
+from segpipe.config.prompts import Choice
 from segpipe.prompts.masks.decode import decode_window, view_of, window_prompt
 from segpipe.prompts.masks.patches import Patch
-from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
-from segpipe.prompts.segmenters.base import Prompt, Segmenter, mask_logits
-from segpipe.prompts.volumes.propagate import (
-    RECENT,
-    Chain,
-    Embedder,
-    Section,
-    SliceMask,
-    Stop,
-    propagate,
-    section_of,
-    wider,
-)
+from segpipe.prompts.prompt_set import make_boxes, make_outlines, make_points, make_prompts
+from segpipe.prompts.segmenters.base import Prompt, Segmenter
+from segpipe.prompts.volumes.propagate import Chain, Embedder, Section, section_of, wider
 from segpipe.prompts.volumes.slices import (
     ObjectPrompts,
     SlicePrompt,
@@ -36,8 +26,6 @@ from segpipe.prompts.volumes.slices import (
     holds,
     mask_box,
     overlaps,
-    placed,
-    prompts_by_slice,
 )
 from segpipe.tiling.pyramid import Pyramid, Window
 
@@ -45,61 +33,34 @@ Decoder = Callable[[Sequence[int], Window], list[Section]]
 """Decodes prompts, by their numbers, in a window of a slice."""
 
 
-@dataclass(frozen=True)
-class LinkOptions:
-    """How a mask becomes the prompt of the next slice."""
-
-    choice: Choice = Choice.score
-    """Which candidate is taken on prompted slices."""
-    grow: float = 0.05
-    """By which the box grows on every side, as a share of its edge."""
-    mask: bool = False
-    """Whether the mask before is a prompt too."""
-    at_once: int = 16
-    """Prompts decoded in one call."""
+GROW = 0.05
+"""By which the box of the mask before grows on every side, as a share of its edge."""
+AT_ONCE = 16
+"""Prompts decoded in one call."""
 
 
-def link(
-    prompts: PromptSet, axis: int, shape: Sequence[int], pyramid: Pyramid, segmenter: Segmenter,
-    embed: Embedder, rules: Volume, linking: LinkOptions | None = None,
-) -> Iterator[SliceMask | Stop]:  # fmt: skip
-    """Masks on all slices that prompts on some of them lead to; see `propagate.propagate`.
+@dataclass(frozen=True, eq=False)
+class Linker:
+    """A `segpipe.prompts.volumes.propagate.Tracker`.
 
     Each object keeps its window while this holds the box before, grown, and is of the level that the pyramid
     gives this box; else it takes the pyramid's. A mask that reaches its window's border inside the scene is
     decoded again: in another window of the level, then one level coarser, until it is whole.
 
     The embedding of a window of a slice is needed once for the prompted slices, once for all chains
-    forward and once for all backward; for one object on one prompted slice that is once in all. With more
-    than `RECENT` windows on a slice, some that are needed again count twice.
-
-    Args:
-        prompts: of the volume.
-        axis: across which it is cut.
-        shape: of the volume.
-        pyramid: of a slice.
-        segmenter: of the pyramid's window.
-        embed: gives embeddings.
-        rules: when a chain stops.
-        linking: how it goes on.
-
-    Raises:
-        RequestError: as `prompts_by_slice`.
+    forward and once for all backward; for one object on one prompted slice that is once in all, where the
+    embedder keeps the recent ones at hand.
     """
-    recent = lru_cache(RECENT)(embed)
-    linker = _Linker(axis, pyramid, segmenter, recent, linking or LinkOptions())
-    yield from propagate(prompts_by_slice(prompts, axis, shape), axis, shape, pyramid, linker, rules)
-
-
-@dataclass(frozen=True, eq=False)
-class _Linker:
-    """A `Tracker`."""
 
     axis: int
+    """Across which the volume is cut."""
     pyramid: Pyramid
+    """Of a slice."""
     segmenter: Segmenter
+    """Of the pyramid's window."""
     embed: Embedder
-    linking: LinkOptions
+    choice: Choice
+    """Which candidate is taken on prompted slices."""
 
     def begin(self, objects: Sequence[ObjectPrompts]) -> Iterator[tuple[SlicePrompt, Section]]:
         """As `Tracker.begin`, ascending by slice."""
@@ -115,9 +76,8 @@ class _Linker:
         """As `Tracker.follow`."""
         windows, boxes = [], []
         for chain in chains:
-            box = mask_box(chain.patch, self.pyramid.shape, self.linking.grow)
-            start, stop = box.tolist()
-            wanted = self.pyramid.window_of(start, stop)
+            box = mask_box(chain.patch, self.pyramid.shape, GROW)
+            wanted = self.pyramid.window_of(*box.tolist())
             same = wanted.level == chain.window.level and holds(self.pyramid, chain.window, box)
             windows.append(chain.window if same else wanted)
             boxes.append(box)
@@ -154,8 +114,8 @@ class _Linker:
         boxes = [(p.object, *p.box) for p in some if p.box is not None]
         given, _ = make_prompts(make_points(points, 2), make_boxes(boxes, 2), make_outlines([]), {})
         masks = decode_window(
-            self.segmenter, self.embed(index, window), window, self.pyramid, given, self.linking.choice,
-            self.linking.at_once, (self.axis, index),
+            self.segmenter, self.embed(index, window), window, self.pyramid, given, self.choice, AT_ONCE,
+            (self.axis, index),
         )  # fmt: skip
         return [Section(window, mask) for mask in masks]
 
@@ -164,8 +124,8 @@ class _Linker:
     ) -> list[Section]:
         """Return the masks on a slice that those of the slice before lead to."""
         embedding, sections = self.embed(index, window), []
-        for begin in range(0, len(numbers), self.linking.at_once):
-            some = [chains[n] for n in numbers[begin : begin + self.linking.at_once]]
+        for begin in range(0, len(numbers), AT_ONCE):
+            some = [chains[n] for n in numbers[begin : begin + AT_ONCE]]
             found = self.segmenter.decode(embedding, [self._prompt(c, index, window) for c in some])
             for chain, logits, iou in zip(some, found.logits, found.iou, strict=True):
                 taken, reason = self._choose(chain.patch, logits, iou, window)
@@ -179,11 +139,8 @@ class _Linker:
         """Return the prompt that the mask before makes on the next slice."""
         beside = chain.prompts.hints.get(index, np.empty((0, 2)))
         points = np.concatenate((deepest_point(chain.patch)[None], beside))
-        box = mask_box(chain.patch, self.pyramid.shape, self.linking.grow)
-        mask = None
-        if self.linking.mask:
-            mask = mask_logits(placed(chain.patch, window, self.pyramid), self.segmenter.mask_shape)
-        return window_prompt(window, self.pyramid, points, np.arange(len(points)) == 0, box, mask)
+        box = mask_box(chain.patch, self.pyramid.shape, GROW)
+        return window_prompt(window, self.pyramid, points, np.arange(len(points)) == 0, box)
 
     def _choose(self, before: Patch, logits: np.ndarray, iou: np.ndarray, window: Window) -> tuple[int, str]:
         """The candidate that overlaps most with the mask before; of several the one of best predicted IoU, of
