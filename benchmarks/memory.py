@@ -22,7 +22,7 @@ def one(path: str, card: str, out: str) -> None:
     """Run a scene in this process; print predicted and measured peak in MiB."""
     from segpipe.config.card import read_card
     from segpipe.export.run_folder import RunFolder
-    from segpipe.export.scene import export_scene
+    from segpipe.export.scene_files import export_scene
     from segpipe.inference.settings import resolve_settings
     from segpipe.pipeline.measure import measure_scene
     from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene

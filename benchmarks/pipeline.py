@@ -20,7 +20,7 @@ from benchmarks import scenes
 from segpipe.config.card import read_card
 from segpipe.config.job import Job
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import export_scene
+from segpipe.export.scene_files import export_scene
 from segpipe.inference.settings import resolve_settings
 from segpipe.models.registry import load_model
 from segpipe.pipeline.measure import measure_scene

@@ -33,7 +33,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
 from segpipe.config.scan import Scan
-from segpipe.lake.scan import check_scan
+from segpipe.lake.selection import check_scan
 from segpipe.tables.record import load_record
 from tests.services.loopback import Services
 

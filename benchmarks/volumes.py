@@ -34,8 +34,8 @@ from segpipe.config.prompts import Choice, PlaneOf, Volume
 from segpipe.geometry.box import Box
 from segpipe.inference.normalise import Normaliser, Statistics, scene_statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
+from segpipe.prompts.masks.embeddings import Planes, read_box
 from segpipe.prompts.masks.patches import patch_cover
-from segpipe.prompts.masks.windows import Planes, read_box
 from segpipe.prompts.prompt_set import PromptSet, make_boxes, make_outlines, make_points, make_prompts
 from segpipe.prompts.segment_scene import RECENT
 from segpipe.prompts.segmenters.base import Embedding, Segmenter

@@ -15,7 +15,7 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner
 
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import failed_record
+from segpipe.export.scene_files import failed_record
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.progress import Done, Pace, batches_of
 from segpipe.pipeline.scene import MeasurableScene

@@ -21,7 +21,7 @@ from segpipe.export.run_folder import RunFolder, now
 from segpipe.lake.entry import LakeEntry, content_hash
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
-from segpipe.lake.scan import (
+from segpipe.lake.selection import (
     Looked,
     Names,
     ScanRequest,

@@ -16,7 +16,7 @@ from segpipe.config.loading import as_request
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
 from segpipe.runs.check import check_request
-from segpipe.runs.run import open_run
+from segpipe.runs.find_run import open_run
 from segpipe.store.stage import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 from segpipe_flows.dispatch import Dispatch

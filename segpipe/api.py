@@ -21,10 +21,10 @@ from segpipe.config.loading import read_yaml, validate
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import Geometry, geometry_from_dict
 from segpipe.runs.check import check_request
+from segpipe.runs.find_run import load_run
 from segpipe.runs.finished import Run
 from segpipe.runs.local import Progress, run_local
 from segpipe.runs.plan import ScenePlan, plan_scenes
-from segpipe.runs.run import load_run
 from segpipe.sources import Source, open_source
 from segpipe.sources.arrays import array_parts, lazy_array
 from segpipe.sources.memory import hold

@@ -18,8 +18,8 @@ from segpipe.export.run_folder import RunFolder
 from segpipe.pictures.archive import load_previews
 from segpipe.report.markdown import plain_text, run_markdown
 from segpipe.runs.check import ResolvedJob
+from segpipe.runs.find_run import read_tables
 from segpipe.runs.finish import finish_run
-from segpipe.runs.run import read_tables
 from segpipe.store.location import is_url, join
 from segpipe.store.stage import Stage
 from segpipe.tables.record import RunRecord, SceneRecord

@@ -12,14 +12,14 @@ from prefect.tasks import exponential_backoff
 
 from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import failed_record
+from segpipe.export.scene_files import failed_record
 from segpipe.lake.ledger import Receipts
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.pipeline.progress import Done, Pace, together
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.runs.check import ResolvedJob
-from segpipe.runs.scene import begin_scene, complete_scene, run_small_scene
+from segpipe.runs.steps import begin_scene, complete_scene, run_small_scene
 from segpipe.sources import SceneRef
 from segpipe.store.stage import StopToken
 from segpipe.tables.record import SceneRecord

@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from segpipe.config.job import Job
 from segpipe.errors import RequestError
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import export_scene
+from segpipe.export.scene_files import export_scene
 from segpipe.metrics.tally import LEVELS
 from segpipe.pipeline.given_scene import prepare_labelled
 from segpipe.pipeline.measure import measure_scene

@@ -17,7 +17,7 @@ from segpipe.config.card import read_card
 from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import export_scene, failed_record
+from segpipe.export.scene_files import export_scene, failed_record
 from segpipe.pipeline.given_scene import find_labels, prepare_labelled
 from segpipe.pipeline.measure import measure_scene
 from segpipe.pipeline.model_scene import create_stages, pending_blocks, prepare_scene

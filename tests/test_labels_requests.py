@@ -109,7 +109,7 @@ def test_torch_and_prefect_stay_out(world: World, tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
         "from segpipe.config.job import Job\n"
-        "from segpipe.export.scene import done_record, export_scene\n"
+        "from segpipe.export.scene_files import done_record, export_scene\n"
         "from segpipe.pipeline.given_scene import prepare_labelled\n"
         "from segpipe.pipeline.measure import measure_scene\n"
         "from segpipe.runs.check import check_request\n"

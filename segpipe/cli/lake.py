@@ -28,7 +28,7 @@ def scan_command(
     request is wrong.
     """
     from segpipe.config.scan import load_scan
-    from segpipe.lake.scan import Looked, check_scan, new_scenes
+    from segpipe.lake.selection import Looked, check_scan, new_scenes
     from segpipe.sources.remote import public_uri
 
     scan = load_scan(scan_file, overrides or [])
@@ -68,7 +68,7 @@ def quarantine_command(
 ) -> None:
     """List the scenes of a lake that are in quarantine, with the reason, or release them."""
     from segpipe.config.scan import load_scan
-    from segpipe.lake.scan import check_scan
+    from segpipe.lake.selection import check_scan
 
     ledger = check_scan(load_scan(scan_file, overrides or [])).ledger
     held, wanted = ledger.quarantined(), set(release or [])

@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 from segpipe import __version__
 from segpipe.cli.doctor import doctor_command
 from segpipe.cli.lake import quarantine_command, scan_command
-from segpipe.cli.local import run_in_process
 from segpipe.cli.models import models_app
+from segpipe.cli.run_local import run_in_process
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.process.extras import check_installed, missing_extra
 
@@ -103,7 +103,7 @@ def run(job_file: JobFile, overrides: Overrides = None, local: Local = False) ->
 def _run_job(job: Job, local: bool) -> None:
     """Run a job in a flow, or in this process, and print its numbers."""
     from segpipe.runs.check import check_request
-    from segpipe.runs.run import open_run
+    from segpipe.runs.find_run import open_run
 
     request = check_request(job)  # a mistake is told now, before a server is started
     found, before = open_run(job, request.fingerprint)
@@ -124,7 +124,7 @@ def _run_job(job: Job, local: bool) -> None:
 
 def _run_flow(job: Job, request: ResolvedJob, before: RunRecord | None) -> None:
     """Run a checked job as a flow, and print its numbers."""
-    from segpipe.runs.run import open_run
+    from segpipe.runs.find_run import open_run
     from segpipe_flows.here import check_server, run_here
     from segpipe_flows.prompt import prompt as ask
     from segpipe_flows.runners import check_cluster, task_runner
@@ -218,7 +218,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def _headline(run: RunFolder, record: RunRecord) -> None:
     """The last lines: the numbers people came for, and where the page is."""
     from segpipe.report.markdown import headline
-    from segpipe.runs.run import read_tables
+    from segpipe.runs.find_run import read_tables
 
     for scene in record.failed:
         print(f"failed: {scene.name}: {scene.error}", file=sys.stderr)
@@ -255,8 +255,8 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
 @app.command()
 def report(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<job>/<run>")]) -> None:
     """Make the tables and the page of a run again, from its receipts and pictures alone."""
+    from segpipe.runs.find_run import load_run
     from segpipe.runs.finish import write_run
-    from segpipe.runs.run import load_run
 
     found, record = load_run(run_folder)
     write_run(found, record)

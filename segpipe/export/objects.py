@@ -18,8 +18,8 @@ from segpipe.errors import SceneError
 from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.objects.merge import SceneObjects
 from segpipe.objects.outlines import block_pieces, dissolve
+from segpipe.objects.scene_objects import SceneObjects
 from segpipe.sources.base import LabelReader
 
 STEP = 2048

@@ -10,7 +10,7 @@ import numpy as np
 
 from segpipe.geometry.box import Box
 from segpipe.metrics.tally import SizeScale, SumTable, compact
-from segpipe.objects.merge import SceneObjects
+from segpipe.objects.scene_objects import SceneObjects
 from segpipe.regions.base import FULL, RegionSet
 from segpipe.store.stage import Stage
 

@@ -17,7 +17,7 @@ from segpipe.pictures.drawing import edges, webp
 from segpipe.pictures.sampling import Plane, Readers
 
 if TYPE_CHECKING:
-    from segpipe.objects.merge import SceneObjects
+    from segpipe.objects.scene_objects import SceneObjects
 
 MOST = 12
 """Phrases with a picture: the first with objects, in the order asked."""

@@ -28,7 +28,7 @@ from segpipe.pictures.phrase_pictures import (
 from segpipe.pictures.sampling import Readers, sample_image, sample_labels, thinned
 
 if TYPE_CHECKING:
-    from segpipe.objects.merge import SceneObjects
+    from segpipe.objects.scene_objects import SceneObjects
 
 _NAMED = (("red", "b04", "b4"), ("green", "b03", "b3"), ("blue", "b02", "b2"))
 """Names of the bands shown as red, green and blue: colour words, then Sentinel-2's."""

@@ -10,7 +10,6 @@ from segpipe.geometry.box import Box
 from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.object_merger import ground_value, load_parts, stuff_values
 from segpipe.metrics.tally import SizeScale
-from segpipe.objects.merge import merge_objects, relabel
 from segpipe.objects.nodes import (
     Nodes,
     Overhang,
@@ -20,6 +19,7 @@ from segpipe.objects.nodes import (
     overhang_boxes,
     window_edges,
 )
+from segpipe.objects.scene_objects import merge_objects, relabel
 from segpipe.objects.table import TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.store.stage import ArraySpec

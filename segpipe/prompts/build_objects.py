@@ -20,6 +20,7 @@ from segpipe.objects.table import FACTS, TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.progress import Done
 from segpipe.prompts.collect_prompts import phrase_row
 from segpipe.prompts.masks.automatic import merge_grid_masks
+from segpipe.prompts.masks.embeddings import prune
 from segpipe.prompts.masks.scene_masks import (
     MaskMerge,
     PatchIndex,
@@ -29,7 +30,6 @@ from segpipe.prompts.masks.scene_masks import (
     rasterise_scene,
 )
 from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
-from segpipe.prompts.masks.windows import prune
 from segpipe.prompts.phrases import UNNAMED, value_of
 from segpipe.prompts.prompt_scene import ACCOUNT, PromptScene
 from segpipe.prompts.prompt_set import PromptSet, PromptSource

@@ -19,8 +19,8 @@ from segpipe.prompts.grounding.detect_scene import DetectorScene, merge_windows
 from segpipe.prompts.grounding.merge_boxes import detection_windows
 from segpipe.prompts.grounding.vocabulary import Vocabulary, concepts
 from segpipe.prompts.inputs.components import read_labels
-from segpipe.prompts.inputs.files import read_prompts
-from segpipe.prompts.masks.windows import window_id
+from segpipe.prompts.inputs.prompt_files import read_prompts
+from segpipe.prompts.masks.embeddings import window_id
 from segpipe.prompts.phrases import parse_phrases
 from segpipe.prompts.prompt_scene import ASKED, PromptScene, prepare_prompts
 from segpipe.prompts.prompt_set import (

@@ -115,6 +115,6 @@ def file_fingerprint(path: str) -> str:
 @lru_cache(maxsize=16)
 def _phrases_of_file(path: str, layer: str, fingerprint: str) -> tuple[str, ...]:
     """Phrases of a file's prompts, none twice; empty where a prompt has none."""
-    from segpipe.prompts.inputs.files import read_file_attributes
+    from segpipe.prompts.inputs.prompt_files import read_file_attributes
 
     return tuple(dict.fromkeys(read_file_attributes(Path(path), layer).phrases))

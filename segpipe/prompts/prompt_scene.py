@@ -26,7 +26,7 @@ from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.detect_scene import DetectorScene, prepare_detector
-from segpipe.prompts.masks.windows import PREFIX, Embeddings, Planes
+from segpipe.prompts.masks.embeddings import PREFIX, Embeddings, Planes
 from segpipe.prompts.phrases import file_fingerprint, parse_phrases, phrase_classes
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter

@@ -34,9 +34,9 @@ from segpipe.prompts.masks.automatic import (
     segment_grid,
 )
 from segpipe.prompts.masks.decode import ObjectMask, decode_window
+from segpipe.prompts.masks.embeddings import check_budget, read_box, window_id
 from segpipe.prompts.masks.patches import Patch
 from segpipe.prompts.masks.window_masks import CANDIDATES, WindowMasks
-from segpipe.prompts.masks.windows import check_budget, read_box, window_id
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.base import Embedding, Segmenter

@@ -259,7 +259,7 @@ def asked_job(
     if what.endswith((".yaml", ".yml")):
         data = read_yaml(what)
     else:
-        from segpipe.runs.run import load_run
+        from segpipe.runs.find_run import load_run
 
         data = load_run(what)[1].job
     asked: dict[str, Any] = dict(data.get("prompts") or {})

@@ -25,7 +25,7 @@ from segpipe.report.run_changes import (
     compare_tables,
     side_by_side,
 )
-from segpipe.runs.run import load_run, read_tables
+from segpipe.runs.find_run import load_run, read_tables
 from segpipe.sources import open_source
 from segpipe.store.location import check_writable, is_url, join, open_store, write_atomic
 from segpipe.tables.record import GeometrySummary, RunRecord, SceneRecord

@@ -15,7 +15,7 @@ from segpipe.errors import RequestError
 from segpipe.export.run_folder import RunFolder
 from segpipe.geometry.geometry import geometry_from_dict
 from segpipe.report.markdown import headline
-from segpipe.runs.run import read_table
+from segpipe.runs.find_run import read_table
 from segpipe.sources import open_source
 from segpipe.sources.arrays import lazy_array
 from segpipe.store.location import is_url, join

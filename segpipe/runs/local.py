@@ -11,11 +11,11 @@ from obstore.exceptions import BaseError as StorageError
 
 from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import failed_record
+from segpipe.export.scene_files import failed_record
 from segpipe.runs.check import ResolvedJob
+from segpipe.runs.find_run import open_run
 from segpipe.runs.finish import finish_run
-from segpipe.runs.run import open_run
-from segpipe.runs.scene import begin_scene, complete_scene, compute_scene
+from segpipe.runs.steps import begin_scene, complete_scene, compute_scene
 from segpipe.sources import SceneRef
 from segpipe.store.stage import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord

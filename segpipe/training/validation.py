@@ -19,9 +19,9 @@ from segpipe.metrics.bootstrap import mean_intervals
 from segpipe.metrics.tally import SizeScale
 from segpipe.models.network import best_class
 from segpipe.objects.matching import ObjectCounts, panoptic_counts, panoptic_quality, pooled
-from segpipe.objects.merge import SceneObjects, merge_objects, relabel
 from segpipe.objects.nodes import add_pairs, window_edges
 from segpipe.objects.overlap_table import VOID, Objects, Overlaps, overlap_tile, overlaps
+from segpipe.objects.scene_objects import SceneObjects, merge_objects, relabel
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.windows import Lattice, make_lattice
 from segpipe.training.scenes import TrainScene

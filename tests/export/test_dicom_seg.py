@@ -23,7 +23,7 @@ from segpipe.config.job import load_job
 from segpipe.errors import SceneError
 from segpipe.export.dicom_seg import Algorithm, concept_of, write_dicom_seg
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import export_scene
+from segpipe.export.scene_files import export_scene
 from segpipe.geometry.box import Box
 from segpipe.inference.settings import resolve_settings
 from segpipe.pipeline.measure import measure_scene

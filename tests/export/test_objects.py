@@ -23,7 +23,7 @@ from segpipe.export.nifti import write_nifti_ids
 from segpipe.export.objects import write_coco, write_object_polygons
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
-from segpipe.objects.merge import SceneObjects
+from segpipe.objects.scene_objects import SceneObjects
 from tests.instances.scene import Oracle, by_first, discs, scene_ids, square_lattice
 
 UTM = RasterGeometry((300, 420), (10.0, 0.0, 5e5, 0.0, -10.0, 5e6), rasterio.CRS.from_epsg(32633).to_wkt())

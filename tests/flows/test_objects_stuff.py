@@ -22,7 +22,7 @@ from torchmetrics.detection import PanopticQuality
 
 from segpipe.config.card import read_card
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import done_record, export_scene
+from segpipe.export.scene_files import done_record, export_scene
 from segpipe.inference.engine import Engine
 from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics

@@ -24,7 +24,7 @@ from segpipe.lake.entry import LakeEntry
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
-from segpipe.lake.scan import check_scan
+from segpipe.lake.selection import check_scan
 from segpipe.sources import SceneRef
 from segpipe.store.stage import StopToken
 from segpipe.tables.record import RunRecord, load_record

@@ -15,7 +15,7 @@ import yaml
 from segpipe.config.card import read_card
 from segpipe.config.job import Job
 from segpipe.errors import RequestError, SceneError
-from segpipe.export.scene import previews_name
+from segpipe.export.scene_files import previews_name
 from segpipe.geometry.box import Box
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.predict import finish_labels, predict_blocks

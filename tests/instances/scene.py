@@ -11,8 +11,8 @@ from scipy.ndimage import gaussian_filter
 
 from segpipe.geometry.box import Box
 from segpipe.inference.merge import Trim
-from segpipe.objects.merge import Lookup, SceneObjects, merge_objects, relabel
 from segpipe.objects.nodes import add_nodes, add_pairs, box_nodes, window_edges, window_overhang
+from segpipe.objects.scene_objects import Lookup, SceneObjects, merge_objects, relabel
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.windows import Blocks, Index, Lattice, make_lattice
 

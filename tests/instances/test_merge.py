@@ -10,8 +10,8 @@ from skimage.measure import label, regionprops
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.objects.matching import panoptic_counts, panoptic_quality
-from segpipe.objects.merge import relabel
 from segpipe.objects.nodes import add_nodes, box_nodes, overhang_boxes
+from segpipe.objects.scene_objects import relabel
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.windows import make_lattice
 from tests.instances.scene import (

@@ -15,7 +15,7 @@ from pyproj import CRS, Transformer
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
-from segpipe.prompts.inputs.files import read_prompts
+from segpipe.prompts.inputs.prompt_files import read_prompts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 UTM = "EPSG:32617"

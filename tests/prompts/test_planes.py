@@ -17,8 +17,8 @@ from segpipe.geometry.geometry import RasterGeometry, volume_geometry
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.collect_prompts import prompt_line
-from segpipe.prompts.masks import windows as module
-from segpipe.prompts.masks.windows import Planes, read_box
+from segpipe.prompts.masks import embeddings as module
+from segpipe.prompts.masks.embeddings import Planes, read_box
 from segpipe.prompts.segment_scene import next_round, segment_windows
 from segpipe.runs.check import check_request
 from segpipe.sources import open_source

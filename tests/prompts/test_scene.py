@@ -19,9 +19,9 @@ from segpipe.errors import SceneError, StoppedError
 from segpipe.geometry.box import Box
 from segpipe.objects.table import FACTS, ObjectTable
 from segpipe.prompts.build_objects import build_objects
-from segpipe.prompts.inputs.files import read_prompts
+from segpipe.prompts.inputs.prompt_files import read_prompts
+from segpipe.prompts.masks.embeddings import prune, window_id
 from segpipe.prompts.masks.patches import patch_cover
-from segpipe.prompts.masks.windows import prune, window_id
 from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_scene import next_round, segment_volume, segment_windows, segmenter_of
 from segpipe.prompts.segmenters.base import Embedding

@@ -14,7 +14,7 @@ from pyproj import CRS, Transformer
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import RasterGeometry, volume_geometry
-from segpipe.prompts.inputs.files import read_prompts
+from segpipe.prompts.inputs.prompt_files import read_prompts
 
 UTM = CRS("EPSG:32617").to_wkt()
 MAP = RasterGeometry((300, 400), (10.0, 0.0, 700000.0, 0.0, -10.0, 4000000.0), UTM)

@@ -18,7 +18,7 @@ from skimage.segmentation import find_boundaries
 
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import volume_geometry
-from segpipe.objects.merge import SceneObjects
+from segpipe.objects.scene_objects import SceneObjects
 from segpipe.pictures.archive import dump_previews, load_previews
 from segpipe.pictures.colors import rgb
 from segpipe.pictures.preview import raster_pictures, raster_preview, volume_preview

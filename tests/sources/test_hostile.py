@@ -23,7 +23,7 @@ from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError, SegpipeError
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.process.gdal_drivers import OWN_DRIVERS, RASTER_DRIVERS, VECTOR_DRIVERS
-from segpipe.prompts.inputs.files import read_prompts
+from segpipe.prompts.inputs.prompt_files import read_prompts
 from segpipe.regions.layer import read_layer
 from segpipe.sources import discover, open_source
 

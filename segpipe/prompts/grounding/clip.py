@@ -32,8 +32,8 @@ from segpipe.prompts.grounding.processors import (
     load_processor,
     read_kind,
 )
+from segpipe.prompts.masks.embeddings import Planes, read_box
 from segpipe.prompts.masks.patches import Patch
-from segpipe.prompts.masks.windows import Planes, read_box
 
 PHOTO = ("a photo of a {}.",)
 """What CLIP's authors put around a name."""

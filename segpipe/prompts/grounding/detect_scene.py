@@ -26,7 +26,7 @@ from segpipe.pipeline.plan_scene import device_parts, model_parts
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.grounding.base import Detections, Grounder, Grounding, PhraseAccount
 from segpipe.prompts.grounding.merge_boxes import add_accounts, detection_windows, merge_detections, to_scene
-from segpipe.prompts.masks.windows import Planes, read_box, window_id
+from segpipe.prompts.masks.embeddings import Planes, read_box, window_id
 from segpipe.prompts.phrases import parse_phrases
 from segpipe.prompts.prompt_set import dump_arrays, load_arrays
 from segpipe.sources import SceneRef, open_source

@@ -27,7 +27,7 @@ from scipy.ndimage import find_objects
 
 from segpipe.geometry.box import Box
 from segpipe.metrics.tally import compact
-from segpipe.objects.merge import SceneObjects
+from segpipe.objects.scene_objects import SceneObjects
 from segpipe.prompts.masks.patches import (
     Patch,
     check_patches,

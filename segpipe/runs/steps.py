@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from segpipe.config.job import SceneKind
 from segpipe.export.run_folder import RunFolder
-from segpipe.export.scene import done_record, drop_unkept, export_scene
+from segpipe.export.scene_files import done_record, drop_unkept, export_scene
 from segpipe.pipeline.given_scene import LabelledScene, prepare_labelled
 from segpipe.pipeline.measure import check_measure, measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
