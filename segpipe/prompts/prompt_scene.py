@@ -281,13 +281,6 @@ def check_prompts(job: Job) -> Card:
             check_model(other)
     if options.path:
         file_fingerprint(options.path)
-    classes = phrase_classes(options)
-    objects = [c.name for c in classes if not c.background]
-    if job.measure.objects and not (job.reference and job.reference.divisor) and len(objects) > 1:
-        raise RequestError(
-            f"measure.objects: ids alone do not say which of {', '.join(objects)} an object is: give a "
-            "reference whose values are class × divisor + number, and `reference.divisor`"
-        )
     return card
 
 

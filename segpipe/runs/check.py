@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segpipe import ANSWER_VERSION, ENGINE_VERSION
-from segpipe.config.card import Card, WindowZscore, read_card
+from segpipe.config.card import Card, Class, WindowZscore, read_card
 from segpipe.config.classes import load_classes
 from segpipe.config.job import TTA, Blend, Job, parse_size
 from segpipe.config.loading import apply_overrides, load_groups, read_yaml, validate
@@ -91,6 +91,8 @@ def check_job(job: Job) -> ResolvedJob:
         _check_objects(job, card)
         settings = resolve_settings(job.compute, card)
         classes = tuple(card.classes)
+    if card is not None:
+        _check_ids(job, classes)
     tolerances(job.measure, classes)
     return ResolvedJob(job=job, card=card, settings=settings)
 
@@ -119,7 +121,12 @@ def _check_objects(job: Job, card: Card) -> None:
                 f"{field}: {card.name!r} yields a class for every element, no objects: leave it out, or "
                 "give a card whose output.kind is instance or panoptic"
             )
-    objects = [c.name for c in card.classes if not c.background]
+
+
+def _check_ids(job: Job, classes: Sequence[Class]) -> None:
+    """Ids of a reference are of one class, or say theirs."""
+    objects = [c.name for c in classes if not c.background]
+    divisor = job.reference.divisor if job.reference else 0
     if job.measure.objects and not divisor and len(objects) > 1:
         raise RequestError(
             f"measure.objects: ids alone do not say which of {', '.join(objects)} an object is: give a "
