@@ -24,18 +24,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from segpipe.cli.doctor import doctor_command, line_of, table_of
-from segpipe.doctor import (
-    Finding,
-    State,
-    check_credentials,
-    check_dask,
-    check_engine,
-    check_folder,
-    check_packages,
-    check_prefect,
-    check_store,
-    machine,
-)
+from segpipe.doctor import Finding, State, machine
+from segpipe.doctor.machine import check_engine, check_folder, check_packages
+from segpipe.doctor.services import check_credentials, check_dask, check_prefect, check_store
 from segpipe_flows.server import free_port
 from tests.services.loopback import Services
 from tests.services.processes import start, stop, wait_until
@@ -135,7 +126,7 @@ def test_a_package_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_a_folder_of_another_proj_is_noticed(tmp_path: Path) -> None:
-    code = "from segpipe.doctor import check_gdal; import json; print(json.dumps(check_gdal()))"
+    code = "from segpipe.doctor.machine import check_gdal; import json; print(json.dumps(check_gdal()))"
     environment = {**os.environ, "PROJ_DATA": str(tmp_path), "PROJ_LIB": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -85,7 +85,7 @@ def show(
 
 def _reach_rows(card: Card) -> dict[str, Any]:
     """How far the model looks, and what smaller halos would change."""
-    from segpipe.inference.receptive_field.halo import card_reach
+    from segpipe.inference.receptive_field.reach import card_reach
 
     if card.window_shape is None or card.output.kind != "semantic":
         return {"reach": "of semantic models with windows only"}

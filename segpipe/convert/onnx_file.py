@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +30,7 @@ LARGEST = 1e-3
 """Of a difference of probabilities."""
 
 
-def export_onnx(
-    card: Card,
-    folder: str | Path,
-    *,
-    opset: int = OPSET,
-    check: bool = True,
-    windows: Sequence[torch.Tensor] = (),
-) -> Path:
+def export_onnx(card: Card, folder: str | Path, windows: Sequence[torch.Tensor] = ()) -> Path:
     """Write a PyTorch model as an ONNX file with a card of its own.
 
     Batch and space stay open, space in multiples of the card's stride; where the network does not
@@ -47,9 +39,8 @@ def export_onnx(
     Args:
         card: of a model that is a PyTorch module here.
         folder: of the new card and its file.
-        opset: version of ONNX's operators.
-        check: hold the file's answers against the network's, for noise and for `windows`.
-        windows: real ones, normalised, (c, …) each.
+        windows: real ones, normalised, (c, …) each: on these and on noise, the file's answers are held
+            against the network's.
 
     Returns:
         The new card's path.
@@ -59,14 +50,11 @@ def export_onnx(
             answers otherwise than the network.
     """
     check_card(card)
-    graph, open_space = onnx_graph(card, opset)
-    scores, limits = card.scores, card.limits
-    if check:
-        parity = check_graph(card, graph, open_space, [*noise_windows(card), *windows])
-        real = f" and {len(windows)} of scenes" if windows else ""
-        scores = joined(
-            scores, f"This ONNX file against the PyTorch model, on windows of noise{real}: {parity}."
-        )
+    graph, open_space = onnx_graph(card)
+    parity = check_graph(card, graph, open_space, [*noise_windows(card), *windows])
+    real = f" and {len(windows)} of scenes" if windows else ""
+    found = f"This ONNX file against the PyTorch model, on windows of noise{real}: {parity}."
+    scores, limits = joined(card.scores, found), card.limits
     if not open_space:
         limits = joined(limits, "As ONNX its window is fixed: smaller scenes are padded up to it.")
     return publish(
@@ -82,7 +70,7 @@ def check_graph(
     Raises:
         RequestError: they differ by more than rounding does; says by how much.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with TemporaryDirectory() as name:
         path = publish(card, graph, Path(name), "onnx", **window_field(card, open_space))
         after = load_model(load_card(path), "cpu", 1, "fp32")
         parity = compare(card, load_model(card, "cpu", 1, "fp32"), after, windows)
@@ -94,7 +82,7 @@ def check_graph(
     return parity
 
 
-def onnx_graph(card: Card, opset: int = OPSET) -> tuple[onnx.ModelProto, bool]:
+def onnx_graph(card: Card) -> tuple[onnx.ModelProto, bool]:
     """A card's network as a graph from ``image`` (n, c, …) to ``scores`` (n, k, …).
 
     Returns:
@@ -110,7 +98,7 @@ def onnx_graph(card: Card, opset: int = OPSET) -> tuple[onnx.ModelProto, bool]:
     if not isinstance(network, TorchNetwork):
         raise card_error(card, "provider", f"{card.provider} is no PyTorch network: nothing to export")
     example = torch.zeros(2, card.channels, *example_shape(card))
-    program, open_space = _traced(card, _Exportable(network), example, opset)
+    program, open_space = _traced(card, _Exportable(network), example)
     graph: onnx.ModelProto = program.model_proto
     # Where in whose files each operator came from: paths of this machine.
     for node in [*graph.graph.node, *(n for f in graph.functions for n in f.node)]:
@@ -131,7 +119,7 @@ class _Exportable(torch.nn.Module):
         return self.network(batch)
 
 
-def _traced(card: Card, module: torch.nn.Module, example: torch.Tensor, opset: int) -> tuple[Any, bool]:
+def _traced(card: Card, module: torch.nn.Module, example: torch.Tensor) -> tuple[Any, bool]:
     """The exporter's program with as much left open as the network allows."""
     dim, stride, axes = torch.export.Dim, card.window.stride, range(2, example.ndim)
     batch = {0: dim("n")}
@@ -145,7 +133,7 @@ def _traced(card: Card, module: torch.nn.Module, example: torch.Tensor, opset: i
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on types that torch's own modules will lose one day
                 program = torch.onnx.export(
-                    module.eval(), (example,), dynamo=True, dynamic_shapes=({**shapes},), opset_version=opset,
+                    module.eval(), (example,), dynamo=True, dynamic_shapes=({**shapes},), opset_version=OPSET,
                     input_names=["image"], output_names=["scores"], verbose=False,
                 )  # fmt: skip
             return program, open_space

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from segpipe.doctor import machine, services
 from segpipe.doctor.finding import Finding, State
-from segpipe.doctor.machine import (
-    check_engine,
-    check_folder,
-    check_gdal,
-    check_gpu,
-    check_gzip,
-    check_machine,
-    check_onnxruntime,
-    check_packages,
-    check_python,
-    check_torch,
-)
-from segpipe.doctor.services import check_credentials, check_dask, check_prefect, check_store
 
 __all__ = ["Finding", "State", "examine"]
 
@@ -32,23 +20,25 @@ def examine(out: str, *, dask: str = "", store: str = "", self_test: bool = True
         self_test: whether to run a tiny model through the engine.
     """
     checks: list[Callable[[], Finding]] = [
-        check_python,
-        check_packages,
-        check_machine,
-        check_gpu,
-        check_torch,
-        check_onnxruntime,
-        check_gdal,
-        check_gzip,
-        (lambda: check_store(out, "output")) if "://" in out else (lambda: check_folder(out)),
-        check_prefect,
+        machine.check_python,
+        machine.check_packages,
+        machine.check_machine,
+        machine.check_gpu,
+        machine.check_torch,
+        machine.check_onnxruntime,
+        machine.check_gdal,
+        machine.check_gzip,
+        (lambda: services.check_store(out, "output"))
+        if "://" in out
+        else (lambda: machine.check_folder(out)),
+        services.check_prefect,
     ]
     if dask:
-        checks.append(lambda: check_dask(dask))
-    checks.append(check_credentials)
+        checks.append(lambda: services.check_dask(dask))
+    checks.append(services.check_credentials)
     if store:
-        checks.append(lambda: check_store(store))
+        checks.append(lambda: services.check_store(store))
     if self_test:
-        checks.append(check_engine)
+        checks.append(machine.check_engine)
     for check in checks:
         yield check()

@@ -17,13 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    NotFoundError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore import exceptions
 from obstore.store import ObjectStore, from_url
 
 from segpipe.doctor.finding import Finding, State, check
@@ -247,9 +241,9 @@ BY_STATUS = {
 }
 """What to do, by the status of the answer."""
 BY_TYPE: dict[type[Exception], str] = {
-    NotFoundError: BY_STATUS[404],
-    PermissionDeniedError: RIGHTS,
-    UnauthenticatedError: BY_STATUS[401],
+    exceptions.NotFoundError: BY_STATUS[404],
+    exceptions.PermissionDeniedError: RIGHTS,
+    exceptions.UnauthenticatedError: BY_STATUS[401],
 }
 """What to do, by the type of the error, where the library gives it one."""
 BY_KIND = {
@@ -282,7 +276,7 @@ def check_store(url: str, name: str = "store") -> Finding:
         doing = "written"
         key = f".segpipe-doctor-{uuid.uuid4().hex}"
         exclusive = _write_once(store, key)
-    except (BaseError, OSError, ValueError) as error:
+    except (exceptions.BaseError, OSError, ValueError) as error:
         found = f"{url}: cannot be {doing} ({store_reason(error)})"
         return Finding(name, State.fail, found, _advice(error))
     found = f"{url}: {'has objects' if first else 'empty'}; listed, written, deleted"
@@ -313,7 +307,7 @@ def _write_once(store: ObjectStore, key: str) -> bool:
     obstore.put(store, key, b"", mode="create")
     try:
         obstore.put(store, key, b"", mode="create")
-    except AlreadyExistsError:
+    except exceptions.AlreadyExistsError:
         return True
     finally:
         obstore.delete(store, key)

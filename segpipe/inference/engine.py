@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from segpipe.inference.block_result import (
 from segpipe.inference.dense_crf import dense_crf
 from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, NativeAnswer, Trim, native_answer
-from segpipe.inference.normalise import Normaliser
+from segpipe.inference.normalise import Normaliser, padded
 from segpipe.inference.object_merger import ObjectMerger, masked
 from segpipe.inference.queues import Prefetch, Writer
 from segpipe.models.base import ObjectModel, SegmentationModel
@@ -214,7 +214,9 @@ class Engine:
         for n, (window, real, native) in enumerate(wanted, start=1):
             begun = time.perf_counter()
             values = self._window(normal, read_box, real, native)
-            valid = self._valid(pixels.valid[real.within(read_box)]) if self.finds_objects else None
+            valid = None
+            if self.finds_objects:  # what is padded is not valid
+                valid = padded(pixels.valid[real.within(read_box)], plan.lattice.window_shape)
             self.timings.read += time.perf_counter() - begun
             yield _Item(block, window, last=n == len(wanted), valid=valid), values
 
@@ -228,16 +230,8 @@ class Engine:
             values = self.normaliser.window(np.ascontiguousarray(values))
         shape = self.plan.lattice.window_shape
         if values.shape[1:] != shape:
-            rest = [(0, n - m) for n, m in zip(shape, values.shape[1:], strict=True)]
-            modes = {"zero": "constant", "edge": "edge", "symmetric": "symmetric"}
-            mode: Any = modes[self.card.window.padding]
-            values = np.pad(values, [(0, 0), *rest], mode=mode)
+            values = padded(values, shape, self.card.window.padding)
         return np.ascontiguousarray(values)
-
-    def _valid(self, valid: np.ndarray) -> np.ndarray:
-        """Where a window is valid; its padding is not."""
-        rest = [(0, n - m) for n, m in zip(self.plan.lattice.window_shape, valid.shape, strict=True)]
-        return np.pad(valid, rest)
 
     # -- forward ------------------------------------------------------------------------------
 
@@ -257,9 +251,7 @@ class Engine:
             found = cast(ObjectModel, self.model).objects(x[: batch.used])
             return ForwardResult(None, None, None, found)
         scores = self._probabilities(x)
-        labels = None
-        if self.labels_only:
-            labels = best_class(scores)
+        labels = best_class(scores) if self.labels_only else None
         self.timings.passes += batch.used
         finite = to_host(all_finite(scores[: batch.used]))
         return ForwardResult(to_host(labels), None if self.labels_only else to_host(scores), finite)

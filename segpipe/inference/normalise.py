@@ -35,11 +35,15 @@ STATISTICS_TILE = {2: 2048, 3: 128}
 """Sums over a scene are made of these tiles, so that no block size can change them."""
 
 
+Pairs = tuple[tuple[float, float], ...]
+"""Two numbers per channel."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What the card's steps need to know of a whole scene: one pair per step and channel."""
 
-    pairs: tuple[tuple[tuple[float, float], ...], ...] = ()
+    pairs: tuple[Pairs, ...] = ()
     """For each step, in order: (low, high) or (mean, deviation) per channel; empty for others."""
 
     def to_json(self) -> list[Any]:
@@ -72,7 +76,7 @@ def _column(values: Sequence[float], ndim: int) -> np.ndarray:
     return np.asarray(values, dtype=np.float32).reshape((-1,) + (1,) * (ndim - 1))
 
 
-def _apply(x: np.ndarray, step: Step, pairs: tuple[tuple[float, float], ...]) -> np.ndarray:
+def _apply(x: np.ndarray, step: Step, pairs: Pairs) -> np.ndarray:
     """One elementwise step on (c, …) float32."""
     match step:
         case Subtract(value=value):
@@ -143,6 +147,13 @@ class Normaliser:
         return x
 
 
+def padded(values: np.ndarray, shape: Sequence[int], padding: str = "zero") -> np.ndarray:
+    """Values (…) or (c, …) of this shape, padded at their end, as a card's `window.padding` says."""
+    rest = [(0, n - m) for n, m in zip(shape, values.shape[-len(shape) :], strict=True)]
+    mode: Any = "constant" if padding == "zero" else padding
+    return np.pad(values, [(0, 0)] * (values.ndim - len(shape)) + rest, mode=mode)
+
+
 class Readable(Protocol):
     """What statistics read from: anything that gives `Pixels` for a native box."""
 
@@ -159,13 +170,13 @@ def scene_statistics(
     Each is taken after the steps before it. Quantiles come from the scene sampled (nearest) onto a
     small grid; means and deviations from exact sums over fixed tiles.
     """
-    pairs: list[tuple[tuple[float, float], ...]] = []
+    pairs: list[Pairs] = []
     for position, step in enumerate(card.input.normalisation):
         so_far = Normaliser(card, scaling, Statistics(tuple(pairs)))
         if isinstance(step, SceneQuantiles):
-            pairs.append(_quantiles(card, step, geometry, so_far, position, reader))
+            pairs.append(_quantiles(so_far, step, position, geometry, reader))
         elif isinstance(step, SceneZscore):
-            pairs.append(_moments(card, step, geometry, so_far, position, reader))
+            pairs.append(_moments(so_far, step, position, geometry, reader))
         else:
             pairs.append(())
     return Statistics(tuple(pairs))
@@ -181,14 +192,9 @@ def sample_grid(card: Card, geometry: Geometry, shape: Sequence[int] | None) -> 
 
 
 def _quantiles(
-    card: Card,
-    step: SceneQuantiles,
-    geometry: Geometry,
-    so_far: Normaliser,
-    position: int,
-    reader: Readable,
-) -> tuple[tuple[float, float], ...]:
-    grid = sample_grid(card, geometry, step.grid)
+    so_far: Normaliser, step: SceneQuantiles, position: int, geometry: Geometry, reader: Readable
+) -> Pairs:
+    grid = sample_grid(so_far.card, geometry, step.grid)
 
     def read(box: Box) -> np.ndarray:
         pixels = reader.read(box)
@@ -196,33 +202,23 @@ def _quantiles(
         return np.where(pixels.valid, x, np.float32(np.nan))
 
     sample = torch.from_numpy(sample_nearest(read, grid, np.float32))
-    pairs = []
-    for channel in sample:
-        valid = channel[~channel.isnan()]
-        if valid.numel() == 0:
-            pairs.append((0.0, 1.0))
-            continue
-        pairs.append((float(valid.quantile(step.low)), float(valid.quantile(step.high))))
-    return tuple(pairs)
+    known = [channel[~channel.isnan()] for channel in sample]
+    return tuple(
+        (float(v.quantile(step.low)), float(v.quantile(step.high))) if len(v) else (0.0, 1.0) for v in known
+    )
 
 
 def _moments(
-    card: Card,
-    step: SceneZscore,
-    geometry: Geometry,
-    so_far: Normaliser,
-    position: int,
-    reader: Readable,
-) -> tuple[tuple[float, float], ...]:
+    so_far: Normaliser, step: SceneZscore, position: int, geometry: Geometry, reader: Readable
+) -> Pairs:
     """Mean and deviation by Chan's pairwise update over fixed tiles, in float64."""
-    count = np.zeros(card.channels)
-    mean = np.zeros(card.channels)
-    square = np.zeros(card.channels)
+    channels = so_far.card.channels
+    count, mean, square = np.zeros(channels), np.zeros(channels), np.zeros(channels)
     tile = (STATISTICS_TILE[geometry.ndim],) * geometry.ndim
     for box in grid_boxes(geometry.shape, tile):
         pixels = reader.read(box)
         x = so_far.elementwise(pixels, position)
-        for c in range(card.channels):
+        for c in range(channels):
             keep = pixels.valid & (x[c] != 0) if step.nonzero else pixels.valid
             values = x[c][keep].astype(np.float64)
             if values.size == 0:

@@ -49,17 +49,13 @@ class Intervals:
             getattr(self, name)[where] = getattr(part, name)
 
 
-def mean_intervals(
-    values: np.ndarray, cluster: np.ndarray, clusters: int, resamples: int = RESAMPLES, seed: int = SEED
-) -> Intervals:
+def mean_intervals(values: np.ndarray, cluster: np.ndarray, clusters: int) -> Intervals:
     """Of the mean over units (scenes) of what is defined.
 
     Args:
         values: float64, (unit, number); NaN where undefined.
         cluster: index of the cluster of each unit, int, (unit,).
         clusters: how many there are.
-        resamples: how many are drawn.
-        seed: of the random generator.
     """
     defined = ~np.isnan(values)
     centre = np.nan_to_num([mean(column) for column in values.T.tolist()])
@@ -69,18 +65,14 @@ def mean_intervals(
         (np.ones(len(cluster)), (cluster, np.arange(len(cluster)))), (clusters, len(cluster))
     )
     sums = np.hstack([members @ deviation, members @ defined.astype(np.float64)])
-    drawn = np.concatenate([*_resampled(sparse.csr_array(sums), resamples, seed)])
+    drawn = np.concatenate([*_resampled(sparse.csr_array(sums))])
     parts, counts = np.hsplit(drawn, 2)
     means = centre + np.divide(parts, counts, out=np.full(parts.shape, np.nan), where=counts > 0)
     return _percentiles(means, (sums[:, values.shape[1] :] > 0).sum(axis=0))
 
 
 def pooled_intervals(
-    cells: ClassCounts,
-    statistics: Sequence[Statistic],
-    clusters: Sequence[int],
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
+    cells: ClassCounts, statistics: Sequence[Statistic], clusters: Sequence[int]
 ) -> Intervals:
     """Of numbers made of the sums over clusters.
 
@@ -88,8 +80,6 @@ def pooled_intervals(
         cells: counts by cluster (the group) and class value.
         statistics: make the numbers of the summed counts; each resample is a group.
         clusters: for each statistic, how many clusters have it.
-        resamples: how many are drawn.
-        seed: of the random generator.
     """
     values, code = np.unique(cells.value, return_inverse=True)
     columns = [
@@ -99,7 +89,7 @@ def pooled_intervals(
         for sums in (cells.counts.tp, cells.counts.fp, cells.counts.fn)
     ]
     found = []
-    for drawn in _resampled(sparse.csr_array(sparse.hstack(columns)), resamples, seed):
+    for drawn in _resampled(sparse.csr_array(sparse.hstack(columns))):
         count = len(drawn)
         tp, fp, fn = (part.ravel() for part in np.hsplit(drawn, 3))
         group, value = np.repeat(np.arange(count), len(values)), np.tile(values, count)
@@ -108,20 +98,18 @@ def pooled_intervals(
     return _percentiles(np.concatenate(found), np.asarray(clusters))
 
 
-def _resampled(columns: sparse.csr_array, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def _resampled(columns: sparse.csr_array) -> Iterator[np.ndarray]:
     """Sums over the clusters drawn, float64, (some resamples, column), until all are made.
 
     Args:
         columns: what a cluster adds, float64, (cluster, column).
-        resamples: how many are drawn.
-        seed: of the random generator.
     """
     clusters = columns.shape[0]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     most = max(1, _CHUNK // max(clusters, *columns.shape, 1))
     by_column = sparse.csr_array(columns.T)  # sparse products add in one order, whatever the machine's cores
-    for begin in range(0, resamples, most):
-        count = min(most, resamples - begin)
+    for begin in range(0, RESAMPLES, most):
+        count = min(most, RESAMPLES - begin)
         drawn = rng.integers(0, clusters, (count, clusters)) + clusters * np.arange(count)[:, None]
         times = np.bincount(drawn.ravel(), minlength=count * clusters).reshape(count, clusters)
         yield (by_column @ np.ascontiguousarray(times.T, dtype=np.float64)).T

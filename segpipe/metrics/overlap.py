@@ -230,6 +230,11 @@ def reasons(rows: RegionCounts, stranger: np.ndarray, stranger_reason: str) -> n
     return words
 
 
+def share(part: int, whole: int) -> float:
+    """``part / whole`` of Python's integers, rounded once; NaN over zero."""
+    return part / whole if whole else math.nan
+
+
 def mean(values: Iterable[float]) -> float:
     """Mean of the values that are defined, rounded once; NaN when none is."""
     defined = [v for v in values if not math.isnan(v)]
@@ -320,18 +325,3 @@ def frequency_weighted_iou(cells: ClassCounts) -> np.ndarray:
     actual = np.asarray(cells.counts.actual, dtype=np.float64)
     weighted = np.where(actual > 0, actual * cells.counts.iou, 0.0)
     return ratio(np.bincount(group, weighted, groups), np.bincount(group, actual, groups))
-
-
-def confusion_matrix(tally: Tally, region: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The whole matrix of one region; for all regions as a long table see `confusion_table`.
-
-    Returns:
-        Class values that occur, ascending, (class,); and compared elements in 1/65536, int64,
-        (reference class, predicted class).
-    """
-    kept = is_compared(tally) & (tally.region == region)
-    truth, label = tally.reference[kept], tally.label[kept]
-    values = np.union1d(truth, label)
-    matrix = np.zeros((len(values), len(values)), dtype=np.int64)
-    matrix[np.searchsorted(values, truth), np.searchsorted(values, label)] = tally.cover[kept]
-    return values, matrix

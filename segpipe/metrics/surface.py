@@ -24,7 +24,7 @@ import numpy as np
 
 from segpipe.geometry.box import Box
 from segpipe.metrics import surface_distances
-from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED
+from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED, share
 from segpipe.metrics.tally import NODATA
 
 
@@ -204,12 +204,12 @@ class SurfaceCollector:
     def _boundary(self, code: int, far: Sequence[np.ndarray]) -> Boundary:
         """Agreement of the boundaries, from the bands and the edge elements' distances."""
         precision, recall = (
-            _share(int((d <= self.width * surface_distances.SLACK).sum()), len(d)) for d in far
+            share(int((d <= self.width * surface_distances.SLACK).sum()), len(d)) for d in far
         )
         predicted, actual, common = self._bands[:, code].tolist()
         both = precision + recall
         return Boundary(
-            iou=_share(common, predicted + actual - common),
+            iou=share(common, predicted + actual - common),
             precision=precision,
             recall=recall,
             f1=2 * precision * recall / both if both > 0 else 0.0 if predicted or actual else math.nan,
@@ -241,11 +241,6 @@ def _grow(box: Box, margin: Sequence[int]) -> Box:
         tuple(a - m for a, m in zip(box.start, margin, strict=True)),
         tuple(b + m for b, m in zip(box.stop, margin, strict=True)),
     )
-
-
-def _share(part: int, whole: int) -> float:
-    """``part / whole``; NaN over zero."""
-    return part / whole if whole else math.nan
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -81,9 +81,32 @@ class TorchNetwork:
         return scores
 
 
+class OneOutput(torch.nn.Module):
+    """One of the outputs that a library's network gives by name."""
+
+    def __init__(self, network: torch.nn.Module, name: str) -> None:
+        super().__init__()
+        self.network = network
+        self._name = name
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """(n, k, y, x), at whatever resolution it comes."""
+        scores = self.network(batch)[self._name]
+        assert isinstance(scores, torch.Tensor)
+        return scores
+
+
 def output_channels(card: Card) -> int:
     """Channels the network answers with: one a class, or one in all under a sigmoid."""
     return 1 if card.output.activation == "sigmoid" else len(card.classes)
+
+
+def other_channels(card: Card, found: object) -> RequestError:
+    """What is said where a file answers with other channels than the card needs."""
+    needed = output_channels(card)
+    return card_error(
+        card, "classes", f"the card needs {needed} output channels; the file answers with {found}"
+    )
 
 
 def with_weights(
@@ -150,7 +173,6 @@ class ReadyModel:
 
     def __init__(self, card: Card, network: Network, precision: str, threads: int) -> None:
         self.device = network.device
-        self.parameters = network.parameters
         self._network = network
         self._name = card.name
         self._channels = output_channels(card)
@@ -175,7 +197,6 @@ class ReadyObjects:
 
     def __init__(self, card: Card, network: ObjectNetwork, precision: str, threads: int) -> None:
         self.device = network.device
-        self.parameters = network.parameters
         self._network = network
         self._output = card.output
         self._precision = precision
@@ -238,8 +259,17 @@ def at_resolution(scores: torch.Tensor, batch: torch.Tensor, channels: int, name
             f"{name}: window.size: a window of {tuple(wanted)} is answered with "
             f"{tuple(found)}, which is no whole fraction of it"
         )
-    mode = "bilinear" if len(wanted) == 2 else "trilinear"
-    return functional.interpolate(scores, size=wanted, mode=mode, align_corners=False)
+    return enlarged(scores, wanted)
+
+
+def enlarged(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Maps (n, k, …), of which there may be none, at another size: bi- or trilinear, half-pixel centres."""
+    if not maps.shape[1]:
+        return maps.new_zeros(*maps.shape[:2], *size)
+    if maps.shape[2:] == tuple(size):
+        return maps
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    return functional.interpolate(maps, size=tuple(size), mode=mode, align_corners=False)
 
 
 @contextmanager

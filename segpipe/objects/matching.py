@@ -27,7 +27,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 
 from segpipe.errors import RequestError
-from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED, mean
+from segpipe.metrics.overlap import ABSENT_IN_BOTH, NOT_IN_REFERENCE, NOT_PREDICTED, mean, share
 from segpipe.objects.overlap_table import Overlaps
 
 ABOVE_HALF = math.nextafter(0.5, 1)
@@ -64,22 +64,22 @@ class ObjectCounts:
     @property
     def precision(self) -> float:
         """tp / (tp + fp)."""
-        return _ratio(self.tp, self.tp + self.fp)
+        return share(self.tp, self.tp + self.fp)
 
     @property
     def recall(self) -> float:
         """tp / (tp + fn)."""
-        return _ratio(self.tp, self.tp + self.fn)
+        return share(self.tp, self.tp + self.fn)
 
     @property
     def f1(self) -> float:
         """2·tp / (2·tp + fp + fn); the recognition quality of panoptic quality."""
-        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+        return share(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     @property
     def mean_iou(self) -> float:
         """Mean IoU of the matched pairs; the segmentation quality of panoptic quality."""
-        return _ratio(self.iou, self.tp << IOU_BITS)
+        return share(self.iou, self.tp << IOU_BITS)
 
     @property
     def reason(self) -> str:
@@ -94,11 +94,6 @@ class ObjectCounts:
         if not self.tp:
             reasons.append(f"mean IoU: {NOT_MATCHED}")
         return "; ".join(reasons)
-
-
-def _ratio(part: int, whole: int) -> float:
-    """``part / whole`` of Python's integers, rounded once; NaN over zero."""
-    return part / whole if whole else math.nan
 
 
 def pooled(counts: Iterable[ObjectCounts]) -> ObjectCounts:

@@ -15,7 +15,6 @@ from segpipe.geometry.geometry import Geometry
 from segpipe.geometry.grid_map import GridMap, model_grid
 from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.object_merger import stuff_values
-from segpipe.inference.receptive_field.halo import card_reach
 from segpipe.inference.settings import Settings
 from segpipe.inference.uncertainty import uncertainty_channels
 from segpipe.models.weights import weights_fingerprint
@@ -53,6 +52,8 @@ def scene_lattice(job: Job, card: Card, grid: GridMap) -> Lattice:
     elif card.halo is not None:
         halo = card.halo
     else:
+        from segpipe.inference.receptive_field.reach import card_reach  # it loads torch
+
         halo = card_reach(card, window, job.outputs.dir).halo
     return make_lattice(grid.shape, window, halo, stride, card.window.fixed)
 

@@ -178,10 +178,9 @@ class Training:
         judged = [s for s in self.scenes if self.fold.judged(s.name)]
         if not judged:
             return None
-        network = self.network
         if self.recipe.card.output.kind != "semantic":
-            return try_objects(network.find, self.recipe.card, judged[:limit], self.fold, network.device)
-        return try_model(network.predict, self.recipe.card, judged[:limit], self.fold, network.device)
+            return try_objects(self.network.find, self.recipe.card, judged[:limit], self.fold)
+        return try_model(self.network.predict, self.recipe.card, judged[:limit], self.fold)
 
     def _judge(self) -> None:
         progress, judge = self.progress, self.recipe.judge

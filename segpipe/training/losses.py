@@ -90,14 +90,22 @@ class WeightedSum(nn.Module):
             raise ValueError(f"weight_map of shape {tuple(weight_map.shape)}; the logits need {expected}")
 
 
-class _ElementLoss(nn.Module):
+class _Loss(nn.Module):
+    """A term of the sum."""
+
+    def __init__(self, term: LossTerm, classes: int) -> None:
+        super().__init__()
+        self.term = term
+        self.classes = classes
+
+
+class _ElementLoss(_Loss):
     """A loss of elements with a weight for each class."""
 
     class_weights: Tensor
 
     def __init__(self, term: LossTerm, classes: int) -> None:
-        super().__init__()
-        self.gamma = term.gamma
+        super().__init__(term, classes)
         weights = torch.tensor(term.class_weights or [1.0] * classes, dtype=torch.float64)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -116,7 +124,7 @@ class _Focal(_ElementLoss):
         cross_entropy = _cross_entropy(logits, target)
         # 1 − p of the true class. Where it is 0, powers below 1 have no derivative: the least number has.
         wrong = (-torch.expm1(-cross_entropy)).clamp_min(torch.finfo(logits.dtype).tiny)
-        return _mean(wrong.pow(self.gamma) * cross_entropy, self.weights(logits, target))
+        return _mean(wrong.pow(self.term.gamma) * cross_entropy, self.weights(logits, target))
 
 
 class _Border(_ElementLoss):
@@ -127,24 +135,18 @@ class _Border(_ElementLoss):
         return _mean(weights * _cross_entropy(logits, target), target != IGNORE)
 
 
-class _BinaryCrossEntropy(nn.Module):
-    def __init__(self, term: LossTerm, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-
+class _BinaryCrossEntropy(_Loss):
     def forward(self, logits: Tensor, target: Tensor, weight_map: Tensor | None = None) -> Tensor:
         members = _members(target, self.classes)[:, -logits.shape[1] :]  # one channel: the foreground
         loss = F.binary_cross_entropy_with_logits(logits, members.to(logits), reduction="none")
         return _mean(loss.mean(1), target != IGNORE)
 
 
-class _Overlap(nn.Module):
+class _Overlap(_Loss):
     """Dice, Jaccard and Tversky by MONAI, on probabilities that are 0 where ignored."""
 
     def __init__(self, term: LossTerm, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-        self.batch = term.batch
+        super().__init__(term, classes)
         common: dict[str, Any] = {
             "include_background": term.background,
             "smooth_nr": term.smooth,
@@ -160,20 +162,16 @@ class _Overlap(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, weight_map: Tensor | None = None) -> Tensor:
         valid = target != IGNORE
-        scores = _of_all_classes(logits).softmax(1) * valid[:, None]
+        scores = of_all_classes(logits).softmax(1) * valid[:, None]
         loss: Tensor = self.loss(scores, _members(target, self.classes).to(scores))
-        if self.batch:
+        if self.term.batch:
             return loss.mean()
         # A sample without valid elements has no ratio, and takes no part in the mean.
         return _mean(loss.flatten(1).mean(1), valid.flatten(1).any(1))
 
 
-class _Lovasz(nn.Module):
+class _Lovasz(_Loss):
     """Berman et al. 2018: Lovász-softmax of the classes present (section 2.2); one channel: hinge."""
-
-    def __init__(self, term: LossTerm, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
 
     def forward(self, logits: Tensor, target: Tensor, weight_map: Tensor | None = None) -> Tensor:
         valid = target != IGNORE
@@ -208,10 +206,10 @@ def _lovasz_extension(errors: Tensor, inside: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """−log p of each element's class, 0 where ignored."""
-    return F.cross_entropy(_of_all_classes(logits), target, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(of_all_classes(logits), target, ignore_index=IGNORE, reduction="none")
 
 
-def _of_all_classes(logits: Tensor) -> Tensor:
+def of_all_classes(logits: Tensor) -> Tensor:
     """Logits with a channel for each class: the sigmoid of x is the softmax of (0, x)."""
     return logits if logits.shape[1] > 1 else torch.cat((torch.zeros_like(logits), logits), 1)
 

@@ -21,6 +21,7 @@ from segpipe.models.network import AUTOCAST, at_resolution, best_class, output_c
 from segpipe.models.trainable import built_state, finder, objective, untrained
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.objects.window import WindowObjects
+from segpipe.training.losses import of_all_classes
 
 
 def precision_here(wanted: Precision, device: torch.device) -> str:
@@ -104,7 +105,7 @@ class TrainNetwork:
         """What the moving average finds in a window (1, c, …)."""
         assert self._finder is not None
         self.average.eval()
-        (found,) = self._finder.objects(image)
+        (found,) = self._finder.objects(image.to(self.device))
         return found
 
     def answer(self, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
@@ -113,15 +114,13 @@ class TrainNetwork:
             found = self.find(image)
             values = np.concatenate([[ground_value(self.card)], found.classes])
             return values[found.ids], found.ids
-        logits = self.predict(image)
-        if logits.shape[1] == 1:
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        logits = of_all_classes(self.predict(image))
         return np.array(self.card.values)[best_class(logits)[0].cpu().numpy()], None
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of the moving average, in evaluation mode."""
         self.average.eval()
-        return self.logits(self.average, images)
+        return self.logits(self.average, images.to(self.device))
 
     def update_average(self, step: int) -> None:
         """Take the weights after a step into the average."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +11,15 @@ import torch
 import yaml
 from markupsafe import Markup
 
-from segpipe.config.card import Card
 from segpipe.config.losses import IGNORE
-from segpipe.config.recipe import Recipe
 from segpipe.geometry.box import Box
+from segpipe.inference.normalise import padded
 from segpipe.pictures.drawing import DIFFERENCE, jpeg, layers, limits, resize, stretch
 from segpipe.report.figures import ticks
 from segpipe.report.templates import data_uri, render
-from segpipe.training.loop import MetricsRow
+from segpipe.training.loop import Training
+from segpipe.training.network import TrainNetwork
 from segpipe.training.scenes import TrainScene
-from segpipe.training.split import Fold
 
 SAMPLES = 4
 """Scenes, or places of a scene, that are shown."""
@@ -39,50 +38,23 @@ class Sample:
     """Caption and JPEG."""
 
 
-Answer = Callable[[torch.Tensor], tuple[np.ndarray, np.ndarray | None]]
-"""Image (1, c, …) to class values (…) and, of networks that find objects, their ids (…)."""
-
-
-def samples(
-    answer: Answer,
-    card: Card,
-    scenes: Sequence[TrainScene],
-    fold: Fold,
-    window: Sequence[int],
-    device: torch.device,
-) -> list[Sample]:
-    """A few places that are kept apart, the same at every call.
-
-    Args:
-        answer: of the network to a window.
-        card: of the model.
-        scenes: of which those with judged elements are shown.
-        fold: says which those are.
-        window: elements of a picture along each axis, as in training.
-        device: of the network.
-    """
-    places = [(s, box) for s in scenes for box in fold.judged(s.name)]
+def samples(training: Training) -> list[Sample]:
+    """A few places that are kept apart, each of a window's size, the same at every call."""
+    places = [(s, box) for s in training.scenes for box in training.fold.judged(s.name)]
     chosen = [places[i] for i in np.linspace(0, len(places) - 1, min(SAMPLES, len(places))).astype(int)]
-    return [_sample(answer, card, scene, box, window, device) for scene, box in chosen]
+    return [_sample(training.network, scene, box, training.sampler.shape) for scene, box in chosen]
 
 
 @torch.inference_mode()
-def _sample(
-    answer: Answer,
-    card: Card,
-    scene: TrainScene,
-    judged: Box,
-    window: Sequence[int],
-    device: torch.device,
-) -> Sample:
+def _sample(network: TrainNetwork, scene: TrainScene, judged: Box, window: Sequence[int]) -> Sample:
+    card = network.card
     middle = [(a + b) // 2 for a, b in zip(judged.start, judged.stop, strict=True)]
     start = [max(0, min(m - w // 2, n - w)) for m, w, n in zip(middle, window, scene.shape, strict=True)]
     box = Box.at(start, window)
     seen = box.intersect(Box.whole(scene.shape))
     image, target = scene.read(seen)
-    padded = np.pad(image, [(0, 0), *((0, w - n) for w, n in zip(window, seen.shape, strict=True))])
     inside = tuple(slice(0, n) for n in seen.shape)
-    labels, ids = answer(torch.from_numpy(padded)[None].to(device))
+    labels, ids = network.answer(torch.from_numpy(padded(image, window))[None])
     labels, ids = labels[inside], None if ids is None else ids[inside]
     values = np.array([*card.values, NOTHING])
     truth = values[np.where(target == IGNORE, len(card.values), target)]
@@ -110,29 +82,20 @@ def _shown(picture: np.ndarray) -> bytes:
 WIDE, HIGH, LEFT, RIGHT, BOTTOM = 640, 220, 56, 28, 28
 
 
-def training_page(
-    recipe: Recipe,
-    name: str,
-    state: str,
-    scores: str,
-    rows: Sequence[MetricsRow],
-    shown: Sequence[Sample],
-    facts: Mapping[str, str],
-) -> str:
+def training_page(training: Training, state: str, scores: str, shown: Sequence[Sample]) -> str:
     """One self-contained page of one fold.
 
     Args:
-        recipe: that is trained.
-        name: of the fold.
+        training: of the fold.
         state: in a word.
         scores: in words, once it is finished.
-        rows: its history.
         shown: places that are kept apart.
-        facts: to be listed.
     """
+    recipe, progress, network = training.recipe, training.progress, training.network
+    rows = progress.history
     losses, scored = [(m.step, m.loss) for m in rows], [(m.step, m.score) for m in rows]
     fold = {
-        "name": name,
+        "name": training.folder.name,
         "state": state,
         "scores": scores,
         "curves": [
@@ -140,7 +103,12 @@ def training_page(
             (f"{recipe.measure} on what is kept apart", curve(scored, f"{recipe.measure} by step")),
         ],
         "samples": [(s.name, [(c, data_uri("jpeg", p)) for c, p in s.pictures]) for s in shown],
-        "facts": facts,
+        "facts": {
+            "Steps": f"{progress.step:,} of {recipe.optimise.steps:,}",
+            "Time": f"{progress.seconds / 60:.1f} minutes on {network.device.type}, {network.precision}",
+            "Network": f"{recipe.card.architecture}, {network.parameters:,} parameters",
+            "Learned from": f"{len(training.sampler.scenes)} scenes",
+        },
     }
     text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=100)
     legend = [(c.name, c.color) for c in recipe.card.classes if not c.background]

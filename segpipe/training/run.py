@@ -162,7 +162,7 @@ def _one(
 
     def tell(moment: MetricsRow) -> None:
         if world.first:
-            _show(recipe, training, folder, "training", "")
+            _show(training, "training", "")
             told.moment(folder.name, moment)
 
     if not training.run(tell, should_stop):
@@ -177,8 +177,8 @@ def _one(
     if trial is not None:
         trial.table.to_csv(folder / "scores.csv", index=False)
     write_card(recipe.card, folder / "card.yaml", "weights.safetensors", recipe, text)
-    _show(recipe, training, folder, "finished", text)
-    record = _record(recipe, fold, network, training)
+    _show(training, "finished", text)
+    record = _record(training)
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")  # last: it says "finished"
     return text
 
@@ -194,24 +194,16 @@ def _finished(recipe: Recipe, folder: Path) -> str | None:
     return load_card(card).scores
 
 
-def _show(recipe: Recipe, training: Training, folder: Path, state: str, scores: str) -> None:
+def _show(training: Training, state: str, scores: str) -> None:
     """The fold's history as a table, and its page."""
-    history = training.progress.history
-    pd.DataFrame([asdict(m) for m in history]).to_csv(folder / "history.csv", index=False)
-    network = training.network
-    places = (training.scenes, training.fold, training.sampler.shape)
-    shown = samples(network.answer, recipe.card, *places, network.device)
+    folder = training.folder
+    pd.DataFrame([asdict(m) for m in training.progress.history]).to_csv(folder / "history.csv", index=False)
+    shown = samples(training)
     (folder / "samples").mkdir(exist_ok=True)
     for number, sample in enumerate(shown):
         for caption, picture in sample.pictures:
             (folder / "samples" / f"{number}-{caption}.jpg").write_bytes(picture)
-    facts = {
-        "Steps": f"{training.progress.step:,} of {recipe.optimise.steps:,}",
-        "Time": f"{training.progress.seconds / 60:.1f} minutes on {network.device.type}, {network.precision}",
-        "Network": f"{recipe.card.architecture}, {network.parameters:,} parameters",
-        "Learned from": f"{len(training.sampler.scenes)} scenes",
-    }
-    page = training_page(recipe, folder.name, state, scores, history, shown, facts)
+    page = training_page(training, state, scores, shown)
     (folder / "training.html").write_text(page, encoding="utf-8")
 
 
@@ -248,10 +240,11 @@ def write_card(card: Card, path: Path, weights: str, recipe: Recipe, scores: str
     path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100))
 
 
-def _record(recipe: Recipe, fold: Fold, network: TrainNetwork, training: Training) -> dict[str, Any]:
+def _record(training: Training) -> dict[str, Any]:
     """Everything that is needed to do it again."""
+    fold, network = training.fold, training.network
     return {
-        "recipe": _plain(recipe),
+        "recipe": _plain(training.recipe),
         "apart": fold.apart,
         "learned_from": [name for name in fold.names if fold.learns(name)],
         "judged_by": [name for name in fold.names if fold.judged(name)],

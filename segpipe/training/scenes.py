@@ -119,7 +119,7 @@ def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
                 if needs_statistics(card):
                     statistics = scene_statistics(card, geometry, scaling, reader)
                 normaliser = Normaliser(card, scaling, statistics)
-                found = _store(stage, card, data, grid, normaliser, reader, labels)
+                found = _store(stage, grid, normaliser, reader, labels, data.objects)
     spacing = _spacing(geometry, grid)
     return TrainScene(ref.name, stage, grid.shape, tuple(found["counts"]), spacing, data.objects)
 
@@ -148,30 +148,30 @@ def _spacing(geometry: Geometry, grid: GridMap) -> tuple[float, ...] | None:
 
 def _store(
     stage: Stage,
-    card: Card,
-    data: Data,
     grid: GridMap,
     normaliser: Normaliser,
     reader: SceneBlocks,
     labels: ReferenceLabels,
+    objects: bool,
 ) -> dict[str, Any]:
     """Write image and target block by block, and what sampling needs to know of them."""
+    card = normaliser.card
     block = tuple(min(EDGE[len(grid.shape)], n) for n in grid.shape)
     blocks = Blocks(grid.shape, block, (0,) * len(block))
     arrays = [
         ArraySpec("image", "float32", 0.0, channels=card.channels),
         ArraySpec("target", "int16", IGNORE, labels=True),
     ]
-    if data.objects:
+    if objects:
         arrays.append(ArraySpec("ids", "int64", IGNORE, labels=True))
     stage.create(None, blocks, arrays, {})
     drawn = Drawn(len(card.classes))
     for number, index in enumerate(blocks.indices()):
         box = blocks.box(index)
-        image, target, ids = _block(card, grid, normaliser, reader, labels, box)
+        image, target, ids = _block(grid, normaliser, reader, labels, box)
         stage.write("image", box.slices, image)
         stage.write("target", box.slices, target.astype(np.int16))
-        if data.objects:
+        if objects:
             stage.write("ids", box.slices, ids)
         drawn.add(target, box, np.random.default_rng(number))
     buffer = io.BytesIO()
@@ -184,15 +184,10 @@ def _store(
 
 
 def _block(
-    card: Card,
-    grid: GridMap,
-    normaliser: Normaliser,
-    reader: SceneBlocks,
-    labels: ReferenceLabels,
-    box: Box,
+    grid: GridMap, normaliser: Normaliser, reader: SceneBlocks, labels: ReferenceLabels, box: Box
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image, target and ids of a box of the model's grid; labels are taken from the nearest element."""
-    native = box if grid.identity else grid.native_box(box)
+    card, native = normaliser.card, box if grid.identity else grid.native_box(box)
     pixels = reader.read(native)
     image = normaliser.elementwise(pixels)
     classes, ids = labels.read_both(native)

@@ -14,6 +14,7 @@ import torch
 from segpipe.config.card import Card
 from segpipe.config.losses import IGNORE
 from segpipe.geometry.box import Box
+from segpipe.inference.normalise import padded
 from segpipe.inference.object_merger import ObjectMerger, stuff_values
 from segpipe.metrics.bootstrap import mean_intervals
 from segpipe.metrics.tally import SizeScale
@@ -24,11 +25,12 @@ from segpipe.objects.overlap_table import VOID, Objects, Overlaps, overlap_tile,
 from segpipe.objects.scene_objects import SceneObjects, merge_objects, relabel
 from segpipe.objects.window import WindowObjects
 from segpipe.tiling.windows import Lattice, make_lattice
+from segpipe.training.losses import of_all_classes
 from segpipe.training.scenes import TrainScene
 from segpipe.training.split import Fold
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
-"""Images (1, c, …) to logits (1, k, …) of the same size."""
+"""Images (1, c, …) on the CPU to logits (1, k, …) of the same size."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,7 @@ def trial_lattice(card: Card, shape: Sequence[int]) -> Lattice:
     return make_lattice(shape, window, halo, stride, card.window.fixed)
 
 
-def try_model(
-    predict: Predict,
-    card: Card,
-    scenes: Sequence[TrainScene],
-    fold: Fold,
-    device: torch.device,
-) -> Trial:
+def try_model(predict: Predict, card: Card, scenes: Sequence[TrainScene], fold: Fold) -> Trial:
     """Predict the scenes that are judged, window by window, and count.
 
     Args:
@@ -87,14 +83,13 @@ def try_model(
         card: its card.
         scenes: of which those with judged elements are taken.
         fold: says which elements are judged.
-        device: of the network.
     """
     rows = []
     for scene in scenes:
         judged = fold.judged(scene.name)
         if not judged:
             continue
-        matrix = _confusion(predict, card, scene, fold, trial_lattice(card, scene.shape), device)
+        matrix = _confusion(predict, card, scene, fold, trial_lattice(card, scene.shape))
         for channel, c in enumerate(card.classes):
             tp = int(matrix[channel, channel])
             rows.append(
@@ -112,14 +107,11 @@ def try_model(
 
 
 @torch.inference_mode()
-def _confusion(
-    predict: Predict, card: Card, scene: TrainScene, fold: Fold, lattice: Lattice, device: torch.device
-) -> np.ndarray:
+def _confusion(predict: Predict, card: Card, scene: TrainScene, fold: Fold, lattice: Lattice) -> np.ndarray:
     """Elements by reference (row) and predicted class (column)."""
     classes = len(card.classes)
     matrix = np.zeros((classes, classes), dtype=np.int64)
     whole = Box.whole(lattice.shape)
-    beyond: Any = "constant" if card.window.padding == "zero" else card.window.padding
     for index in lattice.windows(whole, "trim"):
         owned, window = lattice.owned(index), lattice.window(index)
         judged = fold.is_judged(scene.name, owned)
@@ -127,11 +119,8 @@ def _confusion(
             continue
         seen = window.intersect(whole)
         image, target = scene.read(seen)
-        rest = [(0, n - m) for n, m in zip(window.shape, seen.shape, strict=True)]
-        image = np.pad(image, [(0, 0), *rest], mode=beyond)
-        logits = predict(torch.from_numpy(image)[None].to(device))
-        if logits.shape[1] == 1:
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
+        image = padded(image, window.shape, card.window.padding)
+        logits = of_all_classes(predict(torch.from_numpy(image)[None]))
         labels = best_class(logits)[0].cpu().numpy()[owned.within(window)].astype(np.int64)
         truth = target[owned.within(seen)].astype(np.int64)
         keep = judged & (truth != IGNORE)
@@ -140,12 +129,10 @@ def _confusion(
 
 
 Find = Callable[[torch.Tensor], WindowObjects]
-"""Image (1, c, …) to what is found in it."""
+"""Image (1, c, …) on the CPU to what is found in it."""
 
 
-def try_objects(
-    find: Find, card: Card, scenes: Sequence[TrainScene], fold: Fold, device: torch.device
-) -> Trial:
+def try_objects(find: Find, card: Card, scenes: Sequence[TrainScene], fold: Fold) -> Trial:
     """Find the objects of each box that is judged, and count those that match (Kirillov et al., CVPR 2019).
 
     Each box is cut out of its scene: what lies outside is neither seen nor counted.
@@ -155,14 +142,13 @@ def try_objects(
         card: its card; instance or panoptic.
         scenes: of which those with judged elements are taken.
         fold: says which elements are judged.
-        device: of the network.
     """
     stuff = stuff_values(card)
     shown = [c for c in card.classes if not c.background and (c.thing or c.value in stuff)]
     things = [c.value for c in shown if c.value not in stuff]
     rows: list[tuple[Any, ...]] = []
     for scene in scenes:
-        judged = [_judged(find, card, scene, box, device) for box in fold.judged(scene.name)]
+        judged = [_judged(find, card, scene, box) for box in fold.judged(scene.name)]
         if not judged:
             continue
         found = [panoptic_counts(one) for one in judged]
@@ -176,10 +162,10 @@ def try_objects(
     return Trial(table, float(by_class.mean()), math.nan, "pq")
 
 
-def _judged(find: Find, card: Card, scene: TrainScene, box: Box, device: torch.device) -> Overlaps:
+def _judged(find: Find, card: Card, scene: TrainScene, box: Box) -> Overlaps:
     """Objects of a box of a scene, found and true."""
     image, target = scene.read(box)
-    whole, objects = find_objects(find, card, image, device)
+    whole, objects = find_objects(find, card, image)
     true, classes = _true_objects(card, target, scene.read_ids(box))
     scale = SizeScale("px", 1.0, 0, np.ones(box.shape[0], np.int64))
     table = overlap_tile(
@@ -195,20 +181,16 @@ def _judged(find: Find, card: Card, scene: TrainScene, box: Box, device: torch.d
 
 
 @torch.inference_mode()
-def find_objects(
-    find: Find, card: Card, image: np.ndarray, device: torch.device
-) -> tuple[np.ndarray, SceneObjects]:
+def find_objects(find: Find, card: Card, image: np.ndarray) -> tuple[np.ndarray, SceneObjects]:
     """Ids (…) and objects of an image (c, …) in memory, by the card's windows, joined as in a run."""
     shape = image.shape[1:]
     whole, lattice = Box.whole(shape), trial_lattice(card, shape)
-    beyond: Any = "constant" if card.window.padding == "zero" else card.window.padding
     merger = ObjectMerger(whole, lattice, card)
     for index in lattice.windows(whole, "trim"):
         window = lattice.window(index)
         seen = window.intersect(whole)
-        rest = [(0, n - m) for n, m in zip(window.shape, seen.shape, strict=True)]
-        pixels = np.pad(image[(slice(None), *seen.slices)], [(0, 0), *rest], mode=beyond)
-        merger.aggregate(index, find(torch.from_numpy(pixels)[None].to(device)))
+        pixels = padded(image[(slice(None), *seen.slices)], window.shape, card.window.padding)
+        merger.aggregate(index, find(torch.from_numpy(pixels)[None]))
     _, block = merger.finalize()
     pairs = add_pairs(
         window_edges(overhang, lattice, lambda box: block.raw[box.slices]) for overhang in block.overhangs

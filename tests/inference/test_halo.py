@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from segpipe.config.card import read_card
-from segpipe.inference.receptive_field.halo import card_reach
+from segpipe.inference.receptive_field.reach import card_reach
 from tests.inference.lab import CENTRED, RADIUS, STRIDE, Lab, patches, predict, prepared, scores_of
 
 INPUT = {"bands": ["b0"], "normalisation": CENTRED}

@@ -10,7 +10,6 @@ from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     cohen_kappa_score,
-    confusion_matrix,
     jaccard_score,
 )
 
@@ -59,12 +58,6 @@ def test_equals_scikit_learn(pairs):
     cells = class_counts(tally(truth, label))
     found = [number(cells)[0] for number in NUMBERS]
     np.testing.assert_allclose(found, scores(truth, label), rtol=1e-12, atol=1e-14)
-    values, matrix = agreement.confusion_matrix(tally(truth, label))
-    present = np.union1d(truth, label)
-    assert values.tolist() == present.tolist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a single class
-        np.testing.assert_array_equal(matrix, FULL * confusion_matrix(truth, label, labels=present))
 
 
 @settings(deadline=None, max_examples=25)
@@ -78,10 +71,6 @@ def test_regions_are_apart(first, second):
         alone = [number(class_counts(tally(*map(list, zip(*p, strict=True)))))[0] for p in (first, second)]
         found = number(class_counts(both))
         np.testing.assert_array_equal(found, [alone[0], np.nan, alone[1]])
-    values, matrix = agreement.confusion_matrix(both, 2)
-    theirs = agreement.confusion_matrix(tally(*map(list, zip(*second, strict=True))))
-    np.testing.assert_array_equal(values, theirs[0])
-    np.testing.assert_array_equal(matrix, theirs[1])
 
 
 @settings(deadline=None, max_examples=25)

@@ -88,7 +88,7 @@ def test_the_scores_are_those_of_the_card_as_it_is_loaded(two_folds: Trained) ->
         card = load_card(path / "card.yaml")
         model = load_model(card, "cpu", 1, "fp32")
         fold = fold_of(two_folds.recipe, scenes, number)
-        wanted = try_model(model, card, scenes, fold, torch.device("cpu"))
+        wanted = try_model(model, card, scenes, fold)
         table = pd.read_csv(path / "scores.csv")
         for column in ("scene", "class"):
             assert table[column].tolist() == wanted.table[column].tolist()

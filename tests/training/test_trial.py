@@ -17,8 +17,6 @@ from segpipe.geometry.box import Box
 from segpipe.training.validation import try_model
 from tests.training.conftest import CLASSES, RasterFolder, fold_of, prepared, recipe_of, write_scene
 
-CPU = torch.device("cpu")
-
 
 def by_value(images: torch.Tensor) -> torch.Tensor:
     """Scores whose best class is the nearest of the counts: normalised, these are -1, 0 and 1."""
@@ -58,7 +56,7 @@ def test_counts_are_those_of_the_whole_scene(
 ) -> None:
     recipe = rasters(card={"window": {"size": [16], "halo": [2]}}, split=split)
     scenes = prepared(recipe)
-    trial = try_model(model, recipe.card, scenes, fold_of(recipe, scenes), CPU)
+    trial = try_model(model, recipe.card, scenes, fold_of(recipe, scenes))
     wanted = expected(recipe, model)
     assert set(trial.table["scene"]) == set(wanted)
     for scene, matrix in wanted.items():
@@ -84,7 +82,7 @@ def test_a_class_that_neither_side_has_is_not_counted(tmp_path: Path) -> None:
         write_raster(tmp_path / f"labels/{name}.tif", np.full((1, 20, 20), 7, np.uint8))
     recipe = recipe_of(tmp_path)
     scenes = prepared(recipe)
-    trial = try_model(by_value, recipe.card, scenes, fold_of(recipe, scenes), CPU)
+    trial = try_model(by_value, recipe.card, scenes, fold_of(recipe, scenes))
     water = trial.table[trial.table["class"] == "water"]
     assert water["dice"].isna().all()
     assert trial.score == trial.miou == 1.0
@@ -105,7 +103,7 @@ def test_one_logit_and_ids_of_objects(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, card=card, data={"objects": True}, split=split)
     scenes = prepared(recipe)
     found = sum(
-        try_model(lambda x: x[:, :1], recipe.card, scenes, fold_of(recipe, scenes, apart), CPU)
+        try_model(lambda x: x[:, :1], recipe.card, scenes, fold_of(recipe, scenes, apart))
         .table.set_index("class")
         .loc["crop", ["tp", "fp", "fn"]]
         .to_numpy()
@@ -126,7 +124,7 @@ def test_the_cards_own_window_and_padding_are_used(four_rasters: RasterFolder, t
     fields = {"windows": {"size": "16"}, "card": {"window": window}}
     recipe = recipe_of(four_rasters[0], out=str(tmp_path), **fields)
     scenes = prepared(recipe)
-    try_model(model, recipe.card, scenes, fold_of(recipe, scenes), CPU)
+    try_model(model, recipe.card, scenes, fold_of(recipe, scenes))
     assert {tuple(i.shape) for i in seen} == {(1, 2, 48, 64)}  # 44 by 50, up to the stride
     for images in seen:
         assert torch.equal(images[..., 44:, :50], images[..., 43:44, :50].expand(-1, -1, 4, -1))
@@ -145,6 +143,6 @@ def test_volumes_in_one_pass_or_in_windows(tmp_path: Path) -> None:
         def model(images: torch.Tensor) -> torch.Tensor:
             return -((images - torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1, 1)) ** 2)
 
-        tables.append(try_model(model, recipe.card, scenes, fold_of(recipe, scenes), CPU).table)
+        tables.append(try_model(model, recipe.card, scenes, fold_of(recipe, scenes)).table)
     assert tables[0].equals(tables[1])
     assert tables[0]["tp"].sum() == 13 * 17 * 11

@@ -90,7 +90,7 @@ def test_a_network_that_knows_the_truth_has_quality_one(tmp_path: Path) -> None:
     recipe, truths = world(tmp_path, "instance")
     scenes = prepared(recipe)
     fold = fold_of(recipe, scenes)
-    trial = try_objects(knows, recipe.card, scenes, fold, torch.device("cpu"))
+    trial = try_objects(knows, recipe.card, scenes, fold)
     assert trial.measure == "pq"
     assert trial.score == 1
     [judged] = {name for name in truths if fold.judged(name)}
@@ -113,8 +113,8 @@ def test_misses_and_wrong_halves_count_as_the_paper_says(tmp_path: Path) -> None
         kept = torch.where(image % 5 == 0, torch.zeros(()), image)
         return knows(kept)
 
-    trial = try_objects(blind, recipe.card, scenes, fold, torch.device("cpu"))
-    full = try_objects(knows, recipe.card, scenes, fold, torch.device("cpu")).table.set_index("class")
+    trial = try_objects(blind, recipe.card, scenes, fold)
+    full = try_objects(knows, recipe.card, scenes, fold).table.set_index("class")
     [judged] = {name for name in truths if fold.judged(name)}
     classes, ids = truths[judged]
     for row in trial.table.itertuples():
@@ -131,7 +131,7 @@ def test_misses_and_wrong_halves_count_as_the_paper_says(tmp_path: Path) -> None
 def test_windows_are_joined(tmp_path: Path) -> None:
     recipe, truths = world(tmp_path, "instance")
     _, ids = truths["scene0"]
-    found, objects = find_objects(knows, recipe.card, ids[None].astype(np.float32), torch.device("cpu"))
+    found, objects = find_objects(knows, recipe.card, ids[None].astype(np.float32))
     assert len(objects) == len(np.unique(ids)) - 1
     pairs = np.unique(np.stack([ids.ravel(), found.ravel().astype(np.int64)]), axis=1)
     assert pairs.shape[1] == len(np.unique(ids))  # one to one

@@ -110,13 +110,14 @@ def measure_radius(
         radius = None
         for shape in _shapes(axis, stride, across, fixed, budget):
             probed = max(probed, shape[axis])
-            radius = _Strip(predict, (1, channels, *shape), axis, stride, seed).radius()
+            strip = _Strip(predict, (1, channels, *shape), axis, stride, seed)
+            radius = strip.radius()
             if radius is not None:
                 break
         if radius is None:
             reason = f"axis {axis}: outputs change up to the ends of a probe of {shape[axis]} elements"
             return Radius(None, probed, reason)
-        shift = _shift_error(predict, (1, channels, *shape), axis, stride, radius, fixed, seed)
+        shift = strip.shift_error(radius, fixed)
         if not shift <= OTHER_SHAPE_NOISE:
             reason = (
                 f"axis {axis}: outputs depend on where a window begins "
@@ -173,7 +174,7 @@ def _shapes(
 
 
 class _Strip:
-    """One probe: what changes in the outputs when planes of the middle cell are replaced."""
+    """One probe: what changes in the outputs when planes of its middle cell are replaced, or all is moved."""
 
     def __init__(self, predict: Predict, shape: Sequence[int], axis: int, stride: int, seed: int) -> None:
         self.edge, self.stride = shape[axis + 2], stride
@@ -241,31 +242,22 @@ class _Strip:
             context.append(behind * stride - bisect_left(few, True, key=reaches_behind))
         return max(context)
 
+    def shift_error(self, radius: int, fixed: bool) -> float:
+        """Largest difference between two windows that begin one stride apart, where both have ``radius``
+        elements of context: as a share of the largest score.
 
-def _shift_error(
-    predict: Predict,
-    shape: Sequence[int],
-    axis: int,
-    stride: int,
-    radius: int,
-    fixed: bool,
-    seed: int,
-) -> float:
-    """Largest difference between two windows that begin one stride apart, where both have ``radius``
-    elements of context: as a share of the largest score.
-
-    The second window is as short as can be, so that its edges matter too, unless the model fixes it.
-    """
-    edge, axis = shape[axis + 2], axis + 2
-    margin = round_up(radius, stride)
-    length = edge if fixed else 2 * margin + stride
-    long = [*shape]
-    long[axis] = max(edge, stride + length)
-    x = torch.randn(*long, generator=torch.Generator().manual_seed(seed))
-    first = ask(predict, x.narrow(axis, 0, edge))
-    second = ask(predict, x.narrow(axis, stride, length))
-    start, stop = stride + margin, min(edge, stride + length) - margin
-    a = first.narrow(axis, start, stop - start)
-    b = second.narrow(axis, margin, stop - start)
-    difference, scale = float((a - b).abs().max()), float(first.abs().max())
-    return difference / scale if scale else difference
+        The second window is as short as can be, so that its edges matter too, unless the model fixes it.
+        """
+        edge, stride, axis = self.edge, self.stride, self._axis
+        margin = round_up(radius, stride)
+        length = edge if fixed else 2 * margin + stride
+        long = [*self._shape]
+        long[axis] = max(edge, stride + length)
+        x = torch.randn(*long, generator=torch.Generator().manual_seed(self._seed))
+        first = ask(self._predict, x.narrow(axis, 0, edge))
+        second = ask(self._predict, x.narrow(axis, stride, length))
+        start, stop = stride + margin, min(edge, stride + length) - margin
+        a = first.narrow(axis, start, stop - start)
+        b = second.narrow(axis, margin, stop - start)
+        difference, scale = float((a - b).abs().max()), float(first.abs().max())
+        return difference / scale if scale else difference

@@ -8,18 +8,24 @@ the seams is measured by halo, and the smallest halo that keeps it under a toler
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 import scipy.fft
 import torch
+from pydantic import TypeAdapter
 
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.geometry.box import Box
 from segpipe.inference.receptive_field.probe import Predict, Radius, ask, measure_radius, round_up
 from segpipe.models.network import activate, all_finite, best_class
+from segpipe.models.registry import load_model
+from segpipe.models.weights import weights_fingerprint
+from segpipe.store.stage import Stage, stage_key
 from segpipe.tiling.windows import make_lattice
 
 TOLERANCE = 1e-3
@@ -28,6 +34,9 @@ BUDGET = 2**23
 """Elements of the largest forward pass: 2896 × 2896 or 203 × 203 × 203."""
 HARDLY_MORE = 1.1
 """Where no halo meets the tolerance: a wider one must change a tenth fewer to be worth its forward passes."""
+REACH_VERSION = 1
+"""Raised when the same model would be measured otherwise."""
+
 CROPS, ENOUGH = 4, 2**20
 """Seams are measured in up to four places, fewer once the windows hold that many elements together."""
 
@@ -51,25 +60,47 @@ class Reach:
     """What was found, in one sentence."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "radius": self.radius and list(self.radius),
-            "seams": [list(row) for row in self.seams],
-            "probed": self.probed,
-            "halo": list(self.halo),
-            "note": self.note,
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        radius = data["radius"]
-        return cls(
-            radius=None if radius is None else tuple(radius),
-            seams=tuple((int(halo), float(share), float(change)) for halo, share, change in data["seams"]),
-            probed=data["probed"],
-            halo=tuple(data["halo"]),
-            note=data["note"],
+        return TypeAdapter(cls).validate_python(data)
+
+
+def card_reach(card: Card, window: Sequence[int], out: str) -> Reach:
+    """How far the model looks, in float32 on the CPU; found in the store after the first time.
+
+    Args:
+        card: of the model.
+        window: elements per model axis.
+        out: output location of the job, whose store keeps the finding.
+
+    Raises:
+        RequestError: the model cannot be probed; give the card's `window.halo` in elements.
+    """
+    parts = {
+        "card": card.prediction_fingerprint(),
+        "weights": weights_fingerprint(card),
+        "window": list(window),
+        "version": REACH_VERSION,
+    }
+    record = Stage(out, stage_key("reach", parts))
+    found = record.read_json("reach.json")
+    if found is None:
+        model = load_model(card, "cpu", os.cpu_count() or 1, "fp32")
+        reach = measure_reach(
+            model,
+            card.channels,
+            card.ndim,
+            card.window.stride,
+            tuple(window),
+            activation=card.output.activation,
+            fixed=card.window.fixed,
         )
+        found = reach.to_json()
+        record.write_json("reach.json", found)
+    return Reach.from_json(found)
 
 
 def measure_reach(

@@ -26,7 +26,7 @@ from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import output_channels
+from segpipe.models.network import other_channels, output_channels
 from segpipe.models.weights import resolve_weights
 
 FUNCTIONS = frozenset(
@@ -318,11 +318,7 @@ def _read(card: Card, path: Path) -> tuple[torch.export.ExportedProgram, Dimensi
     given = [_dimension(n, program) for n in values[str(out)].shape]
     _check_shape(card, taken)
     if len(given) > 1 and not given[1].fits(output_channels(card)):
-        raise card_error(
-            card,
-            "classes",
-            f"the card needs {output_channels(card)} output channels; the file answers with {given[1]}",
-        )
+        raise other_channels(card, given[1])
     return program, taken[0]
 
 

@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional
 from torchvision.ops import batched_nms, box_convert
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.base import MaskCandidates
+from segpipe.models.network import enlarged
 
 DECODERS = ("masks", "yolo-seg")
 ARGUMENTS = {"masks": ("decode", "logits"), "yolo-seg": ("decode", "detections", "iou")}
@@ -141,7 +141,7 @@ def decode_masks(
         raise RequestError(
             f"{card.name}: classes: the file says {found}; valid: 0 to {len(card.classes) - 1}"
         )
-    stack = _upsampled(masks.reshape(count, *space).float(), shape)
+    stack = enlarged(masks.reshape(1, count, *space).float(), shape)[0]
     if card.arguments.get("logits", False):
         stack = stack.sigmoid()
     values = np.asarray(card.values, np.int64)[numbers.numpy()]
@@ -176,7 +176,7 @@ def decode_yolo(
     masks = torch.einsum("nc,chw->nhw", coefficients[kept], prototypes).sigmoid()
     height, width = prototypes.shape[1:]
     scale = torch.tensor([width / shape[1], height / shape[0]]).repeat(2)
-    masks = _upsampled(_cut(masks, boxes[kept] * scale), shape)
+    masks = enlarged(_cut(masks, boxes[kept] * scale)[None], shape)[0]
     values = np.asarray(classes, np.int64)[best[kept].numpy()]
     return MaskCandidates(masks.numpy(), values, scores[kept].clamp(0, 1).numpy())
 
@@ -188,14 +188,3 @@ def _cut(masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     x = torch.arange(masks.shape[2])[None, None, :]
     inside: torch.Tensor = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
     return masks * inside
-
-
-def _upsampled(masks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Masks (n, …) at the window's size, bi- or trilinear with half-pixel centres."""
-    if not len(masks):
-        return masks.new_zeros(0, *shape)
-    if tuple(masks.shape[1:]) == shape:
-        return masks
-    mode = "bilinear" if len(shape) == 2 else "trilinear"
-    larger: torch.Tensor = functional.interpolate(masks[None], size=shape, mode=mode, align_corners=False)
-    return larger[0]

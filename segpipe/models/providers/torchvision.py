@@ -28,7 +28,7 @@ from torchvision.ops import masks_to_boxes
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import MaskCandidates, Network, ObjectNetwork, Truth
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
-from segpipe.models.network import TorchNetwork, fill, output_channels
+from segpipe.models.network import OneOutput, TorchNetwork, fill, output_channels
 from segpipe.models.weights import load_state, resolve_weights
 
 SEMANTIC = {
@@ -58,19 +58,6 @@ ANCHORS = (32, 64, 128, 256, 512)
 """The library's."""
 
 
-class _Scores(nn.Module):
-    """The scores alone, at the input's resolution."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        scores = self.network(batch)["out"]
-        assert isinstance(scores, torch.Tensor)
-        return scores
-
-
 class _AsGiven(GeneralizedRCNNTransform):  # type: ignore[misc]
     """Images go in as they are: neither normalised nor resized."""
 
@@ -90,11 +77,7 @@ class MaskRCNNObjects:
         self.device = device
         self._network = network
         self._values = np.array(card.values, np.int64)
-
-    @property
-    def parameters(self) -> int | None:
-        """Numbers learned in training."""
-        return sum(p.numel() for p in self._network.parameters())
+        self.parameters = sum(p.numel() for p in network.parameters())
 
     def candidates(self, batch: torch.Tensor) -> list[MaskCandidates]:
         """The network's detections, masks pasted into the window."""
@@ -222,7 +205,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNet
     fill(card, network, load_state(resolve_weights(card)))
     if card.output.kind == "instance":
         return finder(card, network.eval().requires_grad_(False).to(device), device)
-    return TorchNetwork(_Scores(network), device, channels_last=True)
+    return TorchNetwork(OneOutput(network, "out"), device, channels_last=True)
 
 
 def widen(network: nn.Module, bands: int) -> None:

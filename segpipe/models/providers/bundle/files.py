@@ -226,30 +226,19 @@ def card_from_bundle(path: str | Path) -> Card:
     config, metadata = bundle.config(CONFIGS), bundle.config((METADATA,))
     definition = network_definition(bundle)
     try:
-        image, predicted = _formats(metadata)
-        names = _classes(path, config, predicted)
-        steps = _transforms(config, str(path))
-        data = _card(path, definition, image, names, steps, _window(config, image, str(path)))
+        data = _card(path, config, metadata, definition)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise RequestError(
             f"{path}: {METADATA} or {bundle.first(CONFIGS)} is not as MONAI's specification has it "
             f"({type(error).__name__}: {error})"
         ) from error
-    data |= {
-        "title": str(metadata.get("task", "")),
-        "data": str(metadata.get("data_source", "")),
-        "scores": _scores(metadata),
-        "source": f"MONAI bundle {path.stem} {metadata.get('version', '')}".strip(),
-    }
     return validate(Card, data, str(path))
 
 
-def _formats(metadata: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    data = metadata["network_data_format"]
-    inputs, outputs = data["inputs"], data["outputs"]
-    return inputs.get("image") or next(iter(inputs.values())), outputs.get("pred") or next(
-        iter(outputs.values())
-    )
+def _format(formats: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The array of this name, or the first."""
+    found: Mapping[str, Any] = formats.get(name) or next(iter(formats.values()))
+    return found
 
 
 def _classes(path: Path, config: Mapping[str, Any], predicted: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -269,14 +258,13 @@ def _classes(path: Path, config: Mapping[str, Any], predicted: Mapping[str, Any]
 
 
 def _card(
-    path: Path,
-    definition: NetworkDefinition,
-    image: Mapping[str, Any],
-    classes: tuple[list[str], str],
-    steps: tuple[dict[str, Any], list[str]],
-    window: dict[str, Any],
+    path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any], definition: NetworkDefinition
 ) -> dict[str, Any]:
-    (names, activation), (wanted, left) = classes, steps
+    formats = metadata["network_data_format"]
+    image, predicted = _format(formats["inputs"], "image"), _format(formats["outputs"], "pred")
+    names, activation = _classes(path, config, predicted)
+    wanted, left = _transforms(config, str(path))
+    window = _window(config, image, str(path))
     channels = int(image["num_channels"])
     volume = int(definition.arguments.get("spatial_dims", len(window["size"]))) == 3
     stored = image.get("channel_def") or {}
@@ -286,6 +274,7 @@ def _card(
     wanted.setdefault("orientation", "RAS" if volume else None)
     return {
         "name": card_name(path.stem),
+        "title": str(metadata.get("task", "")),
         "kind": "volume" if volume else "raster",
         "provider": "bundle",
         "architecture": definition.architecture,
@@ -301,6 +290,9 @@ def _card(
         "limits": " ".join(
             ["Scenes smaller than the window are padded at their end, not on both sides.", *left]
         ),
+        "data": str(metadata.get("data_source", "")),
+        "scores": _scores(metadata),
+        "source": f"MONAI bundle {path.stem} {metadata.get('version', '')}".strip(),
     }
 
 

@@ -224,14 +224,11 @@ LIMITS = (
 )
 
 
-def card_from_nnunet(
-    folder: str | Path, configuration: str = "3d_fullres", fold: int | str | Sequence[int | str] | None = None
-) -> Card:
+def card_from_nnunet(folder: str | Path, configuration: str = "3d_fullres") -> Card:
     """The card of a trained model folder (dataset.json, plans.json, fold_*/checkpoint_final.pth).
 
     Args:
         configuration: the one that was trained into the folder: the end of its name.
-        fold: one or several; default all that are there.
 
     Returns:
         a card whose ``weights`` is the folder's absolute path.
@@ -243,16 +240,13 @@ def card_from_nnunet(
     folder = Path(folder).resolve()
     plan = read_plan(folder, configuration)
     volume = len(plan.patch) == 3
-    arguments: dict[str, Any] = {"configuration": configuration}
-    if fold is not None:
-        arguments["folds"] = [fold] if isinstance(fold, int | str) else list(fold)
     data = {
         "name": card_name(f"{plan.dataset}-{configuration}"),
         "title": f"nnU-Net {configuration} of {plan.dataset}",
         "kind": "volume" if volume else "raster",
         "provider": "nnunet",
         "architecture": plan.network.rpartition(".")[2],
-        "arguments": arguments,
+        "arguments": {"configuration": configuration},
         "weights": str(folder),
         "input": _input(folder, plan, volume),
         "window": fixed_window(plan.in_image_order(plan.patch), plan.strides),

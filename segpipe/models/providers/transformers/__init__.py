@@ -14,23 +14,9 @@ import torch
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import Network, ObjectNetwork
 from segpipe.models.card_checks import known, only_arguments
-from segpipe.models.network import TorchNetwork, fill
+from segpipe.models.network import OneOutput, TorchNetwork, fill
 from segpipe.models.providers.transformers import configs, queries
 from segpipe.models.weights import load_state, resolve_weights
-
-
-class Logits(torch.nn.Module):
-    """The logits alone, often at a fraction of the input's resolution."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """(n, k, y, x)."""
-        logits = self.network(pixel_values=batch).logits
-        assert isinstance(logits, torch.Tensor)
-        return logits
 
 
 def check(card: Card) -> None:
@@ -125,7 +111,7 @@ def _config(card: Card) -> Any:
 def _scorer(card: Card, network: torch.nn.Module) -> torch.nn.Module:
     if configs.ARCHITECTURES[str(card.architecture)].queries:
         return queries.ClassScores(_queries(card, network))
-    return Logits(network)
+    return OneOutput(network, "logits")
 
 
 def _queries(card: Card, network: torch.nn.Module) -> queries.Queries:

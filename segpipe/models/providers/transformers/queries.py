@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from torchvision.ops import box_convert, masks_to_boxes
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import MaskCandidates, Truth
+from segpipe.models.network import enlarged
 from segpipe.models.providers.transformers.configs import ARCHITECTURES, TransformersFamily
 from segpipe.models.weights import resolve_weights
 from segpipe.objects.window import mask_quality
@@ -132,11 +132,7 @@ class QueryObjects:
         self._instances = card.output.kind == "instance"
         self._lowest = card.output.score
         self._values = np.array(values, np.int64)
-
-    @property
-    def parameters(self) -> int | None:
-        """Numbers learned in training."""
-        return sum(p.numel() for p in self._queries.parameters())
+        self.parameters = sum(p.numel() for p in queries.parameters())
 
     def candidates(self, batch: torch.Tensor) -> list[MaskCandidates]:
         """The queries of each window that are objects with at least the card's score.
@@ -170,13 +166,6 @@ class QueryObjects:
         if self._instances:
             weights = weights * mask_quality(masks)
         return MaskCandidates(masks, self._values[labels[kept].cpu().numpy()], weights)
-
-
-def enlarged(maps: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """(n, q, y, x) at another size: bilinear, half-pixel centres."""
-    if maps.shape[2:] == size or not maps.shape[1]:
-        return maps.new_zeros(*maps.shape[:2], *size) if not maps.shape[1] else maps
-    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 class QueryLoss:
