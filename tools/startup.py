@@ -49,14 +49,16 @@ class Cost:
     modules: int
 
 
-def starts(out: Path) -> list[Start]:
-    """Return the four ways to start, whose results go into a folder."""
+def starts(root: Path, out: Path) -> list[Start]:
+    """Return the ways to start that a library has, whose results go into a folder."""
     to_out = ("--set", f"outputs.dir={out}")
+    local = Start("`segpipe run --local` (land cover, fresh)", CLI, ("run", JOB, "--local", *to_out))
     return [
         Start("`import segpipe`", "import segpipe"),
         Start("`segpipe --help`", CLI, ("--help",)),
         Start("`segpipe plan` (land cover)", CLI, ("plan", JOB, *to_out)),
         Start("`segpipe run` (land cover, fresh)", CLI, ("run", JOB, *to_out)),
+        *([local] if (root / "segpipe/runs/local.py").exists() else []),
     ]
 
 
@@ -104,7 +106,7 @@ def main() -> None:
         folder = Path(name)
         rows = [
             (start.name, [measure(start, root, folder) for _ in range(arguments.repeats)])
-            for start in starts(folder / "runs")
+            for start in starts(root, folder / "runs")
         ]
     print(table(rows))
 

@@ -309,6 +309,11 @@ class Card(Strict):
         return tuple(c.value for c in self.classes)
 
     @property
+    def output_channels(self) -> int:
+        """Channels the network answers with: one a class, or one in all under a sigmoid."""
+        return 1 if self.output.activation == "sigmoid" else len(self.classes)
+
+    @property
     def answers_prompts(self) -> bool:
         """Whether it has no classes of its own: what it finds is what is asked for."""
         return self.output.kind in ("prompted", "boxes", "names")

@@ -23,7 +23,6 @@ from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.inference.settings import resolve_settings
 from segpipe.metrics.overlap import ClassCounts, Counts, class_counts, mean, pixel_accuracy
 from segpipe.models.base import SegmentationModel
-from segpipe.models.network import output_channels
 from segpipe.models.registry import load_model
 from segpipe.pipeline.measure import measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
@@ -140,7 +139,7 @@ def scene_windows(job: Job, card_path: str | Path, count: int = 32) -> list[torc
     with _scenes(job, card_path, count) as scenes:
         for scene in scenes:
             blocks = pending_blocks(scene)
-            recorder = _Recorder(output_channels(scene.card))
+            recorder = _Recorder(scene.card.output_channels)
             _predict(scene, blocks[len(blocks) // 2 :][:1], recorder)
             found += recorder.windows
     return _spread(found, count)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from segpipe.objects.window import WindowObjects
 

@@ -96,14 +96,9 @@ class OneOutput(torch.nn.Module):
         return scores
 
 
-def output_channels(card: Card) -> int:
-    """Channels the network answers with: one a class, or one in all under a sigmoid."""
-    return 1 if card.output.activation == "sigmoid" else len(card.classes)
-
-
 def other_channels(card: Card, found: object) -> RequestError:
     """What is said where a file answers with other channels than the card needs."""
-    needed = output_channels(card)
+    needed = card.output_channels
     return card_error(
         card, "classes", f"the card needs {needed} output channels; the file answers with {found}"
     )
@@ -175,7 +170,7 @@ class ReadyModel:
         self.device = network.device
         self._network = network
         self._name = card.name
-        self._channels = output_channels(card)
+        self._channels = card.output_channels
         self._precision = precision
         self._threads = threads
 

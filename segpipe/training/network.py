@@ -17,7 +17,7 @@ from segpipe.config.recipe import Recipe, Stored
 from segpipe.errors import RequestError
 from segpipe.inference.object_merger import ground_value
 from segpipe.models.base import Truth
-from segpipe.models.network import AUTOCAST, at_resolution, best_class, output_channels
+from segpipe.models.network import AUTOCAST, at_resolution, best_class
 from segpipe.models.trainable import built_state, finder, objective, untrained
 from segpipe.models.weights import load_state, resolve_weights
 from segpipe.objects.window import WindowObjects
@@ -90,7 +90,7 @@ class TrainNetwork:
             scores = scores["out"]
         if isinstance(scores, list | tuple):
             scores = scores[0]
-        return at_resolution(scores.float(), images, output_channels(self.card), self.card.name)
+        return at_resolution(scores.float(), images, self.card.output_channels, self.card.name)
 
     def own_loss(
         self, module: torch.nn.Module, images: torch.Tensor, truths: Sequence[Truth]

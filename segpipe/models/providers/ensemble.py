@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from segpipe.config.card import Card, card_error, load_card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import TorchNetwork, activate, at_resolution, output_channels
+from segpipe.models.network import TorchNetwork, activate, at_resolution
 from segpipe.models.plugins import provider_spec
 from segpipe.models.registry import build_network, check_card
 
@@ -34,7 +34,7 @@ class Member:
     def probabilities(self, batch: torch.Tensor) -> torch.Tensor:
         """(n, k, …) float32 on the batch's device, at its resolution."""
         scores = self.network(batch.to(self.network.device)).to(batch.device)
-        scores = at_resolution(scores.float(), batch, output_channels(self.card), self.card.name)
+        scores = at_resolution(scores.float(), batch, self.card.output_channels, self.card.name)
         return activate(scores, self.card.output.activation)
 
 

@@ -26,7 +26,7 @@ from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import other_channels, output_channels
+from segpipe.models.network import other_channels
 from segpipe.models.weights import resolve_weights
 
 FUNCTIONS = frozenset(
@@ -317,7 +317,7 @@ def _read(card: Card, path: Path) -> tuple[torch.export.ExportedProgram, Dimensi
     taken = [_dimension(n, program) for n in values[str(entry)].shape]
     given = [_dimension(n, program) for n in values[str(out)].shape]
     _check_shape(card, taken)
-    if len(given) > 1 and not given[1].fits(output_channels(card)):
+    if len(given) > 1 and not given[1].fits(card.output_channels):
         raise other_channels(card, given[1])
     return program, taken[0]
 

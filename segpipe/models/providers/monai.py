@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
-
-import monai.networks.nets as library
-import torch
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from segpipe.config.card import Card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import construct, known
-from segpipe.models.network import output_channels, with_weights
+
+if TYPE_CHECKING:
+    import torch
+
+if find_spec("monai") is None:  # it is imported later, but missed now, before work
+    raise ModuleNotFoundError(name="monai")
 
 ARCHITECTURES = (
     *("AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "FlexibleUNet", "HighResNet", "MedNeXt"),
@@ -35,12 +38,14 @@ def module(card: Card) -> torch.nn.Module:
     Raises:
         RequestError: architecture and arguments do not fit one another.
     """
+    import monai.networks.nets as library
+
     factory = getattr(library, known(card, ARCHITECTURES))
     accepted = inspect.signature(factory).parameters
     arguments: dict[str, Any] = {
         **card.arguments,
         "in_channels": card.channels,
-        "out_channels": output_channels(card),
+        "out_channels": card.output_channels,
     }
     if "spatial_dims" in accepted:
         arguments["spatial_dims"] = card.ndim
@@ -56,4 +61,6 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     Raises:
         RequestError: architecture, arguments or weights do not fit one another.
     """
+    from segpipe.models.network import with_weights  # loads torch, which a check does without
+
     return with_weights(card, module(card), device)

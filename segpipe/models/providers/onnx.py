@@ -14,7 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import other_channels, output_channels
+from segpipe.models.network import other_channels
 from segpipe.models.providers import onnx_objects
 from segpipe.models.providers.onnx_objects import OnnxObjects
 from segpipe.models.weights import resolve_weights
@@ -223,5 +223,5 @@ def _check_outputs(card: Card, shape: list[int | str | None], channels_last: boo
     if len(shape) < 2:
         return
     channels = shape[-1] if channels_last else shape[1]
-    if isinstance(channels, int) and channels != output_channels(card):
+    if isinstance(channels, int) and channels != card.output_channels:
         raise other_channels(card, channels)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from importlib.util import find_spec
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import Network
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
-from segpipe.models.network import output_channels, with_weights
+
+if TYPE_CHECKING:
+    import torch
 
 if find_spec("segmentation_models_pytorch") is None:  # it is imported later, but missed now, before work
     raise ModuleNotFoundError(name="segmentation_models_pytorch")
@@ -49,11 +49,10 @@ def module(card: Card) -> torch.nn.Module:
         # Weights come from the card, so the encoder's are never fetched.
         "encoder_weights": None,
         "in_channels": card.channels,
-        "classes": output_channels(card),
+        "classes": card.output_channels,
     }
-    network = construct(card, factory, arguments)
+    network: torch.nn.Module = construct(card, factory, arguments)
     _check_window(card, network)
-    assert isinstance(network, torch.nn.Module)
     return network
 
 
@@ -82,4 +81,6 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
     Raises:
         RequestError: architecture, arguments or weights do not fit one another.
     """
+    from segpipe.models.network import with_weights  # loads torch, which a check does without
+
     return with_weights(card, module(card), device, channels_last=True)

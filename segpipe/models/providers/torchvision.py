@@ -28,7 +28,7 @@ from torchvision.ops import masks_to_boxes
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import MaskCandidates, Network, ObjectNetwork, Truth
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
-from segpipe.models.network import OneOutput, TorchNetwork, fill, output_channels
+from segpipe.models.network import OneOutput, TorchNetwork, fill
 from segpipe.models.weights import load_state, resolve_weights
 
 SEMANTIC = {
@@ -128,7 +128,7 @@ def module(card: Card) -> nn.Module:
         # Without weights torchvision makes no auxiliary classifier unless told; LR-ASPP has none.
         auxiliary = {} if name.startswith("lraspp") else {"aux_loss": False}
         only_arguments(card, auxiliary)
-        arguments = {**auxiliary, **arguments, "num_classes": output_channels(card)}
+        arguments = {**auxiliary, **arguments, "num_classes": card.output_channels}
         network = construct(card, getattr(segmentation, name), arguments)
     widen(network, card.channels)
     assert isinstance(network, nn.Module)

@@ -13,7 +13,7 @@ import torch
 from segpipe.config.card import Card, card_error
 from segpipe.models.base import Network
 from segpipe.models.card_checks import check_stride, construct, known
-from segpipe.models.network import output_channels, with_weights
+from segpipe.models.network import with_weights
 from segpipe.models.providers.builtin.convolutional import DeepLabV1, DeepLabV2, SegNet
 from segpipe.models.providers.builtin.setr import SETRPUP, SETRNaive
 
@@ -40,7 +40,7 @@ def module(card: Card) -> torch.nn.Module:
         RequestError: architecture, arguments and window do not fit one another.
     """
     check(card)
-    arguments = {**card.arguments, "in_channels": card.channels, "classes": output_channels(card)}
+    arguments = {**card.arguments, "in_channels": card.channels, "classes": card.output_channels}
     network = construct(card, ARCHITECTURES[str(card.architecture)], arguments)
     assert isinstance(network, torch.nn.Module)
     stride = network.stride

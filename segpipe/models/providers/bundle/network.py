@@ -8,7 +8,7 @@ from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import known, only_arguments
-from segpipe.models.network import TorchNetwork, fill, output_channels
+from segpipe.models.network import TorchNetwork, fill
 from segpipe.models.providers import monai
 from segpipe.models.providers.bundle.files import WEIGHTS, Bundle, network_definition
 from segpipe.models.weights import load_state, resolve_weights
@@ -61,7 +61,7 @@ def _as_monai(card: Card, bundle: Bundle) -> Card:
     for argument, field, needed in (
         ("spatial_dims", "kind", card.ndim),
         ("in_channels", "input.bands", card.channels),
-        ("out_channels", "classes", output_channels(card)),
+        ("out_channels", "classes", card.output_channels),
     ):
         given = definition.arguments.get(argument, needed)
         if given != needed:

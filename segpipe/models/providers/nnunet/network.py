@@ -22,7 +22,7 @@ from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
-from segpipe.models.network import TorchNetwork, fill, output_channels
+from segpipe.models.network import TorchNetwork, fill
 from segpipe.models.providers.nnunet.plans import NnunetPlan, read_plan
 from segpipe.models.weights import resolve_weights
 
@@ -232,7 +232,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         if not networks:  # nnU-Net too takes the first fold's
             mirrored = checkpoint.get("inference_allowed_mirroring_axes")
         try:
-            network = factory(input_channels=card.channels, num_classes=output_channels(card), **arguments)
+            network = factory(input_channels=card.channels, num_classes=card.output_channels, **arguments)
         except (TypeError, ValueError, AssertionError, IndexError) as error:
             raise card_error(
                 card, "weights", f"plans.json: {plan.network} refuses its arguments: {error}"

@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
-from segpipe.models.network import output_channels
 
 OBJECTS = ("semantic", "instance", "panoptic")
 
@@ -108,7 +107,7 @@ def argued_config(card: Card, arguments: dict[str, Any]) -> Any:
         given["backbone_config"] = {"num_channels": card.channels, **backbone}
     if "num_channels" in names:
         given.setdefault("num_channels", card.channels)
-    labels = output_channels(card)
+    labels = card.output_channels
     if card.output.kind != "semantic":
         labels = len(labelled(card, None))
     try:
@@ -141,11 +140,11 @@ def check_config(card: Card, config: Any, where: str) -> None:
     if channels != card.channels:
         raise card_error(card, "input.bands", f"found {card.channels}; {where} says num_channels {channels}")
     if card.output.kind == "semantic":
-        if config.num_labels != output_channels(card):
+        if config.num_labels != card.output_channels:
             raise card_error(
                 card,
                 "classes",
-                f"the card needs {output_channels(card)} output channels; "
+                f"the card needs {card.output_channels} output channels; "
                 f"{where} has {config.num_labels} labels",
             )
     elif len(found := labelled(card, config.num_labels)) != config.num_labels:
