@@ -91,6 +91,15 @@ def test_other_extras_are_named_where_a_job_needs_them(world: World, tmp_path: P
     assert_names_extra(without("h3", "run", "--local", str(hexagons)), 2, "needs h3", "'segpipe[h3]'")
 
 
+def test_a_model_names_the_extra_that_it_lacks(world: World, tmp_path: Path) -> None:
+    for missing, model in (("skimage", "cloud-otsu"), ("onnxruntime", "cloud-4band")):
+        job = world.job(tmp_path / missing, model=model)
+        ended = without(missing, "plan", str(job))
+        assert_names_extra(
+            ended, 2, f"{model}: provider:", f"needs the package {missing}", "'segpipe[models]'"
+        )
+
+
 @pytest.mark.parametrize("missing", ["prefect", ""], ids=["without Prefect", "--local"])
 def test_a_run_in_this_process_gives_the_same_numbers(world: World, tmp_path: Path, missing: str) -> None:
     scenes = [str(world / "scene1.tif"), str(world / "scene2.tif")]

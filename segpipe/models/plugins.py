@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from segpipe.config.card import Card, card_error
 from segpipe.errors import RequestError
+from segpipe.process.extras import EXTRAS
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +91,10 @@ class ProviderSpec:
 
 
 BUILT_IN = SimpleNamespace(
-    smp=ProviderSpec("segpipe.models.providers.smp", "segpipe[models]"),
-    monai=ProviderSpec("segpipe.models.providers.monai", "segpipe[models]"),
+    smp=ProviderSpec("segpipe.models.providers.smp"),
+    monai=ProviderSpec("segpipe.models.providers.monai"),
     transformers=ProviderSpec(
         "segpipe.models.providers.transformers",
-        "segpipe[models]",
         files=(".safetensors",),
         folder=WeightsFolder(
             files=(
@@ -107,8 +107,8 @@ BUILT_IN = SimpleNamespace(
             written_by="save_pretrained",
         ),
     ),
-    torchvision=ProviderSpec("segpipe.models.providers.torchvision", "segpipe[models]"),
-    literature=ProviderSpec("segpipe.models.providers.builtin", "segpipe[models]"),
+    torchvision=ProviderSpec("segpipe.models.providers.torchvision"),
+    literature=ProviderSpec("segpipe.models.providers.builtin"),
     classical=ProviderSpec(
         "segpipe.models.providers.classical.adapter",
         files=(".safetensors",),
@@ -118,7 +118,6 @@ BUILT_IN = SimpleNamespace(
     ),
     bundle=ProviderSpec(
         "segpipe.models.providers.bundle.network",
-        "segpipe[models]",
         files=(".zip",),
         folder=WeightsFolder(
             files=("configs/*.json", "configs/*.yaml", "models/model.*"),
@@ -128,7 +127,6 @@ BUILT_IN = SimpleNamespace(
     ),
     nnunet=ProviderSpec(
         "segpipe.models.providers.nnunet.network",
-        "segpipe[nnunet]",
         files=(),
         folder=WeightsFolder(
             files=("dataset.json", "plans.json", "fold_*/checkpoint_*.pth"),
@@ -136,7 +134,7 @@ BUILT_IN = SimpleNamespace(
             written_by="nnUNetv2_train",
         ),
     ),
-    onnx=ProviderSpec("segpipe.models.providers.onnx", "segpipe[models]", files=(".onnx",), as_stored=True),
+    onnx=ProviderSpec("segpipe.models.providers.onnx", files=(".onnx",), as_stored=True),
     exported=ProviderSpec("segpipe.models.providers.exported", files=(".pt2",), as_stored=True),
     torchscript=ProviderSpec(
         "segpipe.models.providers.torchscript", files=(".pt", ".pth", ".ts", ".torchscript"), as_stored=True
@@ -175,7 +173,9 @@ def load_adapter(card: Card) -> Adapter:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or missing.partition(".")[0] == spec.module.partition(".")[0]:
             raise _broken(card, entry, error) from error
-        hint = f"pip install '{spec.install}'" if spec.install else "install it"
+        extra = EXTRAS.get(missing.partition(".")[0])
+        install = spec.install or (f"segpipe[{extra}]" if extra else "")
+        hint = f"pip install '{install}'" if install else "install it"
         raise card_error(card, "provider", f"{card.provider} needs the package {missing}: {hint}") from error
     for name in ("check", "build"):
         if not callable(getattr(module, name, None)):
