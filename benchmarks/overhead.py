@@ -24,7 +24,7 @@ from segpipe.pipeline.model_scene import Scene, create_stages, is_predicted, pre
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
 from segpipe.store.location import join
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 
 EDGE = 64
 ROWS, COLUMNS = 20, 25

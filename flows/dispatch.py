@@ -23,7 +23,7 @@ from segpipe.prompts.prompt_scene import PromptScene
 from segpipe.prompts.segment_scene import Round
 from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe_flows.runners import placed
 from segpipe_flows.watch import Watch

@@ -32,7 +32,7 @@ from segpipe.lake.selection import (
     take_scenes,
 )
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe_flows.dispatch import Dispatch
 from segpipe_flows.packs import Packs

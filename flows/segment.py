@@ -17,7 +17,7 @@ from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
 from segpipe.runs.check import check_request
 from segpipe.runs.find_run import open_run
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 from segpipe_flows.dispatch import Dispatch
 from segpipe_flows.here import handed_on

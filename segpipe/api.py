@@ -124,15 +124,15 @@ def predict(
             return found.labels().load()
         record = found._scene(None)
         stage = Stage(found._folder.out, record.keys["predict"])
-        labels, stored = found.labels(), stage.array("scores")
+        labels = found.labels()
         names = [c.name for c in found.record.legend]
         geometry = geometry_from_dict(stage.read_json("stage.json")["geometry"])
-        return _scores(stored, geometry, names, labels.attrs)
+        return _scores(stage, geometry, names, labels.attrs)
 
 
-def _scores(stored: Any, geometry: Geometry, names: list[str], attrs: Mapping[str, Any]) -> xarray.DataArray:
+def _scores(stage: Stage, geometry: Geometry, names: list[str], attrs: Mapping[str, Any]) -> xarray.DataArray:
     array = lazy_array(
-        lambda box: np.asarray(stored[(slice(None), *box.slices)]),
+        lambda box: stage.read("scores", (slice(None), *box.slices)),
         geometry,
         np.dtype("float32"),
         names,

@@ -13,6 +13,10 @@ class SceneError(SegpipeError):
     """One scene cannot be processed: it fails, the others go on. Exit code 1."""
 
 
+class DamagedError(SceneError):
+    """What lies in the store is not what was committed: it is computed again by the next run."""
+
+
 class StoppedError(SegpipeError):
     """The run was asked to stop. Everything committed so far stays; running again resumes."""
 

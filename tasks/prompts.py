@@ -20,7 +20,7 @@ from segpipe.prompts.segment_scene import (
     segment_volume,
     segment_windows,
 )
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tiling.pyramid import Window
 from segpipe_tasks.scenes import BACKOFF, RETRIES
 from segpipe_tasks.told import passing_fault, told

@@ -21,7 +21,7 @@ from segpipe.pipeline.scene import MeasurableScene
 from segpipe.runs.check import ResolvedJob
 from segpipe.runs.steps import begin_scene, complete_scene, run_small_scene
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe.tiling.windows import Index
 from segpipe_tasks.told import PASSING, passing_fault, told

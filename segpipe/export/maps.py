@@ -224,15 +224,18 @@ def _shares(scene: MeasurableScene) -> dict[str, _Shares]:
     if not isinstance(scene, Scene):
         return found
     if scene.job.outputs.scores:
-        array = scene.predict.array("scores")
-        found["scores"] = _Shares(lambda box: np.asarray(array[(slice(None), *box.slices)]), scene.classes)
+
+        def scores(box: Box, /) -> np.ndarray:
+            return scene.predict.read("scores", (slice(None), *box.slices))
+
+        found["scores"] = _Shares(scores, scene.classes)
     doubt = scene.open_uncertainty()
     if doubt is not None:
-        labels = scene.labels.array("labels")
 
         def read(box: Box, /) -> np.ndarray:
             shares = doubt(box).astype(np.float32) / np.float32(LEVELS)
-            return np.where(np.asarray(labels[box.slices]) == scene.nodata, np.float32(np.nan), shares)
+            labels = scene.labels.read("labels", box.slices)
+            return np.where(labels == scene.nodata, np.float32(np.nan), shares)
 
         names = enumerate(scene.uncertainty)
         found["uncertainty"] = _Shares(read, tuple(Class(value=i, name=n, color="#000000") for i, n in names))

@@ -25,7 +25,7 @@ from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader
-from segpipe.store.stage import LABEL_CODEC
+from segpipe.store.arrays import LABEL_CODEC
 
 VERSION = "0.5"
 SMALLEST = 256

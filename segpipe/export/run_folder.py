@@ -24,7 +24,15 @@ import obstore
 
 from segpipe.errors import RequestError
 from segpipe.sources.remote import public_uri
-from segpipe.store.location import is_url, join, open_store, read_object, write_atomic
+from segpipe.store.location import (
+    Mark,
+    hash_object,
+    is_url,
+    join,
+    open_store,
+    read_object,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord
@@ -79,21 +87,9 @@ MANIFEST = "manifest.json"
 ITEM = "item.json"
 RECORD = "run.json"
 """Written after the manifest, so not in it."""
-PIECE = 8 * 2**20
-"""Bytes of an object read at once."""
 READERS = 8
 _NOT_OURS = re.compile(r"(^|/)\.|^compare-")
 """Hidden files, and comparisons, which are made again whenever somebody likes."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What tells that a file is as it was."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """Hexadecimal."""
 
 
 Marks = dict[str, Mark]
@@ -168,13 +164,13 @@ def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[st
             made: dict[str, Any] = {"source": {"uri": public_uri(scene.uri)}, "files": {}}
             if seal is not None:
                 made = json.loads(seal)
-                found[name] = Mark(len(seal), hashlib.sha256(seal).hexdigest())
+                found[name] = Mark.of(seal)
             scenes.append({"name": scene.name, **made["source"], "keys": dict(scene.keys)})
             found |= {path: Mark(**mark) for path, mark in made["files"].items()}
         found |= known
         found |= {path: found[origin] for path, origin in copies.items() if origin in found}
         rest = [path for path in _sizes(store) if path not in found and path not in (MANIFEST, RECORD)]
-        found |= zip(rest, pool.map(lambda path: _hash_object(store, path), rest), strict=True)
+        found |= zip(rest, pool.map(lambda path: hash_object(store, path), rest), strict=True)
     return {
         "job": record.job_name,
         "run": record.run_id,
@@ -207,20 +203,11 @@ def check_manifest(location: str) -> list[str]:
             return f"{path}: missing"
         if there[path] != mark["size"]:
             return f"{path}: found {there[path]} bytes, was {mark['size']}"
-        sha256 = _hash_object(store, path).sha256
+        sha256 = hash_object(store, path).sha256
         return "" if sha256 == mark["sha256"] else f"{path}: found SHA-256 {sha256}, was {mark['sha256']}"
 
     with ThreadPoolExecutor(READERS) as pool:
         return [line for line in pool.map(fault, json.loads(found)["files"].items()) if line]
-
-
-def _hash_object(store: obstore.store.ObjectStore, path: str) -> Mark:
-    """Size and checksum of an object, read in pieces."""
-    digest, size = hashlib.sha256(), 0
-    for piece in obstore.get(store, path).stream(min_chunk_size=PIECE):
-        digest.update(piece)
-        size += len(piece)
-    return Mark(size, digest.hexdigest())
 
 
 def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[str, int]:

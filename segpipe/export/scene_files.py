@@ -143,7 +143,7 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
     """The scene's pictures: made once per measure key, then kept beside the tallies."""
     classes = shown_classes(scene, measured.values)
     name = previews_name(scene, classes)
-    known = measured.stage.read_bytes(name)
+    known = measured.stage.read_if_good(name)
     if known is not None:
         return load_previews(known)
     geometry, nodata = scene.geometry, scene.nodata

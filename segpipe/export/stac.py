@@ -24,12 +24,13 @@ from pystac.extensions.raster import DataType, RasterBand, RasterExtension, Samp
 from segpipe import __version__
 from segpipe.config.card import Card, Class
 from segpipe.export.footprint import outline
-from segpipe.export.run_folder import ITEM, Mark
+from segpipe.export.run_folder import ITEM
 from segpipe.export.staging import json_text
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.gdal import Handles
 from segpipe.sources.remote import is_remote, public_uri
+from segpipe.store.location import Mark
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord

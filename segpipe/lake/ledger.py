@@ -8,6 +8,7 @@ scene: with another model or other regions every scene is new.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,15 +21,17 @@ import obstore
 from obstore.store import ObjectStore
 from pydantic import TypeAdapter
 
+from segpipe.errors import DamagedError
 from segpipe.lake.entry import LakeEntry
 from segpipe.sources.remote import public_uri
-from segpipe.store.location import delete_objects, join, open_store, read_object
+from segpipe.store.location import delete_objects, join, open_store, read_object, sealed, unsealed
 from segpipe.tables.record import SceneRecord
 
 LAKE_FOLDER = ".lake"
 PAGE = 1000
 """Objects asked for at once in a listing."""
 
+_log = logging.getLogger(__name__)
 _SCENES = TypeAdapter(SceneRecord)
 
 
@@ -165,10 +168,17 @@ class Ledger:
 
     def _read(self, path: str) -> dict[str, Any] | None:
         data = read_object(self.objects, path)
-        return None if data is None else json.loads(data)
+        if data is None:
+            return None
+        try:  # one of an earlier version ends without a checksum
+            told: dict[str, Any] = json.loads(data if data.endswith(b"}") else unsealed(path, data))
+        except (DamagedError, ValueError) as error:
+            _log.warning("%s: %s: damaged, and so as good as not there (%s)", self.name, path, error)
+            return None
+        return told
 
     def _write(self, path: str, told: dict[str, Any]) -> None:
-        obstore.put(self.objects, path, json.dumps(told, sort_keys=True).encode())
+        obstore.put(self.objects, path, sealed(path, json.dumps(told, sort_keys=True).encode()))
 
     def _delete(self, path: str) -> None:
         delete_objects(self.objects, [path])

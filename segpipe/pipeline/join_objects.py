@@ -22,7 +22,8 @@ from segpipe.objects.nodes import (
 from segpipe.objects.scene_objects import merge_objects, relabel
 from segpipe.objects.table import TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.model_scene import Scene
-from segpipe.store.stage import ArraySpec
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import WHOLE, Marks
 from segpipe.tiling.windows import Lattice, block_id
 
 
@@ -33,13 +34,16 @@ def join_objects(scene: Scene) -> None:
     In memory are the nodes and their pairs, which follow the number of objects.
     """
     lattice, blocks, card = scene.plan.lattice, scene.plan.blocks, scene.card
-    raw = scene.predict.array("objects")
+
+    def raw(box: Box) -> np.ndarray:
+        return scene.predict.read("objects", box.slices)
+
     nodes: list[Nodes] = []
     pairs: list[PairCounts] = []
     for index in blocks.indices():
         found, overhangs = load_parts(scene.predict.read_part(block_id(index)))
         nodes.append(found)
-        pairs += _edges(overhangs, lattice, lambda box: np.asarray(raw[box.slices]))
+        pairs += _edges(overhangs, lattice, raw)
     merged, lookup = merge_objects(
         add_nodes(nodes, len(blocks.shape)),
         add_pairs(pairs),
@@ -51,22 +55,22 @@ def join_objects(scene: Scene) -> None:
         ArraySpec("labels", label_dtype(card), scene.nodata, labels=True),
         ArraySpec("instances", str(lookup.dtype), 0, labels=True),
     ]
-    in_force = scene.labels.create(scene.geometry, blocks, arrays, {})
+    in_force = scene.labels.create(scene.geometry, blocks, arrays, {}, whole=True)
     scale = SizeScale.of(scene.geometry)
     size = np.zeros(len(merged), np.int64)
     sums = np.zeros((len(merged), len(blocks.shape)), np.int64)
-    labels = scene.predict.array("labels")
+    files: Marks = {}
     for index in in_force.indices():
         box = in_force.box(index)
-        local = np.asarray(raw[box.slices])
+        local = raw(box)
         ids = relabel(local, box, lattice, lookup)
-        classes = np.asarray(labels[box.slices])
+        classes = scene.predict.read("labels", box.slices)
         classes[(local > 0) & (ids == 0)] = ground_value(card)  # too small to be an object
-        scene.labels.write("labels", box.slices, classes)
-        scene.labels.write("instances", box.slices, ids)
+        files |= scene.labels.write("labels", box.slices, classes)
+        files |= scene.labels.write("instances", box.slices, ids)
         add_sizes(ids, box, scale, size, sums)
-    scene.labels.write_part(TABLE, ObjectTable(merged, size, sums).dump())
-    scene.labels.commit("whole", {"objects": len(merged)})
+    files |= scene.labels.write_part(TABLE, ObjectTable(merged, size, sums).dump())
+    scene.labels.commit(WHOLE, {"objects": len(merged)}, files)
 
 
 def _edges(

@@ -20,7 +20,7 @@ import pandas as pd
 from segpipe.config.card import Class
 from segpipe.config.classes import with_found
 from segpipe.config.job import Measure
-from segpipe.errors import RequestError
+from segpipe.errors import DamagedError, RequestError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import (
     Geometry,
@@ -56,7 +56,8 @@ from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
 from segpipe.sources.labels import IdRule, ReferenceLabels, find_reference, one_class, open_reference
-from segpipe.store.stage import Stage, StopToken, stage_key
+from segpipe.store.stage import Stage, stage_key
+from segpipe.store.stop import StopToken
 
 SURFACES = "surfaces.json"
 FOUND = "objects.npz"
@@ -158,20 +159,26 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
                 receipt["intensity"] = found.to_json()
             if shares is not None:
                 receipt |= _doubt(shares, labels, truth, scene.nodata, regions, box)
-            stage.commit(name, receipt)
+            stage.commit(name, receipt, {})
             computed += 1
             release()
+        beside = []
         if (objects := scene.objects_stage) is not None:
             stage.write_bytes(FOUND, ObjectTable.load(objects).dump())
-            if (facts := objects.find_part(FACTS)) is not None:
-                stage.write_bytes(FACTS_FILE, facts)
-        stage.write_json("info.json", _info(scene, regions, reference))
+            beside.append(FOUND)
+            if scene.prompted:
+                stage.write_bytes(FACTS_FILE, objects.read_part(FACTS))
+                beside.append(FACTS_FILE)
+        info = {**_info(scene, regions, reference), "tiles": number + 1, "beside": beside}
+        stage.write_json("info.json", info)
         stage.compact()
         if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
             classes = shown_classes(scene, load_measured(stage).values)
             classed = stack.enter_context(scene.open_labels())
             stage.write_json(SURFACES, measure_surfaces(scene, classes, classed, reference, stop))
             computed += 1
+        if scene.job.measure.surface and reference:
+            stage.write_json("info.json", {**info, "beside": [*beside, SURFACES]})
     seconds = time.perf_counter() - begun
     return load_measured(stage), Done(computed, reused, seconds, {"measure": seconds})
 
@@ -199,9 +206,18 @@ def shown_classes(scene: MeasurableScene, values: Sequence[int]) -> tuple[Class,
 
 
 def load_measured(stage: Stage) -> Measured:
-    """The numbers of a complete measure stage, from its receipts alone."""
+    """The numbers of a complete measure stage, from its receipts alone.
+
+    Raises:
+        DamagedError: something of it is missing or damaged.
+    """
     info = stage.read_json("info.json")
     receipts = stage.receipts().values()
+    if info is None or len(receipts) != info["tiles"] or not all(stage.read_bytes(n) for n in info["beside"]):
+        raise DamagedError(
+            f"{stage.key}: measurements are missing or damaged in the store; run the job again, which "
+            "measures what is missing"
+        )
     channels, doubts = info.get("intensity"), info.get("uncertainty")
     objects = [OverlapTable.from_json(r["objects"]) for r in receipts if "objects" in r]
     found, facts = stage.read_bytes(FOUND), stage.read_bytes(FACTS_FILE)

@@ -30,7 +30,8 @@ from segpipe.pipeline.plan_scene import (
 from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels, ingest_all
 from segpipe.sources.base import SceneRef, match_bands
-from segpipe.store.stage import ArraySpec, Stage, stage_key
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import Stage, stage_key
 from segpipe.tiling.plan import Plan, check_memory
 from segpipe.tiling.windows import BLOCK_EDGE, Blocks, Index, block_id
 
@@ -72,8 +73,7 @@ class Scene(PredictedScene):
         """A reader of the map in the store."""
         if not self.uncertainty:
             return None
-        array = self.predict.array("uncertainty")
-        return lambda box: np.asarray(array[(slice(None), *box.slices)])
+        return lambda box: self.predict.read("uncertainty", (slice(None), *box.slices))
 
     def open_image(self) -> SceneBlocks:
         """The ingest where that is there, else the source."""
@@ -159,6 +159,9 @@ def create_stages(scene: Scene) -> Scene:
     info = {"scene": scene.ref.name, "identity": scene.pixels.identity}
     blocks = scene.predict.create(scene.geometry, scene.plan.blocks, label_arrays(card, job), info)
     scene = replace(scene, plan=replace(scene.plan, blocks=blocks))
+    if damaged := scene.predict.scrub():
+        note = f"{len(damaged)} blocks were damaged in the store and computed again: {', '.join(damaged[:5])}"
+        scene = replace(scene, notes=(*scene.notes, note))
     if scene.direct or not pending_blocks(scene):
         return scene
     arrays = image_arrays(scene.pixels)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from segpipe.errors import SceneError
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
-from segpipe.store.stage import ArraySpec, StopToken
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.stop import StopToken
 from segpipe.tiling.windows import Index
 
 if TYPE_CHECKING:
@@ -95,17 +95,18 @@ def finish_labels(scene: Scene) -> Done:
         scene.ingest.compact()
     if scene.labels == scene.predict:
         return Done(0, 0, time.perf_counter() - begun, {})
-    if "whole" in scene.labels.done():
+    scene.labels.scrub()
+    if WHOLE in scene.labels.done():
         return Done(0, 1, time.perf_counter() - begun, {})
     if scene.card.output.kind != "semantic":
         join_objects(scene)
         return Done(1, 0, time.perf_counter() - begun, {})
     clean = ArraySpec("labels", label_dtype(scene.card), scene.nodata, labels=True)
-    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {})
-    labels = np.asarray(scene.predict.array("labels")[...])
-    cleaned = clean_labels(labels, scene.card)
+    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {}, whole=True)
+    cleaned = clean_labels(scene.predict.read("labels", scene.geometry.box.slices), scene.card)
+    files: Marks = {}
     for index in blocks.indices():
         box = blocks.box(index)
-        scene.labels.write("labels", box.slices, cleaned[box.slices])
-    scene.labels.commit("whole", {})
+        files |= scene.labels.write("labels", box.slices, cleaned[box.slices])
+    scene.labels.commit(WHOLE, {}, files)
     return Done(1, 0, time.perf_counter() - begun, {})

@@ -149,8 +149,8 @@ class PredictedScene(MeasurableScene):
     @contextmanager
     def open_labels(self, ids: bool = False) -> Iterator[Callable[[Box], np.ndarray]]:
         """The finished label map in the store."""
-        array = self.labels.array("instances" if ids else "labels")
-        yield lambda box: np.asarray(array[box.slices])
+        name = "instances" if ids else "labels"
+        yield lambda box: self.labels.read(name, box.slices)
 
     def check_labels(self) -> None:
         """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""

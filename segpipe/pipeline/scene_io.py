@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -9,8 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
@@ -20,6 +19,7 @@ from segpipe.sources.base import Pixels, Scaling
 from segpipe.store.stage import Stage
 from segpipe.tiling.windows import Blocks, Index, block_id
 
+_log = logging.getLogger(__name__)
 WORKER = socket.gethostname()
 """Of this process, in receipts, with its number."""
 
@@ -155,14 +155,13 @@ class SceneBlocks:
         stage = self.ingest_stage  # one look: the writer's thread may forget it meanwhile
         if stage is not None and self._is_ingested(box):
             try:
-                values = np.asarray(stage.array("image")[(slice(None), *box.slices)])
-                pixels = Pixels(values, np.asarray(stage.array("valid")[box.slices]))
+                values = stage.read("image", (slice(None), *box.slices))
+                return Pixels(values, stage.read("valid", box.slices))
+            except SceneError as error:  # dropped by another run, or damaged
+                _log.warning("%s; the source is read instead", error)
             except (KeyError, ValueError, OSError):  # arrays that vanish while they are opened
                 if stage.current:
                     raise
-            else:
-                if stage.current:
-                    return pixels
             self._forget_ingest()
         return self._open().read(box, self.pixels.channels)
 
@@ -174,9 +173,10 @@ class SceneBlocks:
         if blocks.box(index) != box:
             return  # made by another plan, and complete before this one began
         try:
-            stage.write("image", box.slices, pixels.values)
-            stage.write("valid", box.slices, pixels.valid)
-            stage.commit(block_id(index), {"valid": int(pixels.valid.sum()), "elements": box.size})
+            files = stage.write("image", box.slices, pixels.values)
+            files |= stage.write("valid", box.slices, pixels.valid)
+            receipt = {"valid": int(pixels.valid.sum()), "elements": box.size}
+            stage.commit(block_id(index), receipt, files)
         except (KeyError, ValueError, OSError):
             if stage.current:
                 raise
@@ -209,15 +209,15 @@ class SceneBlocks:
             "time": round(time.time(), 3),
         }
         try:
-            stage.write("labels", result.box.slices, result.labels)
+            files = stage.write("labels", result.box.slices, result.labels)
             if result.scores is not None:
-                stage.write("scores", result.box.slices, result.scores)
+                files |= stage.write("scores", result.box.slices, result.scores)
             if result.uncertainty is not None:
-                stage.write("uncertainty", result.box.slices, result.uncertainty)
+                files |= stage.write("uncertainty", result.box.slices, result.uncertainty)
             if result.objects is not None:
-                stage.write("objects", result.box.slices, result.objects.raw)
-                stage.write_part(block_id(result.index), result.objects.dump())
-            stage.commit(block_id(result.index), receipt)
+                files |= stage.write("objects", result.box.slices, result.objects.raw)
+                files |= stage.write_part(block_id(result.index), result.objects.dump())
+            stage.commit(block_id(result.index), receipt, files)
         except (KeyError, ValueError, OSError):  # arrays that vanished
             stage.check()
             raise

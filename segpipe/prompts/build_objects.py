@@ -35,7 +35,8 @@ from segpipe.prompts.prompt_scene import ACCOUNT, PromptScene
 from segpipe.prompts.prompt_set import PromptSet, PromptSource
 from segpipe.prompts.segment_scene import VOLUME, load_window_masks, read_grid_masks
 from segpipe.sources.base import LabelReader
-from segpipe.store.stage import ArraySpec
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import WHOLE, Marks
 from segpipe.tiling.windows import BLOCK_EDGE, Blocks
 
 
@@ -46,7 +47,8 @@ def build_objects(scene: PromptScene) -> Done:
         SceneError: windows have no masks.
     """
     begun = time.perf_counter()
-    if scene.labels.exists and "whole" in scene.labels.done():
+    scene.labels.scrub()
+    if scene.labels.exists and WHOLE in scene.labels.done():
         return Done(0, 1, time.perf_counter() - begun, {})
     scene.masks.compact()
     scene.embeddings.stage.compact()
@@ -65,12 +67,12 @@ def build_objects(scene: PromptScene) -> Done:
             (blocks.box(i) for i in blocks.indices()), PatchIndex(scene.geometry.shape, kept.patches),
             kept.value, kept.confidence, minimum=scene.job.measure.smallest, valid=valid,
         )  # fmt: skip
-        _write(scene, blocks, objects, valid)
+        files = _write(scene, blocks, objects, valid)
     buffer = io.BytesIO()
     _facts(scene, prompts, kept, merge, objects).to_parquet(buffer)
-    scene.labels.write_part(FACTS, buffer.getvalue())
-    scene.labels.write_json(ACCOUNT, _account(scene, prompts, masks, merge, objects))
-    scene.labels.commit("whole", {"objects": len(objects.objects)})
+    files |= scene.labels.write_part(FACTS, buffer.getvalue())
+    account = _account(scene, prompts, masks, merge, objects)
+    scene.labels.commit(WHOLE, {"objects": len(objects.objects), ACCOUNT: account}, files)
     scene.embeddings.touch()
     prune(scene.job.outputs.dir, scene.embeddings.stage.key, parse_memory(scene.options.cache))
     return Done(1, 0, time.perf_counter() - begun, {})
@@ -111,13 +113,14 @@ def _scene_masks(scene: PromptScene) -> tuple[PromptSet, SceneMasks]:
     return prompts, SceneMasks(**columns, value=value, source=source, score=score)
 
 
-def _write(scene: PromptScene, blocks: Blocks, rasterised: RasterisedMasks, valid: LabelReader) -> None:
+def _write(scene: PromptScene, blocks: Blocks, rasterised: RasterisedMasks, valid: LabelReader) -> Marks:
     """Write classes, ids and the table of the objects, block by block."""
     arrays = [
         ArraySpec("labels", "uint16", scene.nodata, labels=True),
         ArraySpec("instances", "uint32", 0, labels=True),
     ]
-    in_force = scene.labels.create(scene.geometry, blocks, arrays, {})
+    in_force = scene.labels.create(scene.geometry, blocks, arrays, {}, whole=True)
+    files: Marks = {}
     scale = SizeScale.of(scene.geometry)
     count, axes = len(rasterised.objects), scene.geometry.ndim
     size, sums = np.zeros(count, np.int64), np.zeros((count, axes), np.int64)
@@ -125,10 +128,11 @@ def _write(scene: PromptScene, blocks: Blocks, rasterised: RasterisedMasks, vali
     for index in in_force.indices():
         box = in_force.box(index)
         ids = rasterised.ids(box)
-        scene.labels.write("labels", box.slices, np.where(valid(box), classes[ids], np.uint16(scene.nodata)))
-        scene.labels.write("instances", box.slices, ids)
+        known = np.where(valid(box), classes[ids], np.uint16(scene.nodata))
+        files |= scene.labels.write("labels", box.slices, known)
+        files |= scene.labels.write("instances", box.slices, ids)
         add_sizes(ids, box, scale, size, sums)
-    scene.labels.write_part(TABLE, ObjectTable(rasterised.objects, size, sums).dump())
+    return files | scene.labels.write_part(TABLE, ObjectTable(rasterised.objects, size, sums).dump())
 
 
 def _facts(

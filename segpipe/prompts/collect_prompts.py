@@ -50,8 +50,8 @@ def collect_prompts(scene: PromptScene) -> PromptSet:
     nothing, _ = make_prompts(make_points([], ndim), make_boxes([], ndim), make_outlines([]), {})
     prompts = PromptSet.concatenate([nothing, *_of_files(scene), *_of_text(scene)])
     scene.prompts.create(None, Blocks((1,), (1,), (0,)), [], {"scene": scene.ref.name})
-    scene.prompts.write_part(ASKED, prompts.dump())
-    scene.prompts.commit(ASKED, {"objects": len(prompts)})
+    files = scene.prompts.write_part(ASKED, prompts.dump())
+    scene.prompts.commit(ASKED, {"objects": len(prompts)}, files)
     return prompts
 
 

@@ -32,10 +32,10 @@ from segpipe.prompts.prompt_set import PromptSet
 from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
 from segpipe.sources import SceneRef
 from segpipe.sources.base import match_bands
-from segpipe.store.stage import Stage, stage_key
+from segpipe.store.stage import WHOLE, Stage, stage_key
 from segpipe.tiling.pyramid import Pyramid
 
-ACCOUNT = "account.json"
+ACCOUNT = "account"
 """Name of the file beside the objects: what became of every phrase and prompt."""
 ASKED = "asked"
 """Name of the part of the stage of prompts that holds them."""
@@ -99,7 +99,10 @@ class PromptScene(PredictedScene):
         receipts = self.masks.receipts().values()
         edge = self.pyramid.window
         flat = self.planes.axis is None
-        found = self.labels.read_json(ACCOUNT)
+        whole = self.labels.receipt(WHOLE)
+        if whole is None:
+            raise SceneError(f"the stored stage {self.labels.key} is gone or damaged; run the job again")
+        found = whole[ACCOUNT]
         plan = {
             "windows": len(receipts) if flat else len(self.embeddings.stage.done()),
             "window": f"{edge}x{edge}", "encoder_passes": sum(int(r["encoded"]) for r in receipts),

@@ -44,7 +44,7 @@ from segpipe.prompts.segmenters.registry import load_segmenter
 from segpipe.prompts.volumes.propagate import SliceMask, Stop, Tracker, propagate
 from segpipe.prompts.volumes.propagate_memory import VideoNetwork, VideoTracker, has_memory
 from segpipe.prompts.volumes.propagate_prompts import Linker
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tiling.pyramid import Window
 from segpipe.tiling.windows import Blocks
 
@@ -192,16 +192,17 @@ def segment_windows(
         masks = decode_window(
             segmenter, embedding, window, scene.pyramid, mine, scene.options.choice, at_once, valid=valid
         )
-        scene.masks.write_part(_name(number, window), WindowMasks.of_window(masks, window.level).dump())
+        found = WindowMasks.of_window(masks, window.level)
+        files = scene.masks.write_part(_name(number, window), found.dump())
         for points in grids:
             if window in points.windows:
                 of_grid, tally = segment_grid(
                     segmenter, embedding, window, scene.pyramid, points, scene.options.grid,
                     scene.job.measure.smallest, at_once, valid,
                 )  # fmt: skip
-                scene.masks.write_part(f"grid.{window_id(window)}", of_grid.dump(tally))
+                files |= scene.masks.write_part(f"grid.{window_id(window)}", of_grid.dump(tally))
         receipt = {"objects": len(masks), "encoded": int(new), "attempts": attempt}
-        scene.masks.commit(_name(number, window), receipt)
+        scene.masks.commit(_name(number, window), receipt, files)
     seconds = time.perf_counter() - begun
     return Done(len(todo), len(windows) - len(todo), seconds, {"encoder passes": float(encoded)})
 
@@ -307,8 +308,8 @@ def segment_volume(scene: PromptScene, stop: StopToken | None = None) -> Done:
         tracker = Linker(axis, pyramid, segmenter, embed, scene.options.choice)
     found = propagate(prompts, axis, shape, pyramid, tracker, scene.options.volume)
     masks = _gathered(found, prompts.objects.tolist())
-    scene.masks.write_part(VOLUME, masks.dump())
-    scene.masks.commit(VOLUME, {"objects": len(masks), "encoded": passes})
+    files = scene.masks.write_part(VOLUME, masks.dump())
+    scene.masks.commit(VOLUME, {"objects": len(masks), "encoded": passes}, files)
     return Done(1, 0, time.perf_counter() - begun, {"encoder passes": float(passes)})
 
 

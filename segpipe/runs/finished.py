@@ -98,7 +98,7 @@ class Run:
             stored = stage.array(name)
             geometry = geometry_from_dict(found["geometry"])
             array = lazy_array(
-                lambda box: np.asarray(stored[box.slices]), geometry, np.dtype(stored.dtype), name=name
+                lambda box: stage.read(name, box.slices), geometry, np.dtype(stored.dtype), name=name
             )
         elif name in record.files:
             array = open_source(join(self.path, record.files[name])).to_xarray().isel(band=0, drop=True)

@@ -17,7 +17,7 @@ from segpipe.runs.find_run import open_run
 from segpipe.runs.finish import finish_run
 from segpipe.runs.steps import begin_scene, complete_scene, compute_scene
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 
 

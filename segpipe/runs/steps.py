@@ -18,7 +18,7 @@ from segpipe.pipeline.progress import Done, Pace, together
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import SceneRecord
 
 if TYPE_CHECKING:

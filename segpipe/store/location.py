@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from segpipe.errors import RequestError
+from segpipe.errors import DamagedError, RequestError
 
 
 def is_url(location: str) -> bool:
@@ -81,6 +83,88 @@ def read_object(objects: ObjectStore, path: str) -> bytes | None:
         return bytes(obstore.get(objects, path).bytes())
     except FileNotFoundError:
         return None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What tells that a file is as it was."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> Mark:
+        """Of a file's content."""
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+
+PIECE = 8 * 2**20
+"""Bytes of an object read at once."""
+
+
+def hash_object(objects: ObjectStore, path: str) -> Mark:
+    """Size and checksum of an object, read in pieces.
+
+    Raises:
+        FileNotFoundError: it is absent.
+    """
+    digest, size = hashlib.sha256(), 0
+    for piece in obstore.get(objects, path).stream(min_chunk_size=PIECE):
+        digest.update(piece)
+        size += len(piece)
+    return Mark(size, digest.hexdigest())
+
+
+STORE_FOLDER = ".store"
+"""Below an output location: what runs keep, to resume."""
+SEAL = 65
+"""Bytes of a seal: a line break and a SHA-256 in hexadecimal."""
+
+
+def sealed(path: str, data: bytes) -> bytes:
+    """Content with a checksum behind it, of the object's name too: under another name it is damaged."""
+    return data + b"\n" + _seal(path, data)
+
+
+def unsealed(path: str, data: bytes) -> bytes:
+    """The content that was `sealed`.
+
+    Raises:
+        DamagedError: it is not what was written under this name.
+    """
+    content, line, seal = data[:-SEAL], data[-SEAL : 1 - SEAL], data[1 - SEAL :]
+    if line != b"\n" or seal != _seal(path, content):
+        raise DamagedError(f"{path}: damaged, or of an earlier version of segpipe")
+    return content
+
+
+def _seal(path: str, data: bytes) -> bytes:
+    digest = hashlib.sha256(path.encode() + b"\0")
+    digest.update(data)
+    return digest.hexdigest().encode()
+
+
+def make_durable(location: str, paths: Sequence[str]) -> None:
+    """Flush files of a local folder, and the folders they lie in, to the disk: what names them comes after.
+
+    Without ``SEGPIPE_FSYNC=0``, which suits scratch disks, a power loss then never leaves a name without its
+    content. Object stores are durable when they answer.
+    """
+    if is_url(location) or os.environ.get("SEGPIPE_FSYNC") == "0":
+        return
+    root = Path(location).absolute()
+    files = [root / path for path in paths]
+    folders = {
+        folder for file in files for folder in file.parents if folder == root or root in folder.parents
+    }
+    for path in (*files, *sorted(folders, reverse=True)):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:

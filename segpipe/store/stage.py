@@ -3,18 +3,24 @@
 ``<out>/.store/<stage>-<key>/<token>/`` is a Zarr v3 group with a stage's arrays and, beside it,
 ``receipts-<token>/<block>.json``. Data first, receipt last: the receipt is the commit, and a block without
 one is computed again. Receipts are compacted into one object when a stage is complete.
+
+A receipt names the files it stands for, with size and checksum, and every small object has a checksum of its
+own (`sealed`). So whatever is missing, short, swapped or changed is noticed when it is read, and its receipt
+is taken back: the next run computes it again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +28,41 @@ import numpy as np
 import obstore
 import zarr
 from obstore.store import ObjectStore
-from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.core.buffer import Buffer
 
-from segpipe.errors import SceneError, StoppedError
-from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
-from segpipe.store.location import delete_objects, join, open_store, read_object
-from segpipe.tiling.windows import Blocks
+from segpipe.errors import DamagedError, SceneError
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import Geometry
+from segpipe.store.arrays import ArraySpec, conventions, create_array
+from segpipe.store.location import (
+    STORE_FOLDER,
+    Mark,
+    delete_objects,
+    hash_object,
+    join,
+    make_durable,
+    open_store,
+    read_object,
+    sealed,
+    unsealed,
+)
+from segpipe.tiling.windows import Blocks, block_id
 
-STORE_FOLDER = ".store"
-IMAGE_CODEC = BloscCodec(cname="lz4", shuffle="shuffle")
-LABEL_CODEC = ZstdCodec(level=5)
+WHOLE = "whole"
+"""The receipt of a stage that is committed as a whole."""
+FILES = "files"
+"""Where a receipt names what it commits."""
+_log = logging.getLogger(__name__)
+
+
+Marks = dict[str, tuple[int, str] | None]
+"""By path below the stage, size and SHA-256 of each file written; None: only fill, which has no file."""
 
 
 def stage_key(stage: str, parts: Mapping[str, Any]) -> str:
     """``<stage>-<hash>`` of everything that can change the stage's bits."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """An array of a stage."""
-
-    name: str
-    dtype: str
-    fill: float | int | bool
-    channels: int = 0
-    """Leading channel axis; 0: none."""
-    labels: bool = False
-    """Labels compress with zstd, everything else with blosc-lz4 and shuffle."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,20 @@ class Generation:
     """Names the folder of its arrays and of its receipts."""
     blocks: Blocks
     """The unit of its shards."""
+    whole: bool
+    """Whether one receipt, `WHOLE`, stands for all blocks."""
+
+
+class _MarkingStore(zarr.storage.ObjectStore[ObjectStore]):
+    """A Zarr store that remembers size and checksum of what it writes."""
+
+    def __init__(self, store: ObjectStore, *, read_only: bool = False) -> None:
+        super().__init__(store, read_only=read_only)
+        self.marks: dict[str, Mark] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.marks[key] = Mark.of(value.to_bytes())
+        await super().set(key, value)
 
 
 @dataclass(frozen=True)
@@ -74,7 +100,7 @@ class Stage:
     @cached_property
     def objects(self) -> ObjectStore:
         """The folder of this stage."""
-        return open_store(join(self.out, STORE_FOLDER, self.key))
+        return open_store(self._location)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"out": self.out, "key": self.key}
@@ -89,23 +115,33 @@ class Stage:
         found = self.read_json("stage.json")
         if found is None:
             raise SceneError(
-                f"the stored stage {self.key} is gone (dropped by another run); run the job again"
+                f"the stored stage {self.key} is gone (dropped by another run), damaged or of an earlier "
+                "version; run the job again"
             )
         parts = (tuple(found["blocks"][name]) for name in ("shape", "block", "absorb"))
-        return Generation(found["token"], Blocks(*parts))
+        return Generation(found["token"], Blocks(*parts), found["whole"])
+
+    @property
+    def _location(self) -> str:
+        return join(self.out, STORE_FOLDER, self.key)
+
+    @cached_property
+    def _zarr_store(self) -> _MarkingStore:
+        return _MarkingStore(open_store(join(self._location, self.generation.token)))
 
     @cached_property
     def group(self) -> zarr.Group:
         """The Zarr group of this generation; each generation has its own folder."""
-        location = join(self.out, STORE_FOLDER, self.key, self.generation.token)
-        store = zarr.storage.ObjectStore(open_store(location))
         try:
-            return zarr.open_group(store, mode="a")
+            return zarr.open_group(self._zarr_store, mode="a")
         except zarr.errors.ContainsGroupError:  # another process made it between our look and our making
-            return zarr.open_group(store, mode="r+")
+            return zarr.open_group(self._zarr_store, mode="r+")
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """One of the stage's arrays, opened once by this handle: opening takes longer than a small block."""
+        """One of the stage's arrays, for its type and layout: `read` reads it.
+
+        It is opened once by this handle: opening takes longer than a small block.
+        """
         if name not in self._arrays:
             found = self.group[name]
             assert isinstance(found, zarr.Array)
@@ -141,6 +177,8 @@ class Stage:
         blocks: Blocks,
         arrays: Sequence[ArraySpec],
         attributes: Mapping[str, Any],
+        *,
+        whole: bool = False,
     ) -> Blocks:
         """Make the stage's arrays where they are absent; two processes may do so at once.
 
@@ -149,26 +187,34 @@ class Stage:
             blocks: the unit of writing.
             arrays: to make.
             attributes: for the stage's record.
+            whole: one receipt, `WHOLE`, will stand for all blocks.
 
         Returns:
             The blocks in force: those of the stage as it is, where somebody else made it.
         """
         layout = {"shape": blocks.shape, "block": blocks.block, "absorb": blocks.absorb}
         where = None if geometry is None else geometry.to_dict()
-        record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": where}
-        with suppress(obstore.exceptions.AlreadyExistsError):
-            obstore.put(self.objects, "stage.json", _json({**attributes, **record}), mode="create")
-        for name in ("generation", "group", "_receipts", "_arrays"):
+        record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": where, "whole": whole}
+        data = sealed("stage.json", _json({**attributes, **record}))
+        try:
+            obstore.put(self.objects, "stage.json", data, mode="create")
+        except obstore.exceptions.AlreadyExistsError:
+            if self.read_json("stage.json") is None:  # damaged, or of an earlier version: all begins anew
+                obstore.put(self.objects, "stage.json", data)
+        for name in ("generation", "group", "_zarr_store", "_receipts", "_arrays", "_marks", "_verified"):
             self.__dict__.pop(name, None)  # from before the stage was there
         if geometry is not None and not self.group.attrs:
-            self.group.attrs.update(_conventions(geometry, arrays))
+            self.group.attrs.update(conventions(geometry, arrays))
         for spec in arrays:
             with suppress(zarr.errors.ContainsArrayError):
-                _create_array(self.group, spec, geometry, self.generation.blocks)
+                create_array(self.group, spec, geometry, self.generation.blocks)
         return self.generation.blocks
 
-    def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> None:
+    def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> Marks:
         """Write one block of an array; the box must be whole shards (asserted: one shard, one writer).
+
+        Returns:
+            What was written, for the receipt.
 
         Raises:
             KeyError: another run dropped the stage.
@@ -181,12 +227,143 @@ class Stage:
         for part, shard, size in zip(box, shards, extent, strict=True):
             assert part.start % shard == 0, f"{name}: {part} does not begin at a shard of {shard}"
             assert part.stop % shard == 0 or part.stop == size, f"{name}: {part} ends inside a shard"
-        where: tuple[Any, ...] = (Ellipsis, *box)
-        array[where] = values
+        return self.write_shards(name, (slice(None),) * (array.ndim - len(box)) + box, values)
 
-    def commit(self, name: str, receipt: Mapping[str, Any]) -> None:
-        """Write a receipt; call it after the data it stands for."""
-        self.write_json(f"{self._receipts}/{name}.json", receipt)
+    def write_shards(self, name: str, where: tuple[int | slice, ...], values: np.ndarray) -> Marks:
+        """Write whole shards of an array, where an index has a number for an axis; see `write`."""
+        array, token = self.array(name), self.generation.token
+        keys = _shard_keys(name, array, where)
+        try:
+            array[where] = values
+        except (ValueError, RuntimeError):  # Zarr reads a shard at the edge first: what lies there is damaged
+            delete_objects(self.objects, [f"{token}/{key}" for key in keys])
+            array[where] = values
+        marks = {f"{token}/{key}": self._zarr_store.marks.pop(key, None) for key in keys}
+        return {path: None if mark is None else (mark.size, mark.sha256) for path, mark in marks.items()}
+
+    def read(
+        self, name: str, where: tuple[int | slice, ...], commits: Iterable[str] | None = None
+    ) -> np.ndarray:
+        """Read a part of an array that is committed, after its files were held against their receipts.
+
+        Args:
+            name: of the array.
+            where: an index of it, all axes.
+            commits: names of the receipts that stand for it; None: of the blocks it lies in, or `WHOLE`.
+
+        Raises:
+            DamagedError: files are not as they were committed; their receipts are taken back.
+            SceneError: another run dropped the stage meanwhile: what was read may be fill.
+        """
+        array = self.array(name)
+        if commits is None:
+            commits = self._commits(array, where)
+        names = list(commits)
+        for key in _shard_keys(name, array, where):
+            path = f"{self.generation.token}/{key}"
+            if path not in self._verified:
+                self._verify(path, names)
+        values = np.asarray(array[where])
+        self.check()
+        return values
+
+    def _commits(self, array: zarr.Array[Any], where: Sequence[int | slice]) -> list[str]:
+        if self.generation.whole:
+            return [WHOLE]
+        blocks = self.generation.blocks
+        spans = [
+            part.indices(n) for part, n in zip(where, array.shape, strict=True) if isinstance(part, slice)
+        ]
+        start, stop, _ = zip(*spans[-len(blocks.shape) :], strict=True)
+        return [block_id(index) for index in blocks.meeting(Box(start, stop))]
+
+    def _verify(self, path: str, commits: Sequence[str]) -> None:
+        """Hold one file against the receipt that names it.
+
+        Raises:
+            DamagedError, SceneError: as `read`.
+        """
+        for name in commits:
+            if path not in self._marks:
+                self._marks.update((self.receipt(name) or {}).get(FILES, {}))
+        if path in self._marks and self._is_as_marked(path, self._marks[path]):
+            self._verified.add(path)
+            return
+        self.check()  # rather say that all of it was dropped
+        self._take_back(commits)
+        raise DamagedError(
+            f"the stored file {join(self._location, path)} is missing or not what was committed; "
+            "run the job again, which computes it again"
+        )
+
+    def _is_as_marked(self, path: str, mark: tuple[int, str] | None) -> bool:
+        try:
+            if obstore.head(self.objects, path)["size"] != (mark[0] if mark else None):
+                return False
+            return mark is not None and hash_object(self.objects, path).sha256 == mark[1]
+        except FileNotFoundError:
+            return mark is None
+
+    @cached_property
+    def _marks(self) -> Marks:
+        return {}
+
+    @cached_property
+    def _verified(self) -> set[str]:
+        """Files that this handle has looked at."""
+        return set()
+
+    def scrub(self) -> list[str]:
+        """Hold all that is committed against the receipts; take back those of what is damaged.
+
+        Returns:
+            The names of receipts that were taken back: what they stood for is to be computed again.
+        """
+        if not self.exists:
+            return []
+        receipts = self.receipts()
+        damaged = sorted(self.done() - set(receipts))  # those that cannot be read themselves
+
+        def is_good(receipt: Mapping[str, Any]) -> bool:
+            marks = receipt.get(FILES)
+            if marks is None:
+                return False
+            good = all(self._is_as_marked(path, mark) for path, mark in marks.items())
+            if good:
+                self._marks.update(marks)
+                self._verified.update(marks)
+            return good
+
+        with ThreadPoolExecutor(8) as pool:
+            good = list(pool.map(is_good, receipts.values()))
+        damaged += [name for name, is_kept in zip(receipts, good, strict=True) if not is_kept]
+        if damaged and self.current:
+            _log.warning("%s: damaged in the store, computed again: %s", self.key, ", ".join(damaged))
+            self._take_back(damaged)
+            return damaged
+        return []
+
+    def _take_back(self, names: Sequence[str]) -> None:
+        """Delete receipts, wherever they are."""
+        compact = self.read_json(f"{self._receipts}.json") or {}
+        if kept := {name: receipt for name, receipt in compact.items() if name not in names}:
+            self.write_json(f"{self._receipts}.json", kept)
+        else:
+            delete_objects(self.objects, [f"{self._receipts}.json"])
+        delete_objects(self.objects, [f"{self._receipts}/{name}.json" for name in names])
+
+    def commit(self, name: str, receipt: Mapping[str, Any], files: Marks) -> None:
+        """Write a receipt; call it after the data it stands for.
+
+        Args:
+            name: of the receipt.
+            receipt: what is to be known of the data.
+            files: that were written for it.
+        """
+        make_durable(self._location, [path for path, mark in files.items() if mark is not None])
+        self.write_json(f"{self._receipts}/{name}.json", {**receipt, FILES: files})
+        self._marks.update(files)
+        self._verified.update(files)
 
     @cached_property
     def _receipts(self) -> str:
@@ -235,23 +412,32 @@ class Stage:
             delete_objects(self.objects, [meta["path"] for chunk in listed for meta in chunk])
         delete_objects(self.objects, [f"receipts-{token}.json"])
 
-    def write_part(self, name: str, data: bytes) -> None:
-        """Write what a block leaves beside its arrays; dropped with them."""
-        self.write_bytes(f"parts-{self.generation.token}/{name}", data)
+    def write_part(self, name: str, data: bytes) -> Marks:
+        """Write what a block leaves beside its arrays, which is dropped with them; what its receipt names."""
+        path = f"parts-{self.generation.token}/{name}"
+        self.write_bytes(path, data)
+        mark = Mark.of(sealed(path, data))
+        return {path: (mark.size, mark.sha256)}
 
     def read_part(self, name: str) -> bytes:
         """What a block left.
 
         Raises:
             SceneError: another run dropped the stage.
+            DamagedError: it is missing or damaged.
         """
-        data = self.read_bytes(f"parts-{self.generation.token}/{name}")
+        data = self.find_part(name)
         if data is None:
-            raise SceneError(f"the stored stage {self.key} was dropped by another run; run the job again")
+            self.check()
+            raise DamagedError(f"{join(self._location, 'parts', name)}: missing; run the job again")
         return data
 
     def find_part(self, name: str) -> bytes | None:
-        """What a block left, or None where it left nothing of this name."""
+        """What a block left, or None where it left nothing of this name.
+
+        Raises:
+            DamagedError: it is damaged.
+        """
         return self.read_bytes(f"parts-{self.generation.token}/{name}")
 
     def _loose(self) -> list[str]:
@@ -263,101 +449,47 @@ class Stage:
         )
 
     def read_json(self, name: str) -> Any:
-        """A JSON object of the stage, or None where it is absent."""
-        data = self.read_bytes(name)
+        """A JSON object of the stage, or None where it is absent or damaged: it is made again then."""
+        data = self.read_if_good(name)
         return None if data is None else json.loads(data)
+
+    def read_if_good(self, name: str) -> bytes | None:
+        """An object of the stage, or None where it is absent or damaged: it is made again then."""
+        try:
+            return self.read_bytes(name)
+        except DamagedError as error:
+            _log.warning("%s; it is made again", error)
+            return None
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON object in one step: it is there whole or not at all."""
-        obstore.put(self.objects, name, _json(value))
+        self.write_bytes(name, _json(value))
 
     def read_bytes(self, name: str) -> bytes | None:
-        """An object of the stage, or None where it is absent."""
-        return read_object(self.objects, name)
+        """An object of the stage, or None where it is absent.
+
+        Raises:
+            DamagedError: it is not what was written.
+        """
+        data = read_object(self.objects, name)
+        try:
+            return None if data is None else unsealed(name, data)
+        except DamagedError as error:
+            raise DamagedError(f"{self._location}/{error}") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write an object in one step."""
-        obstore.put(self.objects, name, data)
+        obstore.put(self.objects, name, sealed(name, data))
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _create_array(group: zarr.Group, spec: ArraySpec, geometry: Geometry | None, blocks: Blocks) -> None:
-    lead = (spec.channels,) if spec.channels else ()
-    names = ("channel",) if spec.channels else ()
-    array = group.create_array(
-        spec.name,
-        shape=lead + blocks.shape,
-        shards=lead + blocks.block,
-        chunks=lead + blocks.chunk,
-        dtype=spec.dtype,
-        fill_value=spec.fill,
-        compressors=LABEL_CODEC if spec.labels else IMAGE_CODEC,
-        dimension_names=names + ("z", "y", "x")[-len(blocks.shape) :],
-    )
-    if isinstance(geometry, RasterGeometry):
-        array.attrs["grid_mapping"] = "spatial_ref"
-
-
-def _conventions(geometry: Geometry, arrays: Iterable[ArraySpec]) -> Mapping[str, Any]:
-    """Group attributes that other tools read: CF grid mapping for rasters, OME-Zarr for volumes."""
-    if isinstance(geometry, RasterGeometry):
-        a, b, c, d, e, f = geometry.transform
-        mapping = {"GeoTransform": f"{c!r} {a!r} {b!r} {f!r} {d!r} {e!r}"}
-        if geometry.crs is not None:
-            mapping["crs_wkt"] = geometry.crs
-        return {"segpipe:geometry": geometry.to_dict(), "spatial_ref": mapping}
-    assert isinstance(geometry, VolumeGeometry)
-    scale = list(geometry.spacing)
-    axes = [{"name": n, "type": "space", "unit": "millimeter"} for n in ("z", "y", "x")]
-    multiscales = []
-    for spec in arrays:
-        lead = [{"name": "c", "type": "channel"}] if spec.channels else []
-        factors = [1.0] * len(lead) + scale
-        transform = [{"type": "scale", "scale": factors}]
-        datasets = [{"path": spec.name, "coordinateTransformations": transform}]
-        multiscales.append({"name": spec.name, "axes": lead + axes, "datasets": datasets})
-    return {
-        "segpipe:geometry": geometry.to_dict(),
-        "ome": {"version": "0.5", "multiscales": multiscales},
-    }
-
-
-@lru_cache(maxsize=16)
-def _stops(out: str) -> ObjectStore:
-    """The folder of requests to stop; it is looked at before every block, so the client is kept."""
-    return open_store(join(out, STORE_FOLDER, "stop"))
-
-
-@dataclass(frozen=True)
-class StopToken:
-    """The name under which the workers of one run are asked to stop. Small and picklable."""
-
-    out: str
-    """Output location of the job."""
-    name: str
-    """Of one attempt at one run: a retry has another."""
-
-    def request(self) -> None:
-        """Ask every worker to stop before its next block."""
-        obstore.put(_stops(self.out), self.name, b"")
-
-    def forget(self) -> None:
-        """Take the request back: a flow run that was suspended goes on under the same name."""
-        delete_objects(_stops(self.out), [self.name])
-
-    @property
-    def requested(self) -> bool:
-        """Whether somebody asked the run to stop."""
-        try:
-            obstore.head(_stops(self.out), self.name)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def check(self) -> None:
-        """Raises StoppedError where somebody asked the run to stop; what is committed stays."""
-        if self.requested:
-            raise StoppedError("the run was asked to stop; run it again to resume")
+def _shard_keys(name: str, array: zarr.Array[Any], where: Sequence[int | slice]) -> list[str]:
+    """Keys of the shards that a part of an array lies in."""
+    steps = []
+    for part, shard, size in zip(where, array.shards or array.chunks, array.shape, strict=True):
+        start, stop, _ = part.indices(size) if isinstance(part, slice) else (part, part + 1, 1)
+        steps.append(range(start // shard, -(-stop // shard)))
+    return ["/".join((name, "c", *map(str, index))) for index in product(*steps)]

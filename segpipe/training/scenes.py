@@ -27,7 +27,8 @@ from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import match_bands
 from segpipe.sources.labels import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
-from segpipe.store.stage import ArraySpec, Stage, stage_key
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import WHOLE, Marks, Stage, stage_key
 from segpipe.tiling.windows import Blocks
 
 EDGE = {2: 1024, 3: 128}
@@ -62,19 +63,19 @@ class TrainScene:
     @cached_property
     def positions(self) -> list[np.ndarray]:
         """For each class some of its elements, int32 (n, axis)."""
-        data = self.stage.read_bytes("positions.npz")
+        data = self.stage.read_part("positions.npz")
         assert data is not None
         with np.load(io.BytesIO(data)) as found:
             return [found[str(channel)] for channel in range(len(self.counts))]
 
     def read(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
         """Image (c, …) float32 and target (…) of a box inside the scene; `IGNORE` where nothing is said."""
-        image = np.asarray(self.stage.array("image")[(slice(None), *box.slices)])
-        return image, np.asarray(self.stage.array("target")[box.slices])
+        image = self.stage.read("image", (slice(None), *box.slices))
+        return image, self.stage.read("target", box.slices)
 
     def read_ids(self, box: Box) -> np.ndarray:
         """Ids of objects of a box, int64 (…); 0: none, `IGNORE` where nothing is said."""
-        return np.asarray(self.stage.array("ids")[box.slices])
+        return self.stage.read("ids", box.slices)
 
 
 def prepare(recipe: Recipe, refs: Iterable[SceneRef], told: Callable[[int], None]) -> list[TrainScene]:
@@ -111,7 +112,8 @@ def _prepare_one(recipe: Recipe, ref: SceneRef) -> TrainScene:
             "version": VERSION,
         }
         stage = Stage(recipe.out, stage_key("learn", parts))
-        found = stage.receipts().get("whole") if stage.exists else None
+        stage.scrub()
+        found = stage.receipts().get(WHOLE) if stage.exists else None
         grid = scene_grid(card, geometry, None)
         if found is None:
             with SceneBlocks(pixels) as reader:
@@ -164,22 +166,23 @@ def _store(
     ]
     if objects:
         arrays.append(ArraySpec("ids", "int64", IGNORE, labels=True))
-    stage.create(None, blocks, arrays, {})
+    stage.create(None, blocks, arrays, {}, whole=True)
+    files: Marks = {}
     drawn = Drawn(len(card.classes))
     for number, index in enumerate(blocks.indices()):
         box = blocks.box(index)
         image, target, ids = _block(grid, normaliser, reader, labels, box)
-        stage.write("image", box.slices, image)
-        stage.write("target", box.slices, target.astype(np.int16))
+        files |= stage.write("image", box.slices, image)
+        files |= stage.write("target", box.slices, target.astype(np.int16))
         if objects:
-            stage.write("ids", box.slices, ids)
+            files |= stage.write("ids", box.slices, ids)
         drawn.add(target, box, np.random.default_rng(number))
     buffer = io.BytesIO()
     named: dict[str, Any] = {str(c): found for c, found in enumerate(drawn.positions)}
     np.savez_compressed(buffer, **named)
-    stage.write_bytes("positions.npz", buffer.getvalue())
+    files |= stage.write_part("positions.npz", buffer.getvalue())
     receipt = {"counts": drawn.counts}
-    stage.commit("whole", receipt)
+    stage.commit(WHOLE, receipt, files)
     return receipt
 
 

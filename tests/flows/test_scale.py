@@ -30,7 +30,7 @@ from segpipe.inference.settings import Settings
 from segpipe.pipeline.model_scene import Scene, create_stages, prepare_scene
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.runs.check import check_request
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tiling.windows import block_id
 from segpipe_flows import runners
 from segpipe_flows.runners import check_cluster, placed, task_runner

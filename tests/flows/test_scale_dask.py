@@ -128,7 +128,7 @@ def receipts(store: S3Store, out: str) -> dict[str, dict[str, Any]]:
     for path in sorted(paths, key=lambda path: path.count("/"), reverse=False):
         stage = path.split("/")[2]
         try:
-            data = json.loads(bytes(obstore.get(store, path).bytes()))
+            data = json.loads(bytes(obstore.get(store, path).bytes()).splitlines()[0])
         except FileNotFoundError:  # compacted meanwhile
             continue
         if path.split("/")[-2].startswith("receipts-"):

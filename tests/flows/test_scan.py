@@ -26,7 +26,7 @@ from segpipe.lake.ledger import Receipts
 from segpipe.lake.listing import list_lake
 from segpipe.lake.selection import check_scan
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tables.record import RunRecord, load_record
 from segpipe_flows.scan import scan
 from segpipe_tasks.scenes import do_scenes

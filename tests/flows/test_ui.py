@@ -130,11 +130,14 @@ def receipts(out: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in out.glob(".store/predict-*/receipts-*/*.json"):
         try:
-            found[f"{path.parts[-3]}/{path.stem}"] = json.loads(path.read_bytes())
+            found[f"{path.parts[-3]}/{path.stem}"] = json.loads(path.read_bytes().splitlines()[0])
         except FileNotFoundError:  # compacted meanwhile
             continue
     for path in out.glob(".store/predict-*/receipts-*.json"):
-        found |= {f"{path.parts[-2]}/{block}": r for block, r in json.loads(path.read_bytes()).items()}
+        found |= {
+            f"{path.parts[-2]}/{block}": r
+            for block, r in json.loads(path.read_bytes().splitlines()[0]).items()
+        }
     return found
 
 

@@ -109,7 +109,9 @@ def progress(client: SyncPrefectClient, run: UUID) -> str:
 def blocks(job: Job) -> int:
     """Receipts; those of a finished scene are one object."""
     store = Path(job.outputs.dir, ".store")
-    whole = [len(json.loads(path.read_bytes())) for path in store.glob("predict-*/receipts-*.json")]
+    whole = [
+        len(json.loads(path.read_bytes().splitlines()[0])) for path in store.glob("predict-*/receipts-*.json")
+    ]
     return len(list(store.glob("predict-*/receipts-*/*.json"))) + sum(whole)
 
 

@@ -19,7 +19,7 @@ from segpipe.geometry.box import Box
 from segpipe.pipeline.model_scene import Scene, pending_blocks
 from segpipe.pipeline.predict import predict_blocks
 from segpipe.sources import SceneRef
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tiling.windows import block_id
 from tests.inference.lab import (
     CENTRED,

@@ -15,7 +15,8 @@ import pytest
 
 from segpipe.errors import SceneError
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.store.stage import ArraySpec, Stage
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import Stage
 from segpipe.tiling.windows import Blocks
 
 GEOMETRY = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
@@ -48,17 +49,18 @@ def test_eight_threads_make_one_generation(tmp_path: Path) -> None:
         assert len({s.generation for s in stages}) == 1
         values = np.arange(8 * 30, dtype=np.uint16).reshape(8, 30)
         stages[0].write("labels", (slice(0, 8), slice(0, 30)), values)
-        stages[0].commit("a", {"n": 1})
+        stages[0].commit("a", {"n": 1}, {})
         for stage in stages:
             np.testing.assert_array_equal(stage.array("labels")[:8], values)
-            assert stage.receipts() == {"a": {"n": 1}}
+            assert stage.receipts() == {"a": {"n": 1, "files": {}}}
 
 
 MAKE_MANY = """
 import os, sys, time
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.tiling.plan import Blocks
-from segpipe.store.stage import ArraySpec, Stage
+from segpipe.store.arrays import ArraySpec
+from segpipe.store.stage import Stage
 
 geometry = RasterGeometry((20, 30), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0), None)
 arrays = [ArraySpec("image", "uint8", 0, channels=2), ArraySpec("labels", "uint16", 9)]
@@ -98,10 +100,10 @@ def test_a_dropped_generation_is_never_believed(tmp_path: Path) -> None:
     old = make(tmp_path)
     other_old = make(tmp_path)
     assert other_old.generation == old.generation
-    old.write("labels", part, values)
-    old.commit("00001.00001", {"valid": 80})
+    files = old.write("labels", part, values)
+    old.commit("00001.00001", {"valid": 80}, files)
     old.compact()
-    old.commit("00000.00000", {"valid": 80})
+    old.commit("00000.00000", {"valid": 80}, {})
     assert old.current
     old.check()
 
@@ -124,7 +126,7 @@ def test_a_dropped_generation_is_never_believed(tmp_path: Path) -> None:
     with pytest.raises(SceneError, match="dropped by another run"):
         old.check()
 
-    old.commit("00001.00001", {"valid": 80})  # a late one
+    old.commit("00001.00001", {"valid": 80}, {})  # a late one
     assert new.done() == set()
     assert Stage(str(tmp_path), "stage-1").receipts() == {}
 
@@ -137,11 +139,11 @@ def test_an_old_handle_does_not_drop_the_new_generation(tmp_path: Path) -> None:
     old.drop()
     new = make(tmp_path)
     new.write("labels", part, values)
-    new.commit("00001.00001", {"valid": 80})
+    new.commit("00001.00001", {"valid": 80}, {})
     other_old.drop()
     old.drop()
     assert new.current
-    assert new.receipts() == {"00001.00001": {"valid": 80}}
+    assert new.receipts() == {"00001.00001": {"valid": 80, "files": {}}}
     np.testing.assert_array_equal(new.array("labels")[part], values)
     # the same handle may make it anew, and then drops what it made
     new.drop()

@@ -28,7 +28,7 @@ from segpipe.prompts.segment_scene import (
     segment_windows,
 )
 from segpipe.runs.check import check_request
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.prompt_world import make_card, make_job, pixels
 

@@ -27,7 +27,7 @@ from segpipe.prompts.segment_scene import next_round, segment_volume, segment_wi
 from segpipe.prompts.segmenters.base import Embedding
 from segpipe.prompts.volumes.propagate import SliceMask, propagate
 from segpipe.prompts.volumes.propagate_prompts import Linker
-from segpipe.store.stage import StopToken
+from segpipe.store.stop import StopToken
 from segpipe.tiling.pyramid import Window
 from tests.prompts.prompt_world import EDGE, make_card, make_job, pixels, planned
 from tests.prompts.tiny_sams import tiny

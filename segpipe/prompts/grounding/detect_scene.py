@@ -31,7 +31,8 @@ from segpipe.prompts.phrases import parse_phrases
 from segpipe.prompts.prompt_set import dump_arrays, load_arrays
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import match_bands
-from segpipe.store.stage import Stage, StopToken, stage_key
+from segpipe.store.stage import Stage, stage_key
+from segpipe.store.stop import StopToken
 from segpipe.tiling.pyramid import Pyramid, Window
 from segpipe.tiling.windows import Blocks
 
@@ -144,8 +145,8 @@ def detect_windows(scene: DetectorScene, windows: Sequence[Window], stop: StopTo
                 if stop is not None:
                     stop.check()
                 found = detector.ground(picture, scene.phrases)
-                scene.stage.write_part(window_id(window), dump_grounding(found))
-                scene.stage.commit(window_id(window), {"found": len(found.detections)})
+                files = scene.stage.write_part(window_id(window), dump_grounding(found))
+                scene.stage.commit(window_id(window), {"found": len(found.detections)}, files)
     return len(windows)
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,9 @@ from segpipe.inference.normalise import Normaliser
 from segpipe.pipeline.scene_io import SceneBlocks
 from segpipe.prompts.masks.patches import slice_box
 from segpipe.prompts.segmenters.base import Embedding
-from segpipe.store.location import join, open_store
-from segpipe.store.stage import IMAGE_CODEC, STORE_FOLDER, Stage
+from segpipe.store.arrays import IMAGE_CODEC
+from segpipe.store.location import STORE_FOLDER, join, open_store
+from segpipe.store.stage import Marks, Stage
 from segpipe.tiling.pyramid import Pyramid, Window
 from segpipe.tiling.windows import Blocks
 
@@ -185,20 +185,13 @@ class Embeddings:
             dimension_names=("slice",) * (len(lead) - 2) + ("row", "column", "channel", "y", "x"),
         )  # fmt: skip
 
-    @cached_property
-    def _arrays(self) -> dict[tuple[int, str], zarr.Array[Any]]:
-        """Handles by level and name: opened once, since opening costs as much as reading."""
-        return {
-            (level, name): self.stage.array(f"level{level}/{name}")
-            for level in range(self.pyramid.levels)
-            for name in self._maps
-        }
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    def _position(self, window: Window, index: int) -> tuple[int, ...]:
-        return window.index if self.planes.axis is None else (index, *window.index)
+    def _position(self, window: Window, index: int) -> tuple[int | slice, ...]:
+        """Where a window lies in the arrays of its level."""
+        maps = (slice(None),) * 3
+        return (*window.index, *maps) if self.planes.axis is None else (index, *window.index, *maps)
 
     def read(self, window: Window, index: int = 0) -> tuple[Embedding, np.ndarray]:
         """The embedding of a window that has its receipt, and which of its elements have data, (y, x) bool.
@@ -206,21 +199,22 @@ class Embeddings:
         Raises:
             SceneError: another run dropped the stage.
         """
-        position = self._position(window, index)
+        where, commits = self._position(window, index), [window_id(window, index)]
         try:
-            arrays = {n: np.asarray(self._arrays[window.level, n][position]) for n in self._maps}
+            arrays = {n: self.stage.read(f"level{window.level}/{n}", where, commits) for n in self._maps}
         except (KeyError, ValueError, OSError):  # arrays that vanish while they are opened
             self.stage.check()
             raise
-        self.stage.check()
         return Embedding({n: arrays[n] for n in self.shapes}), arrays[VALID][0]
 
     def write(self, window: Window, index: int, embedding: Embedding, valid: np.ndarray) -> None:
         """Keep the embedding, halved, of a window; its receipt comes last."""
         try:
+            files: Marks = {}
             for name, values in {**embedding.arrays, VALID: valid[None]}.items():
-                self._arrays[window.level, name][self._position(window, index)] = values
-            self.stage.commit(window_id(window, index), {"bytes": self.window_bytes})
+                where = self._position(window, index)
+                files |= self.stage.write_shards(f"level{window.level}/{name}", where, values)
+            self.stage.commit(window_id(window, index), {"bytes": self.window_bytes}, files)
         except (KeyError, ValueError, OSError):
             self.stage.check()
             raise
