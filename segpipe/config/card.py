@@ -308,6 +308,10 @@ class Card(Strict):
         """Class value of each output channel."""
         return tuple(c.value for c in self.classes)
 
+    def error(self, field: str, text: str) -> RequestError:
+        """A mistake in the card, told as ``card: field: what was found; what is valid``."""
+        return RequestError(f"{self.name}: {field}: {text}")
+
     @property
     def output_channels(self) -> int:
         """Channels the network answers with: one a class, or one in all under a sigmoid."""
@@ -381,11 +385,6 @@ def load_card(path: str | Path) -> Card:
     card = validate(Card, read_yaml(path), str(path))
     card._folder = Path(path).resolve().parent
     return card
-
-
-def card_error(card: Card, field: str, text: str) -> RequestError:
-    """A mistake in a card, told as ``card: field: what was found; what is valid``."""
-    return RequestError(f"{card.name}: {field}: {text}")
 
 
 def read_card(path: str) -> Card:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from segpipe.config.card import Card, card_error, load_card
+from segpipe.config.card import Card, load_card
 from segpipe.convert.parity import Parity, compare, example_shape, noise_windows
 from segpipe.errors import RequestError
 from segpipe.models.network import TorchNetwork
@@ -96,7 +96,7 @@ def onnx_graph(card: Card) -> tuple[onnx.ModelProto, bool]:
 
     network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
-        raise card_error(card, "provider", f"{card.provider} is no PyTorch network: nothing to export")
+        raise card.error("provider", f"{card.provider} is no PyTorch network: nothing to export")
     example = torch.zeros(2, card.channels, *example_shape(card))
     program, open_space = _traced(card, _Exportable(network), example)
     graph: onnx.ModelProto = program.model_proto
@@ -140,7 +140,7 @@ def _traced(card: Card, module: torch.nn.Module, example: torch.Tensor) -> tuple
         except (torch.onnx.OnnxExporterError, NotImplementedError, ValueError) as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             reason = lines[-1] if lines else type(error).__name__
-    raise card_error(card, "architecture", f"{type(module).__name__} cannot be written as ONNX ({reason})")
+    raise card.error("architecture", f"{type(module).__name__} cannot be written as ONNX ({reason})")
 
 
 def window_field(card: Card, open_space: bool) -> dict[str, Any]:

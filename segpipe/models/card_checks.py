@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from segpipe.config.card import Card, Divide, SceneQuantiles, Subtract, card_error
+from segpipe.config.card import Card, Divide, SceneQuantiles, Subtract
 
 
 def check_window(card: Card) -> None:
@@ -22,12 +22,10 @@ def check_window(card: Card) -> None:
     if shape is not None:
         for n in shape:
             if n < 1 or n % stride:
-                raise card_error(
-                    card, field, f"found {n}; valid: a positive multiple of window.stride {stride}"
-                )
+                raise card.error(field, f"found {n}; valid: a positive multiple of window.stride {stride}")
     if window.size == "whole":
         if card.halo is None or any(card.halo):
-            raise card_error(card, "window.halo", "a whole scene has no halo: leave it out")
+            raise card.error("window.halo", "a whole scene has no halo: leave it out")
         return
     if card.halo is None:
         return
@@ -35,8 +33,7 @@ def check_window(card: Card) -> None:
         # Origins stay multiples of the stride, so the halo is rounded up to one.
         rounded = -(-halo // stride) * stride
         if halo < 0 or n - 2 * rounded < stride:
-            raise card_error(
-                card,
+            raise card.error(
                 "window.halo",
                 f"found {halo} for a window of {n} (stride {stride}); "
                 f"valid: 0 to {max(0, (n - stride) // 2 // stride * stride)}",
@@ -50,16 +47,13 @@ def check_objects(card: Card) -> None:
         RequestError: names the field, what was found and what would be valid.
     """
     if sum(c.background for c in card.classes) != 1:
-        raise card_error(
-            card, "classes", "one must have background: true: what elements without an object are labelled as"
+        raise card.error(
+            "classes", "one must have background: true: what elements without an object are labelled as"
         )
     if card.roi is not None or card.output.crf is not None or any(card.cleanup.model_dump().values()):
-        raise card_error(
-            card, "output.kind", "objects go without `roi`, `crf` and `cleanup`; leave these out"
-        )
+        raise card.error("output.kind", "objects go without `roi`, `crf` and `cleanup`; leave these out")
     if card.window.size != "whole" and not all(card.halo or (0,)):
-        raise card_error(
-            card,
+        raise card.error(
             "window.halo",
             f"found {card.window.halo}; objects of neighbouring windows are joined by what both see: valid: "
             "elements above 0, best more than half of what is searched for",
@@ -75,16 +69,13 @@ def check_input(card: Card) -> None:
     wanted = card.input
     if wanted.spacing is not None:
         if len(wanted.spacing) != card.ndim or min(wanted.spacing) <= 0:
-            raise card_error(
-                card, "input.spacing", f"found {wanted.spacing}; valid: {card.ndim} sizes above 0"
-            )
+            raise card.error("input.spacing", f"found {wanted.spacing}; valid: {card.ndim} sizes above 0")
         if card.window.shape is not None:
-            raise card_error(card, "input.spacing", "window.shape sets the grid already: give one of the two")
+            raise card.error("input.spacing", "window.shape sets the grid already: give one of the two")
     if wanted.orientation and not re.fullmatch(
         r"(?!.*[RL].*[RL])(?!.*[AP].*[AP])(?!.*[SI].*[SI]).{3}", wanted.orientation
     ):
-        raise card_error(
-            card,
+        raise card.error(
             "input.orientation",
             f"found {wanted.orientation!r}; valid: one letter each of R/L, A/P and S/I, e.g. RAS",
         )
@@ -92,18 +83,17 @@ def check_input(card: Card) -> None:
         field = f"input.normalisation.{number}"
         if isinstance(step, Subtract | Divide):
             if len(step.value) not in (1, card.channels):
-                raise card_error(
-                    card,
+                raise card.error(
                     f"{field}.value",
                     f"found {len(step.value)} numbers; valid: 1, or {card.channels} (one a band)",
                 )
             if isinstance(step, Divide) and 0 in step.value:
-                raise card_error(card, f"{field}.value", "found 0; nothing is divided by zero")
+                raise card.error(f"{field}.value", "found 0; nothing is divided by zero")
         elif isinstance(step, SceneQuantiles):
             if step.low >= step.high:
-                raise card_error(card, f"{field}.low", f"found {step.low}; valid: below high {step.high}")
+                raise card.error(f"{field}.low", f"found {step.low}; valid: below high {step.high}")
             if step.grid is not None and len(step.grid) != card.ndim:
-                raise card_error(card, f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes")
+                raise card.error(f"{field}.grid", f"found {step.grid}; valid: {card.ndim} sizes")
 
 
 def known(card: Card, names: Collection[str]) -> str:
@@ -117,8 +107,7 @@ def known(card: Card, names: Collection[str]) -> str:
     folded = {name.lower(): name for name in names}
     close = difflib.get_close_matches(str(card.architecture).lower(), list(folded), n=3)
     hint = f"did you mean {' or '.join(folded[c] for c in close)}? " if close else ""
-    raise card_error(
-        card,
+    raise card.error(
         "architecture",
         f"found {card.architecture!r}; {hint}valid for provider {card.provider}: {', '.join(sorted(names))}",
     )
@@ -134,16 +123,15 @@ def construct(card: Card, factory: Callable[..., Any], arguments: Mapping[str, A
     for name, value in arguments.items():
         given = card.arguments.get(name, value)
         if given != value and value is not None:
-            raise card_error(
-                card,
+            raise card.error(
                 f"arguments.{name}",
                 f"found {given!r}; it follows from the card and is {value!r}: leave it out",
             )
     try:
         return factory(**arguments)
     except (TypeError, ValueError, KeyError, AssertionError, NotImplementedError) as error:
-        raise card_error(
-            card, "arguments", f"{card.architecture} refuses {dict(card.arguments)}: {error}"
+        raise card.error(
+            "arguments", f"{card.architecture} refuses {dict(card.arguments)}: {error}"
         ) from error
 
 
@@ -154,8 +142,7 @@ def check_stride(card: Card, stride: int) -> None:
         RequestError: the card's is no multiple of it.
     """
     if card.window.stride % stride:
-        raise card_error(
-            card,
+        raise card.error(
             "window.stride",
             f"found {card.window.stride}; this network's total stride is {stride}: give a multiple",
         )
@@ -170,4 +157,4 @@ def only_arguments(card: Card, names: Collection[str]) -> None:
     for name in card.arguments:
         if name not in names:
             valid = f"valid: {', '.join(sorted(names))}" if names else "this provider takes none"
-            raise card_error(card, f"arguments.{name}", f"unknown; {valid}")
+            raise card.error(f"arguments.{name}", f"unknown; {valid}")

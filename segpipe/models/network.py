@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.base import MaskCandidates, Network, ObjectNetwork
 from segpipe.models.weights import load_state, resolve_weights
@@ -99,9 +99,7 @@ class OneOutput(torch.nn.Module):
 def other_channels(card: Card, found: object) -> RequestError:
     """What is said where a file answers with other channels than the card needs."""
     needed = card.output_channels
-    return card_error(
-        card, "classes", f"the card needs {needed} output channels; the file answers with {found}"
-    )
+    return card.error("classes", f"the card needs {needed} output channels; the file answers with {found}")
 
 
 def with_weights(
@@ -135,11 +133,10 @@ def fill(card: Card, module: torch.nn.Module, state: Mapping[str, torch.Tensor])
     ]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
-        raise card_error(card, "weights", _mismatch(card, missing, unexpected))
+        raise card.error("weights", _mismatch(card, missing, unexpected))
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
-            raise card_error(
-                card,
+            raise card.error(
                 "weights",
                 f"{name} is {tuple(tensor.shape)} in {card.weights}, and "
                 f"{tuple(wanted[name].shape)} in {card.architecture}; "
@@ -147,7 +144,7 @@ def fill(card: Card, module: torch.nn.Module, state: Mapping[str, torch.Tensor])
             )
     for name, _ in module.named_parameters():
         if name in state and not bool(torch.isfinite(state[name]).all()):
-            raise card_error(card, "weights", f"{name} in {card.weights} holds NaN or infinity")
+            raise card.error("weights", f"{name} in {card.weights} holds NaN or infinity")
     module.load_state_dict(dict(state), strict=False)
 
 

@@ -23,7 +23,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol, cast
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.process.extras import EXTRAS
 
@@ -176,7 +176,7 @@ def load_adapter(card: Card) -> Adapter:
         extra = EXTRAS.get(missing.partition(".")[0])
         install = spec.install or (f"segpipe[{extra}]" if extra else "")
         hint = f"pip install '{install}'" if install else "install it"
-        raise card_error(card, "provider", f"{card.provider} needs the package {missing}: {hint}") from error
+        raise card.error("provider", f"{card.provider} needs the package {missing}: {hint}") from error
     for name in ("check", "build"):
         if not callable(getattr(module, name, None)):
             raise _broken(card, entry, TypeError(f"{spec.module} has no function {name}"))
@@ -200,15 +200,14 @@ def _entry(card: Card) -> EntryPoint:
     if not found:
         close = difflib.get_close_matches(card.provider, entries, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise card_error(
-            card,
+        raise card.error(
             "provider",
             f"found {card.provider!r}; {hint}valid here: {', '.join(entries)}; a package that adds others "
             f"has entry points of the group {GROUP}",
         )
     if len(found) > 1:
         packages = " and ".join(map(_package, found))
-        raise card_error(card, "provider", f"{card.provider} is in {packages}: uninstall all but one")
+        raise card.error("provider", f"{card.provider} is in {packages}: uninstall all but one")
     return found[0]
 
 
@@ -218,6 +217,6 @@ def _package(entry: EntryPoint) -> str:
 
 def _broken(card: Card, entry: EntryPoint, error: Exception) -> RequestError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return card_error(
-        card, "provider", f"{card.provider} of the package {_package(entry)} cannot be loaded ({reason})"
+    return card.error(
+        "provider", f"{card.provider} of the package {_package(entry)} cannot be loaded ({reason})"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from segpipe.config.builtin import card_files
-from segpipe.config.card import Card, card_error, load_card
+from segpipe.config.card import Card, load_card
 from segpipe.config.job import Precision
 from segpipe.errors import RequestError
 from segpipe.models.card_checks import check_input, check_objects, check_window
@@ -200,7 +200,7 @@ def check_card(card: Card) -> None:
         resolve_weights(card)
     if card.answers_prompts:
         found = f"found {card.output.kind}, which answers prompts"
-        raise card_error(card, "output.kind", f"{found}; valid here: semantic, instance, panoptic")
+        raise card.error("output.kind", f"{found}; valid here: semantic, instance, panoptic")
     load_adapter(card).check(card)
     check_window(card)
     check_input(card)
@@ -247,7 +247,7 @@ def _check_roi(card: Card, path: str) -> None:
     first = load_card(card.folder / path)
     valid = first.kind == card.kind and first.window.size == "whole" and first.roi is None
     if not valid:
-        raise card_error(card, "roi.card", f"{path}: valid: a {card.kind} card, window whole, without roi")
+        raise card.error("roi.card", f"{path}: valid: a {card.kind} card, window whole, without roi")
     if (first.input.bands, first.input.orientation) != (card.input.bands, card.input.orientation):
-        raise card_error(card, "roi.card", f"{path}: its bands and orientation must be those of this card")
+        raise card.error("roi.card", f"{path}: its bands and orientation must be those of this card")
     check_card(first)

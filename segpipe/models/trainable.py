@@ -7,7 +7,7 @@ from typing import Protocol, cast
 
 import torch
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import Objective, ObjectModel, ObjectNetwork
 from segpipe.models.card_checks import check_input, check_objects, check_window
 from segpipe.models.network import ReadyObjects, TorchNetwork
@@ -36,7 +36,7 @@ def untrained(card: Card) -> torch.nn.Module:
     check_input(card)
     adapter = load_adapter(card)
     if not hasattr(adapter, "module"):
-        raise card_error(card, "provider", f"{card.provider} models run here, but are not trained here")
+        raise card.error("provider", f"{card.provider} models run here, but are not trained here")
     return cast(Trainable, adapter).module(card)
 
 
@@ -52,8 +52,7 @@ def objective(card: Card) -> Objective | None:
     adapter = load_adapter(card)
     found = cast(Trainable, adapter).objective(card) if hasattr(adapter, "objective") else None
     if found is None:
-        raise card_error(
-            card,
+        raise card.error(
             "provider",
             f"{card.provider} models that find objects are not trained here: valid: torchvision's "
             "Mask R-CNN, or networks of transformers",
@@ -78,5 +77,5 @@ def built_state(card: Card) -> dict[str, torch.Tensor]:
     """
     network = build_network(card, torch.device("cpu"), 1)
     if not isinstance(network, TorchNetwork):
-        raise card_error(card, "provider", f"{card.provider} has no tensors by name")
+        raise card.error("provider", f"{card.provider} has no tensors by name")
     return dict(network.module.state_dict())

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.plugins import CompositeAdapter, WeightsFolder, load_adapter, provider_spec
 from segpipe.process.extras import check_installed
@@ -38,11 +38,11 @@ def resolve_weights(card: Card) -> Path:
     """
     spec = provider_spec(card)
     if spec.composite:
-        raise card_error(
-            card, "weights", f"found {card.weights!r}; those of provider {card.provider} are its members'"
+        raise card.error(
+            "weights", f"found {card.weights!r}; those of provider {card.provider} are its members'"
         )
     if not card.weights:
-        raise card_error(card, "weights", "none given; valid: a path relative to the card, pkg:// or hf://")
+        raise card.error("weights", "none given; valid: a path relative to the card, pkg:// or hf://")
     scheme, sign, _ = card.weights.partition("://")
     if not sign:
         path = card.folder / card.weights
@@ -51,8 +51,7 @@ def resolve_weights(card: Card) -> Path:
     elif scheme == "hf":
         path = _from_hub(card, spec.folder)
     else:
-        raise card_error(
-            card,
+        raise card.error(
             "weights",
             f"found {card.weights!r}; valid: a path relative to the card, "
             "pkg://distribution/file, or hf://org/name@commit/file",
@@ -70,7 +69,7 @@ def _from_package(card: Card) -> Path:
     try:
         return package_file(card.weights)
     except RequestError as error:
-        raise card_error(card, "weights", str(error)) from error
+        raise card.error("weights", str(error)) from error
 
 
 def _from_hub(card: Card, folder: WeightsFolder | None) -> Path:
@@ -78,8 +77,7 @@ def _from_hub(card: Card, folder: WeightsFolder | None) -> Path:
     found = _HUB.fullmatch(card.weights)
     if found is None or not _COMMIT.fullmatch(found["revision"]) or not (found["file"] or folder):
         # A branch or a tag can move: the same card would mean other weights tomorrow.
-        raise card_error(
-            card,
+        raise card.error(
             "weights",
             f"found {card.weights!r}; valid: hf://org/name@REVISION{'[/file]' if folder else '/file'} with "
             "the full commit (40 hexadecimal digits) as the revision",
@@ -95,8 +93,8 @@ def _from_hub(card: Card, folder: WeightsFolder | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(folder.files)))
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise card_error(
-            card, "weights", f"{card.weights} is not in the local cache and was not fetched: {reason}"
+        raise card.error(
+            "weights", f"{card.weights} is not in the local cache and was not fetched: {reason}"
         ) from error
 
 
@@ -104,15 +102,14 @@ def _check_file(card: Card, path: Path, endings: tuple[str, ...]) -> None:
     valid = f"valid: a file ending in {', '.join(endings)}"
     if not path.is_file():
         found = "a folder, not a file," if path.is_dir() else "no file"
-        raise card_error(card, "weights", f"{found} at {path} ({card.weights}); {valid}")
+        raise card.error("weights", f"{found} at {path} ({card.weights}); {valid}")
     if path.suffix not in endings:
-        raise card_error(card, "weights", f"provider {card.provider} does not read {path.name}; {valid}")
+        raise card.error("weights", f"provider {card.provider} does not read {path.name}; {valid}")
 
 
 def _check_folder(card: Card, path: Path, folder: WeightsFolder) -> None:
     if not all(list(path.glob(pattern)) for pattern in folder.needed):
-        raise card_error(
-            card,
+        raise card.error(
             "weights",
             f"found no {' with '.join(folder.needed)} in {path} ({card.weights}); valid: a folder as "
             f"{folder.written_by} writes it, or hf://org/name@commit without a file",

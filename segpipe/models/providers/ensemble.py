@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 
-from segpipe.config.card import Card, card_error, load_card
+from segpipe.config.card import Card, load_card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import TorchNetwork, activate, at_resolution
@@ -126,8 +126,8 @@ def _activate_dropout(card: Card, network: Network) -> None:
     layers = network.module.modules() if isinstance(network, TorchNetwork) else ()
     dropping = [layer for layer in layers if isinstance(layer, _DropoutNd) and layer.p > 0]
     if not dropping:
-        raise card_error(
-            card, "arguments.dropout", "its member has no dropout layers; valid: a PyTorch network that has"
+        raise card.error(
+            "arguments.dropout", "its member has no dropout layers; valid: a PyTorch network that has"
         )
     for layer in dropping:
         layer.train()
@@ -143,16 +143,16 @@ def members(card: Card) -> list[Card]:
     cards, one = card.arguments.get("cards"), card.arguments.get("card")
     paths = [one] if cards is None else cards
     if (cards is None) == (one is None) or not isinstance(paths, list) or not paths:
-        raise card_error(
-            card, "arguments", "valid: `cards`, a list of model cards, or `card` with `dropout`, one member"
+        raise card.error(
+            "arguments", "valid: `cards`, a list of model cards, or `card` with `dropout`, one member"
         )
     found = []
     for path in paths:
         if not isinstance(path, str):
-            raise card_error(card, "arguments.cards", f"found {path!r}; valid: paths relative to this card")
+            raise card.error("arguments.cards", f"found {path!r}; valid: paths relative to this card")
         member = load_card(card.folder / path)
         if provider_spec(member).composite:
-            raise card_error(card, "arguments.cards", f"{path} is an ensemble; list its members instead")
+            raise card.error("arguments.cards", f"{path} is an ensemble; list its members instead")
         found.append(member)
     return found
 
@@ -164,29 +164,24 @@ def _check_members(card: Card) -> None:
         RequestError: names the member and the field, what it has and what the ensemble has.
     """
     if card.output.activation != "none" or card.output.kind != "semantic":
-        raise card_error(
-            card,
-            "output",
-            "an ensemble's answer is a mean of probabilities: valid: activation none, semantic",
+        raise card.error(
+            "output", "an ensemble's answer is a mean of probabilities: valid: activation none, semantic"
         )
     for member in members(card):
         for field, found, wanted in _in_common(member, card):
             if found != wanted:
-                raise card_error(card, field, f"found {wanted}; its member {member.name} has {found}")
+                raise card.error(field, f"found {wanted}; its member {member.name} has {found}")
         if member.roi is not None:
-            raise card_error(card, "arguments.cards", f"{member.name} has a roi; give that to the ensemble")
+            raise card.error("arguments.cards", f"{member.name} has a roi; give that to the ensemble")
         if card.window.stride % member.window.stride:
-            raise card_error(
-                card,
+            raise card.error(
                 "window.stride",
                 f"found {card.window.stride}; {member.name} has {member.window.stride}: valid: a multiple",
             )
         rigid = (member.window.fixed, member.window_shape)
         if member.window.fixed and rigid != (card.window.fixed, card.window_shape):
-            raise card_error(
-                card,
-                "window",
-                f"{member.name} takes {list(member.window_shape or ())} only: give that, fixed",
+            raise card.error(
+                "window", f"{member.name} takes {list(member.window_shape or ())} only: give that, fixed"
             )
 
 
@@ -213,11 +208,9 @@ def _dropout_passes(card: Card) -> tuple[int, int]:
     if passes is None and "card" not in card.arguments and "seed" not in card.arguments:
         return 0, 0
     if "card" not in card.arguments:
-        raise card_error(card, "arguments.dropout", "goes with `card`, one member, and not with `cards`")
+        raise card.error("arguments.dropout", "goes with `card`, one member, and not with `cards`")
     for name, value, least in (("dropout", passes, 2), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise card_error(
-                card, f"arguments.{name}", f"found {value!r}; valid: a whole number from {least}"
-            )
+            raise card.error(f"arguments.{name}", f"found {value!r}; valid: a whole number from {least}")
     assert isinstance(passes, int)
     return passes, int(seed)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
@@ -307,10 +307,10 @@ def _read(card: Card, path: Path) -> tuple[torch.export.ExportedProgram, Dimensi
     try:
         program = torch.export.load(sanitised(path.read_bytes()))
     except UnsafeProgramError as error:
-        raise card_error(card, "weights", f"{path}: {error}") from error
+        raise card.error("weights", f"{path}: {error}") from error
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise card_error(card, "weights", f"{path}: this torch cannot load it ({reason})") from error
+        raise card.error("weights", f"{path}: this torch cannot load it ({reason})") from error
     (entry,) = program.graph_signature.user_inputs
     (out,) = program.graph_signature.user_outputs
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
@@ -339,19 +339,17 @@ def _dimension(size: Any, program: torch.export.ExportedProgram) -> Dimension:
 
 def _check_shape(card: Card, taken: list[Dimension]) -> None:
     if len(taken) != card.ndim + 2:
-        raise card_error(
-            card, "kind", f"a {card.kind} model takes {card.ndim + 2} axes; the file's input has {len(taken)}"
+        raise card.error(
+            "kind", f"a {card.kind} model takes {card.ndim + 2} axes; the file's input has {len(taken)}"
         )
     if not taken[1].fits(card.channels):
-        raise card_error(card, "input.bands", f"found {card.channels}; the file takes {taken[1]} channels")
+        raise card.error("input.bands", f"found {card.channels}; the file takes {taken[1]} channels")
     window, whole = card.window_shape, card.window.size == "whole"
     sizes = ", ".join(map(str, taken[2:]))
     if window is not None and not all(d.fits(n) for d, n in zip(taken[2:], window, strict=True)):
-        raise card_error(card, "window.size", f"found {list(window)}; the file takes {sizes}")
+        raise card.error("window.size", f"found {list(window)}; the file takes {sizes}")
     rigid = any(d.low == d.high for d in taken[2:])
     if rigid and not (card.window.fixed or (whole and window is not None)):
-        raise card_error(
-            card, "window", f"the file takes {sizes} only; give that as `size` with `fixed: true`"
-        )
+        raise card.error("window", f"the file takes {sizes} only; give that as `size` with `fixed: true`")
     if any(card.window.stride % d.factor for d in taken[2:]) and not (card.window.fixed or whole or rigid):
-        raise card_error(card, "window.stride", f"found {card.window.stride}; the file takes {sizes}")
+        raise card.error("window.stride", f"found {card.window.stride}; the file takes {sizes}")

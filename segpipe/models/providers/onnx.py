@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import other_channels
@@ -97,17 +97,16 @@ def check(card: Card) -> None:
         only_arguments(card, ARGUMENTS)
     layout = card.arguments.get("layout", "nchw")
     if layout not in LAYOUTS:
-        raise card_error(card, "arguments.layout", f"found {layout!r}; valid: {' or '.join(LAYOUTS)}")
+        raise card.error("arguments.layout", f"found {layout!r}; valid: {' or '.join(LAYOUTS)}")
     wanted = card.arguments.get("execution")
     if wanted is None:
         return
     if wanted not in EXECUTION:
         valid = ", ".join(EXECUTION)
-        raise card_error(card, "arguments.execution", f"found {wanted!r}; valid: {valid}, or leave it out")
+        raise card.error("arguments.execution", f"found {wanted!r}; valid: {valid}, or leave it out")
     provider, package = EXECUTION[wanted]
     if provider not in onnxruntime.get_available_providers():
-        raise card_error(
-            card,
+        raise card.error(
             "arguments.execution",
             f"found {wanted!r}, which onnxruntime {onnxruntime.__version__} lacks here; install {package}, "
             "or leave it out",
@@ -124,7 +123,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network | OnnxObjec
     session = _session(card, device, threads)
     source = _pick(card, "input", session.get_inputs())
     if source.type not in DTYPES:
-        raise card_error(card, "weights", f"input {source.name!r} is {source.type}; valid: float or float16")
+        raise card.error("weights", f"input {source.name!r} is {source.type}; valid: float or float16")
     channels_last = card.arguments.get("layout") == "nhwc"
     _check_shape(card, source.shape, channels_last)
     if card.output.kind != "semantic":
@@ -159,8 +158,7 @@ def _session(card: Card, device: torch.device, threads: int) -> Any:
         )
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
-        raise card_error(
-            card,
+        raise card.error(
             "weights",
             f"{path} cannot be loaded by onnxruntime ({reason}); valid: one whole ONNX file "
             "without external data",
@@ -193,18 +191,18 @@ def _pick(card: Card, kind: str, candidates: list[Any]) -> Any:
         if name is None or candidate.name == name:
             return candidate
     names = ", ".join(candidate.name for candidate in candidates)
-    raise card_error(card, f"arguments.{kind}", f"found {name!r}; the file has: {names}")
+    raise card.error(f"arguments.{kind}", f"found {name!r}; the file has: {names}")
 
 
 def _check_shape(card: Card, shape: list[int | str | None], channels_last: bool) -> None:
     """Whether the file's fixed sizes are the card's."""
     if len(shape) != card.ndim + 2:
-        raise card_error(
-            card, "kind", f"a {card.kind} model takes {card.ndim + 2} axes; the file's input has {shape}"
+        raise card.error(
+            "kind", f"a {card.kind} model takes {card.ndim + 2} axes; the file's input has {shape}"
         )
     channels, spatial = (shape[-1], shape[1:-1]) if channels_last else (shape[1], shape[2:])
     if isinstance(channels, int) and channels != card.channels:
-        raise card_error(card, "input.bands", f"found {card.channels}; the file takes {channels} channels")
+        raise card.error("input.bands", f"found {card.channels}; the file takes {channels} channels")
     window = card.window_shape
     fixed = [n for n in spatial if isinstance(n, int)]
     if not fixed:
@@ -214,9 +212,7 @@ def _check_shape(card: Card, shape: list[int | str | None], channels_last: bool)
     )
     whole = card.window.size == "whole"
     if not fits or not (whole or card.window.fixed):
-        raise card_error(
-            card, "window", f"the file takes {spatial} only; give that as `size` with `fixed: true`"
-        )
+        raise card.error("window", f"the file takes {spatial} only; give that as `size` with `fixed: true`")
 
 
 def _check_outputs(card: Card, shape: list[int | str | None], channels_last: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torchvision.ops import batched_nms, box_convert
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.base import MaskCandidates
 from segpipe.models.network import enlarged
@@ -72,20 +72,18 @@ def check(card: Card) -> None:
     """
     decode = card.arguments.get("decode")
     if decode not in DECODERS:
-        raise card_error(card, "arguments.decode", f"found {decode!r}; valid: {' or '.join(DECODERS)}")
+        raise card.error("arguments.decode", f"found {decode!r}; valid: {' or '.join(DECODERS)}")
     if decode == "yolo-seg" and card.kind != "raster":
-        raise card_error(card, "kind", "found volume; yolo-seg decodes boxes in two axes")
+        raise card.error("kind", "found volume; yolo-seg decodes boxes in two axes")
     if decode == "yolo-seg" and card.output.kind != "instance":
-        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for yolo-seg: instance")
+        raise card.error("output.kind", f"found {card.output.kind}; valid for yolo-seg: instance")
     iou, most = card.arguments.get("iou", IOU), card.arguments.get("detections", DETECTIONS)
     if not isinstance(iou, int | float) or not 0 < iou <= 1:
-        raise card_error(card, "arguments.iou", f"found {iou!r}; valid: above 0, at most 1")
+        raise card.error("arguments.iou", f"found {iou!r}; valid: above 0, at most 1")
     if not isinstance(most, int) or most < 1:
-        raise card_error(card, "arguments.detections", f"found {most!r}; valid: a whole number from 1")
+        raise card.error("arguments.detections", f"found {most!r}; valid: a whole number from 1")
     if not isinstance(card.arguments.get("logits", False), bool):
-        raise card_error(
-            card, "arguments.logits", f"found {card.arguments['logits']!r}; valid: true or false"
-        )
+        raise card.error("arguments.logits", f"found {card.arguments['logits']!r}; valid: true or false")
 
 
 def check_outputs(card: Card, outputs: Sequence[Any]) -> None:
@@ -97,21 +95,21 @@ def check_outputs(card: Card, outputs: Sequence[Any]) -> None:
     names = [output.name for output in outputs]
     if card.arguments["decode"] == "masks":
         if set(MASKS) - set(names):
-            raise card_error(
-                card, "weights", f"the file's outputs are {', '.join(names)}; valid: {', '.join(MASKS)}"
+            raise card.error(
+                "weights", f"the file's outputs are {', '.join(names)}; valid: {', '.join(MASKS)}"
             )
         return
     shapes = [list(output.shape) for output in outputs[:2]]
     if [len(shape) for shape in shapes] != [3, 4]:
-        raise card_error(
-            card, "weights", f"the file's outputs are {shapes}; valid: (1, 4 + k + c, anchors), (1, c, h, w)"
+        raise card.error(
+            "weights", f"the file's outputs are {shapes}; valid: (1, 4 + k + c, anchors), (1, c, h, w)"
         )
     rows, coefficients = shapes[0][1], shapes[1][1]
     if isinstance(rows, int) and isinstance(coefficients, int):
         classes = rows - 4 - coefficients
         if classes != len(_in_front(card)):
-            raise card_error(
-                card, "classes", f"the card has {len(_in_front(card))} beside background; the file {classes}"
+            raise card.error(
+                "classes", f"the card has {len(_in_front(card))} beside background; the file {classes}"
             )
 
 

@@ -6,7 +6,7 @@ import inspect
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 
@@ -67,8 +67,7 @@ def _check_window(card: Card, network: Any) -> None:
         return
     size = tuple(patches.img_size)
     if card.window_shape != size or not card.window.fixed:
-        raise card_error(
-            card,
+        raise card.error(
             "window.size",
             f"found {card.window.size}, fixed {str(card.window.fixed).lower()}; this encoder takes "
             f"{list(size)} alone: valid: that size with fixed: true, or another img_size in `arguments`",

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import TorchNetwork
@@ -33,8 +33,7 @@ def check(card: Card) -> None:
         RequestError: it does not.
     """
     if not card.allow_torchscript:
-        raise card_error(
-            card,
+        raise card.error(
             "allow_torchscript",
             "provider torchscript runs the file as a program: set `allow_torchscript: true` if you trust its "
             "origin",
@@ -57,5 +56,5 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
             program = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise card_error(card, "weights", f"{path} is not readable TorchScript ({reason})") from error
+        raise card.error("weights", f"{path} is not readable TorchScript ({reason})") from error
     return TorchNetwork(_Plain(program), device)

@@ -25,7 +25,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import MaskCandidates, Network, ObjectNetwork, Truth
 from segpipe.models.card_checks import check_stride, construct, known, only_arguments
 from segpipe.models.network import OneOutput, TorchNetwork, fill
@@ -99,13 +99,12 @@ def check(card: Card) -> None:
     """
     name = known(card, {**SEMANTIC, **INSTANCE})
     if card.kind != "raster":
-        raise card_error(card, "kind", f"found {card.kind}; {name} has two axes: valid: raster")
+        raise card.error("kind", f"found {card.kind}; {name} has two axes: valid: raster")
     kind = "semantic" if name in SEMANTIC else "instance"
     if card.output.kind != kind:
-        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for {name}: {kind}")
+        raise card.error("output.kind", f"found {card.output.kind}; valid for {name}: {kind}")
     if name in INSTANCE and not card.classes[0].background:
-        raise card_error(
-            card,
+        raise card.error(
             "classes.0",
             f"found {card.classes[0].name}; {name} counts from a background: valid: background: true",
         )
@@ -144,10 +143,10 @@ def _mask_rcnn(card: Card, name: str, arguments: dict[str, Any]) -> Any:
     given = dict(card.arguments)
     backbone, sizes = given.pop("backbone", "resnet50"), given.pop("anchor_sizes", list(ANCHORS))
     if backbone not in BACKBONES:
-        raise card_error(card, "arguments.backbone", f"found {backbone!r}; valid: {', '.join(BACKBONES)}")
+        raise card.error("arguments.backbone", f"found {backbone!r}; valid: {', '.join(BACKBONES)}")
     if not _ascending(sizes):
-        raise card_error(
-            card, "arguments.anchor_sizes", f"found {sizes!r}; valid: {LEVELS} ascending sizes in pixels"
+        raise card.error(
+            "arguments.anchor_sizes", f"found {sizes!r}; valid: {LEVELS} ascending sizes in pixels"
         )
     # From random weights every layer learns, as everywhere here; frozen norms are for ImageNet's weights.
     body = resnet_fpn_backbone(

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import roi_align
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.card_checks import construct, known, only_arguments
 from segpipe.models.network import fill, forward_pass
 from segpipe.models.weights import load_state, resolve_weights
@@ -254,7 +254,7 @@ def read_network(card: Card) -> tuple[int, LookNet]:
     """
     known(card, {LookNet.__name__: LookNet})
     if card.output.kind != "prompted":
-        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
+        raise card.error("output.kind", f"found {card.output.kind}; valid for prompts: prompted")
     only_arguments(card, ARGUMENTS)
     edge = square_window(card)
     if edge is None or edge % COARSEST:

@@ -21,7 +21,7 @@ import torch
 import transformers as library
 from torch.nn import functional
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import forward_pass
@@ -100,22 +100,19 @@ def read_folder(card: Card) -> SamFolder:
         RequestError: it is none of a promptable network, or does not fit the card.
     """
     if card.provider != "transformers":
-        raise card_error(
-            card, "provider", f"found {card.provider}; valid for prompts: transformers, literature"
-        )
+        raise card.error("provider", f"found {card.provider}; valid for prompts: transformers, literature")
     if card.output.kind != "prompted":
-        raise card_error(card, "output.kind", f"found {card.output.kind}; valid for prompts: prompted")
+        raise card.error("output.kind", f"found {card.output.kind}; valid for prompts: prompted")
     path = resolve_weights(card)
     if path.is_file():
         raise _wrong(card, f"found the file {path}; valid: a folder as save_pretrained writes it")
     only_arguments(card, ("enlarge",))
     if (found := card.arguments.get("enlarge", ENLARGE[0])) not in ENLARGE:
-        raise card_error(card, "arguments.enlarge", f"found {found!r}; valid: {', '.join(ENLARGE)}")
+        raise card.error("arguments.enlarge", f"found {found!r}; valid: {', '.join(ENLARGE)}")
     kind, data = _read_json(card, path / "config.json")
     family = FAMILIES[kind]
     if card.architecture not in (None, family.network):
-        raise card_error(
-            card,
+        raise card.error(
             "architecture",
             f"found {card.architecture}; the folder has model_type {kind!r}: valid: {family.network}",
         )
@@ -132,7 +129,7 @@ def read_folder(card: Card) -> SamFolder:
 
 
 def _wrong(card: Card, problem: str) -> RequestError:
-    return card_error(card, "weights", problem)
+    return card.error("weights", problem)
 
 
 def _read_json(card: Card, path: Path) -> tuple[str, dict[str, Any]]:
@@ -163,8 +160,7 @@ def _sizes(card: Card, path: Path, family: SamFamily, config: Any) -> tuple[int,
             raise _wrong(card, f"{where}: found an encoder {part.model_type!r}; valid: {name!r}")
     edge, patch = prompts.image_size, prompts.patch_size
     if not (isinstance(edge, int) and isinstance(patch, int)) or patch < 1 or edge < patch or edge % patch:
-        raise card_error(
-            card,
+        raise card.error(
             "weights",
             f"{where}: found image_size {edge}, patch_size {patch}; valid: one number each, the first a "
             "multiple of the second",

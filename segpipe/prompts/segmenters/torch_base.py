@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.network import forward_pass
 from segpipe.models.providers.transformers.configs import REFUSED
@@ -124,8 +124,8 @@ def wrong_window(card: Card, edge: int, rule: str) -> RequestError:
     """The mistake of a card without the window it needs: ``rule``, then a size that would do."""
     size = [edge] if card.kind == "raster" else [1, edge, edge]
     fixed = str(card.window.fixed).lower()
-    return card_error(
-        card, "window.size", f"found {card.window.size}, fixed {fixed}; {rule} {size} with fixed: true"
+    return card.error(
+        "window.size", f"found {card.window.size}, fixed {fixed}; {rule} {size} with fixed: true"
     )
 
 
@@ -141,8 +141,7 @@ def check_channels(card: Card, channels: int, named: str) -> None:
         RequestError: says both numbers.
     """
     if card.channels not in (1, channels):
-        raise card_error(
-            card,
+        raise card.error(
             "input.bands",
             f"found {card.channels}; {named} {channels}: valid: as many, or one, which is repeated",
         )

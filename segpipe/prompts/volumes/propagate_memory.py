@@ -22,7 +22,7 @@ import torch
 import transformers as library
 from torch.nn import functional
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.network import forward_pass
 from segpipe.models.providers.transformers.configs import load_pretrained
 from segpipe.prompts.masks.decode import window_prompt
@@ -87,7 +87,7 @@ class VideoNetwork:
         """
         folder = read_folder(card)
         config_json, kind = folder.path / "config.json", folder.kind
-        wrong = partial(card_error, card, "weights")
+        wrong = partial(card.error, "weights")
         if kind not in FAMILIES:
             raise wrong(f"{config_json}: model_type is {kind!r}; valid: {', '.join(FAMILIES)}")
         name = f"{FAMILIES[kind]}Model"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import Network
 from segpipe.models.card_checks import check_stride, construct, known
 from segpipe.models.network import with_weights
@@ -30,7 +30,7 @@ def check(card: Card) -> None:
     """
     known(card, ARCHITECTURES)
     if card.kind != "raster":
-        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} is for rasters")
+        raise card.error("kind", f"found {card.kind}; {card.architecture} is for rasters")
 
 
 def module(card: Card) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import known, only_arguments
@@ -45,10 +45,10 @@ def _as_monai(card: Card, bundle: Bundle) -> Card:
         definition = network_definition(bundle)
         bundle.first(WEIGHTS)
     except RequestError as error:
-        raise card_error(card, "weights", str(error)) from error
+        raise card.error("weights", str(error)) from error
     if card.architecture not in (None, definition.architecture):
-        raise card_error(
-            card, "architecture", f"found {card.architecture!r}; the bundle's is {definition.architecture!r}"
+        raise card.error(
+            "architecture", f"found {card.architecture!r}; the bundle's is {definition.architecture!r}"
         )
     described = card.model_copy(
         update={
@@ -65,7 +65,5 @@ def _as_monai(card: Card, bundle: Bundle) -> Card:
     ):
         given = definition.arguments.get(argument, needed)
         if given != needed:
-            raise card_error(
-                card, field, f"the card makes {argument} {needed}; the bundle's network has {given}"
-            )
+            raise card.error(field, f"the card makes {argument} {needed}; the bundle's network has {given}")
     return described

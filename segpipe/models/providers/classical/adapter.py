@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.config.loading import validate
 from segpipe.config.types import Strict
 from segpipe.models.base import Network
@@ -170,18 +170,17 @@ def check(card: Card) -> None:
     """
     name = known(card, [*METHODS, FOREST])
     if card.output.activation != "none":
-        raise card_error(
-            card,
+        raise card.error(
             "output.activation",
             f"found {card.output.activation}; valid: none: {name} answers with probabilities",
         )
     if name == FOREST:
         only_arguments(card, ())
         if not card.weights:
-            raise card_error(card, "weights", "missing; valid: a file that save_forest wrote")
+            raise card.error("weights", "missing; valid: a file that save_forest wrote")
         return
     if card.weights:
-        raise card_error(card, "weights", f"found {card.weights!r}; {name} has none: leave it out")
+        raise card.error("weights", f"found {card.weights!r}; {name} has none: leave it out")
     arguments = _arguments(card)
     _check_classes(card, name, arguments)
     _check_feature(card, arguments.feature)
@@ -214,21 +213,18 @@ def _arguments(card: Card) -> Arguments:
 def _check_classes(card: Card, name: str, arguments: Arguments) -> None:
     count = len(card.classes)
     if name in TWO_CLASSES and count != 2:
-        raise card_error(card, "classes", f"found {count}; valid: 2, {name} parts two classes")
+        raise card.error("classes", f"found {count}; valid: 2, {name} parts two classes")
     if isinstance(arguments, Watershed) and len(arguments.markers) != count:
         found = len(arguments.markers)
-        raise card_error(card, "arguments.markers", f"found {found}; valid: {count}, one pair a class")
+        raise card.error("arguments.markers", f"found {found}; valid: {count}, one pair a class")
     given = arguments.thresholds if isinstance(arguments, Otsu) else None
     if given is not None:
         if len(given) != count - 1 or any(a >= b for a, b in itertools.pairwise(given)):
-            raise card_error(
-                card,
-                "arguments.thresholds",
-                f"found {given}; valid: {count - 1} that rise, for {count} classes",
+            raise card.error(
+                "arguments.thresholds", f"found {given}; valid: {count - 1} that rise, for {count} classes"
             )
     elif isinstance(arguments, Otsu | NormalisedCut) and math.comb(arguments.bins, count - 1) > MOST_STEPS:
-        raise card_error(
-            card,
+        raise card.error(
             "classes",
             f"found {count} with {arguments.bins} bins, too long a search; valid: up to 5 with 256 "
             "bins, 7 with 64, or fewer arguments.bins",
@@ -239,8 +235,7 @@ def _check_feature(card: Card, feature: Feature | None) -> None:
     bands = card.input.bands
     if feature is None:
         if card.channels > 1:
-            raise card_error(
-                card,
+            raise card.error(
                 "arguments.feature",
                 f"missing; valid with {card.channels} bands: {{linear: {{band: factor}}}} or "
                 f"{{normalised_difference: [{bands[0]}, {bands[1]}]}}",
@@ -248,10 +243,8 @@ def _check_feature(card: Card, feature: Feature | None) -> None:
         return
     for band in feature.bands:
         if band not in bands:
-            raise card_error(
-                card,
-                "arguments.feature",
-                f"found {band!r}; valid: {', '.join(bands) or 'a card with input.bands'}",
+            raise card.error(
+                "arguments.feature", f"found {band!r}; valid: {', '.join(bands) or 'a card with input.bands'}"
             )
 
 
@@ -259,16 +252,13 @@ def _check_whole(card: Card, name: str) -> None:
     """What is found in a window would depend on the tiling (law 8); padding is no part of the scene."""
     if card.window.size != "whole":
         hint = ", or arguments.thresholds" if name in ("otsu", "multi-otsu") else ""
-        raise card_error(
-            card,
+        raise card.error(
             "window.size",
             f"found {card.window.size}; {name} looks at the whole scene, its answer would depend on the "
             f"windows; valid: whole{hint}",
         )
     if card.window.stride != 1:
-        raise card_error(
-            card, "window.stride", f"found {card.window.stride}; valid: 1, so that nothing is padded"
-        )
+        raise card.error("window.stride", f"found {card.window.stride}; valid: 1, so that nothing is padded")
 
 
 def _feature(card: Card, feature: Feature | None) -> Callable[[np.ndarray], np.ndarray]:

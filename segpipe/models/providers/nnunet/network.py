@@ -18,7 +18,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 from segpipe.models.base import Network
 from segpipe.models.card_checks import only_arguments
@@ -107,15 +107,15 @@ def check(card: Card) -> None:
     fold_files(card, folder)
     network_class(card, plan)
     if len(plan.patch) != card.ndim:
-        raise card_error(card, "kind", f"found {card.kind}; {plan.configuration} has {len(plan.patch)} axes")
+        raise card.error("kind", f"found {card.kind}; {plan.configuration} has {len(plan.patch)} axes")
     if len(plan.channels) != card.channels:
         names = ", ".join(c.name for c in plan.channels)
-        raise card_error(card, "input.bands", f"found {card.channels}; the model takes {names}")
+        raise card.error("input.bands", f"found {card.channels}; the model takes {names}")
     if card.output.activation != "softmax" or card.output.kind != "semantic":
-        raise card_error(card, "output", "valid: kind semantic with activation softmax")
+        raise card.error("output", "valid: kind semantic with activation softmax")
     if card.values != tuple(v for v, _ in plan.labels):
         valid = ", ".join(f"{v} {name}" for v, name in plan.labels)
-        raise card_error(card, "classes", f"found values {list(card.values)}; valid: {valid}")
+        raise card.error("classes", f"found values {list(card.values)}; valid: {valid}")
     _check_window(card, plan)
 
 
@@ -123,23 +123,23 @@ def _check_window(card: Card, plan: NnunetPlan) -> None:
     strides = plan.in_image_order(plan.strides)
     window = card.window_shape
     if window is None or not (card.window.fixed or card.window.size == "whole"):
-        raise card_error(
-            card, "window", f"valid: a size with `fixed: true`; trained on {plan.in_image_order(plan.patch)}"
+        raise card.error(
+            "window", f"valid: a size with `fixed: true`; trained on {plan.in_image_order(plan.patch)}"
         )
     if any(n % s for n, s in zip(window, strides, strict=True)):
-        raise card_error(
-            card, "window.size", f"found {list(window)}; valid: multiples of {strides}, the network's strides"
+        raise card.error(
+            "window.size", f"found {list(window)}; valid: multiples of {strides}, the network's strides"
         )
 
 
 def _plan(card: Card, folder: Path) -> NnunetPlan:
     configuration = card.arguments.get("configuration")
     if not isinstance(configuration, str):
-        raise card_error(card, "arguments.configuration", "needed, e.g. 3d_fullres: as in the folder's name")
+        raise card.error("arguments.configuration", "needed, e.g. 3d_fullres: as in the folder's name")
     try:
         return read_plan(folder, configuration)
     except RequestError as error:
-        raise card_error(card, "weights", str(error)) from error
+        raise card.error("weights", str(error)) from error
 
 
 def fold_files(card: Card, folder: Path) -> list[Path]:
@@ -150,18 +150,16 @@ def fold_files(card: Card, folder: Path) -> list[Path]:
     """
     kind = card.arguments.get("checkpoint", "final")
     if kind not in CHECKPOINTS:
-        raise card_error(card, "arguments.checkpoint", f"found {kind!r}; valid: {' or '.join(CHECKPOINTS)}")
+        raise card.error("arguments.checkpoint", f"found {kind!r}; valid: {' or '.join(CHECKPOINTS)}")
     if not isinstance(card.arguments.get("mirror", False), bool):
-        raise card_error(
-            card, "arguments.mirror", f"found {card.arguments['mirror']!r}; valid: true or false"
-        )
+        raise card.error("arguments.mirror", f"found {card.arguments['mirror']!r}; valid: true or false")
     file = f"checkpoint_{kind}.pth"
     there = [p.parent.name.removeprefix("fold_") for p in sorted(folder.glob(f"fold_*/{file}"))]
     numbered = [name for name in there if name != "all"]
     folds = card.arguments.get("folds", numbered or there)
     if not isinstance(folds, list) or not folds or any(str(fold) not in there for fold in folds):
-        raise card_error(
-            card, "arguments.folds", f"found {folds}; valid: a list of {', '.join(there) or 'none'} ({file})"
+        raise card.error(
+            "arguments.folds", f"found {folds}; valid: a list of {', '.join(there) or 'none'} ({file})"
         )
     return [folder / f"fold_{fold}" / file for fold in folds]
 
@@ -174,9 +172,7 @@ def network_class(card: Card, plan: NnunetPlan) -> tuple[type[nn.Module], dict[s
     """
     name = plan.network.rpartition(".")[2]
     if name not in NETWORKS:
-        raise card_error(
-            card, "weights", f"plans.json: network {plan.network!r}; valid: {', '.join(NETWORKS)}"
-        )
+        raise card.error("weights", f"plans.json: network {plan.network!r}; valid: {', '.join(NETWORKS)}")
     arguments = dict(plan.arguments)
     for key in plan.imported:
         wanted = arguments.get(key)
@@ -184,7 +180,7 @@ def network_class(card: Card, plan: NnunetPlan) -> tuple[type[nn.Module], dict[s
             continue
         layer = str(wanted).rpartition(".")[2]
         if layer not in LAYERS:
-            raise card_error(card, "weights", f"plans.json: {key} {wanted!r}; valid: {', '.join(LAYERS)}")
+            raise card.error("weights", f"plans.json: {key} {wanted!r}; valid: {', '.join(LAYERS)}")
         arguments[key] = LAYERS[layer]
     return NETWORKS[name], arguments
 
@@ -226,16 +222,14 @@ def build(card: Card, device: torch.device, threads: int) -> Network:
         checkpoint = read_checkpoint(path)
         trained = checkpoint["init_args"].get("configuration")
         if trained != plan.configuration:
-            raise card_error(
-                card, "arguments.configuration", f"found {plan.configuration!r}; valid: {trained!r}"
-            )
+            raise card.error("arguments.configuration", f"found {plan.configuration!r}; valid: {trained!r}")
         if not networks:  # nnU-Net too takes the first fold's
             mirrored = checkpoint.get("inference_allowed_mirroring_axes")
         try:
             network = factory(input_channels=card.channels, num_classes=card.output_channels, **arguments)
         except (TypeError, ValueError, AssertionError, IndexError) as error:
-            raise card_error(
-                card, "weights", f"plans.json: {plan.network} refuses its arguments: {error}"
+            raise card.error(
+                "weights", f"plans.json: {plan.network} refuses its arguments: {error}"
             ) from error
         fill(card, network, checkpoint["network_weights"])
         networks.append(network)

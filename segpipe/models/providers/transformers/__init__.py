@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import Network, ObjectNetwork
 from segpipe.models.card_checks import known, only_arguments
 from segpipe.models.network import OneOutput, TorchNetwork, fill
@@ -57,7 +57,7 @@ def build(card: Card, device: torch.device, threads: int) -> Network | ObjectNet
             configs.network_class(card),
             path,
             _config(card),
-            lambda problem: card_error(card, "weights", problem),
+            lambda problem: card.error("weights", problem),
         )
         if card.output.kind == "semantic":
             network = _scorer(card, network)
@@ -84,16 +84,14 @@ def objective(card: Card) -> queries.QueryLoss | None:
 def _config(card: Card) -> Any:
     family = configs.ARCHITECTURES[known(card, configs.ARCHITECTURES)]
     if card.kind != "raster":
-        raise card_error(card, "kind", f"found {card.kind}; {card.architecture} has two axes: valid: raster")
+        raise card.error("kind", f"found {card.kind}; {card.architecture} has two axes: valid: raster")
     if card.output.kind not in family.kinds:
-        raise card_error(
-            card,
+        raise card.error(
             "output.kind",
             f"found {card.output.kind}; valid for {card.architecture}: {', '.join(family.kinds)}",
         )
     if family.queries and card.output.kind == "semantic" and card.output.activation != "none":
-        raise card_error(
-            card,
+        raise card.error(
             "output.activation",
             f"found {card.output.activation}; {card.architecture} answers with scores of masks: valid: none",
         )

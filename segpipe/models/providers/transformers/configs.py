@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.errors import RequestError
 
 OBJECTS = ("semantic", "instance", "panoptic")
@@ -75,11 +75,11 @@ def stored_config(card: Card, folder: Path) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise card_error(card, "weights", f"{path} is not JSON ({error})") from error
+        raise card.error("weights", f"{path} is not JSON ({error})") from error
     kind = data.get("model_type") if isinstance(data, dict) else None
     cls = network_class(card).config_class
     if kind != cls.model_type:
-        raise card_error(card, "weights", f"{path}: model_type is {kind!r}; valid: {cls.model_type!r}")
+        raise card.error("weights", f"{path}: model_type is {kind!r}; valid: {cls.model_type!r}")
     _check_backbone(card, data, "weights", str(path))
     try:
         config = cls.from_dict(data_alone(data))
@@ -100,7 +100,7 @@ def argued_config(card: Card, arguments: dict[str, Any]) -> Any:
     given = data_alone(arguments)
     for name in arguments:
         if name not in names or name not in given or name in ("id2label", "label2id"):
-            raise card_error(card, f"arguments.{name}", f"unknown; valid: fields of {cls.__name__}")
+            raise card.error(f"arguments.{name}", f"unknown; valid: fields of {cls.__name__}")
     _check_backbone(card, given, "arguments.backbone_config", "it")
     backbone = given.get("backbone_config")
     if isinstance(backbone, dict):
@@ -138,18 +138,16 @@ def check_config(card: Card, config: Any, where: str) -> None:
     backbone = getattr(config, "backbone_config", None)
     channels = getattr(backbone, "num_channels", getattr(config, "num_channels", 3))
     if channels != card.channels:
-        raise card_error(card, "input.bands", f"found {card.channels}; {where} says num_channels {channels}")
+        raise card.error("input.bands", f"found {card.channels}; {where} says num_channels {channels}")
     if card.output.kind == "semantic":
         if config.num_labels != card.output_channels:
-            raise card_error(
-                card,
+            raise card.error(
                 "classes",
                 f"the card needs {card.output_channels} output channels; "
                 f"{where} has {config.num_labels} labels",
             )
     elif len(found := labelled(card, config.num_labels)) != config.num_labels:
-        raise card_error(
-            card,
+        raise card.error(
             "classes",
             f"found {len(card.classes)} ({len(found)} without background); {where} has "
             f"{config.num_labels} labels: valid: as many, in their order, with or without background",
@@ -162,8 +160,7 @@ def check_config(card: Card, config: Any, where: str) -> None:
 def _check_square(card: Card, size: int | list[int], where: str) -> None:
     sizes = (size, size) if isinstance(size, int) else tuple(size)
     if card.window_shape != sizes or not card.window.fixed:
-        raise card_error(
-            card,
+        raise card.error(
             "window.size",
             f"found {card.window.size}, fixed {str(card.window.fixed).lower()}; {where} says image_size "
             f"{size}: valid: size: {list(sizes)} with fixed: true",
@@ -174,20 +171,19 @@ def _check_backbone(card: Card, data: dict[str, Any], field: str, where: str) ->
     """Refuse backbones that the library or timm would look up on the hub."""
     name, inner = data.get("backbone"), data.get("backbone_config")
     if name and not inner and data.get("model_type") != "detr":
-        raise card_error(
-            card,
+        raise card.error(
             field,
             f"{where} names its backbone ({name!r}), which would have to be asked for on the hub; valid: "
             "backbone_config, as save_pretrained writes it",
         )
     for timm in (name, inner.get("backbone") if isinstance(inner, dict) else None):
         if isinstance(timm, str) and (":" in timm or "/" in timm):
-            raise card_error(card, field, f"{where} has backbone {timm!r}; valid: a name of timm itself")
+            raise card.error(field, f"{where} has backbone {timm!r}; valid: a name of timm itself")
 
 
 def _refuse(card: Card, field: str, text: str, error: Exception) -> NoReturn:
     reason = " ".join(str(error).split())
-    raise card_error(card, field, f"{text}: {reason}") from error
+    raise card.error(field, f"{text}: {reason}") from error
 
 
 REFUSED = (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError)

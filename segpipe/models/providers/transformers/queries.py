@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, masks_to_boxes
 
-from segpipe.config.card import Card, card_error
+from segpipe.config.card import Card
 from segpipe.models.base import MaskCandidates, Truth
 from segpipe.models.network import enlarged
 from segpipe.models.providers.transformers.configs import ARCHITECTURES, TransformersFamily
@@ -36,7 +36,7 @@ def task_tokens(card: Card, config: Any) -> list[int]:
     """
     task = card.arguments.get("task", card.output.kind)
     if task not in TASKS:
-        raise card_error(card, "arguments.task", f"found {task!r}; valid: {', '.join(TASKS)}")
+        raise card.error("arguments.task", f"found {task!r}; valid: {', '.join(TASKS)}")
     tokens = card.arguments.get("task_tokens")
     if tokens is None:
         tokens = (getattr(config, "task_tokens", None) or {}).get(task)
@@ -45,8 +45,8 @@ def task_tokens(card: Card, config: Any) -> list[int]:
     length = int(config.task_seq_len)
     plain = isinstance(tokens, list) and all(type(t) is int and t >= 0 for t in tokens)
     if not plain or not 0 < len(tokens) <= length:
-        raise card_error(
-            card, "arguments.task_tokens", f"found {tokens!r}; valid: 1 to {length} whole numbers from 0 on"
+        raise card.error(
+            "arguments.task_tokens", f"found {tokens!r}; valid: 1 to {length} whole numbers from 0 on"
         )
     return [*tokens, *[0] * (length - len(tokens))]
 
@@ -59,8 +59,7 @@ def _tokenised(card: Card, text: str) -> list[int]:
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     )
     if not card.weights or not there:
-        raise card_error(
-            card,
+        raise card.error(
             "arguments.task_tokens",
             f"none given, and {folder} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); "
             f"valid: the numbers of {text!r} under the CLIP tokenizer",
@@ -68,7 +67,7 @@ def _tokenised(card: Card, text: str) -> list[int]:
     try:
         tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise card_error(card, "weights", f"{folder}: its tokenizer cannot be read: {error}") from error
+        raise card.error("weights", f"{folder}: its tokenizer cannot be read: {error}") from error
     return [int(t) for t in tokenizer(text)["input_ids"]]
 
 
@@ -185,8 +184,7 @@ class QueryLoss:
         self._values = torch.tensor(values)
         self._task = ARCHITECTURES[str(card.architecture)].task
         if self._task and card.arguments.get("contrastive_temperature") is not None:
-            raise card_error(
-                card,
+            raise card.error(
                 "arguments.contrastive_temperature",
                 "OneFormer is trained here without its loss of texts: valid: left out",
             )
