@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -308,6 +309,16 @@ class Card(Strict):
         """Class value of each output channel."""
         return tuple(c.value for c in self.classes)
 
+    @property
+    def label_dtype(self) -> str:
+        """Of its label maps: uint8 where all values and the nodata value 255 fit, else uint16 with 65535."""
+        return "uint8" if self.nodata == 255 else "uint16"
+
+    @property
+    def nodata(self) -> int:
+        """The label of elements where the scene is not valid."""
+        return nodata_of(self.values)
+
     def error(self, field: str, text: str) -> RequestError:
         """A mistake in the card, told as ``card: field: what was found; what is valid``."""
         return RequestError(f"{self.name}: {field}: {text}")
@@ -370,6 +381,11 @@ class Card(Strict):
         parts["values"] = self.values
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def nodata_of(values: Iterable[int]) -> int:
+    """What stands for no data in a file of labels with these classes."""
+    return 255 if max(values) < 255 else 65535
 
 
 def load_card(path: str | Path) -> Card:

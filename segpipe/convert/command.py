@@ -18,7 +18,6 @@ from segpipe.convert.onnx_file import METHODS, add_scores, export_onnx, quantise
 from segpipe.convert.parity import milliseconds, noise_windows
 from segpipe.errors import RequestError
 from segpipe.inference.engine import Engine
-from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.inference.settings import resolve_settings
 from segpipe.metrics.overlap import ClassCounts, Counts, class_counts, mean, pixel_accuracy
@@ -182,7 +181,7 @@ def _predict(scene: Scene, blocks: Sequence[Index], model: SegmentationModel | N
     model = model or load_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
     with scene.open_blocks() as store:
-        Engine(scene.plan, card, normaliser, model, store, nodata_value(card)).run(blocks)
+        Engine(scene.plan, card, normaliser, model, store).run(blocks)
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from segpipe import __version__
-from segpipe.config.card import Class
+from segpipe.config.card import Class, nodata_of
 from segpipe.config.job import Format
 from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
@@ -25,7 +25,6 @@ from segpipe.export.ome_zarr import write_ome_zarr
 from segpipe.export.run_folder import ITEM, MANIFEST, hash_files, own_files, write_seal
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
-from segpipe.inference.label_dtype import no_data_value
 from segpipe.metrics.tally import LEVELS
 from segpipe.models.plugins import provider_spec
 from segpipe.models.weights import weights_fingerprint
@@ -144,7 +143,7 @@ def _write_labels(scene: MeasurableScene, measured: Measured, classes: Sequence[
 def _nodata(scene: MeasurableScene, measured: Measured, classes: Sequence[Class]) -> int | None:
     """The value of elements without data in the files of labels; None: there are none."""
     predicted_raster = isinstance(scene, PredictedScene) and isinstance(scene.geometry, RasterGeometry)
-    return no_data_value(c.value for c in classes) if predicted_raster or has_nodata(measured) else None
+    return nodata_of(c.value for c in classes) if predicted_raster or has_nodata(measured) else None
 
 
 def _write_levels(

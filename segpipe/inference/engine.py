@@ -30,7 +30,6 @@ from segpipe.inference.block_result import (
     to_host,
 )
 from segpipe.inference.dense_crf import dense_crf
-from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.merge import GaussianScores, Merger, NativeAnswer, Trim, native_answer
 from segpipe.inference.normalise import Normaliser, padded
 from segpipe.inference.object_merger import ObjectMerger, masked
@@ -90,7 +89,6 @@ class Engine:
         normaliser: Normaliser,
         model: SegmentationModel | ObjectModel,
         store: BlockStore,
-        nodata: int,
         tta: bool = False,
     ) -> None:
         self.plan = plan
@@ -98,9 +96,8 @@ class Engine:
         self.normaliser = normaliser
         self.model = model
         self.store = store
-        self.nodata = nodata
         self.views = flip_views(card.mirror) if tta else [()]
-        self.values = np.array(card.values, dtype=label_dtype(card))
+        self.values = np.array(card.values, dtype=card.label_dtype)
         self.labels_only = plan.labels_only
         self.finds_objects = card.output.kind != "semantic"
         self.several = plan.workload.uncertainty > 0 and (tta or plan.blend != "trim")
@@ -346,7 +343,7 @@ class Engine:
                 nearest = self.card.input.score_resampling is Interpolation.nearest
                 answer = native_answer(merged, len(self.card.classes), self.plan, block.box, nearest)
             labels = self.values[answer.channel]
-        labels[~block.valid] = self.nodata
+        labels[~block.valid] = self.card.nodata
         block.merger = None
         result = BlockResult(
             block.index,

@@ -10,7 +10,6 @@ import numpy as np
 
 from segpipe.config.card import Card
 from segpipe.geometry.box import Box
-from segpipe.inference.label_dtype import label_dtype
 from segpipe.objects.nodes import Nodes, Overhang, box_nodes, window_overhang
 from segpipe.objects.window import WindowObjects, WindowTable
 from segpipe.tiling.windows import Index, Lattice
@@ -76,7 +75,7 @@ class ObjectMerger:
         self._box, self._lattice = box, lattice
         self._stuff = stuff_values(card)
         self._raw = np.zeros(box.shape, np.uint32)
-        self._labels = np.full(box.shape, ground_value(card), label_dtype(card))
+        self._labels = np.full(box.shape, ground_value(card), card.label_dtype)
         self._tables: dict[Index, WindowTable] = {}
         self._overhangs: list[Overhang] = []
 

@@ -15,12 +15,7 @@ import math
 
 import numpy as np
 
-from segpipe.metrics.tally import CHANNELS, LEVELS
-
-
-def uncertainty_channels(several_answers: bool) -> tuple[str, ...]:
-    """Channels of the map of a job."""
-    return CHANNELS if several_answers else CHANNELS[:-1]
+from segpipe.metrics.tally import LEVELS
 
 
 class Uncertainty:

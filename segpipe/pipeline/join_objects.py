@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from segpipe.geometry.box import Box
-from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.object_merger import ground_value, load_parts, stuff_values
 from segpipe.metrics.tally import SizeScale
 from segpipe.objects.nodes import (
@@ -52,7 +51,7 @@ def join_objects(scene: Scene) -> None:
         minimum=scene.job.measure.smallest,
     )
     arrays = [
-        ArraySpec("labels", label_dtype(card), scene.nodata, labels=True),
+        ArraySpec("labels", card.label_dtype, scene.nodata, labels=True),
         ArraySpec("instances", str(lookup.dtype), 0, labels=True),
     ]
     in_force = scene.labels.create(scene.geometry, blocks, arrays, {}, whole=True)

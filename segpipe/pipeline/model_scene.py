@@ -16,7 +16,6 @@ from segpipe.config.job import Job, StoreMode, parse_memory
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.grid_map import GridMap
-from segpipe.inference.label_dtype import label_dtype, nodata_value
 from segpipe.inference.settings import Settings, resolve_settings
 from segpipe.pipeline.plan_scene import (
     device_parts,
@@ -53,7 +52,7 @@ class Scene(PredictedScene):
 
     @property
     def nodata(self) -> int:
-        return nodata_value(self.card)
+        return self.card.nodata
 
     def check_labels(self) -> None:
         """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
@@ -234,7 +233,7 @@ def image_arrays(pixels: ScenePixels) -> list[ArraySpec]:
 
 def label_arrays(card: Card, job: Job) -> list[ArraySpec]:
     """Arrays of the predict stage."""
-    arrays = [ArraySpec("labels", label_dtype(card), nodata_value(card), labels=True)]
+    arrays = [ArraySpec("labels", card.label_dtype, card.nodata, labels=True)]
     if card.output.kind != "semantic":
         arrays.append(ArraySpec("objects", "uint32", 0, labels=True))
     if job.outputs.scores:

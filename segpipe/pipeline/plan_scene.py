@@ -13,10 +13,9 @@ from segpipe.config.job import TTA, Blend, Job, parse_memory, parse_size
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 from segpipe.geometry.grid_map import GridMap, model_grid
-from segpipe.inference.label_dtype import label_dtype
 from segpipe.inference.object_merger import stuff_values
 from segpipe.inference.settings import Settings
-from segpipe.inference.uncertainty import uncertainty_channels
+from segpipe.metrics.tally import CHANNELS
 from segpipe.models.weights import weights_fingerprint
 from segpipe.store.stage import Stage, stage_key
 from segpipe.tiling.plan import Plan, Workload, make_plan
@@ -73,7 +72,7 @@ def plan_scene(
         source_cache=source_cache,
         channels=card.channels,
         classes=len(card.classes),
-        label_itemsize=np.dtype(label_dtype(card)).itemsize,
+        label_itemsize=np.dtype(card.label_dtype).itemsize,
         batch=settings.batch,
         keep_scores=job.outputs.scores,
         uncertainty=len(doubts(job)),
@@ -98,7 +97,8 @@ def doubts(job: Job) -> tuple[str, ...]:
     """Channels of the uncertainty map; none where it is not wanted."""
     if not job.outputs.uncertainty:
         return ()
-    return uncertainty_channels(job.compute.tta is not TTA.none or job.tiling.blend is not Blend.trim)
+    several_answers = job.compute.tta is not TTA.none or job.tiling.blend is not Blend.trim
+    return CHANNELS if several_answers else CHANNELS[:-1]
 
 
 def labels_stage(job: Job, card: Card, predict: Stage) -> Stage:

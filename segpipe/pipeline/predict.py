@@ -7,6 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import cc3d
+import numpy as np
+from scipy import ndimage
+
+from segpipe.config.card import Card
 from segpipe.errors import SceneError
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
@@ -40,7 +45,6 @@ def predict_blocks(
         StoppedError, SceneError, DeviceMemoryError.
     """
     from segpipe.inference.engine import Engine
-    from segpipe.inference.label_dtype import nodata_value
     from segpipe.inference.normalise import Normaliser, Statistics
     from segpipe.models.registry import load_model, load_object_model
 
@@ -69,7 +73,7 @@ def predict_blocks(
         model = load_object_model(card, settings.device, settings.threads, settings.precision)
     normaliser = Normaliser(card, scene.pixels.scaling, Statistics(scene.statistics))
     with scene.open_blocks(attempt, progress) as store:
-        engine = Engine(scene.plan, card, normaliser, model, store, nodata_value(card), settings.tta)
+        engine = Engine(scene.plan, card, normaliser, model, store, settings.tta)
         timings = engine.run(todo, stop.check if stop else lambda: None, is_done)
     seconds, elements = time.perf_counter() - begun, computed * math.prod(scene.plan.blocks.block)
     return Done(computed, len(blocks) - computed, seconds, vars(timings).copy(), elements)
@@ -81,8 +85,6 @@ def finish_labels(scene: Scene) -> Done:
     Raises:
         SceneError: predictions are missing or were dropped.
     """
-    from segpipe.inference.cleanup import clean_labels
-    from segpipe.inference.label_dtype import label_dtype
     from segpipe.pipeline.join_objects import join_objects
 
     begun = time.perf_counter()
@@ -101,7 +103,7 @@ def finish_labels(scene: Scene) -> Done:
     if scene.card.output.kind != "semantic":
         join_objects(scene)
         return Done(1, 0, time.perf_counter() - begun, {})
-    clean = ArraySpec("labels", label_dtype(scene.card), scene.nodata, labels=True)
+    clean = ArraySpec("labels", scene.card.label_dtype, scene.nodata, labels=True)
     blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {}, whole=True)
     cleaned = clean_labels(scene.predict.read("labels", scene.geometry.box.slices), scene.card)
     files: Marks = {}
@@ -110,3 +112,28 @@ def finish_labels(scene: Scene) -> Done:
         files |= scene.labels.write("labels", box.slices, cleaned[box.slices])
     scene.labels.commit(WHOLE, {}, files)
     return Done(1, 0, time.perf_counter() - begun, {})
+
+
+def clean_labels(labels: np.ndarray, card: Card) -> np.ndarray:
+    """The label map (y, x) or (z, y, x) after the card's clean-up; nodata is never touched.
+
+    Classes are cleaned in the card's order, each against the background (the card's first class).
+    Components are 8- or 26-connected; holes are background not reached from the border by faces.
+    """
+    out = labels.copy()
+    background = card.classes[0].value
+    for item in card.classes[1:]:
+        mask = out == item.value
+        if not mask.any():
+            continue
+        if card.cleanup.largest_component:
+            components = cc3d.connected_components(mask, connectivity=26 if mask.ndim == 3 else 8)
+            counts = cc3d.statistics(components, no_slice_conversion=True)["voxel_counts"]
+            counts[0] = 0
+            largest = int(counts.argmax())
+            out[mask & (components != largest)] = background
+            mask = out == item.value
+        if card.cleanup.fill_holes:
+            filled = ndimage.binary_fill_holes(mask)
+            out[filled & (out == background)] = item.value
+    return out

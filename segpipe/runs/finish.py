@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from segpipe.config.card import Card, Class
+from segpipe.config.card import Card, Class, nodata_of
 from segpipe.config.classes import load_classes, with_found
 from segpipe.config.job import Format, Job
 from segpipe.config.loading import load_groups
 from segpipe.export.bids import write_bids
 from segpipe.export.maps import has_nodata
 from segpipe.export.run_folder import RunFolder, local_folder, now, write_manifest
-from segpipe.inference.label_dtype import no_data_value
 from segpipe.models.weights import weights_fingerprint
 from segpipe.pictures.archive import Previews, load_previews
 from segpipe.pipeline.measure import Measured
@@ -107,7 +106,7 @@ def _write_account(
         paths.append(CATALOG)
     if Format.bids.value in record.job.get("outputs", {}).get("formats", ()):
         gaps = record.legend and any(has_nodata(m) for m in measured.values())
-        nodata = no_data_value(c.value for c in record.legend) if gaps else None
+        nodata = nodata_of(c.value for c in record.legend) if gaps else None
         derived = write_bids(run.location, folder, record, nodata)
         paths, copies = [*paths, *derived.written], derived.copies
     write_manifest(run.location, folder, record, paths, copies)

@@ -44,9 +44,6 @@ class SceneSteps(ABC, Generic[S]):
         """Finish the labels; the steps up to here."""
         return {}
 
-    def drop(self, scene: S) -> None:
-        """Drop the stages that nobody needs once the scene is exported."""
-
 
 class _Given(SceneSteps[LabelledScene]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> LabelledScene:
@@ -68,9 +65,6 @@ class _Predicted(SceneSteps[Scene]):
 
     def finish(self, scene: Scene, computed: Done) -> dict[str, Done]:
         return {"predict": computed, "clean-up": finish_labels(scene)}
-
-    def drop(self, scene: Scene) -> None:
-        drop_unkept(scene)
 
 
 class _Prompted(SceneSteps["PromptScene"]):
@@ -141,7 +135,8 @@ def complete_scene(
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
     record = done_record(scene, measured, files, steps)
-    STEPS[scene.job.kind].drop(scene)
+    if isinstance(scene, Scene):
+        drop_unkept(scene)
     return record
 
 

@@ -426,19 +426,12 @@ class Stage:
             SceneError: another run dropped the stage.
             DamagedError: it is missing or damaged.
         """
-        data = self.find_part(name)
+        path = f"parts-{self.generation.token}/{name}"
+        data = self.read_bytes(path)
         if data is None:
             self.check()
-            raise DamagedError(f"{join(self._location, 'parts', name)}: missing; run the job again")
+            raise DamagedError(f"{self._location}/{path}: missing; run the job again")
         return data
-
-    def find_part(self, name: str) -> bytes | None:
-        """What a block left, or None where it left nothing of this name.
-
-        Raises:
-            DamagedError: it is damaged.
-        """
-        return self.read_bytes(f"parts-{self.generation.token}/{name}")
 
     def _loose(self) -> list[str]:
         return sorted(

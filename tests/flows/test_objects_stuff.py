@@ -24,7 +24,6 @@ from segpipe.config.card import read_card
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene_files import done_record, export_scene
 from segpipe.inference.engine import Engine
-from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.objects.window import WindowObjects
 from segpipe.pipeline.measure import measure_scene
@@ -103,7 +102,7 @@ def panoptic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scene = prepared(job, ref)
     with scene.open_blocks() as store:
         normaliser = Normaliser(scene.card, scene.pixels.scaling, Statistics())
-        engine = Engine(scene.plan, scene.card, normaliser, Panoptic(), store, nodata_value(scene.card))
+        engine = Engine(scene.plan, scene.card, normaliser, Panoptic(), store)
         engine.run(pending_blocks(scene))
     finish_labels(scene)
     measured, done = measure_scene(scene)

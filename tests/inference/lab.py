@@ -20,7 +20,6 @@ from segpipe.config.job import Job
 from segpipe.geometry.box import Box
 from segpipe.inference.block_result import BlockResult, BlockStore
 from segpipe.inference.engine import Engine
-from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.inference.settings import resolve_settings
 from segpipe.models.base import SegmentationModel
@@ -235,7 +234,6 @@ def compute(
             normaliser,
             model,
             store or real,
-            nodata_value(card),
             scene.settings.tta,
         )
         engine.run(pending_blocks(scene), check_stop)

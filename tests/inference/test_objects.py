@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from segpipe.inference.engine import Engine
-from segpipe.inference.label_dtype import nodata_value
 from segpipe.inference.normalise import Normaliser, Statistics
 from segpipe.objects.table import ObjectTable
 from segpipe.objects.window import WindowObjects
@@ -57,7 +56,7 @@ def segmented(lab: Lab, truth: np.ndarray, out: str, **tiling: object) -> Scene:
     scene = prepared(lab.job(ref, card, out, tiling=tiling), ref)
     normaliser = Normaliser(scene.card, scene.pixels.scaling, Statistics())
     with scene.open_blocks() as store:
-        engine = Engine(scene.plan, scene.card, normaliser, Oracle(), store, nodata_value(scene.card))
+        engine = Engine(scene.plan, scene.card, normaliser, Oracle(), store)
         engine.run(pending_blocks(scene))
     finish_labels(scene)
     return scene
