@@ -19,7 +19,8 @@ import pandas as pd
 from segpipe.config.job import Job
 from segpipe.config.loading import read_yaml, validate
 from segpipe.errors import RequestError, SceneError
-from segpipe.geometry.geometry import Geometry, geometry_from_dict
+from segpipe.geometry.box import Box
+from segpipe.geometry.geometry import geometry_from_dict
 from segpipe.runs.check import check_request
 from segpipe.runs.find_run import load_run
 from segpipe.runs.finished import Run
@@ -122,23 +123,15 @@ def predict(
         found = _only(run(fields))
         if not scores:
             return found.labels().load()
-        record = found._scene(None)
-        stage = Stage(found._folder.out, record.keys["predict"])
-        labels = found.labels()
-        names = [c.name for c in found.record.legend]
+        stage = Stage(found._folder.out, found._scene(None).keys["predict"])
         geometry = geometry_from_dict(stage.read_json("stage.json")["geometry"])
-        return _scores(stage, geometry, names, labels.attrs)
 
+        def read(box: Box) -> np.ndarray:
+            return stage.read("scores", (slice(None), *box.slices))
 
-def _scores(stage: Stage, geometry: Geometry, names: list[str], attrs: Mapping[str, Any]) -> xarray.DataArray:
-    array = lazy_array(
-        lambda box: stage.read("scores", (slice(None), *box.slices)),
-        geometry,
-        np.dtype("float32"),
-        names,
-        "scores",
-    )
-    return array.rename(band="class").assign_attrs(classes=attrs["classes"]).load()
+        names = [c.name for c in found.record.legend]
+        array = lazy_array(read, geometry, np.dtype("float32"), names, "scores")
+        return array.rename(band="class").assign_attrs(classes=found.labels().attrs["classes"]).load()
 
 
 def prompt(

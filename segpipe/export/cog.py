@@ -19,6 +19,7 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from affine import Affine
+from PIL.ImageColor import getrgb
 from pyproj import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -35,7 +36,6 @@ from segpipe.export.staging import (
 )
 from segpipe.geometry.box import grid_boxes
 from segpipe.geometry.geometry import RasterGeometry
-from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.gdal import window_of
 
@@ -73,7 +73,7 @@ def write_cog(
     dtype = label_dtype(classes, nodata)
     names = {str(c.value): c.name for c in sorted(classes, key=lambda c: c.value)}
     tags = {**(tags or {}), "CLASSES": json.dumps(names, ensure_ascii=False)}
-    palette = {c.value: (*rgb(c.color), 255) for c in classes} if dtype == np.uint8 else {}
+    palette = {c.value: (*getrgb(c.color), 255) for c in classes} if dtype == np.uint8 else {}
     with _cog(path, geometry, ["class"], dtype, nodata, tags, classes, named=True) as target:
         for box in grid_boxes(geometry.shape, (STEP, STEP)):
             target.write(fit_labels(labels(box), dtype, box, path), 1, window=window_of(box))

@@ -23,6 +23,7 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.color import CIELabColor
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 from highdicom.sr.coding import CodedConcept
+from PIL.ImageColor import getrgb
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import Collection, codes
@@ -33,7 +34,6 @@ from segpipe import __version__
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.staging import commit, slab_boxes, staging
-from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader
 from segpipe.sources.dicom.reader import DicomSource
 from segpipe.sources.dicom.series import DICOM_ERRORS, DicomSlice
@@ -239,7 +239,7 @@ def _described(number: int, c: Class, algorithm: Algorithm) -> SegmentDescriptio
         algorithm_identification=AlgorithmIdentificationSequence(
             name=algorithm.name[:LONGEST], family=family, version=algorithm.version[:LONGEST]
         ),
-        display_color=CIELabColor.from_rgb(*rgb(c.color)),
+        display_color=CIELabColor.from_rgb(*getrgb(c.color)),
     )
     described.SegmentDescription = f"value {c.value} in label maps"
     return described

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import zarr
+from PIL.ImageColor import getrgb
 
 from segpipe.config.card import Class
 from segpipe.export.staging import fit_labels, label_dtype, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry, RasterGeometry
-from segpipe.pictures.colors import rgb
 from segpipe.sources.base import LabelReader
 from segpipe.store.arrays import LABEL_CODEC
 
@@ -143,7 +143,9 @@ def _attributes(
         datasets.append({"path": str(level), "coordinateTransformations": transforms})
     multiscale = {"name": "labels", "axes": axes, "datasets": datasets, "type": "mode"}
     listed = sorted(classes, key=lambda c: c.value)
-    colors = [{"label-value": c.value, "rgba": [*rgb(c.color), 0 if c.background else 255]} for c in listed]
+    colors = [
+        {"label-value": c.value, "rgba": [*getrgb(c.color), 0 if c.background else 255]} for c in listed
+    ]
     names: list[dict[str, Any]] = [{"label-value": c.value, "name": c.name} for c in listed]
     if nodata is not None:
         colors.append({"label-value": nodata, "rgba": [0, 0, 0, 0]})

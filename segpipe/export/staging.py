@@ -16,12 +16,12 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
+from PIL.ImageColor import getrgb
 from pyproj import CRS
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
-from segpipe.pictures.colors import rgb
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""
@@ -135,7 +135,7 @@ def gdal_pam(classes: Sequence[Class], crs: CRS | None) -> str:
             ET.SubElement(field, tag).text = str(content)
     for index, item in enumerate(sorted(classes, key=lambda c: c.value)):
         row = ET.SubElement(table, "Row", index=str(index))
-        for cell in (item.value, item.name, *rgb(item.color)):
+        for cell in (item.value, item.name, *getrgb(item.color)):
             ET.SubElement(row, "F").text = str(cell)
     return _pretty(root)
 
@@ -162,7 +162,7 @@ def slicer_colors(classes: Sequence[Class]) -> str:
     """The text of a 3D Slicer colour table: value, name without blanks, red, green, blue, alpha."""
     lines = ["# Color table file", f"# {len(classes)} values"]
     for item in sorted(classes, key=lambda c: c.value):
-        red, green, blue = rgb(item.color)
+        red, green, blue = getrgb(item.color)[:3]
         name = "_".join(item.name.split()) or "unnamed"
         alpha = 0 if item.background else 255
         lines.append(f"{item.value} {name} {red} {green} {blue} {alpha}")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.ImageColor import getrgb
 
 from segpipe.errors import RequestError
-from segpipe.pictures.colors import rgb
 from segpipe.pictures.drawing import INK, MUTED, PAPER, font, png, webp
 
 FORMAT = 2
@@ -223,7 +223,7 @@ def _composite(
         canvas.paste(picture, (x, y + _LINE + 6), picture)
     for x, y, name, color in placed:
         if color:
-            draw.rounded_rectangle((x, y + 2, x + 14, y + 16), 3, fill=rgb(color))
+            draw.rounded_rectangle((x, y + 2, x + 14, y + 16), 3, fill=getrgb(color))
         draw.text((x + (22 if color else 0), y), name, fill=INK if color else MUTED, font=font(14))
     return png(canvas)
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageColor import getrgb
 
 from segpipe.config.card import Class
-from segpipe.pictures.colors import rgb
 
 UNLISTED = (128, 128, 128)
 """Colour of a value that is no class's."""
@@ -61,7 +61,7 @@ def class_colors(labels: np.ndarray, classes: Sequence[Class]) -> np.ndarray:
     """uint8 RGB (rows, columns, 3) of a label map."""
     ordered = sorted(classes, key=lambda c: c.value)
     values = np.array([c.value for c in ordered])
-    colors = np.array([rgb(c.color) for c in ordered] + [UNLISTED], dtype=np.uint8)
+    colors = np.array([getrgb(c.color) for c in ordered] + [UNLISTED], dtype=np.uint8)
     place = np.searchsorted(values, labels).clip(0, len(values) - 1)
     return np.asarray(colors[np.where(values[place] == labels, place, len(values))])
 
@@ -140,7 +140,7 @@ def difference(
     }
     result = np.zeros((*labels.shape, 4), dtype=np.uint8)
     for kind, where in kinds.items():
-        result[where & compared] = (*rgb(DIFFERENCE[kind][1]), 255)
+        result[where & compared] = (*getrgb(DIFFERENCE[kind][1]), 255)
     empty = ~(here | there) & compared  # both background: lighter, so that structures stand out
     result[empty] = (232, 234, 237, 255)
     return result
@@ -150,7 +150,7 @@ def heat(shares: np.ndarray, labels: np.ndarray, nodata: int | None) -> np.ndarr
     """RGBA map of shares 0…1, darker for less; transparent where there is no label."""
     at = np.clip(np.nan_to_num(shares.astype(np.float64)), 0, 1)
     stops = np.linspace(0, 1, len(HEAT))
-    colors = np.array([rgb(c) for c in HEAT], dtype=np.float64)
+    colors = np.array([getrgb(c) for c in HEAT], dtype=np.float64)
     planes = [np.interp(at, stops, colors[:, i]) for i in range(3)]
     alpha = np.full(labels.shape, 255.0) if nodata is None else np.where(labels == nodata, 0.0, 255.0)
     return np.stack([*planes, alpha], axis=-1).round().astype(np.uint8)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL.ImageColor import getrgb
 
 from segpipe.config.card import Class
 from segpipe.geometry.geometry import VolumeGeometry
 from segpipe.pictures.anatomical_planes import UP, Anatomy, ClassExtents
 from segpipe.pictures.archive import Panel
 from segpipe.pictures.axial_slices import lettered, sample_slices, slice_name
-from segpipe.pictures.colors import rgb
 from segpipe.pictures.drawing import edges, webp
 from segpipe.pictures.sampling import Plane, Readers
 
@@ -69,7 +69,7 @@ def highlighted(
     mine = labels == shown.value
     others = ~mine & ~np.isin(labels, ground if nodata is None else [*ground, nodata])
     below = np.where(base[..., 3:] > 0, base[..., :3], 255).astype(np.float32)
-    color = np.array(rgb(shown.color), dtype=np.float32)
+    color = np.array(getrgb(shown.color), dtype=np.float32)
     dim = _DIM * (below + (below @ _LUMA)[..., None]) / 2
     dim[others] += _OTHERS * (255 - dim[others])
     filled = (1 - _FILL) * below + _FILL * color
@@ -110,7 +110,7 @@ def spotted(picture: np.ndarray, places: np.ndarray, color: str) -> np.ndarray:
     distance = np.hypot(*offsets.T)
     limit = np.array(picture.shape[:2])
     at = np.unique(np.floor(places).astype(int), axis=0)
-    for radius, shade in ((DOT / 2 + 1, (16, 20, 26)), (DOT / 2, rgb(color))):
+    for radius, shade in ((DOT / 2 + 1, (16, 20, 26)), (DOT / 2, getrgb(color))):
         for offset in offsets[distance <= radius]:
             spots = at + offset
             rows, columns = spots[((spots >= 0) & (spots < limit)).all(axis=1)].T

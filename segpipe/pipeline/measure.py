@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -59,6 +59,7 @@ from segpipe.sources.labels import IdRule, ReferenceLabels, find_reference, one_
 from segpipe.store.stage import Stage, stage_key
 from segpipe.store.stop import StopToken
 
+S = TypeVar("S", bound=MeasurableScene)
 SURFACES = "surfaces.json"
 FOUND = "objects.npz"
 FACTS_FILE = "facts.parquet"
@@ -250,8 +251,8 @@ def _sum(receipts: Iterable[dict[str, Any]], name: str) -> Intensity:
     return intensity.add(Intensity.from_json(receipt[name]) for receipt in receipts)
 
 
-def check_measure(scene: MeasurableScene) -> None:
-    """Open regions and reference once, so that a mistake there is known before work starts.
+def check_measure(scene: S) -> S:
+    """Open regions and reference once, so that a mistake there is known before work starts; the same scene.
 
     Raises:
         SceneError, RequestError: they do not fit the scene.
@@ -259,6 +260,7 @@ def check_measure(scene: MeasurableScene) -> None:
     with ExitStack() as stack:
         stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
         _reference(scene, stack)
+    return scene
 
 
 def _reference(scene: MeasurableScene, stack: ExitStack) -> ReferenceLabels | None:
@@ -302,7 +304,6 @@ def _channels(scene: MeasurableScene) -> list[Channel]:
 
 
 def _info(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> dict[str, Any]:
-    notes = [*regions.notes, *(reference.notes if reference else ())]
     return {
         "scene": scene.ref.name,
         "regions": list(regions.names),
@@ -313,7 +314,7 @@ def _info(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels
         "uncertainty": list(scene.uncertainty),
         "rule": None if scene.id_rule is None else asdict(scene.id_rule),
         "geometry": scene.geometry.to_dict(),
-        "notes": notes,
+        "notes": [*regions.notes, *(reference.notes if reference else ())],
     }
 
 

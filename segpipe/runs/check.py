@@ -113,8 +113,8 @@ def _check_kind(card: Card) -> None:
 
 def _check_objects(job: Job, card: Card) -> None:
     """A reference of objects needs a model that finds some."""
-    divisor = job.reference.divisor if job.reference else 0
-    asked = {"measure.objects": job.measure.objects, "reference.divisor": bool(divisor)}
+    divisor = bool(job.reference and job.reference.divisor)
+    asked = {"measure.objects": job.measure.objects, "reference.divisor": divisor}
     if card.output.kind == "semantic":
         for field in [name for name, value in asked.items() if value]:
             raise RequestError(
@@ -126,8 +126,7 @@ def _check_objects(job: Job, card: Card) -> None:
 def _check_ids(job: Job, classes: Sequence[Class]) -> None:
     """Ids of a reference are of one class, or say theirs."""
     objects = [c.name for c in classes if not c.background]
-    divisor = job.reference.divisor if job.reference else 0
-    if job.measure.objects and not divisor and len(objects) > 1:
+    if job.measure.objects and not (job.reference and job.reference.divisor) and len(objects) > 1:
         raise RequestError(
             f"measure.objects: ids alone do not say which of {', '.join(objects)} an object is: give a "
             "reference whose values are class × divisor + number, and `reference.divisor`"

@@ -47,13 +47,14 @@ class SceneSteps(ABC, Generic[S]):
 
 class _Given(SceneSteps[LabelledScene]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> LabelledScene:
-        return _checked(prepare_labelled(resolved.job, ref))
+        return check_measure(prepare_labelled(resolved.job, ref))
 
 
 class _Predicted(SceneSteps[Scene]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> Scene:
         assert resolved.card is not None
-        return create_stages(_checked(prepare_scene(resolved.job, resolved.card, ref, resolved.settings)))
+        scene = prepare_scene(resolved.job, resolved.card, ref, resolved.settings)
+        return create_stages(check_measure(scene))
 
     def compute(self, scene: Scene, stop: StopToken | None, progress: Progress) -> Done:
         todo, total = pending_blocks(scene), scene.plan.blocks.count
@@ -73,7 +74,7 @@ class _Prompted(SceneSteps["PromptScene"]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> PromptScene:
         from segpipe.prompts.prompt_scene import create_grounder, prepare_prompts
 
-        return create_grounder(_checked(prepare_prompts(resolved.job, ref, resolved.settings)))
+        return create_grounder(check_measure(prepare_prompts(resolved.job, ref, resolved.settings)))
 
     def compute(self, scene: PromptScene, stop: StopToken | None, progress: Progress) -> Done:
         from segpipe.prompts.segment_scene import answer_scene
@@ -84,12 +85,6 @@ class _Prompted(SceneSteps["PromptScene"]):
         from segpipe.prompts.build_objects import build_objects
 
         return {"answer": computed, "objects": build_objects(scene)}
-
-
-def _checked(scene: S) -> S:
-    """Check a scene's regions and reference, before anything is written for it."""
-    check_measure(scene)
-    return scene
 
 
 STEPS: Mapping[SceneKind, SceneSteps[Any]] = {

@@ -125,7 +125,7 @@ SEAL = 65
 
 def sealed(path: str, data: bytes) -> bytes:
     """Content with a checksum behind it, of the object's name too: under another name it is damaged."""
-    return data + b"\n" + _seal(path, data)
+    return data + b"\n" + hashlib.sha256(path.encode() + b"\0" + data).hexdigest().encode()
 
 
 def unsealed(path: str, data: bytes) -> bytes:
@@ -134,16 +134,10 @@ def unsealed(path: str, data: bytes) -> bytes:
     Raises:
         DamagedError: it is not what was written under this name.
     """
-    content, line, seal = data[:-SEAL], data[-SEAL : 1 - SEAL], data[1 - SEAL :]
-    if line != b"\n" or seal != _seal(path, content):
+    content = data[:-SEAL]
+    if data != sealed(path, content):
         raise DamagedError(f"{path}: damaged, or of an earlier version of segpipe")
     return content
-
-
-def _seal(path: str, data: bytes) -> bytes:
-    digest = hashlib.sha256(path.encode() + b"\0")
-    digest.update(data)
-    return digest.hexdigest().encode()
 
 
 def make_durable(location: str, paths: Sequence[str]) -> None:

@@ -256,9 +256,7 @@ class Stage:
             SceneError: another run dropped the stage meanwhile: what was read may be fill.
         """
         array = self.array(name)
-        if commits is None:
-            commits = self._commits(array, where)
-        names = list(commits)
+        names = self._commits(array, where) if commits is None else list(commits)
         for key in _shard_keys(name, array, where):
             path = f"{self.generation.token}/{key}"
             if path not in self._verified:
@@ -319,8 +317,6 @@ class Stage:
         Returns:
             The names of receipts that were taken back: what they stood for is to be computed again.
         """
-        if not self.exists:
-            return []
         receipts = self.receipts()
         damaged = sorted(self.done() - set(receipts))  # those that cannot be read themselves
 
@@ -346,10 +342,9 @@ class Stage:
     def _take_back(self, names: Sequence[str]) -> None:
         """Delete receipts, wherever they are."""
         compact = self.read_json(f"{self._receipts}.json") or {}
-        if kept := {name: receipt for name, receipt in compact.items() if name not in names}:
+        if compact:
+            kept = {name: receipt for name, receipt in compact.items() if name not in names}
             self.write_json(f"{self._receipts}.json", kept)
-        else:
-            delete_objects(self.objects, [f"{self._receipts}.json"])
         delete_objects(self.objects, [f"{self._receipts}/{name}.json" for name in names])
 
     def commit(self, name: str, receipt: Mapping[str, Any], files: Marks) -> None:

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
+from PIL.ImageColor import getrgb
 from scipy import ndimage
 from skimage.draw import disk
 from skimage.measure import regionprops_table
@@ -20,7 +21,6 @@ from segpipe.config.card import Class
 from segpipe.geometry.geometry import volume_geometry
 from segpipe.objects.scene_objects import SceneObjects
 from segpipe.pictures.archive import dump_previews, load_previews
-from segpipe.pictures.colors import rgb
 from segpipe.pictures.preview import raster_pictures, raster_preview, volume_preview
 from segpipe.pictures.sampling import Readers
 from segpipe.report.markdown import headline, run_markdown
@@ -278,9 +278,9 @@ def test_a_phrase_is_filled_and_outlined_and_all_else_dim() -> None:
     for item, picture in drawn.phrases:
         mine = labels == item.value
         line = find_boundaries(np.where(mine, ids, 0), connectivity=1, mode="inner")
-        assert (picture[line][:, :3] == rgb(item.color)).all()
+        assert (picture[line][:, :3] == getrgb(item.color)).all()
         inside = mine & ~line
-        expected = 0.55 * base[inside] + 0.45 * np.array(rgb(item.color))
+        expected = 0.55 * base[inside] + 0.45 * np.array(getrgb(item.color))
         np.testing.assert_allclose(picture[inside][:, :3], expected, atol=0.51)
         ground, others = labels == 0, (labels > 0) & ~mine
         assert picture[ground][:, :3].mean() < 0.6 * base[ground].mean()
@@ -304,13 +304,13 @@ def test_objects_too_small_to_be_seen_are_dots(down: float, right: float) -> Non
     drawn = raster_pictures(**given, max_size=300, count=1, asked=objects_of(ids, labels))
     [(_, picture)] = drawn.phrases
     assert picture.shape[:2] == (200, 300)
-    spots, number = ndimage.label((picture[..., :3] == rgb(LAKE.color)).all(axis=-1))
+    spots, number = ndimage.label((picture[..., :3] == getrgb(LAKE.color)).all(axis=-1))
     assert number == 3 and any(note.startswith("In pictures of phrases 3 objects") for note in drawn.notes)
     found = sorted(ndimage.center_of_mass(spots > 0, spots, [1, 2, 3]))
     middles = [((y + 1.5) / 10, (x + 1.5) / 10) for y, x in places]
     expected = sorted((y if down < 0 else 200 - y, x if right > 0 else 300 - x) for y, x in middles)
     np.testing.assert_allclose(np.add(found, 0.5), expected, atol=0.51)
-    assert not (drawn.pictures["labels"][..., :3] == rgb(LAKE.color)).all(axis=-1).any()  # thinned away
+    assert not (drawn.pictures["labels"][..., :3] == getrgb(LAKE.color)).all(axis=-1).any()  # thinned away
 
 
 def test_a_phrase_of_a_volume_is_shown_where_most_of_it_is() -> None:

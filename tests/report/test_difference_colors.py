@@ -6,8 +6,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from PIL.ImageColor import getrgb
 
-from segpipe.pictures.colors import rgb
 from segpipe.pictures.drawing import DIFFERENCE
 
 
@@ -33,7 +33,7 @@ def test_difference_colours_are_told_apart(vision: str) -> None:
     """At least 20 in CIE76 between any two, with every kind of colour vision (2.3 is noticeable)."""
     seen = {}
     for kind, (_, color) in DIFFERENCE.items():
-        share = np.array(rgb(color)) / 255
+        share = np.array(getrgb(color)) / 255
         linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
         seen[kind] = lab(np.asarray(VISION[vision]) @ linear)
     distances = {(a, b): np.linalg.norm(seen[a] - seen[b]) for a, b in combinations(seen, 2)}

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from PIL.ImageColor import getrgb
 from pyproj import CRS
 
 from segpipe.config.card import Class
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.pictures.archive import THUMBNAIL_BYTES
-from segpipe.pictures.colors import rgb
 from segpipe.pictures.drawing import DIFFERENCE
 from segpipe.pictures.preview import raster_pictures, raster_preview, rgb_channels
 from segpipe.pictures.sampling import READ_EDGE, Plane, Readers, sample_image, sample_labels, thinned
@@ -45,15 +45,15 @@ def test_real_landsat_pixels() -> None:
         low, high = np.percentile(band[valid], (2, 98))
         assert abs(shown[y, x, index] - np.clip((band[y, x] - low) / (high - low), 0, 1) * 255) <= 1
     over = panel(result, "labels")[y, x, :3]
-    color = np.array(rgb(colors[labels[y, x] - 1]))
+    color = np.array(getrgb(colors[labels[y, x] - 1]))
     assert np.abs(over - (0.35 * shown[y, x, :3] + 0.65 * color)).max() <= 1
     difference = panel(result, "difference")
     agree = valid & (labels == reference)
     agree[380:] = False
-    assert np.unique(difference[agree], axis=0).tolist() == [[*rgb(DIFFERENCE["agree"][1]), 255]]
+    assert np.unique(difference[agree], axis=0).tolist() == [[*getrgb(DIFFERENCE["agree"][1]), 255]]
     differs = valid & (labels != reference) & (labels != 255) & (reference != 255)
     differs[380:] = False  # the scale bar lies on the last rows
-    assert np.unique(difference[differs], axis=0).tolist() == [[*rgb(DIFFERENCE["wrong"][1]), 255]]
+    assert np.unique(difference[differs], axis=0).tolist() == [[*getrgb(DIFFERENCE["wrong"][1]), 255]]
     assert (difference[:380][~valid[:380]][:, 3] == 0).all()
 
 
@@ -63,7 +63,7 @@ def test_difference_has_every_kind() -> None:
     reference = np.array([[5, 5, 0, 9, 0, 77]], np.uint8)
     result = raster(labels, reference, classes=(GROUND, ORGAN, BONE))
     row = panel(result, "difference")[0]
-    kinds = [rgb(DIFFERENCE[k][1]) for k in ("agree", "missed", "hallucinated", "wrong")]
+    kinds = [getrgb(DIFFERENCE[k][1]) for k in ("agree", "missed", "hallucinated", "wrong")]
     assert [tuple(p[:3]) for p in row[:4]] == kinds
     assert row[4].tolist() == [232, 234, 237, 255]
     assert row[5, 3] == 0

@@ -7,6 +7,7 @@ from itertools import permutations, product
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL.ImageColor import getrgb
 
 from segpipe.config.card import Class
 from segpipe.errors import RequestError
@@ -14,7 +15,6 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import volume_geometry
 from segpipe.pictures.anatomical_planes import VolumePictures, structure_extents, volume_pictures
 from segpipe.pictures.archive import dump_previews, load_previews
-from segpipe.pictures.colors import rgb
 from segpipe.pictures.drawing import DIFFERENCE
 from segpipe.pictures.preview import raster_preview, volume_preview
 from segpipe.pictures.sampling import Plane, Readers, Stack, sample_image, sample_labels
@@ -184,7 +184,7 @@ def test_real_ct() -> None:
     red = over[..., 0] - np.maximum(over[..., 1], over[..., 2]) > 60
     axial = np.flatnonzero(red[:, :400].any(axis=0))
     assert axial.mean() < 210  # the liver is on the patient's right: left of the picture
-    assert not (panel(result, "difference")[:, :, :3] == rgb(DIFFERENCE["missed"][1])).all(axis=2).any()
+    assert not (panel(result, "difference")[:, :, :3] == getrgb(DIFFERENCE["missed"][1])).all(axis=2).any()
 
 
 def test_same_input_same_bytes_and_archive() -> None:

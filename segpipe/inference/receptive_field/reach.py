@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from types import EllipsisType
 
 import numpy as np
 import scipy.fft
@@ -59,14 +59,6 @@ class Reach:
     note: str
     """What was found, in one sentence."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return TypeAdapter(cls).validate_python(data)
-
 
 def card_reach(card: Card, window: Sequence[int], out: str) -> Reach:
     """How far the model looks, in float32 on the CPU; found in the store after the first time.
@@ -98,9 +90,9 @@ def card_reach(card: Card, window: Sequence[int], out: str) -> Reach:
             activation=card.output.activation,
             fixed=card.window.fixed,
         )
-        found = reach.to_json()
+        found = asdict(reach)
         record.write_json("reach.json", found)
-    return Reach.from_json(found)
+    return TypeAdapter(Reach).validate_python(found)
 
 
 def measure_reach(
@@ -340,7 +332,7 @@ def _choose(
     return _capped(halo, window, stride), f"{why}; {found} (a probability by up to {change:.2g})"
 
 
-def _over(slices: tuple[slice, ...]) -> tuple[Any, ...]:
+def _over(slices: tuple[slice, ...]) -> tuple[EllipsisType | slice, ...]:
     """Index the spatial axes of (n, c, *space)."""
     return (..., *slices)
 

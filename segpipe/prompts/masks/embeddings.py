@@ -221,8 +221,8 @@ class Embeddings:
 
     def touch(self) -> None:
         """Note that the embeddings were of use now, and what they take."""
-        taken = len(self.stage.done()) * self.window_bytes
-        self.stage.write_json(USED, {"used": time.time(), "bytes": taken})
+        used = {"used": time.time(), "bytes": len(self.stage.done()) * self.window_bytes}
+        self.stage.write_json(USED, used)
 
 
 def check_budget(windows: int, each: int, budget: int) -> None:
