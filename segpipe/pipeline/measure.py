@@ -132,6 +132,7 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
         found_ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
         image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
         doubt = scene.open_uncertainty()
+        stage.scrub()
         done = stage.done()
         scale = SizeScale.of(scene.geometry)
         for number, box in enumerate(measure_tiles(scene.geometry)):

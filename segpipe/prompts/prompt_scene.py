@@ -201,9 +201,11 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
 
 
 def create_grounder(scene: PromptScene) -> PromptScene:
-    """Make the stages of what finds phrases."""
+    """Make the stages of what finds phrases; what is damaged of prompts and boxes is found again."""
+    scene.prompts.scrub()
     if isinstance(scene.grounder, DetectorScene):
         scene.grounder.create()
+        scene.grounder.stage.scrub()
     elif isinstance(scene.grounder, Scene):
         return replace(scene, grounder=create_stages(scene.grounder))
     return scene

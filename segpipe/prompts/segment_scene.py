@@ -102,6 +102,7 @@ def create_mask_stages(scene: PromptScene) -> None:
     info = {"scene": scene.ref.name, "identity": scene.pixels.identity}
     scene.embeddings.create(info)
     scene.masks.create(None, Blocks((1,), (1,), (0,)), [], info)
+    scene.masks.scrub()
 
 
 def next_round(scene: PromptScene, number: int) -> Round | None:

@@ -244,7 +244,7 @@ class Stage:
     def read(
         self, name: str, where: tuple[int | slice, ...], commits: Iterable[str] | None = None
     ) -> np.ndarray:
-        """Read a part of an array that is committed, after its files were held against their receipts.
+        """Read a part of an array that is committed, after its files were compared with their receipts.
 
         Args:
             name: of the array.
@@ -321,9 +321,7 @@ class Stage:
         damaged = sorted(self.done() - set(receipts))  # those that cannot be read themselves
 
         def is_good(receipt: Mapping[str, Any]) -> bool:
-            marks = receipt.get(FILES)
-            if marks is None:
-                return False
+            marks: Marks = receipt[FILES]
             good = all(self._is_as_marked(path, mark) for path, mark in marks.items())
             if good:
                 self._marks.update(marks)
@@ -333,16 +331,14 @@ class Stage:
         with ThreadPoolExecutor(8) as pool:
             good = list(pool.map(is_good, receipts.values()))
         damaged += [name for name, is_kept in zip(receipts, good, strict=True) if not is_kept]
-        if damaged and self.current:
+        if damaged:
             _log.warning("%s: damaged in the store, computed again: %s", self.key, ", ".join(damaged))
             self._take_back(damaged)
-            return damaged
-        return []
+        return damaged
 
     def _take_back(self, names: Sequence[str]) -> None:
         """Delete receipts, wherever they are."""
-        compact = self.read_json(f"{self._receipts}.json") or {}
-        if compact:
+        if compact := self.read_json(f"{self._receipts}.json"):
             kept = {name: receipt for name, receipt in compact.items() if name not in names}
             self.write_json(f"{self._receipts}.json", kept)
         delete_objects(self.objects, [f"{self._receipts}/{name}.json" for name in names])

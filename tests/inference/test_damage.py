@@ -13,6 +13,10 @@ import rasterio
 from finished import finish
 from world import World, polygon, write_polygons
 
+from segpipe.errors import DamagedError
+from segpipe.store.stage import Stage
+from segpipe.tiling.windows import Blocks
+
 ARTEFACTS = {
     "labels": "predict-*/*/labels/c/*/*",
     "ingested pixels": "ingest-*/*/image/c/*/*/*",
@@ -91,3 +95,30 @@ def test_damage_is_mended_or_named(
         assert again.done, again.failed
         np.testing.assert_array_equal(result(Path(run.location))[0], expected[0])
         assert result(Path(run.location))[1] == expected[1]
+
+
+@pytest.mark.parametrize("damage", DAMAGES[:4])
+@pytest.mark.parametrize("created", [True, False], ids=["with a record", "receipts alone"])
+def test_what_a_stage_without_arrays_lost_is_to_be_made_again(
+    tmp_path: Path, created: bool, damage: Callable[[Path, Path, random.Random], None]
+) -> None:
+    """Masks, boxes and tallies: parts and receipts that are not compacted yet."""
+    stage = Stage(str(tmp_path), "masks-1")
+    if created:
+        stage.create(None, Blocks((1,), (1,), (0,)), [], {})
+    for name in ("a", "b", "c"):
+        stage.commit(name, {"n": 1}, stage.write_part(name, name.encode() * 100) if created else {})
+    lost = [next(tmp_path.rglob("a.json"))]
+    if created:
+        lost.append(next(tmp_path.rglob("parts-*/b")))
+    for path in lost:
+        damage(path, path, random.Random(damage.__name__))
+    again = Stage(str(tmp_path), "masks-1")
+    named = {"b"} if created else set()
+    named |= set() if damage is delete else {"a"}  # a receipt that is gone has no name left
+    assert set(again.scrub()) == named
+    assert again.done() == ({"c"} if created else {"b", "c"})
+    if created:
+        assert again.read_part("c") == b"c" * 100
+        with pytest.raises(DamagedError):
+            again.read_part("b")
