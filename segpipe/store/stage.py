@@ -317,13 +317,13 @@ class Stage:
         Returns:
             The names of receipts that were taken back: what they stood for is to be computed again.
         """
+        names = self.done()  # before they are read: another run may commit meanwhile
         receipts = self.receipts()
-        damaged = sorted(self.done() - set(receipts))  # those that cannot be read themselves
+        damaged = sorted(names - set(receipts))  # those that cannot be read themselves
 
         def is_good(receipt: Mapping[str, Any]) -> bool:
             marks: Marks = receipt[FILES]
-            good = all(self._is_as_marked(path, mark) for path, mark in marks.items())
-            if good:
+            if good := all(self._is_as_marked(path, mark) for path, mark in marks.items()):
                 self._marks.update(marks)
                 self._verified.update(marks)
             return good
