@@ -171,13 +171,12 @@ def _write_segments(scene: MeasurableScene, classes: Sequence[Class], target: Pa
         return {}
     # Imported here: they load pydicom's dictionaries and highdicom, which few runs need.
     from segpipe.export.dicom_seg import write_dicom_seg
-    from segpipe.sources.dicom.reader import DicomSource
 
     written = {"dicomseg": target / "labels.dcm"}
     if written["dicomseg"].exists():
         return written
     with open_source(scene.ref.uri) as source, scene.open_labels() as read:
-        if not isinstance(source, DicomSource):
+        if not source.slices:
             return {}
         if source.identity != scene.pixels.identity:
             raise SceneError(f"{scene.ref.uri}: changed since it was planned; run the job again")

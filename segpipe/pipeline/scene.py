@@ -18,7 +18,7 @@ import numpy as np
 from segpipe.config.card import Card, Class
 from segpipe.config.job import Format, Job
 from segpipe.geometry.box import Box
-from segpipe.geometry.geometry import Geometry, VolumeGeometry
+from segpipe.geometry.geometry import Geometry
 from segpipe.inference.settings import Settings
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.sources import SceneRef, open_source
@@ -177,11 +177,8 @@ def open_scene(job: Job, ref: SceneRef) -> Source:
         RequestError: as `open_source`.
     """
     source = open_source(ref.uri, band_names=job.bands)
-    if Format.dicomseg in job.outputs.formats and isinstance(source.geometry, VolumeGeometry):
-        # Imported here: pydicom loads its dictionaries, which rasters never need.
-        from segpipe.sources.dicom.reader import DicomSource
-        from segpipe.sources.dicom.series import require_uids
+    if Format.dicomseg in job.outputs.formats and source.slices:
+        from segpipe.sources.dicom.series import require_uids  # loads pydicom's dictionaries
 
-        if isinstance(source, DicomSource):
-            require_uids(source.uri, source.slices)
+        require_uids(source.uri, source.slices)
     return source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +11,11 @@ from typing import Any
 
 import geopandas
 import numpy as np
-import pyogrio
 import shapely
 from pyproj import CRS
 
 from segpipe.config.job import Regions
-from segpipe.errors import RequestError
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import horizontal_crs
 from segpipe.regions.base import different
 from segpipe.sources import vectors
@@ -122,29 +120,26 @@ def _read_vector(path: str, name: str | None) -> geopandas.GeoDataFrame:
     """A layer of any format that `segpipe.sources.vectors` reads."""
     try:
         layers = vectors.list_layers(path)
-    except pyogrio.errors.DataSourceError as error:
+    except SceneError as error:
         raise _unreadable(path, error) from error
     if name is not None and name not in layers:
         raise RequestError(f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}")
     if name is None and len(layers) != 1:
         raise RequestError(f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}")
-    return vectors.read_layer(path, name or layers[0])
+    try:
+        return vectors.read_layer(path, name or layers[0])
+    except SceneError as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_parquet(path: str, name: str | None) -> geopandas.GeoDataFrame:
     """GeoParquet; edges must be straight, as in every other format here."""
     if name is not None:
         raise RequestError(f"regions.layer: found {name!r}; {path} is GeoParquet and has no layers")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*spherical edges")
-        try:
-            return geopandas.read_parquet(path)
-        except UserWarning as error:
-            raise RequestError(
-                f"regions.path: {path} has spherical edges; write it with planar ones, densified"
-            ) from error
-        except (OSError, ValueError) as error:  # ValueError: no GeoParquet, or no Parquet at all
-            raise _unreadable(path, error) from error
+    try:
+        return vectors.read_layer(path, None)
+    except SceneError as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> RequestError:

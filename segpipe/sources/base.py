@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,11 @@ from segpipe.geometry.geometry import Geometry
 
 if TYPE_CHECKING:
     import xarray
+
+    from segpipe.sources.dicom.series import DicomSlice
+
+TIMES = (("IMAGERY", "ACQUISITIONDATETIME"), (None, "EXIF_DateTimeOriginal"), (None, "TIFFTAG_DATETIME"))
+"""GDAL's domain and tag that say when a scene was taken, the surest first."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,14 @@ class Source(ABC):
 
     identity: dict[str, Any]
     """JSON object that changes when the content does: of each file its URI, size and time when opened."""
+
+    tags: Mapping[str, str] = {}
+    """When the scene was taken, by the tags of `TIMES` that the file has."""
+
+    @property
+    def slices(self) -> tuple[DicomSlice, ...]:
+        """The headers of a DICOM series, in the order of the volume's first axis; empty for other kinds."""
+        return ()
 
     @property
     def cache_bytes(self) -> int:
@@ -160,6 +173,8 @@ def require_file(path: Path) -> None:
         raise SceneError(f"{path}: no such file")
     if path.is_dir():
         raise SceneError(f"{path}: is a folder; expected a file")
+    if not path.is_file():  # opening one waits for whoever writes into it
+        raise SceneError(f"{path}: is no regular file but a pipe, socket or device")
     if path.stat().st_size == 0:
         raise SceneError(f"{path}: the file is empty (0 bytes)")
 

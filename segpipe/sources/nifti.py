@@ -50,13 +50,21 @@ class NiftiSource(Source):
 
     geometry: VolumeGeometry
 
-    def __init__(self, path: str, *, frame: int | None = None, band_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        frame: int | None = None,
+        band_names: Sequence[str] = (),
+        copy: tuple[str, dict[str, Any]] | None = None,
+    ) -> None:
         """Open a volume.
 
         Args:
             path: of the image, or of either file of a pair; or the URL of an image in one file.
             frame: which one of a 4D file, from 0.
             band_names: a name for the one channel.
+            copy: path and identity of a local copy of what lies behind a URL.
 
         Raises:
             SceneError: missing, empty, damaged, not 3D, 4D without a frame, of a dtype or unit
@@ -64,8 +72,11 @@ class NiftiSource(Source):
             RequestError: ``band_names`` has not one name.
         """
         self.uri = path if frame is None else f"{path}#frame={frame}"
-        self._copy = fetch(path) if is_remote(path) else None
-        local = path if self._copy is None else str(self._copy.path)
+        if copy is None and is_remote(path):
+            self._kept = fetch(path)  # for as long as this source
+            copy = str(self._kept.path), self._kept.identity
+        self._copied = copy is not None
+        local = path if copy is None else copy[0]
         require_file(Path(local))
         self._lock = threading.Lock()
         image = _load(local, path)
@@ -85,8 +96,8 @@ class NiftiSource(Source):
         # Analyze's third file, .mat, is optional.
         held = [h.filename for h in image.file_map.values() if h.filename]
         there = [f for f in held if Path(f).exists()]
-        files = file_identity(there) if self._copy is None else [self._copy.identity]
-        self.identity = {"uri": self.uri if self._copy is None else public_uri(self.uri), "files": files}
+        files = file_identity(there) if copy is None else [copy[1]]
+        self.identity = {"uri": self.uri if copy is None else public_uri(self.uri), "files": files}
         rename_bands(self, band_names)
 
     def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
@@ -145,7 +156,7 @@ class NiftiSource(Source):
         if self._compressed:
             return
         size = Path(self._path).stat().st_size
-        told = self._path if self._copy is None else self.uri
+        told = self.uri if self._copied else self._path
         wanted = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if size < wanted:
             what = f"shape {tuple(shape)} of {dtype}"

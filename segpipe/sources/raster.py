@@ -14,6 +14,7 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources.base import (
+    TIMES,
     Pixels,
     Scaling,
     Source,
@@ -156,6 +157,8 @@ class RasterSource(Source):
             row = dataset.width * sum(np.dtype(d).itemsize for d in dataset.dtypes)
             self._handles.cache_bytes = cache_for_strips(row)
         self.geometry, where = _geometry(self.uri, dataset)
+        told = {tag: dataset.tags(ns=domain).get(tag) for domain, tag in TIMES}
+        self.tags = {tag: text for tag, text in told.items() if text}
         self.notes = (*where, *self._pixel_notes(dataset, channels))
 
     def _pixel_notes(self, dataset: Any, channels: Sequence[int]) -> list[str]:

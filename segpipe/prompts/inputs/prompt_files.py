@@ -24,12 +24,11 @@ from typing import Literal
 
 import geopandas
 import numpy as np
-import pyogrio
 import shapely
 from pyproj import CRS
 from pyproj.exceptions import CRSError
 
-from segpipe.errors import RequestError
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.prompts.inputs.rows import Attributes, Collector, FileAccount, read_attributes
 from segpipe.prompts.inputs.to_grid import ToGrid, world_to_elements
@@ -145,7 +144,7 @@ def _read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
     """A layer with at least one feature."""
     try:
         layers = vectors.list_layers(path)
-    except pyogrio.errors.DataSourceError as error:
+    except SceneError as error:
         raise RequestError(
             f"prompts.path: {path} cannot be read ({' '.join(str(error).split())}); "
             "give GeoJSON, GeoPackage or CSV"
