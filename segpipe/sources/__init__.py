@@ -8,7 +8,7 @@ from typing import Any
 
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
-from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
+from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, require_file
 from segpipe.sources.discover import discover
 from segpipe.sources.isolated import IsolatedSource
 from segpipe.sources.memory import MEMORY, MemorySource
@@ -84,8 +84,8 @@ def open_in_process(
         path = package_file(location)
     else:
         path = Path(location.removeprefix("file://")).expanduser()
-    if not path.exists():
-        raise SceneError(f"{path}: no such file")
+    if not path.is_dir():
+        require_file(path)
     kind = kind_of(path)
     if series is not None and not path.is_dir():
         raise SceneError(f"{uri}: only a folder of DICOM files has series; leave out #series=")

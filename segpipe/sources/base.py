@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 TIMES = (("IMAGERY", "ACQUISITIONDATETIME"), (None, "EXIF_DateTimeOriginal"), (None, "TIFFTAG_DATETIME"))
 """GDAL's domain and tag that say when a scene was taken, the surest first."""
 
+MOST_CHANNELS = 1024
+"""Imaging spectrometers have some hundred."""
+MOST_ELEMENTS = 2**40
+"""Of one band: a million by a million pixels."""
+
 
 @dataclass(frozen=True)
 class SceneRef:
@@ -177,6 +182,20 @@ def require_file(path: Path) -> None:
         raise SceneError(f"{path}: is no regular file but a pipe, socket or device")
     if path.stat().st_size == 0:
         raise SceneError(f"{path}: the file is empty (0 bytes)")
+
+
+def check_size(uri: str, channels: int, shape: Sequence[int]) -> None:
+    """Refuse what a header says of a scene, before anything follows it: a few bytes can say anything.
+
+    Raises:
+        SceneError: it has more than `MOST_CHANNELS`, `MOST_ELEMENTS`, or no element.
+    """
+    elements = math.prod(shape)
+    if channels > MOST_CHANNELS:
+        raise SceneError(f"{uri}: found {channels} bands; valid: up to {MOST_CHANNELS}")
+    if not 0 < elements <= MOST_ELEMENTS:
+        size = " x ".join(map(str, shape))
+        raise SceneError(f"{uri}: found {size} elements; valid: 1 to {MOST_ELEMENTS:,} in all")
 
 
 def matches(pattern: str) -> list[Path]:

@@ -23,6 +23,8 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.process.gdal_drivers import RASTER_DRIVERS, RASTERIO_DRIVERS, skip_list
 from segpipe.sources.base import reason
+from segpipe.sources.hdf5 import is_hdf5, require_own_data
+from segpipe.sources.remote import is_remote
 
 # A raster without a position is a note of its source: the report shows it, a warning is lost.
 # Filtered once and for all because warnings.catch_warnings is not safe among threads.
@@ -52,6 +54,8 @@ LOCAL_OPTIONS = {"CPL_VSIL_CURL_ALLOWED_FILENAME": "none"}
 
 SIDECARS = (".msk", ".MSK", ".ovr", ".OVR", ".msk.ovr")
 """Suffixes of files that GDAL opens beside a raster, with any driver."""
+HDF5_DRIVERS = ("HDF5", "HDF5Image", "netCDF", "KEA")
+"""Drivers of files that may show what lies in others (`segpipe.sources.hdf5`)."""
 TIFF_SIGNATURES = (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+")
 """First bytes of TIFF and BigTIFF, which masks and overviews are."""
 
@@ -102,12 +106,20 @@ def open_raster(path: str) -> Any:
 
     Raises:
         RasterioError: no such driver opens it.
-        SceneError: a mask or overviews beside it are no TIFF, or its metadata name overviews elsewhere.
+        SceneError: a mask or overviews beside it are no TIFF, its metadata name overviews elsewhere, or it is
+            HDF5 whose data lie in another file.
     """
     for sidecar in (Path(path + suffix) for suffix in SIDECARS):
         if sidecar.is_file() and not _first_bytes(sidecar).startswith(TIFF_SIGNATURES):
             raise SceneError(f"{sidecar}: is no TIFF, as the mask and the overviews of a raster are")
+    if Path(path).is_file() and is_hdf5(Path(path)):
+        require_own_data(Path(path))
     dataset = _open_dataset(path)
+    if is_remote(path) and dataset.driver in HDF5_DRIVERS:
+        dataset.close()
+        raise SceneError(
+            f"{path}: a {dataset.driver} file is not read behind a URL: copy it, or make it a GeoTIFF"
+        )
     if dataset.tags(ns="OVERVIEWS"):
         dataset.close()
         raise SceneError(f"{path}: its metadata have OVERVIEW_FILE, a file that is not opened; remove it")

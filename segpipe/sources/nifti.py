@@ -19,6 +19,7 @@ from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
 from segpipe.sources.base import (
     Pixels,
     Source,
+    check_size,
     file_identity,
     finite,
     reason,
@@ -90,6 +91,7 @@ class NiftiSource(Source):
         self._frame = _frame(self.uri, stored.shape, frame)
         self.dtype = _native(self.uri, stored.dtype)
         self._require_all_bytes()
+        check_size(self.uri, 1, stored.shape[:3])
         self.geometry = _geometry(self.uri, image, stored.shape[:3])
         self.scaling = (scaling_of(stored.slope, stored.inter),)
         self.notes = tuple(_notes(image))

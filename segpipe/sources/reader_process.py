@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+import segpipe
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.process.sandbox import limit_files, limit_memory, restrict_access
@@ -62,7 +63,7 @@ def serve(channel: int, memory: int, limits: dict[str, Any]) -> None:
 
 def _readable(roots: list[str], network: bool) -> list[Path]:
     """What a reader may read: its scenes, libraries, and what a store's client looks for."""
-    found = [*roots, *SYSTEM, sys.prefix, sys.base_prefix, *(p for p in sys.path if p)]
+    found = [*roots, *SYSTEM, *segpipe.__path__, sys.prefix, sys.base_prefix, *(p for p in sys.path if p)]
     paths = [Path(p) for p in found]
     if network:
         paths += [Path.home() / name for name in CREDENTIALS]

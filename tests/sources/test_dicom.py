@@ -18,7 +18,7 @@ from pydicom.uid import JPEG2000Lossless
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry
-from segpipe.sources import Scaling, Source, open_source
+from segpipe.sources import Scaling, Source, open_in_process, open_source
 from segpipe.sources.dicom import reader as dicom_module
 
 Find = Callable[[str], Path]
