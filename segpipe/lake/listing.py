@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from segpipe.config.scan import Lake, LakeKind
-from segpipe.errors import SceneError
 from segpipe.lake.entry import LakeEntry, place_name
 from segpipe.lake.files import UNFINISHED, list_files, local_file, local_folder, sorted_names
 from segpipe.process.extras import check_installed
+from segpipe.sources.isolated import dicom_groups
 from segpipe.sources.uri import NIFTI_SUFFIXES, PICTURE_SUFFIXES, RASTER_SUFFIXES, SERIES, series_label
 
 
@@ -88,9 +88,6 @@ def _images(folder: Path, subject: str, session: Path | None, suffix: str) -> It
 OTHER_SUFFIXES = (*RASTER_SUFFIXES, *PICTURE_SUFFIXES, *NIFTI_SUFFIXES, *UNFINISHED)
 """Files that are not looked into."""
 
-Key = tuple[str, str]
-"""SeriesInstanceUID and FrameOfReferenceUID."""
-
 
 def list_dicom(lake: Lake) -> Iterator[LakeEntry]:
     """The series of a tree, grouped by folder, SeriesInstanceUID and FrameOfReferenceUID.
@@ -117,7 +114,8 @@ def _below(root: Path, below: str) -> Iterator[LakeEntry]:
 def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
     """Series of the files directly in a folder."""
     folder = root / below.rstrip("/")
-    groups, broken = _grouped(folder, names)
+    candidates = [name for name in names if not name.lower().endswith(OTHER_SUFFIXES)]
+    groups, broken = dicom_groups(folder, candidates)
     place = below.rstrip("/") or root.name
     if len(groups) > 1:
         several = [uid for uid, _ in groups]
@@ -128,25 +126,6 @@ def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
     elif groups or broken:
         files = [name for group in groups.values() for name in group]
         yield from _found(folder, place_name(place, ()), str(folder), files + broken)
-
-
-def _grouped(folder: Path, names: list[str]) -> tuple[dict[Key, list[str]], list[str]]:
-    """Files of images by series, and those that ought to be some and cannot be read."""
-    from segpipe.sources.dicom.series import not_a_slice, read_header, series_of  # loads pydicom
-
-    groups: dict[Key, list[str]] = {}
-    broken: list[str] = []
-    for name in names:
-        path = folder / name
-        if name.lower().endswith(OTHER_SUFFIXES) or not path.is_file():
-            continue
-        try:
-            header = read_header(path)
-            if header is not None and not not_a_slice(path, header):
-                groups.setdefault(series_of(header), []).append(name)
-        except SceneError:
-            broken.append(name)
-    return groups, broken
 
 
 def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[LakeEntry]:

@@ -26,6 +26,14 @@ NETWORK_RIGHTS = 0b11
 """To bind and to connect by TCP."""
 
 
+def landlock_version() -> int:
+    """Of the kernel's interface; 0 where it has none."""
+    if os.uname().sysname != "Linux":
+        return 0
+    kernel = ctypes.CDLL(None, use_errno=True)
+    return max(0, int(kernel.syscall(CREATE_RULESET, None, 0, 1)))
+
+
 def limit_memory(size: int) -> None:
     """Let the process have no more private memory than so many bytes; shared memory does not count."""
     resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
@@ -50,10 +58,10 @@ def restrict_access(readable: Iterable[Path], *, network: bool) -> bool:
     Returns:
         Whether the kernel can do this. The process goes on without, where it cannot.
     """
-    kernel = ctypes.CDLL(None, use_errno=True)
-    version = kernel.syscall(CREATE_RULESET, None, 0, 1) if os.uname().sysname == "Linux" else -1
+    version = landlock_version()
     if version < 1:
         return False
+    kernel = ctypes.CDLL(None, use_errno=True)
     files = FILE_RIGHTS[max(v for v in FILE_RIGHTS if v <= version)]
     rights = struct.pack("=Q", files)
     if version >= NETWORK_SINCE:

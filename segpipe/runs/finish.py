@@ -19,6 +19,7 @@ from segpipe.pipeline.measure import Measured
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.run_page import render_pages
 from segpipe.runs.check import ResolvedJob
+from segpipe.sources.readers import TRUSTED, trusted
 from segpipe.store.location import write_atomic
 from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record
 from segpipe.tables.run_tables import read_measured, run_tables
@@ -37,6 +38,8 @@ def finish_run(
     listed = _class_infos(phrase_classes(job.prompts)) if job.prompts.asked else ()
     device = {"device": settings.device_class, "precision": settings.precision} if model else {}
     given = [] if model else ["labels measured as given: no model was run"]
+    if trusted():
+        given.append(f"files were opened in the process that computed, which trusts them ({TRUSTED}=1)")
     measured = read_measured(run.out, scenes)
     record = RunRecord(
         job_name=job.name,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import geometry_from_dict
 from segpipe.sources import readers
@@ -111,6 +112,24 @@ class IsolatedSource(Source):
     def _ask(self, request: dict[str, Any], into: Sequence[np.ndarray] = ()) -> tuple[dict[str, Any], bytes]:
         asked = self._request | request
         return readers.readers.ask(self._told, self._access, asked, token=self._token, into=into)
+
+
+def dicom_groups(folder: Path, names: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
+    """The files of a folder by DICOM series and frame of reference, and those that cannot be read.
+
+    Where the reader ends, all files count as such: opening the scene tells why.
+    """
+    if readers.trusted():
+        from segpipe.sources.dicom.series import group_files  # here: it loads pydicom
+
+        return group_files(folder, names)
+    asked = {"do": "groups", "uri": str(folder), "names": list(names)}
+    access = readers.Access(readers.roots_of([folder]))
+    try:
+        answer, _ = readers.readers.ask(str(folder), access, asked)
+    except SceneError:
+        return {}, list(names)
+    return {(series, frame): files for series, frame, files in answer["groups"]}, answer["broken"]
 
 
 def _slice(kind: type[DicomSlice], found: dict[str, Any]) -> DicomSlice:

@@ -91,6 +91,7 @@ class _Worker:
             "open": self._opened,
             "read": self._read,
             "close": self._close,
+            "groups": _groups,
             "layers": _layers,
             "layer": _layer,
         }
@@ -131,6 +132,13 @@ class _Worker:
         if request["token"] in self._open:
             self._open.pop(request["token"]).close()
         return {}, b""
+
+
+def _groups(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    from segpipe.sources.dicom.series import group_files  # loads pydicom
+
+    groups, broken = group_files(Path(request["uri"]), request["names"])
+    return {"groups": [[*key, files] for key, files in groups.items()], "broken": broken}, b""
 
 
 def _layers(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

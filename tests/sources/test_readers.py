@@ -14,7 +14,9 @@ import numpy as np
 import psutil
 import pytest
 import rasterio
+from given import job_of
 
+import segpipe
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.sources import open_in_process, open_source
@@ -101,17 +103,20 @@ def test_a_reader_that_says_nothing_is_ended(scene: Path, monkeypatch: pytest.Mo
         assert source.read(source.geometry.box).values.shape == (3, 300, 200)
 
 
-def test_a_bomb_ends_at_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few kilobytes that are one block of 400 MB."""
-    monkeypatch.setenv("SEGPIPE_READER_MEMORY", str(2**28))
-    path = tmp_path / "bomb.tif"
-    edge = 20_000
+def write_bomb(path: Path, edge: int) -> None:
+    """A raster of zeros that is one tile, whose size in memory is not that of the file."""
     with rasterio.open(
         path, "w", driver="GTiff", width=edge, height=edge, count=1, dtype="uint8", tiled=True,
-        blockxsize=edge, blockysize=edge,
-        compress="deflate", zlevel=1, crs="EPSG:32633", transform=rasterio.Affine(10, 0, 5e5, 0, -10, 5e6),
+        blockxsize=edge, blockysize=edge, compress="deflate", zlevel=1, crs="EPSG:32633",
+        transform=rasterio.Affine(10, 0, 5e5, 0, -10, 5e6),
     ) as file:  # fmt: skip
         file.write(np.zeros((1, edge, edge), np.uint8))
+
+
+def test_a_bomb_ends_at_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGPIPE_READER_MEMORY", str(2**28))
+    path = tmp_path / "bomb.tif"
+    write_bomb(path, 20_000)
     with open_source(str(path)) as source:
         with pytest.raises(SceneError, match=r"bomb\.tif: cannot be read"):
             source.read(Box((0, 0), (8, 8)))
@@ -119,6 +124,21 @@ def test_a_bomb_ends_at_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("SEGPIPE_READER_MEMORY", str(2**31))
     with open_source(str(path)) as source:
         assert source.read(Box((0, 0), (8, 8))).values.max() == 0
+
+
+def test_a_bomb_costs_one_scene_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are done; with memory enough, the next run does the rest."""
+    monkeypatch.setenv("SEGPIPE_READER_MEMORY", str(2**28))
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    write_bomb(lake / "bomb.tif", 20_000)
+    for name in ("a", "z"):
+        write_bomb(lake / f"{name}.tif", 64)
+    job = job_of(tmp_path / "out", lake, lake)
+    ended = segpipe.run(job)
+    assert list(ended.failed) == ["bomb"]
+    assert "bomb.tif: cannot be read" in ended.failed["bomb"]
+    assert [scene.name for scene in ended.record.done] == ["a", "z"]
 
 
 def test_a_file_that_changed_is_not_read_as_the_one_that_was_opened(scene: Path) -> None:
