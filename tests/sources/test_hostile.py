@@ -195,7 +195,7 @@ def test_a_text_behind_a_url_is_refused(watched: Watched, name: str) -> None:
 @pytest.mark.parametrize("suffix", [".msk", ".ovr", ".aux.xml"])
 @pytest.mark.parametrize("name", ["raw", "nested", "vsicurl", "overviews"])
 def test_a_sidecar_behind_a_url_is_no_program_either(watched: Watched, suffix: str, name: str) -> None:
-    """GDAL asks for sidecars by name; a reader has no driver for them but those of data, and no local file."""
+    """GDAL asks for sidecars by name; a reader has only drivers of data for them, and no local file."""
     other = f"/vsicurl/{watched.to.address}/x.tif"
     metadata = f'<Metadata domain="OVERVIEWS"><MDI key="OVERVIEW_FILE">{other}</MDI></Metadata>'
     texts = hostile.rasters(watched.to) | {"overviews": f"<PAMDataset>{metadata}</PAMDataset>"}
