@@ -339,7 +339,7 @@ def test_predicted_memory_holds_for_every_block(plan: Plan) -> None:
 
 @given(data=st.data())
 def test_boxes_follow_from_their_ends(data: st.DataObject) -> None:
-    """As from the place of every element: a scene of a million rows is planned from the ends of its blocks."""
+    """As from the place of every element: a million rows are planned from the ends of their blocks."""
     native = data.draw(st.integers(1, 300))
     low = data.draw(st.integers(0, native - 1))
     high = data.draw(st.integers(low + 1, native))

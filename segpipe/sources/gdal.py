@@ -293,10 +293,16 @@ def _source(path: Path, name: str) -> str:
     """The absolute path of a source.
 
     Raises:
-        SceneError: it is no file on a local disk.
+        SceneError: it is no file on a local disk, or none below the VRT's folder.
     """
-    source = str((path.absolute().parent / name).resolve())
+    folder = path.absolute().parent
+    place = Path(os.path.normpath(folder / name))
     # GDAL takes a name with "<" for the text of a dataset, and one that begins with /vsi for a file system.
-    if not name or "<" in name or source.startswith("/vsi") or not Path(source).is_file():
+    if not name or "<" in name or str(place).startswith("/vsi") or not place.is_file():
         raise SceneError(f"{path}: the VRT has the source {name!r}, which is no file on a local disk")
-    return source
+    if not place.is_relative_to(os.path.normpath(folder)):
+        raise SceneError(
+            f"{path}: the VRT has the source {name!r}; valid: files below the folder of the VRT; put the VRT "
+            "there, or list the files with mosaic:"
+        )
+    return str(place.resolve())

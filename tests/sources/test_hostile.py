@@ -161,6 +161,19 @@ def test_a_vrt_is_read_where_it_is_named_and_not_taken_from_a_folder(watched: Wa
     assert [ref.name for ref in discover([str(path)])] == ["whole"]
 
 
+def test_a_vrt_shows_files_below_its_folder(watched: Watched) -> None:
+    """One that came with a delivery must not show the rasters of somebody else."""
+    path = watched.write("a.vrt", hostile.rasters(watched.to)["nested"])
+    refuse(SceneError, path, lambda: read_all(path))
+    below = watched.folder / "tiles"
+    below.mkdir()
+    shutil.copy(watched.to.other, below / "t.tif")
+    path = watched.write("b.vrt", vrt(source("tiles/../tiles/t.tif").replace('"0"', '"1"')))
+    assert set(np.unique(read_all(path))) == {77}
+    path = watched.write("c.vrt", vrt(source(f"../{watched.to.other.parent.name}/other.tif")))
+    refuse(SceneError, path, lambda: read_all(path))
+
+
 @pytest.mark.parametrize("suffix", [".msk", ".ovr"])
 def test_a_sidecar_is_no_program_either(watched: Watched, suffix: str) -> None:
     for number, text in enumerate((raw_band(watched.to.secret), hostile.rasters(watched.to)["vsicurl"])):
