@@ -79,7 +79,7 @@ def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bo
     if layer is None or len(classes) > MOST_CLASSES:
         return False
     if not path.exists():
-        tallies = [SceneTallies.of(scene.ref.name, measured, scene.attempts())]
+        tallies = [SceneTallies.of(scene.ref.name, measured)]
         metrics = metric_table(tallies, classes) if measured.reference else None
         write_regions(layer, region_table(tallies, classes), metrics, path)
     return True

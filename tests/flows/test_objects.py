@@ -70,11 +70,8 @@ def run(runs: dict[str, Path]) -> Path:
 
 
 def answers(run: Path) -> dict[str, bytes]:
-    """Everything that must be the same bytes; only how often a batch was tried is left out."""
-    tables = {
-        name: pd.read_csv(run / name, dtype=str).drop(columns="attempts", errors="ignore") for name in ANSWERS
-    }
-    files = {name: table.to_csv(index=False).encode() for name, table in tables.items()}
+    """Everything that must be the same bytes."""
+    files = {name: (run / name).read_bytes() for name in ANSWERS}
     scene = run / "scenes" / "scene"
     return files | {
         name: (scene / name).read_bytes() for name in ("instances.tif", "instances.json", "labels.tif")
