@@ -166,7 +166,12 @@ class Receipts:
             name: of the receipt.
             receipt: what is to be known of the data.
             files: that were written for it.
+
+        Raises:
+            SceneError: another run dropped the stage meanwhile; one that was never made has no generation.
         """
+        if "generation" in self.__dict__:
+            self.check()
         make_durable(self._location, [path for path, mark in files.items() if mark is not None])
         self.write_json(f"{self._receipts}/{name}.json", {**receipt, FILES: files})
         self._marks.update(files)

@@ -130,10 +130,9 @@ class Stage(Receipts):
             What was written, for the receipt.
 
         Raises:
-            KeyError: another run dropped the stage.
+            SceneError: another run dropped the stage.
         """
-        if not self.current:
-            raise KeyError(f"{self.key} was dropped")
+        self.check()
         array = self.array(name)
         shards = (array.shards or array.chunks)[-len(box) :]
         extent = array.shape[-len(box) :]
@@ -168,15 +167,16 @@ class Stage(Receipts):
             DamagedError: files are not as they were committed; their receipts are taken back.
             SceneError: another run dropped the stage meanwhile: what was read may be fill.
         """
-        array = self.array(name)
-        names = self._commits(array, where) if commits is None else list(commits)
-        for key in _shard_keys(name, array, where):
-            path = f"{self.generation.token}/{key}"
-            if path not in self._verified:
-                self._verify(path, names)
-        values = np.asarray(array[where])
-        self.check()
-        return values
+        try:
+            array = self.array(name)
+            names = self._commits(array, where) if commits is None else list(commits)
+            for key in _shard_keys(name, array, where):
+                path = f"{self.generation.token}/{key}"
+                if path not in self._verified:
+                    self._verify(path, names)
+            return np.asarray(array[where])
+        finally:  # also of an error: arrays and shards may vanish while they are read
+            self.check()
 
     def _commits(self, array: zarr.Array[Any], where: Sequence[int | slice]) -> list[str]:
         if self.generation.whole:
