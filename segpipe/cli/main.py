@@ -18,6 +18,7 @@ from segpipe.cli.doctor import doctor_command
 from segpipe.cli.lake import quarantine_command, scan_command
 from segpipe.cli.models import models_app
 from segpipe.cli.run_local import run_in_process
+from segpipe.cli.store import store_app
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.process.extras import check_installed, missing_extra
 
@@ -53,6 +54,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(models_app, name="models")
+app.add_typer(store_app, name="store")
 app.command("doctor")(doctor_command)
 app.command("scan")(scan_command)
 app.command("quarantine")(quarantine_command)

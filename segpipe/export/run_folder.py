@@ -32,6 +32,7 @@ from segpipe.store.location import (
     join,
     open_store,
     read_object,
+    sweep_drafts,
     write_atomic,
 )
 
@@ -65,6 +66,7 @@ def local_folder(run: RunFolder) -> Iterator[Path]:
     if not is_url(run.location):
         folder = Path(run.location)
         folder.mkdir(parents=True, exist_ok=True)
+        sweep_drafts(folder)
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="segpipe-") as name:

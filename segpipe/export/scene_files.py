@@ -34,7 +34,7 @@ from segpipe.regions import region_layer
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
 from segpipe.sources.remote import public_uri
-from segpipe.store.location import write_atomic
+from segpipe.store.location import sweep_drafts, write_atomic
 from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
 
@@ -63,6 +63,7 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> 
             return kept
         target = folder / base
         target.mkdir(parents=True, exist_ok=True)
+        sweep_drafts(target)
         for name, path in write_maps(scene, measured, target).items():
             files[name] = path.relative_to(folder).as_posix()
         if _write_regions(scene, measured, target / "regions.gpkg"):

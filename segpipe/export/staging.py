@@ -22,6 +22,7 @@ from pyproj import CRS
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
+from segpipe.store.location import DRAFT
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""
@@ -66,7 +67,7 @@ def staging(path: Path) -> Iterator[Path]:
     folder, never half a file under the final name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}{DRAFT}", dir=path.parent) as folder:
         yield Path(folder)
 
 

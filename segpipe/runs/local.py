@@ -91,7 +91,7 @@ def _run_scene(
 ) -> SceneRecord:
     """Run one scene; on a device that is too small it begins again with half the batch."""
     try:
-        scene = begin_scene(resolved, ref)
+        scene = begin_scene(resolved, ref, run)
         return complete_scene(scene, run, compute_scene(scene, stop, progress), stop)
     except StoppedError:
         raise

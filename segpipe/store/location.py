@@ -6,7 +6,9 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -171,9 +173,30 @@ def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
                 obstore.delete(objects, path)
 
 
+DRAFT = ".draft-"
+"""In the hidden name of what is written and has not its own name yet; random letters follow."""
+
+
+def sweep_drafts(folder: Path, pattern: str = f".*{DRAFT}*") -> None:
+    """Remove drafts that killed writers left in a local folder; at those of a day nobody is any more.
+
+    Args:
+        folder: not its subfolders, unless the pattern has them.
+        pattern: of their names.
+    """
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < 86_400:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that others see whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{DRAFT}")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -25,11 +25,13 @@ from segpipe.store.location import (
     STORE_FOLDER,
     delete_objects,
     hash_object,
+    is_url,
     join,
     make_durable,
     open_store,
     read_object,
     sealed,
+    sweep_drafts,
     unsealed,
 )
 from segpipe.tiling.windows import Blocks
@@ -127,12 +129,17 @@ class Receipts:
         """Files that this handle has looked at."""
         return set()
 
-    def scrub(self) -> list[str]:
-        """Hold all that is committed against the receipts; take back those of what is damaged.
+    def scrub(self, *, repair: bool = True) -> list[str]:
+        """Hold all that is committed against the receipts.
+
+        Args:
+            repair: take back the receipts of what is damaged, so that it is computed again.
 
         Returns:
-            The names of receipts that were taken back: what they stood for is to be computed again.
+            The names of these receipts.
         """
+        if not is_url(self.out):
+            sweep_drafts(Path(self._location), "**/*#*")
         names = self.done()  # before they are read: another run may commit meanwhile
         receipts = self.receipts()
         damaged = sorted(names - set(receipts))  # those that cannot be read themselves
@@ -147,7 +154,7 @@ class Receipts:
         with ThreadPoolExecutor(8) as pool:
             good = list(pool.map(is_good, receipts.values()))
         damaged += [name for name, is_kept in zip(receipts, good, strict=True) if not is_kept]
-        if damaged:
+        if damaged and repair:
             _log.warning("%s: damaged in the store, computed again: %s", self.key, ", ".join(damaged))
             self._take_back(damaged)
         return damaged

@@ -65,7 +65,7 @@ def ended(jobs: dict[str, Make], tmp_path_factory: pytest.TempPathFactory) -> di
         resolved = check_request(as_job(make(made[name, "killed"])))
         run, _ = open_run(resolved.job, resolved.fingerprint)
         for ref in resolved.scenes:
-            scene = begin_scene(resolved, ref)
+            scene = begin_scene(resolved, ref, run)
             complete_scene(scene, run, compute_scene(scene))
     return made
 

@@ -15,6 +15,7 @@ from world import World
 
 from segpipe.api import as_job
 from segpipe.runs.check import check_request
+from segpipe.runs.find_run import open_run
 from segpipe.runs.steps import begin_scene, compute_scene
 from segpipe.store.stage import Stage
 from tests.flows import object_world
@@ -54,8 +55,9 @@ def test_a_stage_dropped_in_the_middle_of_a_read(
     """At the worst instant: after the receipts were looked at and before the array is read."""
     predicted, reads = tmp_path / "predicted", 0
     resolved = check_request(as_job(jobs[name](predicted)))
+    run, _ = open_run(resolved.job, resolved.fingerprint)
     for ref in resolved.scenes:
-        compute_scene(begin_scene(resolved, ref))
+        compute_scene(begin_scene(resolved, ref, run))
     read_array, last = zarr.Array.__getitem__, 0
 
     def counted(array: zarr.Array[Any], where: Any) -> Any:
