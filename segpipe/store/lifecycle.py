@@ -204,11 +204,13 @@ def check_stage(out: str, key: str, *, repair: bool = False) -> list[str]:
         What is damaged, a line each.
     """
     stage, lines = Stage(out, key), []
+    token = (stage.read_json("stage.json") or {}).get("token", "0")
     for chunk in obstore.list(stage.objects):
         for meta in chunk:
             generation = _GENERATION.match(meta["path"])
-            if generation and not meta["path"].startswith(("receipts-", "parts-")):
-                continue  # arrays: receipts tell of those
+            is_array = not meta["path"].startswith(("receipts-", "parts-"))  # receipts tell of those
+            if generation and (is_array or generation[1] != token):
+                continue
             try:
                 stage.read_bytes(meta["path"])
             except DamagedError as error:
