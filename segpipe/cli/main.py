@@ -234,20 +234,26 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
     """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
     from segpipe.config.job import load_job
     from segpipe.runs.check import check_request
-    from segpipe.runs.plan import plan_scenes
+    from segpipe.runs.plan import forecast, plan_scenes
 
     job = load_job(job_file, overrides or [])
     request = check_request(job)
     how = f"on {request.settings.device_class}" if job.model else "with labels measured as given"
     print(f"{job.name}: {len(request.scenes)} scenes {how}")
-    failed = []
+    failed, plans = [], []
     for scene in plan_scenes(request):
+        plans.append(scene)
         if scene.failed:
             failed.append(f"{scene.scene}: {scene.text}")
         else:
             print(f"  {scene.scene}: {scene.text}")
     if job.model:
         print("passes are an upper bound: windows without a valid element are skipped when read")
+    disk, fits = forecast(request, plans)
+    if disk:
+        print(disk)
+    if not fits:
+        print("warning: the disk may be too small: that is before compression", file=sys.stderr)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:

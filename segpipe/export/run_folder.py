@@ -33,6 +33,7 @@ from segpipe.store.location import (
     open_store,
     read_object,
     sweep_drafts,
+    told_when_full,
     write_atomic,
 )
 
@@ -67,7 +68,8 @@ def local_folder(run: RunFolder) -> Iterator[Path]:
         folder = Path(run.location)
         folder.mkdir(parents=True, exist_ok=True)
         sweep_drafts(folder)
-        yield folder
+        with told_when_full(folder):
+            yield folder
         return
     with tempfile.TemporaryDirectory(prefix="segpipe-") as name:
         yield Path(name)

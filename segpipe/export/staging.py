@@ -22,7 +22,7 @@ from pyproj import CRS
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
-from segpipe.store.location import DRAFT
+from segpipe.store.location import DRAFT, told_when_full
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""
@@ -67,7 +67,8 @@ def staging(path: Path) -> Iterator[Path]:
     folder, never half a file under the final name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}{DRAFT}", dir=path.parent) as folder:
+    draft = tempfile.TemporaryDirectory(prefix=f".{path.name}{DRAFT}", dir=path.parent)
+    with draft as folder, told_when_full(path.parent, Path(folder)):  # before the draft goes
         yield Path(folder)
 
 

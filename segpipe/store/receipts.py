@@ -32,6 +32,7 @@ from segpipe.store.location import (
     read_object,
     sealed,
     sweep_drafts,
+    told_when_full,
     unsealed,
 )
 from segpipe.tiling.windows import Blocks
@@ -269,8 +270,13 @@ class Receipts:
             raise DamagedError(f"{self._location}/{error}") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write an object in one step."""
-        obstore.put(self.objects, name, sealed(name, data))
+        """Write an object in one step.
+
+        Raises:
+            FullError: the disk is full.
+        """
+        with told_when_full(self.out):
+            obstore.put(self.objects, name, sealed(name, data))
 
 
 def to_json(value: Any) -> bytes:

@@ -27,7 +27,7 @@ from segpipe.errors import DamagedError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 from segpipe.store.arrays import ArraySpec, conventions, create_array
-from segpipe.store.location import Mark, delete_objects, join, open_store, sealed
+from segpipe.store.location import Mark, delete_objects, join, open_store, sealed, told_when_full
 from segpipe.store.receipts import FILES, Marks, Receipts, to_json
 from segpipe.tiling.windows import Blocks, block_id
 
@@ -110,17 +110,19 @@ class Stage(Receipts):
         record = {"token": secrets.token_hex(8), "blocks": layout, "geometry": where, "whole": whole}
         data = sealed("stage.json", to_json({**attributes, **record}))
         try:
-            obstore.put(self.objects, "stage.json", data, mode="create")
+            with told_when_full(self.out):
+                obstore.put(self.objects, "stage.json", data, mode="create")
         except obstore.exceptions.AlreadyExistsError:
             if self.read_json("stage.json") is None:  # damaged, or of an earlier version: all begins anew
                 obstore.put(self.objects, "stage.json", data)
         for name in ("generation", "group", "_zarr_store", "_receipts", "_arrays", "_marks", "_verified"):
             self.__dict__.pop(name, None)  # from before the stage was there
-        if geometry is not None and not self.group.attrs:
-            self.group.attrs.update(conventions(geometry, arrays))
-        for spec in arrays:
-            with suppress(zarr.errors.ContainsArrayError):
-                create_array(self.group, spec, geometry, self.generation.blocks)
+        with told_when_full(self.out):
+            if geometry is not None and not self.group.attrs:
+                self.group.attrs.update(conventions(geometry, arrays))
+            for spec in arrays:
+                with suppress(zarr.errors.ContainsArrayError):
+                    create_array(self.group, spec, geometry, self.generation.blocks)
         return self.generation.blocks
 
     def write(self, name: str, box: tuple[slice, ...], values: np.ndarray) -> Marks:
@@ -142,14 +144,22 @@ class Stage(Receipts):
         return self.write_shards(name, (slice(None),) * (array.ndim - len(box)) + box, values)
 
     def write_shards(self, name: str, where: tuple[int | slice, ...], values: np.ndarray) -> Marks:
-        """Write whole shards of an array, where an index has a number for an axis; see `write`."""
+        """Write whole shards of an array, where an index has a number for an axis; see `write`.
+
+        Raises:
+            FullError: the disk is full.
+        """
         array, token = self.array(name), self.generation.token
         keys = _shard_keys(name, array, where)
-        try:
-            array[where] = values
-        except (ValueError, RuntimeError):  # Zarr reads a shard at the edge first: what lies there is damaged
-            delete_objects(self.objects, [f"{token}/{key}" for key in keys])
-            array[where] = values
+        with told_when_full(self.out):
+            try:
+                array[where] = values
+            except (
+                ValueError,
+                RuntimeError,
+            ):  # Zarr reads a shard at the edge first: what is there is damaged
+                delete_objects(self.objects, [f"{token}/{key}" for key in keys])
+                array[where] = values
         marks = {f"{token}/{key}": self._zarr_store.marks.pop(key, None) for key in keys}
         return {path: None if mark is None else (mark.size, mark.sha256) for path, mark in marks.items()}
 
