@@ -33,7 +33,10 @@ def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
     for folder in sorted(found, reverse=True):
         name = folder.rstrip("/")
         if name.endswith(f"-{mark}"):
-            record = _read_record(store, name)
+            try:
+                record = _read_record(store, name)
+            except RequestError:  # damaged: it is written again
+                record = None
             started = record.started if record else now()
             if record is not None and not is_whole(join(job.outputs.dir, job.name, name), _files(record)):
                 record = None

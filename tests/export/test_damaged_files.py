@@ -20,7 +20,7 @@ from segpipe.runs.find_run import load_run, open_run
 from segpipe.runs.finish import write_run
 from segpipe.runs.steps import begin_scene, complete_scene, compute_scene
 from tests.flows import object_world
-from tests.inference.test_damage import DAMAGES, swap
+from tests.inference.test_damage import DAMAGES, delete, empty, swap, truncate
 
 Make = Callable[[Path], Path]
 """A job's file, by its output folder."""
@@ -139,3 +139,21 @@ def test_a_seal_of_other_labels_is_not_believed(
     finish(jobs["raster"](out))
     assert (run / "scenes/scene1/labels.tif").stat().st_ino != inode
     assert (run / "scenes/scene2/labels.tif").stat().st_ino == other  # that is whole, and stays
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, delete])
+@pytest.mark.parametrize("kind", ["run.json", "manifest.json", "regions.parquet", "report.html"])
+def test_a_finished_run_without_a_whole_file_of_its_own_is_finished_again(
+    jobs: dict[str, Make], ended: dict[tuple[str, str], Path], tmp_path: Path, kind: str,
+    damage: Callable[[Path, Path, random.Random], None],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    shutil.copytree(ended["volume", "finished"], out)
+    [run] = runs_of(out)
+    before = {p.name: p.read_bytes() for p in run.glob("*.parquet")}
+    damage(run / kind, run / kind, random.Random(f"{kind} {damage.__name__}"))
+    _, record = finish(jobs["volume"](out))
+    assert record.done
+    assert check_manifest(str(run)) == []
+    assert {p.name: p.read_bytes() for p in run.glob("*.parquet")} == before
+    assert load_run(str(run))[1] == record
