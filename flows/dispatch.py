@@ -110,7 +110,7 @@ class Dispatch:
             yield self._record(scene)
 
     def _plan(self, ref: SceneRef, resolved: ResolvedJob) -> _Started:
-        planned = self.runner.submit(plan_scene, {"resolved": resolved, "ref": ref})
+        planned = self.runner.submit(plan_scene, {"resolved": resolved, "ref": ref, "run": self.run})
         return _Started(ref, resolved, (planned,))
 
     def _predict(self, planned: _Started) -> _Started:

@@ -17,6 +17,10 @@ class DamagedError(SceneError):
     """What lies in the store is not what was committed: it is computed again by the next run."""
 
 
+class FullError(SegpipeError):
+    """A disk is full: the run stops, and goes on from what is committed once there is room. Exit code 1."""
+
+
 class StoppedError(SegpipeError):
     """The run was asked to stop. Everything committed so far stays; running again resumes."""
 

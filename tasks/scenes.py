@@ -43,9 +43,9 @@ LARGE = 0.25
     cache_policy=NO_CACHE,
 )
 @told
-def plan_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
+def plan_scene(resolved: ResolvedJob, ref: SceneRef, run: RunFolder) -> MeasurableScene:
     """Open, check and plan a scene, regions and reference too; make the stages of a model."""
-    return begin_scene(resolved, ref)
+    return begin_scene(resolved, ref, run)
 
 
 @task(

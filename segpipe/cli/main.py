@@ -18,6 +18,7 @@ from segpipe.cli.doctor import doctor_command
 from segpipe.cli.lake import quarantine_command, scan_command
 from segpipe.cli.models import models_app
 from segpipe.cli.run_local import run_in_process
+from segpipe.cli.store import store_app
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.process.extras import check_installed, missing_extra
 
@@ -53,6 +54,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(models_app, name="models")
+app.add_typer(store_app, name="store")
 app.command("doctor")(doctor_command)
 app.command("scan")(scan_command)
 app.command("quarantine")(quarantine_command)
@@ -232,20 +234,26 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
     """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
     from segpipe.config.job import load_job
     from segpipe.runs.check import check_request
-    from segpipe.runs.plan import plan_scenes
+    from segpipe.runs.plan import forecast, plan_scenes
 
     job = load_job(job_file, overrides or [])
     request = check_request(job)
     how = f"on {request.settings.device_class}" if job.model else "with labels measured as given"
     print(f"{job.name}: {len(request.scenes)} scenes {how}")
-    failed = []
+    failed, plans = [], []
     for scene in plan_scenes(request):
+        plans.append(scene)
         if scene.failed:
             failed.append(f"{scene.scene}: {scene.text}")
         else:
             print(f"  {scene.scene}: {scene.text}")
     if job.model:
         print("passes are an upper bound: windows without a valid element are skipped when read")
+    disk, fits = forecast(request, plans)
+    if disk:
+        print(disk)
+    if not fits:
+        print("warning: the disk may be too small: that is before compression", file=sys.stderr)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if failed:

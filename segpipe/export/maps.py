@@ -22,7 +22,7 @@ from segpipe.export.footprint import why_no_place
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
-from segpipe.export.run_folder import ITEM, MANIFEST, hash_files, own_files, write_seal
+from segpipe.export.run_folder import ITEM, MANIFEST, Seal, hash_files, own_files, write_seal
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.metrics.tally import LEVELS
@@ -51,7 +51,7 @@ def write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict
 
     The label map as OME-Zarr too, and of a DICOM series as DICOM SEG, where the job wants that.
 
-    Files that are there already stay. Returns what each is (`labels`, `instances`, `scores`, …), to its path.
+    Returns what each is (`labels`, `instances`, `scores`, …), to its path.
     """
     geometry, formats = scene.geometry, scene.job.outputs.formats
     classes = shown_classes(scene, measured.values)
@@ -66,14 +66,12 @@ def write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict
         return written
     if not why_no_file(classes):
         written["labels"] = target / f"labels{suffix}"
-        if not written["labels"].exists():
-            _write_labels(scene, measured, classes, written["labels"])
+        _write_labels(scene, measured, classes, written["labels"])
     if scene.objects_stage is not None:
         written |= _write_objects(scene, scene.objects_stage, measured, target, suffix)
     for name, shares in _shares(scene).items():
         written[name] = target / f"{name}{suffix}"
-        if not written[name].exists():
-            _write_shares(scene, shares, written[name])
+        _write_shares(scene, shares, written[name])
     return written
 
 
@@ -86,23 +84,19 @@ def _write_objects(
     written = {"instances": target / f"instances{suffix}"}
     with scene.open_labels(ids=True) as ids:
         if isinstance(geometry, VolumeGeometry):
-            if not written["instances"].exists():
-                with _nifti_header(scene.ref.uri) as header:
-                    write_nifti_ids(ids, geometry, header, dtype, written["instances"])
+            with _nifti_header(scene.ref.uri) as header:
+                write_nifti_ids(ids, geometry, header, dtype, written["instances"])
             return written
         assert isinstance(geometry, RasterGeometry)
         polygons = {"objects": target / "instances.gpkg", "geoparquet": target / "instances.parquet"}
         written |= {**polygons, "coco": target / "instances.json"}
-        if not written["instances"].exists():
-            write_cog_ids(ids, geometry, dtype, written["instances"], _tags(scene))
+        write_cog_ids(ids, geometry, dtype, written["instances"], _tags(scene))
         table = _object_table(scene, measured)
-        if not all(path.exists() for path in polygons.values()):
-            write_object_polygons(ids, geometry, table, *polygons.values())
-        if not written["coco"].exists():
-            name = scene.ref.uri.rsplit("/", 1)[-1]
-            shape = (geometry.shape[0], geometry.shape[1])
-            facts = None if measured.facts is None else coco_facts(table, _points(measured.facts))
-            write_coco(ids, shape, found, scene.classes, name, written["coco"], facts)
+        write_object_polygons(ids, geometry, table, *polygons.values())
+        name = scene.ref.uri.rsplit("/", 1)[-1]
+        shape = (geometry.shape[0], geometry.shape[1])
+        facts = None if measured.facts is None else coco_facts(table, _points(measured.facts))
+        write_coco(ids, shape, found, scene.classes, name, written["coco"], facts)
     return written
 
 
@@ -153,10 +147,9 @@ def _write_levels(
     if Format.ome_zarr not in scene.job.outputs.formats or why_no_file(classes):
         return {}
     folder, nodata = target / "labels.ome.zarr", _nodata(scene, measured, classes)
-    if not folder.exists():
-        with scene.open_labels() as read:
-            labels = _with_nodata(read, scene.nodata, nodata)
-            write_ome_zarr(labels, scene.geometry, classes, nodata, folder)
+    with scene.open_labels() as read:
+        labels = _with_nodata(read, scene.nodata, nodata)
+        write_ome_zarr(labels, scene.geometry, classes, nodata, folder)
     return {"ome-zarr": folder / "zarr.json"}
 
 
@@ -172,16 +165,14 @@ def _write_segments(scene: MeasurableScene, classes: Sequence[Class], target: Pa
     # Imported here: they load pydicom's dictionaries and highdicom, which few runs need.
     from segpipe.export.dicom_seg import write_dicom_seg
 
-    written = {"dicomseg": target / "labels.dcm"}
-    if written["dicomseg"].exists():
-        return written
+    path = target / "labels.dcm"
     with open_source(scene.ref.uri) as source, scene.open_labels() as read:
         if not source.slices:
             return {}
         if source.identity != scene.pixels.identity:
             raise SceneError(f"{scene.ref.uri}: changed since it was planned; run the job again")
-        write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), written["dicomseg"])
-    return written
+        write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), path)
+    return {"dicomseg": path}
 
 
 def _drawn_by(scene: MeasurableScene) -> Algorithm:
@@ -283,13 +274,12 @@ def seal_scene(
         files: what each is, to its path relative to that.
 
     Returns:
-        The new files, as ``files``.
+        All files, as ``files``.
     """
     base = f"scenes/{scene.ref.name}"
     others = (f"/{MANIFEST}", ".html")  # the seal itself, and pages, which are the run's
-    own = [path for path in own_files(folder, base) if not path.endswith(others)]
-    marks = hash_files(folder, [p for p in own if p != f"{base}/{ITEM}"])
-    sealed = {}
+    own = [p for p in own_files(folder, base) if not p.endswith((*others, f"/{ITEM}"))]
+    names = dict(files)
     if isinstance(scene.geometry, RasterGeometry) and not why_no_place(scene.geometry):
         from segpipe.export.stac import scene_item  # here: volumes never need pystac
 
@@ -306,15 +296,21 @@ def seal_scene(
             weights=weights_fingerprint(card) if card else "",
             labels_key=scene.labels_key,
             files=files,
-            marks=marks,
+            marks=hash_files(folder, own),
             folder=folder,
             created=run.started,
         )
         write_atomic(folder / base / ITEM, item.encode())
-        sealed["item"] = f"{base}/{ITEM}"
-        marks |= hash_files(folder, [sealed["item"]])
-    write_seal(folder, scene.ref.name, scene.ref.uri, scene.pixels.identity, marks)
-    return sealed
+        names["item"] = f"{base}/{ITEM}"
+        own.append(names["item"])
+    seal = Seal(scene.ref.uri, scene.pixels.identity, seal_keys(scene, measured), names)
+    write_seal(folder, scene.ref.name, seal, own)
+    return names
+
+
+def seal_keys(scene: MeasurableScene, measured: Measured) -> dict[str, str]:
+    """Of the stages that a scene's files are made from."""
+    return {"labels": scene.labels_key, "measure": measured.stage.key}
 
 
 def export_notes(scene: MeasurableScene) -> list[str]:

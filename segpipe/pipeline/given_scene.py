@@ -72,9 +72,6 @@ class LabelledScene(MeasurableScene):
 
             yield read
 
-    def check_labels(self) -> None:
-        """The file was held against the plan when it was opened."""
-
 
 def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
     """Open a scene and its labels, and hold one against the other.

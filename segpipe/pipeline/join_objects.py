@@ -22,7 +22,8 @@ from segpipe.objects.scene_objects import merge_objects, relabel
 from segpipe.objects.table import TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE
 from segpipe.tiling.windows import Lattice, block_id
 
 

@@ -146,7 +146,6 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
             labels = read(box)
             ids = found_ids(box) if found_ids else labels
             shares = doubt(box) if doubt else None
-            scene.check_labels()
             receipt: dict[str, Any] = {}
             if found_ids:
                 receipt["members"] = members_tile(ids, regions, box).to_json()
@@ -396,9 +395,7 @@ def measure_surfaces(
         if stop is not None:
             stop.check()
         part = collector.reads(box)
-        found = labels(part)
-        scene.check_labels()
-        collector.add(box, found, reference.read(part))
+        collector.add(box, labels(part), reference.read(part))
         release()
     return {**asked, "classes": {str(v): _plain(asdict(s)) for v, s in collector.results().items()}}
 

@@ -54,12 +54,6 @@ class Scene(PredictedScene):
     def nodata(self) -> int:
         return self.card.nodata
 
-    def check_labels(self) -> None:
-        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        super().check_labels()
-        if self.uncertainty:
-            self.predict.check()
-
     @property
     def objects_stage(self) -> Stage | None:
         return self.labels if self.card.output.kind != "semantic" else None

@@ -16,7 +16,8 @@ from segpipe.errors import SceneError
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE
 from segpipe.store.stop import StopToken
 from segpipe.tiling.windows import Index
 

@@ -84,10 +84,6 @@ class MeasurableScene(ABC):
             ids: where the labels are ids of objects, answer these and not `OBJECT`.
         """
 
-    @abstractmethod
-    def check_labels(self) -> None:
-        """Raises SceneError where what was read may not be the labels: asked after a read."""
-
     @property
     def id_rule(self) -> IdRule | None:
         """What the reference's values say of objects; None: they are plain classes."""
@@ -151,10 +147,6 @@ class PredictedScene(MeasurableScene):
         """The finished label map in the store."""
         name = "instances" if ids else "labels"
         yield lambda box: self.labels.read(name, box.slices)
-
-    def check_labels(self) -> None:
-        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        self.labels.check()
 
     @property
     def id_rule(self) -> IdRule | None:

@@ -177,7 +177,7 @@ class SceneBlocks:
             files |= stage.write("valid", box.slices, pixels.valid)
             receipt = {"valid": int(pixels.valid.sum()), "elements": box.size}
             stage.commit(block_id(index), receipt, files)
-        except (KeyError, ValueError, OSError):
+        except (SceneError, KeyError, ValueError, OSError):
             if stage.current:
                 raise
             self._forget_ingest()

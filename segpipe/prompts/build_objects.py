@@ -36,7 +36,8 @@ from segpipe.prompts.prompt_set import PromptSet, PromptSource
 from segpipe.prompts.segment_scene import VOLUME, load_window_masks, read_grid_masks
 from segpipe.sources.base import LabelReader
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE
 from segpipe.tiling.windows import BLOCK_EDGE, Blocks
 
 

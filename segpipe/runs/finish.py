@@ -19,7 +19,9 @@ from segpipe.pipeline.measure import Measured
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.run_page import render_pages
 from segpipe.runs.check import ResolvedJob
+from segpipe.runs.references import mark_of
 from segpipe.sources.readers import TRUSTED, trusted
+from segpipe.store.lifecycle import forget_uses
 from segpipe.store.location import write_atomic
 from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record
 from segpipe.tables.run_tables import read_measured, run_tables
@@ -55,6 +57,8 @@ def finish_run(
         notes=tuple(n for n in (job.description, *given, *notes) if n),
     )
     _write(run, record, measured)
+    if not record.failed:  # else the same request goes on with what is stored
+        forget_uses(run.out, run.job, mark_of(run.name))
     return record
 
 
