@@ -68,6 +68,7 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> 
         if not picture.exists():
             write_atomic(picture, previews.composite)
         files["preview"] = f"{base}/preview.png"
+        run.check()
         files |= seal_scene(scene, measured, run, folder, files)
     return files
 

@@ -202,6 +202,7 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
     asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
     files, prompts = [s.uri for s in scenes], job.prompts
     asked["prompts"].pop("cache")
+    asked.pop("identity")  # what it asks of the inputs is said below
     grounder = read_card(prompts.grounder) if prompts.grounder else None
     if job.regions is not None:
         files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]

@@ -1,4 +1,4 @@
-"""Each file that holds an input's content: if it changes, its scene is done again; if none does, nothing is."""
+"""Each file that holds an input's content: if it changes, its scene is done again; else nothing is."""
 
 from __future__ import annotations
 
