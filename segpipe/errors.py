@@ -25,6 +25,10 @@ class StoppedError(SegpipeError):
     """The run was asked to stop. Everything committed so far stays; running again resumes."""
 
 
+class LeaseLostError(StoppedError):
+    """Another process has taken over what this one was at: this one writes nothing more of it."""
+
+
 class DeviceMemoryError(Exception):
     """The device ran out of memory at this batch size; the scene restarts under half of it."""
 

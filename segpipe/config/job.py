@@ -62,6 +62,13 @@ class Runner(str, Enum):
     slurm = "slurm"
 
 
+class Identity(str, Enum):
+    """What tells that a file is another one."""
+
+    sampled = "sampled"
+    content = "content"
+
+
 class Format(str, Enum):
     """Files for people; a format that does not suit a scene is skipped there."""
 
@@ -274,6 +281,11 @@ class Request(Strict):
     tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
     compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
     measure: Measure = Field(default_factory=Measure, description="Further measurements.")
+    identity: Identity = Field(
+        Identity.sampled,
+        description="What tells that a file changed. sampled: ETag or version; of local files size, time and "
+        "the hash of sixteen ranges. content: the hash of all bytes, so that a copy or a touch is no change.",
+    )
     prompts: PromptOptions = Field(
         default_factory=PromptOptions, description="What a promptable model is asked."
     )
@@ -288,7 +300,7 @@ class Job(Request):
     model_config = ConfigDict(
         json_schema_extra=form(
             "name", "scenes", "model", "labels", "classes", "bands", "regions", "reference", "outputs",
-            "description", "tiling", "compute", "measure", "prompts",
+            "description", "tiling", "compute", "measure", "prompts", "identity",
         )
     )  # fmt: skip
 
@@ -341,7 +353,7 @@ class PromptJob(Job):
     model_config = ConfigDict(
         json_schema_extra=form(
             "scenes", "model", "prompts", "name", "bands", "regions", "reference", "outputs", "description",
-            "measure", "compute", "tiling",
+            "measure", "compute", "tiling", "identity",
         )
     )  # fmt: skip
 

@@ -33,6 +33,7 @@ from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.scene import MeasurableScene, PredictedScene
 from segpipe.sources import open_source, package_file
 from segpipe.sources.base import LabelReader, ScoreReader
+from segpipe.sources.identity import identified
 from segpipe.sources.remote import fetch, is_remote
 from segpipe.store.location import write_atomic
 from segpipe.store.stage import Stage
@@ -169,7 +170,7 @@ def _write_segments(scene: MeasurableScene, classes: Sequence[Class], target: Pa
     with open_source(scene.ref.uri) as source, scene.open_labels() as read:
         if not source.slices:
             return {}
-        if source.identity != scene.pixels.identity:
+        if identified(source.identity, scene.job.identity) != scene.pixels.identity:
             raise SceneError(f"{scene.ref.uri}: changed since it was planned; run the job again")
         write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), path)
     return {"dicomseg": path}

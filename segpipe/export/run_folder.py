@@ -36,6 +36,7 @@ from segpipe.store.location import (
     told_when_full,
     write_atomic,
 )
+from segpipe.store.stop import Fence
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord
@@ -49,6 +50,13 @@ class RunFolder:
     job: str
     name: str
     started: str
+    fence: Fence | None = None
+    """Of a scan's run: proves that it is still its own."""
+
+    def check(self) -> None:
+        """Raises LeaseLostError where another scan has taken the run over: asked before each commit."""
+        if self.fence is not None:
+            self.fence.check()
 
     @property
     def location(self) -> str:
@@ -64,6 +72,7 @@ class RunFolder:
 @contextmanager
 def local_folder(run: RunFolder) -> Iterator[Path]:
     """The run's folder to write files into; for a URL a temporary one that is uploaded at the end."""
+    run.check()
     if not is_url(run.location):
         folder = Path(run.location)
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +82,7 @@ def local_folder(run: RunFolder) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="segpipe-") as name:
         yield Path(name)
+        run.check()
         store = open_store(run.location)
         last = [Path(name) / MANIFEST, Path(name) / "run.json"]  # who sees the record finds the rest
         paths = [p for p in [*sorted(set(Path(name).rglob("*")) - set(last)), *last] if p.is_file()]

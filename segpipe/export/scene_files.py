@@ -70,6 +70,7 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> 
             files["regions"] = f"{base}/regions.gpkg"
         write_atomic(target / "preview.png", previews.composite)
         files["preview"] = f"{base}/preview.png"
+        run.check()
         return seal_scene(scene, measured, run, folder, files)
 
 

@@ -17,12 +17,14 @@ from pystac_client import Client
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
+from segpipe.config.job import Identity
 from segpipe.config.scan import Lake, StacFilter
 from segpipe.errors import RequestError
-from segpipe.lake.entry import LakeEntry, place_name
+from segpipe.lake.entry import LakeEntry, place_name, stamp
 from segpipe.lake.files import STORES
 from segpipe.sources.base import reason
-from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.identity import input_identity, members
+from segpipe.sources.remote import is_remote, public_uri
 from segpipe.sources.stack import SEPARATOR, STACK
 
 TIMEOUT = 60.0
@@ -290,7 +292,7 @@ def item_scene(item: Item, keys: Sequence[str], *, with_collection: bool) -> Lak
     elif all("checksum" in a for a in told):
         identity, sizes, times = {"assets": told}, [a.get("size", 0) for a in told], []
     else:
-        files = [_file(href) for href in hrefs]
+        files = [file for href in hrefs for file in _files(href)]
         identity = {"files": files}
         sizes, times = [f.get("size", 0) for f in files], [t for f in files for t in _time(f)]
     place = f"{item.collection_id}/{item.id}" if with_collection and item.collection_id else item.id
@@ -300,6 +302,7 @@ def item_scene(item: Item, keys: Sequence[str], *, with_collection: bool) -> Lak
         identity=identity,
         size=sum(int(s or 0) for s in sizes),
         modified=max(times) if times else None,
+        files=() if any(map(is_remote, hrefs)) or "files" not in identity else local_files(hrefs),
     )
 
 
@@ -330,15 +333,21 @@ def _told(asset: Asset, href: str) -> dict[str, Any]:
     return {"href": public_uri(href), **found}
 
 
-def _file(href: str) -> dict[str, Any]:
-    """Identity of a file; of one that is not there its address, and opening it will say so."""
+def local_files(hrefs: Sequence[str]) -> tuple[str, ...]:
+    """The local files of some assets, with their sidecars."""
+    return tuple(str(path) for href in hrefs for path in members(Path(href)))
+
+
+def _files(href: str) -> list[dict[str, Any]]:
+    """What tells that a file changes; of one that is not there its address, and opening it will say so."""
     if is_remote(href):
-        return remote_identity(href)[0]
+        return input_identity(href, Identity.sampled)
     try:
-        status = Path(href).stat()
+        told = stamp(local_files([href]))
     except OSError:
-        return {"uri": href}
-    return {"uri": href, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        told = []
+    names = ("uri", "size", "mtime_ns", "ctime_ns")
+    return [dict(zip(names, file, strict=True)) for file in told] or [{"uri": href}]
 
 
 def _time(file: dict[str, Any]) -> list[datetime]:

@@ -13,13 +13,14 @@ import numpy as np
 
 from segpipe.config.card import Class
 from segpipe.config.classes import load_classes
-from segpipe.config.job import Job, Reference
+from segpipe.config.job import Identity, Job, Reference
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import same_grid
 from segpipe.geometry.box import Box
 from segpipe.pipeline.scene import MeasurableScene, open_scene
 from segpipe.pipeline.scene_io import ScenePixels
 from segpipe.sources import SceneRef
+from segpipe.sources.identity import identified
 from segpipe.sources.labels import LabelFile, find_reference, one_class
 from segpipe.store.stage import stage_key
 
@@ -46,6 +47,10 @@ class LabelledScene(MeasurableScene):
         return NO_LABEL
 
     @property
+    def inputs(self) -> list[Any]:
+        return [self.pixels.identity, self.labels_identity]
+
+    @property
     def labels_key(self) -> str:
         """Of the file, and of the scene, whose pixels the pictures and intensities are made of."""
         return stage_key("labels", {"file": self.labels_identity, "scene": self.pixels.identity})
@@ -60,7 +65,7 @@ class LabelledScene(MeasurableScene):
         """
         objects = self.job.measure.objects and not ids
         with closing(LabelFile(self.labels)) as file:
-            if file.source.identity != self.labels_identity:
+            if identified(file.source.identity, self.job.identity) != self.labels_identity:
                 raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")
 
             def read(box: Box) -> np.ndarray:
@@ -88,11 +93,11 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
                 notes = same_grid(source.geometry, file.geometry)
             except SceneError as error:
                 raise SceneError(f"labels {labels} lie on another grid than their scene: {error}") from error
-            labels_identity = file.source.identity
+            labels_identity = identified(file.source.identity, job.identity)
         return LabelledScene(
             ref=ref,
             job=job,
-            pixels=ScenePixels.of(source, job.bands),
+            pixels=ScenePixels.of(source, job.bands, how=job.identity),
             notes=(*source.notes, *(f"labels: {n}" for n in notes), f"labels measured as given: {labels}"),
             listed=listed,
             labels=labels,
@@ -100,10 +105,10 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
         )
 
 
-def labels_identity(uri: str) -> dict[str, Any]:
+def labels_identity(uri: str, how: Identity) -> Any:
     """What tells that a file of labels changed."""
     with closing(LabelFile(uri)) as file:
-        return file.source.identity
+        return identified(file.source.identity, how)
 
 
 def find_labels(labels: str, scene_name: str) -> str:

@@ -92,6 +92,10 @@ class Scene(PredictedScene):
         keys = {"ingest": self.ingest.key, "predict": self.predict.key}
         return SceneAccount(keys=keys, plan=self.plan.summary(), notes=notes)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.ingest, self.predict, self.labels
+
     def attempts(self) -> int:
         """How often the hardest block was tried."""
         return hardest(self.predict)
@@ -113,7 +117,7 @@ def prepare_scene(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Sc
         RequestError: the plan cannot be met (memory, window, halo).
     """
     with open_scene(job, ref) as source:
-        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source))
+        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source), job.identity)
         notes, cache = source.notes, source.cache_bytes
     parts = {"source": pixels.identity, "channels": pixels.channels, "engine": ENGINE_VERSION}
     ingest = Stage(job.outputs.dir, stage_key("ingest", parts))

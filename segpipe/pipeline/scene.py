@@ -62,6 +62,16 @@ class MeasurableScene(ABC):
         return self.pixels.geometry
 
     @property
+    def inputs(self) -> list[Any]:
+        """Identities of the files that the labels are made of, from before they were read."""
+        return [self.pixels.identity]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What was made of these files."""
+        return ()
+
+    @property
     @abstractmethod
     def classes(self) -> tuple[Class, ...]:
         """The classes listed; the label map may hold others."""

@@ -19,6 +19,7 @@ from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import horizontal_crs
 from segpipe.regions.base import different
 from segpipe.sources import vectors
+from segpipe.sources.identity import check_unchanged, file_identity, members
 
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 """GeoParquet is read by pyarrow: pyogrio's wheels come without GDAL's driver for it."""
@@ -84,11 +85,16 @@ def read_layer(config: Regions) -> Layer:
 
     Raises:
         RequestError: not a vector file, no such layer or attribute, or no polygons in it.
+        SceneError: a file changed while it was read.
     """
-    path = Path(config.path)
-    files = [path, *(path.with_suffix(s) for s in (".dbf", ".prj", ".shx"))]
-    stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _read_layer(config.path, config.layer or None, config.name or None, stamp)
+    files = file_identity(members(Path(config.path)))
+    layer = _read_layer(config.path, config.layer or None, config.name or None, repr(files))
+    try:
+        check_unchanged(files)
+    except SceneError:  # what was read may be half of each: it is not kept
+        _read_layer.cache_clear()
+        raise
+    return layer
 
 
 @lru_cache(maxsize=4)

@@ -85,14 +85,18 @@ def _write(run: RunFolder, record: RunRecord, measured: Mapping[str, Measured]) 
     with local_folder(run) as folder:
         written = ["results.json", "columns.json"]
         for name, table in tables.items():
+            run.check()
             written += [path.name for path in write_table(table, folder / name)]
         write_atomic(folder / "results.json", results_json(record.job_name, record.run_id, tables).encode())
         write_atomic(folder / "columns.json", columns_json(tables).encode())
         for path, text in render_pages(record, previews, tables):
+            run.check()
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, text.encode())
             written.append(path)
+        run.check()
         _write_account(run, folder, record, measured, written)
+        run.check()
         write_atomic(folder / "run.json", dump_record(record).encode())
 
 
@@ -116,6 +120,7 @@ def _write_account(
         nodata = nodata_of(c.value for c in record.legend) if gaps else None
         derived = write_bids(run.location, folder, record, nodata)
         paths, copies = [*paths, *derived.written], derived.copies
+    run.check()
     write_manifest(run.location, folder, record, paths, copies)
 
 

@@ -1,11 +1,11 @@
-"""One small interface for every kind of scene, and what its readers share: reasons, identities, checks."""
+"""One small interface for every kind of scene, and what its readers share: reasons, checks."""
 
 from __future__ import annotations
 
 import glob
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,7 +76,7 @@ class Source(ABC):
     """What a reader of the report should know (no CRS, no nodata value declared, …)."""
 
     identity: dict[str, Any]
-    """JSON object that changes when the content does: of each file its URI, size and time when opened."""
+    """JSON object that changes when the content does (`segpipe.sources.identity`), as it was when opened."""
 
     tags: Mapping[str, str] = {}
     """When the scene was taken, by the tags of `TIMES` that the file has."""
@@ -203,22 +203,6 @@ def matches(pattern: str) -> list[Path]:
     whole = str(Path(pattern).expanduser().absolute())
     # Not Path.glob: it takes no absolute pattern, and its * matches hidden files.
     return sorted(Path(p) for p in glob.glob(whole, recursive=True))  # noqa: PTH207
-
-
-def file_identity(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Path, size in bytes and time of change in ns of each file, sorted by path.
-
-    Raises:
-        SceneError: a file has gone.
-    """
-    found = []
-    for path in sorted({str(p) for p in paths}):
-        try:
-            stat = Path(path).stat()
-        except OSError as error:
-            raise SceneError(f"{path}: {reason(error)}") from error
-        found.append({"uri": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
-    return found
 
 
 def scaling_of(scale: float | None, offset: float | None) -> Scaling:

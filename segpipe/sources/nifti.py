@@ -20,13 +20,13 @@ from segpipe.sources.base import (
     Pixels,
     Source,
     check_size,
-    file_identity,
     finite,
     reason,
     rename_bands,
     require_file,
     scaling_of,
 )
+from segpipe.sources.identity import file_identity
 from segpipe.sources.remote import fetch, is_remote, public_uri
 
 READ_ERRORS = (OSError, ValueError, EOFError, ImageFileError, HeaderDataError)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -52,6 +54,26 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
         told = public_uri(str(error).removeprefix(f"{uri}: "))[:120]
         note = f"identified by its address alone, a change will not be seen ({told})"
         return {"uri": public_uri(uri)}, note
+
+
+@lru_cache(maxsize=10_000)
+def remote_hash(uri: str, _told: str) -> str:
+    """SHA-256 of a remote file, streamed; remembered while its store tells the same of it.
+
+    Raises:
+        SceneError: it cannot be read.
+    """
+    from obstore import get
+    from obstore.exceptions import BaseError
+
+    store, name = _store(uri)
+    digest = hashlib.sha256()
+    try:
+        for part in get(store, name).stream(min_chunk_size=PART_BYTES):
+            digest.update(part)
+    except (BaseError, OSError) as error:
+        raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
+    return digest.hexdigest()
 
 
 class Copy:
@@ -148,4 +170,5 @@ def _store(uri: str) -> tuple[Any, str]:
 
 def _told(uri: str, meta: Any) -> dict[str, Any]:
     modified = meta["last_modified"].isoformat()
-    return {"uri": public_uri(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}
+    told = {"uri": public_uri(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}
+    return {**told, "version": meta["version"]} if meta.get("version") else told
