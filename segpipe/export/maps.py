@@ -34,6 +34,7 @@ from segpipe.pipeline.scene import MeasurableScene, PredictedScene
 from segpipe.sources import open_source, package_file
 from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.remote import fetch, is_remote
+from segpipe.sources.uri import parse_frame
 from segpipe.store.location import write_atomic
 from segpipe.store.stage import Stage
 from segpipe.tables.object_tables import SceneDetections, detections_table
@@ -264,7 +265,7 @@ def has_nodata(measured: Measured) -> bool:
 @contextmanager
 def _nifti_header(uri: str) -> Iterator[str | None]:
     """The scene's own NIfTI file, whose transforms the labels repeat; None for other formats."""
-    location = uri.split("#")[0]
+    location = parse_frame(uri)[0]
     if not location.endswith((".nii", ".nii.gz")):
         yield None
     elif is_remote(location):

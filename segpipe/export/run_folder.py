@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe.errors import RequestError
-from segpipe.sources.remote import public_uri
 from segpipe.store.location import (
     Mark,
     hash_object,
@@ -127,7 +126,7 @@ def write_seal(folder: Path, scene: str, uri: str, identity: Mapping[str, Any], 
         identity: of the source's content.
         marks: of the scene's files.
     """
-    source = {"uri": public_uri(uri), "identity": _public(identity)}
+    source = {"uri": uri, "identity": identity}
     write_atomic(folder / "scenes" / scene / MANIFEST, _json({"source": source, "files": _listed(marks)}))
 
 
@@ -161,7 +160,7 @@ def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[st
         found: Marks = {}
         scenes = []
         for scene, name, seal in zip(record.done, names, seals, strict=True):
-            made: dict[str, Any] = {"source": {"uri": public_uri(scene.uri)}, "files": {}}
+            made: dict[str, Any] = {"source": {"uri": scene.uri}, "files": {}}
             if seal is not None:
                 made = json.loads(seal)
                 found[name] = Mark.of(seal)
@@ -214,15 +213,6 @@ def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[s
     """The run's files and their bytes."""
     listed = (meta for chunk in obstore.list(store, below) for meta in chunk)
     return {m["path"]: m["size"] for m in listed if not _NOT_OURS.search(m["path"])}
-
-
-def _public(value: Any) -> Any:
-    """A JSON value with `public_uri` applied to every text of it."""
-    if isinstance(value, str):
-        return public_uri(value)
-    if isinstance(value, Mapping):
-        return {k: _public(v) for k, v in value.items()}
-    return [_public(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _listed(marks: Marks) -> dict[str, dict[str, Any]]:

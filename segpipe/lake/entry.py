@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from segpipe.redact import address, seal, whole
 from segpipe.sources.discover import FOLDER_SUFFIXES, LONGEST_NAME, safe_name
-from segpipe.sources.remote import is_remote, public_uri
-from segpipe.sources.uri import PICTURE_SUFFIXES
+from segpipe.sources.remote import is_remote
+from segpipe.sources.uri import PICTURE_SUFFIXES, reveal
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class LakeEntry:
     @property
     def digest(self) -> str:
         """Names the scene with its content in the lake's ledger: 32 hexadecimal digits."""
-        place = public_uri(self.uri)  # a signature is another one in each listing
-        parts = [place, self.identity] if place == self.uri else [place, self.name, self.identity]
+        place = address(self.uri)  # a signature is another one in each listing
+        parts = [place, self.identity] if place == whole(self.uri) else [place, self.name, self.identity]
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -88,8 +89,8 @@ def content_hash(uri: str) -> str:
         OSError, obstore.exceptions.BaseError: it cannot be read.
     """
     total = hashlib.sha256()
-    for part in uri.removeprefix("stack:").split("|"):
-        location = part.partition("#")[0]
+    for part in whole(uri).removeprefix("stack:").split("|"):
+        location = seal(part.partition("#")[0])
         if is_remote(location):
             _add_remote(total, location)
             continue
@@ -107,6 +108,6 @@ def _add_remote(total: Any, uri: str) -> None:
     from obstore import get
     from obstore.store import from_url
 
-    folder, _, name = uri.rpartition("/")
+    folder, _, name = reveal(uri).rpartition("/")
     for chunk in get(from_url(folder), name).stream(min_chunk_size=CHUNK):
         total.update(chunk)

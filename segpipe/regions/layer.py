@@ -21,6 +21,7 @@ from segpipe.errors import RequestError
 from segpipe.geometry.geometry import horizontal_crs
 from segpipe.regions.base import different
 from segpipe.sources import vectors
+from segpipe.sources.uri import reveal
 
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 """GeoParquet is read by pyarrow: pyogrio's wheels come without GDAL's driver for it."""
@@ -138,7 +139,7 @@ def _read_parquet(path: str, name: str | None) -> geopandas.GeoDataFrame:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*spherical edges")
         try:
-            return geopandas.read_parquet(path)
+            return geopandas.read_parquet(reveal(path))
         except UserWarning as error:
             raise RequestError(
                 f"regions.path: {path} has spherical edges; write it with planar ones, densified"

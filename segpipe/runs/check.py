@@ -21,6 +21,7 @@ from segpipe.models.registry import check_card
 from segpipe.pipeline.measure import TALLY_VERSION, tolerances
 from segpipe.pipeline.plan_scene import model_parts
 from segpipe.prompts.phrases import phrase_classes
+from segpipe.redact import address, seal, whole
 from segpipe.regions.base import is_grid
 from segpipe.sources import SceneRef, discover
 from segpipe.sources.base import matches
@@ -223,9 +224,9 @@ def _state(uri: str) -> list[Any]:
     """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
     if uri.startswith(STACK):
         return [uri, *(_state(part) for part in stack_files(uri))]
+    if is_remote(uri):
+        return [address(uri), remote_identity(seal(whole(uri).split("#")[0]))[0]]
     location = uri.removeprefix(MOSAIC).split("#")[0]
-    if is_remote(location):
-        return [uri, remote_identity(location)[0]]
     path = Path(location)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
+from segpipe.redact import seal
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
 from segpipe.sources.discover import discover
 from segpipe.sources.memory import MEMORY, MemorySource
@@ -51,6 +52,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         SceneError: missing, damaged, or of a kind that cannot be a scene.
         RequestError: ``band_names`` has not one name per channel, or the URI is malformed.
     """
+    uri = seal(uri)
     if uri.startswith(MOSAIC):
         return open_mosaic(uri, band_names=band_names)
     if uri.startswith(MEMORY):

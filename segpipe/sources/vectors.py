@@ -14,6 +14,7 @@ import pyogrio
 
 from segpipe.errors import RequestError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
+from segpipe.sources.uri import reveal
 
 
 def _keep_allowed_drivers() -> None:
@@ -47,12 +48,12 @@ def list_layers(path: str) -> list[str]:
         RequestError: the file names a URL that GDAL would read.
     """
     _require_no_links(path)
-    return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+    return [str(row[0]) for row in pyogrio.list_layers(reveal(path)) if row[1] is not None]
 
 
 def read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
     """Return a layer of a file that `list_layers` has checked."""
-    return geopandas.read_file(path, layer=layer, engine="pyogrio")
+    return geopandas.read_file(reveal(path), layer=layer, engine="pyogrio")
 
 
 def _require_no_links(path: str) -> None:
