@@ -263,6 +263,9 @@ class Outputs(Strict):
         description="Also map and report how sure the model is: entropy, margin, confidence and, with "
         "blending or test-time augmentation, disagreement.",
     )
+    hide_paths: bool = Field(
+        False, description="Tell file names instead of absolute paths of this machine in the run's folder."
+    )
     keep: list[Keep] = Field(
         [Keep.labels],
         description="Working arrays that stay in the store; scores stay with the labels.",

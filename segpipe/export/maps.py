@@ -19,10 +19,12 @@ from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.footprint import why_no_place
+from segpipe.export.hide_paths import hide_paths
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
 from segpipe.export.run_folder import ITEM, MANIFEST, hash_files, own_files, write_seal
+from segpipe.export.staging import json_text
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.metrics.tally import LEVELS
@@ -291,7 +293,7 @@ def seal_scene(
     others = (f"/{MANIFEST}", ".html")  # the seal itself, and pages, which are the run's
     own = [path for path in own_files(folder, base) if not path.endswith(others)]
     marks = hash_files(folder, [p for p in own if p != f"{base}/{ITEM}"])
-    sealed = {}
+    sealed, hidden = {}, scene.job.outputs.hide_paths
     if isinstance(scene.geometry, RasterGeometry) and not why_no_place(scene.geometry):
         from segpipe.export.stac import scene_item  # here: volumes never need pystac
 
@@ -312,10 +314,13 @@ def seal_scene(
             folder=folder,
             created=run.started,
         )
+        if hidden:
+            item = json_text(hide_paths(json.loads(item)))
         write_atomic(folder / base / ITEM, item.encode())
         sealed["item"] = f"{base}/{ITEM}"
         marks |= hash_files(folder, [sealed["item"]])
-    write_seal(folder, scene.ref.name, scene.ref.uri, scene.pixels.identity, marks)
+    source = {"uri": scene.ref.uri, "identity": scene.pixels.identity}
+    write_seal(folder, scene.ref.name, hide_paths(source) if hidden else source, marks)
     return sealed
 
 

@@ -116,17 +116,15 @@ def own_files(folder: Path, below: str) -> list[str]:
     return sorted(_sizes(open_store(str(folder)), below))
 
 
-def write_seal(folder: Path, scene: str, uri: str, identity: Mapping[str, Any], marks: Marks) -> None:
+def write_seal(folder: Path, scene: str, source: Mapping[str, Any], marks: Marks) -> None:
     """Write a scene's own manifest, the last of its files.
 
     Args:
         folder: local, of the run.
         scene: its name.
-        uri: of the source.
-        identity: of the source's content.
+        source: its ``uri`` and the ``identity`` of its content.
         marks: of the scene's files.
     """
-    source = {"uri": uri, "identity": identity}
     write_atomic(folder / "scenes" / scene / MANIFEST, _json({"source": source, "files": _listed(marks)}))
 
 

@@ -198,7 +198,9 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         asked["compute"].pop(key)
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
-    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
+    outputs = asked["outputs"]
+    asked["outputs"] = {k: outputs[k] for k in ("formats", "scores", "uncertainty")}
+    asked["outputs"] |= {"hide_paths": True} if outputs["hide_paths"] else {}  # other texts, another folder
     files, prompts = [s.uri for s in scenes], job.prompts
     asked["prompts"].pop("cache")
     grounder = read_card(prompts.grounder) if prompts.grounder else None
