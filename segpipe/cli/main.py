@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from segpipe import __version__
 from segpipe.cli.doctor import doctor_command
+from segpipe.cli.erase import erase_command
 from segpipe.cli.lake import quarantine_command, scan_command
 from segpipe.cli.models import models_app
 from segpipe.cli.output import echo
@@ -57,6 +58,7 @@ app = typer.Typer(
 app.add_typer(models_app, name="models")
 app.command("doctor")(doctor_command)
 app.command("scan")(scan_command)
+app.command("erase")(erase_command)
 app.command("quarantine")(quarantine_command)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file; see configs/jobs/.")]
