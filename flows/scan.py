@@ -16,7 +16,6 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import TaskRunner
 
-from segpipe.config.loading import as_request
 from segpipe.config.scan import Scan
 from segpipe.errors import LeaseLostError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder, now
@@ -34,10 +33,12 @@ from segpipe.lake.selection import (
     new_scenes,
     take_scenes,
 )
+from segpipe.redact import scrubbed
 from segpipe.sources import SceneRef
 from segpipe.store.stop import StopToken
 from segpipe.tables.record import SceneRecord
 from segpipe_flows.dispatch import Dispatch
+from segpipe_flows.here import request_of
 from segpipe_flows.packs import Packs
 from segpipe_flows.runners import check_cluster, task_runner
 from segpipe_flows.segment import OF_REQUEST, attempt_name, stop_on_error
@@ -63,7 +64,7 @@ def scan(scan: Scan) -> State[Any]:
         scan: Which lake, which model, how much at once. Required: lake and model.
     """
     try:
-        scan = as_request(Scan, scan, "scan")
+        scan = request_of(Scan, scan, "scan")
         request = check_scan(scan)
         if scan.dry_run:
             return _dry_run(request)
@@ -109,6 +110,7 @@ class _Scanning:
     seconds: float = 0.0
     """Of devices' work."""
 
+    @scrubbed()
     def go(self, runner: TaskRunner[Any]) -> State[Any]:
         """From the listing to the report."""
         scan, ledger = self.request.scan, self.request.ledger

@@ -1,8 +1,15 @@
 """Errors that a user can act on: each names the file or field, what was found, and what would be valid."""
 
+from __future__ import annotations
+
+from segpipe.redact import clean
+
 
 class SegpipeError(Exception):
-    """Base of every error that is shown as one line, without a traceback."""
+    """Base of every error that is shown as one line, without a traceback. It tells no secret."""
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(clean(text) if isinstance(text, str) else text for text in told))
 
 
 class RequestError(SegpipeError):

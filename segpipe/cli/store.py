@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from segpipe.cli.output import echo
 from segpipe.errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _told(what: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal last
         if time.monotonic() - last >= PATIENCE:
             last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,} stages", file=sys.stderr)
+            echo(f"{what}: {done:,} of {total:,} stages", file=sys.stderr)
 
     yield show
 
@@ -101,13 +102,13 @@ def usage_command(out: Out, as_json: AsJson = False) -> None:
     rows = sorted((_row(found, stage) for stage in found.stages), key=lambda row: -row["bytes"])
     left = [asdict(item) for item in found.leftovers]
     if as_json:
-        print(json.dumps({"stages": rows, "leftovers": left, "pins": found.pins}, indent=2))
+        echo(json.dumps({"stages": rows, "leftovers": left, "pins": found.pins}, indent=2))
         return
     for row in rows:
-        print(_line(row))
+        echo(_line(row))
     total = byte_size(sum(row["bytes"] for row in rows))
     rest = byte_size(sum(item.size for item in found.leftovers))
-    print(f"{len(rows):,} stages, {total}; {len(left):,} leftovers that nothing refers to, {rest}")
+    echo(f"{len(rows):,} stages, {total}; {len(left):,} leftovers that nothing refers to, {rest}")
 
 
 @store_app.command("gc")
@@ -143,15 +144,15 @@ def gc_command(
     rows = [{**_row(found, stage), "pinned": ""} for stage in going]
     if as_json:
         told = {"removed": yes, "stages": rows, "leftovers": [asdict(item) for item in left]}
-        print(json.dumps(told, indent=2))
+        echo(json.dumps(told, indent=2))
         return
     for row in rows:
-        print(_line(row))
+        echo(_line(row))
     for item in left:
-        print(f"  {item.path}  {byte_size(item.size)}")
+        echo(f"  {item.path}  {byte_size(item.size)}")
     freed = byte_size(sum(row["bytes"] for row in rows) + sum(item.size for item in left))
     done = "removed" if yes else "would remove (--yes does it)"
-    print(f"{done}: {len(rows):,} stages and {len(left):,} leftovers, {freed}")
+    echo(f"{done}: {len(rows):,} stages and {len(left):,} leftovers, {freed}")
 
 
 @store_app.command("pin")
@@ -162,7 +163,7 @@ def pin_command(
     from segpipe.store.lifecycle import pin, pins
 
     if not name:
-        print("\n".join(pins(out)) or "nothing is pinned")
+        echo("\n".join(pins(out)) or "nothing is pinned")
         return
     found = _survey(out)
     known = {s.scene for s in found.stages} | {r.run for refs in found.references.values() for r in refs}
@@ -170,7 +171,7 @@ def pin_command(
         valid = ", ".join(sorted(known - {""})) or "none"
         raise RequestError(f"pin: found {name!r}; no run or scene of this name has stages; valid: {valid}")
     pin(out, name)
-    print(f"pinned: {name}")
+    echo(f"pinned: {name}")
 
 
 @store_app.command("unpin")
@@ -181,7 +182,7 @@ def unpin_command(
     from segpipe.store.lifecycle import unpin
 
     unpin(out, name)
-    print(f"no longer pinned: {name}")
+    echo(f"no longer pinned: {name}")
 
 
 @store_app.command("check")
@@ -203,13 +204,13 @@ def check_command(
     left = _survey(out).leftovers
     if as_json:
         told = [asdict(item) for item in left]
-        print(json.dumps({"stages": len(keys), "damaged": lines, "leftovers": told}, indent=2))
+        echo(json.dumps({"stages": len(keys), "damaged": lines, "leftovers": told}, indent=2))
     else:
         for line in lines:
-            print(f"damaged: {line}", file=sys.stderr)
+            echo(f"damaged: {line}", file=sys.stderr)
         for item in left:
-            print(f"nothing refers to {item.path}")
+            echo(f"nothing refers to {item.path}")
         taken = ", taken back: run the jobs again" if repair and lines else ""
-        print(f"{len(keys):,} stages: {len(lines):,} damaged{taken}; {len(left):,} leftovers")
+        echo(f"{len(keys):,} stages: {len(lines):,} damaged{taken}; {len(left):,} leftovers")
     if lines:
         raise typer.Exit(1)

@@ -15,7 +15,18 @@ from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from segpipe.config.loading import load
 from segpipe.config.prompts import PromptOptions
-from segpipe.config.types import AutoNumber, AutoSize, Memory, Name, Strict, Text, WindowSize, form
+from segpipe.config.types import (
+    Address,
+    AddressText,
+    AutoNumber,
+    AutoSize,
+    Memory,
+    Name,
+    Strict,
+    Text,
+    WindowSize,
+    form,
+)
 from segpipe.errors import RequestError
 
 SceneKind = Literal["given", "predicted", "prompted"]
@@ -183,7 +194,7 @@ class Compute(Strict):
 class Regions(Strict):
     """Where numbers are reported: a polygon layer or a label atlas."""
 
-    path: str = Field(
+    path: Address = Field(
         description="Vector layer (GeoPackage, GeoJSON, Shapefile, GeoParquet, …), label atlas (NIfTI, "
         "GeoTIFF), or a grid: grid:1000 (squares of 1000 units of the scene's CRS), h3:7."
     )
@@ -197,7 +208,7 @@ class Regions(Strict):
 class Reference(Strict):
     """The truth to compare with."""
 
-    path: str = Field(description="A label file, or a folder or glob matched to the scenes by name.")
+    path: Address = Field(description="A label file, or a folder or glob matched to the scenes by name.")
     values: dict[int, int | None] = Field(
         default_factory=dict,
         description="Reference value to class value; null: ignored. Others stay as they are.",
@@ -243,7 +254,7 @@ class Measure(Strict):
 class Outputs(Strict):
     """What is written, and where."""
 
-    dir: str = Field(
+    dir: Address = Field(
         "runs",
         description="Folder or URL (s3://…) for the store and for the runs, each in a folder of its own.",
     )
@@ -258,6 +269,9 @@ class Outputs(Strict):
         False,
         description="Also map and report how sure the model is: entropy, margin, confidence and, with "
         "blending or test-time augmentation, disagreement.",
+    )
+    hide_paths: bool = Field(
+        False, description="Tell file names instead of absolute paths of this machine in the run's folder."
     )
     keep: list[Keep] = Field(
         [Keep.labels],
@@ -304,8 +318,8 @@ class Job(Request):
         )
     )  # fmt: skip
 
-    scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
-    labels: Text = Field(
+    scenes: list[Address] = Field(min_length=1, description="Files, globs, folders or URLs.")
+    labels: AddressText = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
     )

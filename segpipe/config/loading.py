@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from segpipe.config.cells import plain_cell
 from segpipe.errors import RequestError
 
 
@@ -167,8 +168,9 @@ def load_groups(path: str, scenes: Iterable[str]) -> dict[str, str]:
         raise RequestError(f"{FIELD}: {path} has the columns {columns}; valid: scene,group and a row a scene")
     found: dict[str, str] = {}
     for row in rows:
-        if found.setdefault(row["scene"], row["group"]) != row["group"]:
-            raise RequestError(f"{FIELD}: {path} has {row['scene']!r} in two groups; valid: one")
+        scene, group = (plain_cell(row[name] or "") for name in ("scene", "group"))
+        if found.setdefault(scene, group) != group:
+            raise RequestError(f"{FIELD}: {path} has {scene!r} in two groups; valid: one")
     missing = [scene for scene in scenes if not found.get(scene)]
     if missing:
         raise RequestError(f"{FIELD}: {path} has no group for {missing[0]!r}; every scene needs one")

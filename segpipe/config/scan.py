@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from segpipe.config.job import Identity, Job, Request
 from segpipe.config.loading import load
-from segpipe.config.types import Memory, Name, Strict, Text, form
+from segpipe.config.types import Address, Memory, Name, Strict, Text, form
 
 
 class LakeKind(str, Enum):
@@ -75,7 +75,7 @@ class BidsFilter(Strict):
 class Lake(Strict):
     """Where scenes arrive."""
 
-    location: str = Field(
+    location: Address = Field(
         min_length=1,
         description="Folder, glob or object store prefix (s3://, gs://, az://); a STAC catalogue's or API's "
         "URL or file; a BIDS or DICOM folder.",

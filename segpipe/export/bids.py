@@ -76,7 +76,7 @@ def parse_bids(uri: str) -> BidsFile | None:
     kind = folders[2] if folders else "anat"
     if kind not in ENTITIES or (kind == "func" and "task" not in entities):
         kind = "anat"  # the standard names no segmentations beside other images
-    root = location[: folders.start()].rstrip("/") if folders else str(path.parent)
+    root = location[: folders.start()].rstrip("/") if folders else location[: -len(path.name)].rstrip("/")
     return BidsFile(entities, name[2], kind, root, location[len(root) :].lstrip("/"), frame)
 
 
@@ -179,7 +179,7 @@ def _copy(location: str, copies: dict[str, str]) -> None:
 
 def _description(record: RunRecord, links: dict[str, str]) -> dict[str, Any]:
     """``dataset_description.json``."""
-    uris = {name: Path(root).absolute().as_uri() for root, name in links.items()}
+    uris = {n: Path(root).as_uri() if root.startswith("/") else root or "." for root, n in links.items()}
     made: dict[str, Any] = {
         "Name": "segpipe",
         "Version": __version__,

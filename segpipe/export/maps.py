@@ -19,10 +19,12 @@ from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.footprint import why_no_place
+from segpipe.export.hide_paths import hide_paths
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
 from segpipe.export.run_folder import ITEM, MANIFEST, Seal, hash_files, own_files, write_seal
+from segpipe.export.staging import json_text
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.metrics.tally import LEVELS
@@ -35,6 +37,7 @@ from segpipe.sources import open_source, package_file
 from segpipe.sources.base import LabelReader, ScoreReader
 from segpipe.sources.identity import identified
 from segpipe.sources.remote import fetch, is_remote
+from segpipe.sources.uri import parse_frame
 from segpipe.store.location import write_atomic
 from segpipe.store.stage import Stage
 from segpipe.tables.object_tables import SceneDetections, detections_table
@@ -255,7 +258,7 @@ def has_nodata(measured: Measured) -> bool:
 @contextmanager
 def _nifti_header(uri: str) -> Iterator[str | None]:
     """The scene's own NIfTI file, whose transforms the labels repeat; None for other formats."""
-    location = uri.split("#")[0]
+    location = parse_frame(uri)[0]
     if not location.endswith((".nii", ".nii.gz")):
         yield None
     elif is_remote(location):
@@ -280,7 +283,7 @@ def seal_scene(
     base = f"scenes/{scene.ref.name}"
     others = (f"/{MANIFEST}", ".html")  # the seal itself, and pages, which are the run's
     own = [p for p in own_files(folder, base) if not p.endswith((*others, f"/{ITEM}"))]
-    names = dict(files)
+    names, hidden = dict(files), scene.job.outputs.hide_paths
     if isinstance(scene.geometry, RasterGeometry) and not why_no_place(scene.geometry):
         from segpipe.export.stac import scene_item  # here: volumes never need pystac
 
@@ -301,10 +304,13 @@ def seal_scene(
             folder=folder,
             created=run.started,
         )
+        if hidden:
+            item = json_text(hide_paths(json.loads(item)))
         write_atomic(folder / base / ITEM, item.encode())
         names["item"] = f"{base}/{ITEM}"
         own.append(names["item"])
-    seal = Seal(scene.ref.uri, scene.pixels.identity, seal_keys(scene, measured), names)
+    source = {"uri": scene.ref.uri, "identity": scene.pixels.identity}
+    seal = Seal(hide_paths(source) if hidden else source, seal_keys(scene, measured), names)
     write_seal(folder, scene.ref.name, seal, own)
     return names
 

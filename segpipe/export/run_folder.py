@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import obstore
 
 from segpipe.errors import DamagedError, RequestError
-from segpipe.sources.remote import public_uri
 from segpipe.store.location import (
     Mark,
     hash_object,
@@ -136,10 +135,8 @@ def own_files(folder: Path, below: str) -> list[str]:
 class Seal:
     """What a scene's own manifest says of it."""
 
-    uri: str
-    """Of the source."""
-    identity: Mapping[str, Any]
-    """Of the source's content."""
+    source: Mapping[str, Any]
+    """Its ``uri`` and the ``identity`` of its content."""
     keys: Mapping[str, str]
     """Of the stages that the files were made from."""
     names: Mapping[str, str]
@@ -157,12 +154,11 @@ def write_seal(folder: Path, scene: str, seal: Seal, paths: Iterable[str]) -> No
         seal: without marks.
         paths: of the scene's files.
     """
-    source = {"uri": public_uri(seal.uri), "identity": _public(seal.identity)}
     listed = sorted(paths)
     while True:
         before = [(folder / path).stat().st_ino for path in listed]
         marks = hash_files(folder, listed)
-        told = {"source": source, "keys": seal.keys, "names": seal.names, "files": _listed(marks)}
+        told = {"source": seal.source, "keys": seal.keys, "names": seal.names, "files": _listed(marks)}
         write_atomic(folder / "scenes" / scene / MANIFEST, _json({**told, "sha256": _digest(told)}))
         if [(folder / path).stat().st_ino for path in listed] == before:
             return
@@ -321,15 +317,6 @@ def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[s
     """The run's files and their bytes."""
     listed = (meta for chunk in obstore.list(store, below) for meta in chunk)
     return {m["path"]: m["size"] for m in listed if not _NOT_OURS.search(m["path"])}
-
-
-def _public(value: Any) -> Any:
-    """A JSON value with `public_uri` applied to every text of it."""
-    if isinstance(value, str):
-        return public_uri(value)
-    if isinstance(value, Mapping):
-        return {k: _public(v) for k, v in value.items()}
-    return [_public(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _listed(marks: Marks) -> dict[str, dict[str, Any]]:

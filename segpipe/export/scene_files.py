@@ -30,10 +30,10 @@ from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene
+from segpipe.redact import clean
 from segpipe.regions import region_layer
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
-from segpipe.sources.remote import public_uri
 from segpipe.store.location import sweep_drafts, write_atomic
 from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
@@ -217,7 +217,7 @@ def done_record(
         notes.append(f"no regions.gpkg was written: {len(classes)} classes, over {MOST_CLASSES}")
     return SceneRecord(
         name=scene.ref.name,
-        uri=public_uri(scene.ref.uri),
+        uri=str(scene.ref.uri),
         state="done",
         notes=tuple(notes),
         geometry=geometry_summary(scene.geometry),
@@ -234,8 +234,8 @@ def done_record(
 
 def failed_record(ref: SceneRef, error: str, attempts: int = 1) -> SceneRecord:
     """The record of a scene that failed, with its cause in one line."""
-    line, uri = public_uri(" ".join(error.split())), public_uri(ref.uri)
-    return SceneRecord(name=ref.name, uri=uri, state="failed", error=line, attempts=attempts)
+    line = clean(" ".join(error.split()))
+    return SceneRecord(name=ref.name, uri=str(ref.uri), state="failed", error=line, attempts=attempts)
 
 
 def geometry_summary(geometry: Geometry) -> GeometrySummary:

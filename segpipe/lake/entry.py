@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from segpipe.config.job import Identity
+from segpipe.redact import address, whole
 from segpipe.sources.discover import FOLDER_SUFFIXES, LONGEST_NAME, safe_name
 from segpipe.sources.identity import file_identity
-from segpipe.sources.remote import public_uri
 from segpipe.sources.uri import PICTURE_SUFFIXES
 from segpipe.store.stop import Fence
 
@@ -55,8 +55,8 @@ class LakeEntry:
 
     def digest_of(self, identity: dict[str, Any]) -> str:
         """The digest under another identity."""
-        place = public_uri(self.uri)  # a signature is another one in each listing
-        parts = [place, identity] if place == self.uri else [place, self.name, identity]
+        place = address(self.uri)  # a signature is another one in each listing
+        parts = [place, identity] if place == whole(self.uri) else [place, self.name, identity]
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -23,7 +23,6 @@ from pydantic import TypeAdapter
 
 from segpipe.errors import DamagedError
 from segpipe.lake.entry import LakeEntry
-from segpipe.sources.remote import public_uri
 from segpipe.store.location import delete_objects, join, open_store, read_object, sealed, unsealed
 from segpipe.tables.record import SceneRecord
 
@@ -272,7 +271,7 @@ class Receipts:
 
 def _told(found: LakeEntry) -> dict[str, Any]:
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"name": found.name, "uri": public_uri(found.uri), "identity": found.identity, "at": at}
+    return {"name": found.name, "uri": str(found.uri), "identity": found.identity, "at": at}
 
 
 def _dump(record: SceneRecord) -> Any:

@@ -19,10 +19,11 @@ from segpipe.lake.files import wanted
 from segpipe.lake.lease import Holder
 from segpipe.lake.ledger import Known, Ledger
 from segpipe.lake.listing import list_lake
+from segpipe.redact import seal, whole
 from segpipe.report.markdown import plain_text
 from segpipe.runs.check import ResolvedJob, check_job, fingerprint
 from segpipe.sources.base import SceneRef
-from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.remote import is_remote, remote_identity
 from segpipe.store.location import check_writable, is_url
 from segpipe.store.stop import Fence
 from segpipe.tables.units import byte_size
@@ -240,7 +241,8 @@ def may_pass(found: LakeEntry) -> bool:
 
     What cannot be read though it is there is damaged.
     """
-    parts = [part.partition("#")[0] for part in found.uri.removeprefix("stack:").split("|")]
+    uris = whole(found.uri).removeprefix("stack:").split("|")
+    parts = [seal(uri.partition("#")[0]) for uri in uris]
     return any(
         remote_identity(part)[1] is not None if is_remote(part) else not Path(part).exists() for part in parts
     )
@@ -253,7 +255,7 @@ def dry_run_markdown(scan: Scan, looked: Looked, shown: Sequence[LakeEntry]) -> 
         lines += [f"{byte_size(looked.size)} to read.", "", "| Scene | Size | Where |", "| --- | --- | --- |"]
         for found in shown:
             size = byte_size(found.size) if found.size else ""
-            lines.append(f"| {plain_text(found.name)} | {size} | {plain_text(public_uri(found.uri))} |")
+            lines.append(f"| {plain_text(found.name)} | {size} | {plain_text(found.uri)} |")
     if looked.counts["new"] > len(shown):
         lines += ["", f"and {looked.counts['new'] - len(shown):,} more"]
     return "\n".join(lines)

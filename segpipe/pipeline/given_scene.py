@@ -121,7 +121,7 @@ def find_labels(labels: str, scene_name: str) -> str:
         RequestError: the path does not exist, or a folder or glob holds no label file.
         SceneError: no file or several fit the scene; names the candidates.
     """
-    if has_magic(labels):
+    if has_magic(labels) and "://" not in labels:
         found = sorted(glob(labels, recursive=True))  # noqa: PTH207 (absolute patterns)
         inside = [f for f in found if Path(f).parent.name == scene_name]
         if len(inside) > 1:

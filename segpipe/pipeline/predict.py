@@ -105,7 +105,8 @@ def finish_labels(scene: Scene) -> Done:
         join_objects(scene)
         return Done(1, 0, time.perf_counter() - begun, {})
     clean = ArraySpec("labels", scene.card.label_dtype, scene.nodata, labels=True)
-    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {}, whole=True)
+    info = {"scene": scene.ref.name}
+    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], info, whole=True)
     cleaned = clean_labels(scene.predict.read("labels", scene.geometry.box.slices), scene.card)
     files: Marks = {}
     for index in blocks.indices():

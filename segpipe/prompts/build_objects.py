@@ -120,7 +120,7 @@ def _write(scene: PromptScene, blocks: Blocks, rasterised: RasterisedMasks, vali
         ArraySpec("labels", "uint16", scene.nodata, labels=True),
         ArraySpec("instances", "uint32", 0, labels=True),
     ]
-    in_force = scene.labels.create(scene.geometry, blocks, arrays, {}, whole=True)
+    in_force = scene.labels.create(scene.geometry, blocks, arrays, {"scene": scene.ref.name}, whole=True)
     files: Marks = {}
     scale = SizeScale.of(scene.geometry)
     count, axes = len(rasterised.objects), scene.geometry.ndim

@@ -21,6 +21,7 @@ from segpipe.models.registry import check_card
 from segpipe.pipeline.measure import TALLY_VERSION, tolerances
 from segpipe.pipeline.plan_scene import model_parts
 from segpipe.prompts.phrases import phrase_classes
+from segpipe.redact import address, seal, whole
 from segpipe.regions.base import is_grid
 from segpipe.sources import SceneRef, discover
 from segpipe.sources.base import matches
@@ -199,7 +200,9 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         asked["compute"].pop(key)
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
-    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
+    outputs = asked["outputs"]
+    asked["outputs"] = {k: outputs[k] for k in ("formats", "scores", "uncertainty")}
+    asked["outputs"] |= {"hide_paths": True} if outputs["hide_paths"] else {}  # other texts, another folder
     files, prompts = [s.uri for s in scenes], job.prompts
     asked["prompts"].pop("cache")
     asked.pop("identity")  # what it asks of the inputs is said below
@@ -226,10 +229,12 @@ def _state(uri: str, how: Identity) -> list[Any]:
     """A path with what tells that it changed: the identity of the file, or of a folder's or glob's files."""
     if uri.startswith(STACK):
         return [uri, *(_state(part, how) for part in stack_files(uri))]
+    if is_remote(uri):
+        return [address(uri), *input_identity(seal(whole(uri).split("#")[0]), how)]
     location = uri.removeprefix(MOSAIC).split("#")[0]
     if location.startswith(PACKAGE):
         location = str(package_file(location))
-    if is_remote(location) or Path(location).exists():
+    if Path(location).exists():
         return [uri, *input_identity(location, how)]
     files = [] if is_url(location) else [m for p in matches(location) if p.is_file() for m in members(p)]
     return [uri, *file_identity(files, how)]

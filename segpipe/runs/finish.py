@@ -11,6 +11,7 @@ from segpipe.config.classes import load_classes, with_found
 from segpipe.config.job import Format, Job
 from segpipe.config.loading import load_groups
 from segpipe.export.bids import write_bids
+from segpipe.export.hide_paths import hide_record
 from segpipe.export.maps import has_nodata
 from segpipe.export.run_folder import RunFolder, local_folder, now, write_manifest
 from segpipe.models.weights import weights_fingerprint
@@ -56,6 +57,8 @@ def finish_run(
         groups=load_groups(groups, [s.name for s in scenes]) if (groups := job.measure.groups) else {},
         notes=tuple(n for n in (job.description, *given, *notes) if n),
     )
+    if job.outputs.hide_paths:
+        record = hide_record(record)
     _write(run, record, measured)
     if not record.failed:  # else the same request goes on with what is stored
         forget_uses(run.out, run.job, mark_of(run.name))

@@ -8,6 +8,7 @@ from typing import Any
 
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
+from segpipe.redact import seal
 from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, require_file
 from segpipe.sources.discover import discover
 from segpipe.sources.isolated import IsolatedSource
@@ -54,6 +55,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         SceneError: missing, damaged, or of a kind that cannot be a scene.
         RequestError: ``band_names`` has not one name per channel, or the URI is malformed.
     """
+    uri = seal(uri)
     if uri.startswith(MEMORY):
         return MemorySource(uri, band_names=band_names)
     return (open_in_process if trusted() else IsolatedSource)(uri, band_names=band_names)

@@ -12,6 +12,7 @@ from os import walk
 from pathlib import Path
 
 from segpipe.errors import RequestError
+from segpipe.redact import address, seal, whole
 from segpipe.sources.base import SceneRef, matches
 from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.memory import MEMORY
@@ -81,8 +82,8 @@ def discover(patterns: Sequence[str]) -> list[SceneRef]:
     """
     found: dict[str, _Found] = {}
     for pattern in patterns:
-        for scene in _entry(pattern):
-            found.setdefault(scene.uri, scene)
+        for scene in _entry(seal(pattern)):
+            found.setdefault(address(scene.uri), scene)
     scenes = list(found.values())
     if not scenes:
         raise RequestError("scenes: nothing is listed; give files, globs, folders or URLs")
@@ -200,7 +201,9 @@ def _stack(uri: str) -> _Found:
     common = re.sub(r"[^._-]*$", "", "".join(letters[0] for letters in same))
     missing = any(not is_remote(f) and not Path(f).exists() for f in files)
     stem, parent = (common.strip("._-"), folder) if common.strip("._-") else (folder, above)
-    return _Found(STACK + SEPARATOR.join(files), safe_name(stem), safe_name(parent), missing)
+    return _Found(
+        seal(STACK + SEPARATOR.join(map(whole, files))), safe_name(stem), safe_name(parent), missing
+    )
 
 
 def _series(folder: Path, series: str) -> _Found:

@@ -25,6 +25,7 @@ from segpipe.process.gdal_drivers import RASTER_DRIVERS, RASTERIO_DRIVERS, skip_
 from segpipe.sources.base import reason
 from segpipe.sources.hdf5 import is_hdf5, require_own_data
 from segpipe.sources.remote import is_remote
+from segpipe.sources.uri import reveal
 
 # A raster without a position is a note of its source: the report shows it, a warning is lost.
 # Filtered once and for all because warnings.catch_warnings is not safe among threads.
@@ -216,7 +217,9 @@ class Handles:
 
     def _open(self) -> Any:
         try:
-            return open_raster(self._uri) if self._vrt is None else rasterio.open(self._vrt, driver="VRT")
+            if self._vrt is not None:
+                return rasterio.open(self._vrt, driver="VRT")
+            return open_raster(reveal(self._uri) if self._remote else self._uri)
         except GDAL_ERRORS as error:
             found = "" if self._remote else _what_it_holds(self._uri)
             raise SceneError(f"{self._uri}: cannot be opened: {gdal_reason(error)}{found}") from error

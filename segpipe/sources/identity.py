@@ -20,8 +20,9 @@ from xml.etree import ElementTree as ET
 
 from segpipe.config.job import Identity
 from segpipe.errors import SceneError
+from segpipe.redact import address
 from segpipe.sources.base import reason
-from segpipe.sources.remote import is_remote, public_uri, remote_hash, remote_identity
+from segpipe.sources.remote import is_remote, remote_hash, remote_identity
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """Ranges that are hashed of a file, from its first to its last byte; smaller files are hashed whole."""
@@ -151,7 +152,7 @@ def _entry(path: str, content: bool) -> dict[str, Any] | None:
     if is_remote(path):
         told = remote_identity(path)[0]
         if content and "size" in told:
-            return {"uri": public_uri(path), "size": told["size"], "sha256": remote_hash(path, repr(told))}
+            return {"uri": address(path), "size": told["size"], "sha256": remote_hash(path, repr(told))}
         return told
     try:
         if path.endswith(PAM):

@@ -16,6 +16,7 @@ from nibabel.spatialimages import HeaderDataError
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
+from segpipe.redact import address, seal, whole
 from segpipe.sources.base import (
     Pixels,
     Source,
@@ -27,7 +28,7 @@ from segpipe.sources.base import (
     scaling_of,
 )
 from segpipe.sources.identity import file_identity
-from segpipe.sources.remote import fetch, is_remote, public_uri
+from segpipe.sources.remote import fetch, is_remote
 
 READ_ERRORS = (OSError, ValueError, EOFError, ImageFileError, HeaderDataError)
 """What nibabel and indexed_gzip raise at a damaged file."""
@@ -72,7 +73,7 @@ class NiftiSource(Source):
                 that cannot be a scene.
             RequestError: ``band_names`` has not one name.
         """
-        self.uri = path if frame is None else f"{path}#frame={frame}"
+        self.uri = path if frame is None else seal(f"{whole(path)}#frame={frame}")
         if copy is None and is_remote(path):
             self._kept = fetch(path)  # for as long as this source
             copy = str(self._kept.path), self._kept.identity
@@ -99,7 +100,7 @@ class NiftiSource(Source):
         held = [h.filename for h in image.file_map.values() if h.filename]
         there = [f for f in held if Path(f).exists()]
         files = file_identity(there) if copy is None else [copy[1]]
-        self.identity = {"uri": self.uri if copy is None else public_uri(self.uri), "files": files}
+        self.identity = {"uri": self.uri if copy is None else address(self.uri), "files": files}
         rename_bands(self, band_names)
 
     def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:

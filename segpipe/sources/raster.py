@@ -14,6 +14,7 @@ from segpipe.config.job import Identity
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
+from segpipe.redact import address
 from segpipe.sources.base import (
     TIMES,
     Pixels,
@@ -27,7 +28,7 @@ from segpipe.sources.base import (
 )
 from segpipe.sources.gdal import SUFFIX, Handles, cache_for_strips, read_vrt, window_of
 from segpipe.sources.identity import file_identity, input_identity, members
-from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.remote import is_remote, remote_identity
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""
@@ -191,8 +192,8 @@ class RasterSource(Source):
         else:
             content = file_identity({*files, *(m for f in files for m in members(Path(f)))})
         return {
-            # Without the query: a signed URL is another text each time.
-            "uri": public_uri(self.uri) if remote else self.uri,
+            # Without the signature, which is another text each time.
+            "uri": address(self.uri) if remote else self.uri,
             "files": content,
             "geometry": self.geometry.to_dict(),
             # repr: NaN is not JSON

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import Any
 from weakref import finalize
 
 from segpipe.errors import SceneError
+from segpipe.redact import address, public_uri
 from segpipe.sources.base import reason
+from segpipe.sources.uri import reveal
+
+__all__ = ["REMOTE_SCHEMES", "Copy", "fetch", "is_remote", "public_uri", "remote_identity"]
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "https://", "http://")
 """What GDAL opens in place."""
-_USER = re.compile(r"(?<=://)[^/@\s]*@")
-_SIGNED = re.compile(r"(://[^?#|\s]*)\?[^#|\s]*?(?=[:,;.)]*(?:[#|\s]|$))")
 PATIENCE: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 """With a store that does not answer; obstore's own is minutes."""
 COPIES_BYTES = 4 * 2**30
@@ -33,15 +34,6 @@ def is_remote(uri: str) -> bool:
     return uri.startswith(REMOTE_SCHEMES)
 
 
-def public_uri(text: str) -> str:
-    """URLs without what may be secret in them: user and password, and the query of a signed one.
-
-    Args:
-        text: a URI, of a stack too, or a message with some in it.
-    """
-    return _SIGNED.sub(r"\1", _USER.sub("", text))
-
-
 def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
     """Address, size, time and ETag of a remote file, from a HEAD request.
 
@@ -51,9 +43,9 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
     try:
         return _look(uri), None
     except SceneError as error:
-        told = public_uri(str(error).removeprefix(f"{uri}: "))[:120]
+        told = str(error).removeprefix(f"{uri}: ")[:120]
         note = f"identified by its address alone, a change will not be seen ({told})"
-        return {"uri": public_uri(uri)}, note
+        return {"uri": address(uri)}, note
 
 
 @lru_cache(maxsize=10_000)
@@ -156,8 +148,8 @@ def _store(uri: str) -> tuple[Any, str]:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    address, _, query = uri.partition("?")
-    folder, _, name = address.rpartition("/")
+    place, _, query = reveal(uri).partition("?")
+    folder, _, name = place.rpartition("/")
     if query:
         raise SceneError(f"{uri}: the URL has a query")
     try:
@@ -170,5 +162,5 @@ def _store(uri: str) -> tuple[Any, str]:
 
 def _told(uri: str, meta: Any) -> dict[str, Any]:
     modified = meta["last_modified"].isoformat()
-    told = {"uri": public_uri(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}
+    told = {"uri": address(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}
     return {**told, "version": meta["version"]} if meta.get("version") else told
