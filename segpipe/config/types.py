@@ -49,4 +49,6 @@ def form(*fields: str) -> Callable[[dict[str, Any]], None]:
 class Strict(BaseModel):
     """Unknown keys are mistakes; values don't change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False, json_schema_extra=_titled)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_enum_values=False, allow_inf_nan=False, json_schema_extra=_titled
+    )

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -156,11 +157,16 @@ def require_file(path: Path) -> None:
     Raises:
         SceneError: there is no such file, it is a folder, or it is empty.
     """
-    if not path.exists():
-        raise SceneError(f"{path}: no such file")
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise SceneError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL in it, not permitted
+        why = getattr(error, "strerror", None) or reason(error)
+        raise SceneError(f"{str(path)[:200]!r}: cannot be opened: {why}") from error
+    if S_ISDIR(found.st_mode):
         raise SceneError(f"{path}: is a folder; expected a file")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise SceneError(f"{path}: the file is empty (0 bytes)")
 
 
