@@ -22,7 +22,9 @@ Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 """Text that may be left out, empty or null. A form shows a plain box, where a union would be two tabs."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A name that is safe as a folder's."""
-Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
+Several = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+"""A list that may be given as its one text."""
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$"), BeforeValidator(as_text)]
 
 
 _WORDS = {"crs": "CRS", "iou": "IoU", "tta": "Test-time augmentation", "dir": "Folder"}

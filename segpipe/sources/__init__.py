@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
-from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
+from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, local_path
 from segpipe.sources.discover import discover
 from segpipe.sources.memory import MEMORY, MemorySource
 from segpipe.sources.mosaic import MOSAIC, open_mosaic
@@ -64,7 +63,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     if location.startswith(PACKAGE):
         path = package_file(location)
     else:
-        path = Path(location.removeprefix("file://")).expanduser()
+        path = local_path(location.removeprefix("file://"))
     if not path.exists():
         raise SceneError(f"{path}: no such file")
     kind = kind_of(path)

@@ -151,6 +151,23 @@ def reason(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def local_path(text: str) -> Path:
+    """A path with ``~`` written out, which may be a glob or not be there.
+
+    Raises:
+        RequestError: the system cannot look it up: too long, a loop of links, an unknown user, not permitted.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL; RuntimeError: no such user
+        why = getattr(error, "strerror", None) or reason(error)
+        raise RequestError(f"{text[:200]!r}: cannot be looked up: {why}; give another path") from error
+    return path
+
+
 def require_file(path: Path) -> None:
     """Refuse a path that holds nothing to open.
 
