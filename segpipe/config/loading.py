@@ -33,7 +33,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RequestError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise RequestError(f"{path}:{where} is not valid YAML: {problem}") from error
     if not isinstance(data, dict):
         raise RequestError(f"{path}: found {type(data).__name__}, a mapping of keys was expected")
     return data
