@@ -51,6 +51,9 @@ class _ClassFile(BaseModel):
         twice = sorted({v for v in values if values.count(v) > 1})
         if twice:
             raise ValueError(f"classes: a value stands once; found twice: {', '.join(map(str, twice))}")
+        names = [c.name for c in self.classes]
+        if same := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"classes: a name stands once; found twice: {', '.join(same)}")
         return self
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
 
 from segpipe.config.loading import load
 from segpipe.config.prompts import PromptOptions
@@ -22,6 +22,7 @@ from segpipe.config.types import (
     AutoSize,
     Memory,
     Name,
+    Several,
     Strict,
     Text,
     WindowSize,
@@ -251,10 +252,22 @@ class Measure(Strict):
     )
 
 
+def _folder(value: object) -> object:
+    """A folder with ``~`` written out."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError("no folder is named (a bare ~ is YAML's null); valid: runs, '~/runs', . or a URL")
+    if isinstance(value, str) and value.startswith("~"):
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError as error:
+            raise ValueError("there is no such user; valid: a folder or URL") from error
+    return value
+
+
 class Outputs(Strict):
     """What is written, and where."""
 
-    dir: Address = Field(
+    dir: Annotated[Address, BeforeValidator(_folder)] = Field(
         "runs",
         description="Folder or URL (s3://…) for the store and for the runs, each in a folder of its own.",
     )
@@ -318,7 +331,9 @@ class Job(Request):
         )
     )  # fmt: skip
 
-    scenes: list[Address] = Field(min_length=1, description="Files, globs, folders or URLs.")
+    scenes: Annotated[list[Address], Several] = Field(
+        min_length=1, description="Files, globs, folders or URLs."
+    )
     labels: AddressText = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",

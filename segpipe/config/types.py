@@ -41,7 +41,9 @@ AddressText = Annotated[Text, WrapValidator(_sealed)]
 """The same, or empty."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A name that is safe as a folder's."""
-Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
+Several = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+"""A list that may be given as its one text."""
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$"), BeforeValidator(as_text)]
 
 
 _WORDS = {"crs": "CRS", "iou": "IoU", "tta": "Test-time augmentation", "dir": "Folder"}
@@ -68,4 +70,6 @@ def form(*fields: str) -> Callable[[dict[str, Any]], None]:
 class Strict(BaseModel):
     """Unknown keys are mistakes; values don't change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False, json_schema_extra=_titled)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_enum_values=False, allow_inf_nan=False, json_schema_extra=_titled
+    )

@@ -186,7 +186,11 @@ def _check_paths(job: Job) -> None:
     for field, path in paths.items():
         if not path or is_url(path) or has_magic(path) or path.startswith("/vsi"):
             continue
-        if not Path(path).exists():
+        try:
+            there = Path(path).exists()
+        except OSError as error:  # too long, a loop of links, not permitted
+            raise RequestError(f"{field}: {path[:200]} cannot be looked up: {error.strerror}") from error
+        if not there:
             raise RequestError(f"{field}: {path} does not exist (seen from the working folder)")
 
 

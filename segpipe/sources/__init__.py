@@ -9,7 +9,7 @@ from typing import Any
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
 from segpipe.redact import seal
-from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, require_file
+from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, local_path, require_file
 from segpipe.sources.discover import discover
 from segpipe.sources.isolated import IsolatedSource
 from segpipe.sources.memory import MEMORY, MemorySource
@@ -85,7 +85,7 @@ def open_in_process(
     if location.startswith(PACKAGE):
         path = package_file(location)
     else:
-        path = Path(location.removeprefix("file://")).expanduser()
+        path = local_path(location.removeprefix("file://"))
     if not path.is_dir():
         require_file(path)
     kind = kind_of(path)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -168,19 +169,41 @@ def reason(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def local_path(text: str) -> Path:
+    """A path with ``~`` written out, which may be a glob or not be there.
+
+    Raises:
+        RequestError: the system cannot look it up: too long, a loop of links, an unknown user, not permitted.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL; RuntimeError: no such user
+        why = getattr(error, "strerror", None) or reason(error)
+        raise RequestError(f"{text[:200]!r}: cannot be looked up: {why}; give another path") from error
+    return path
+
+
 def require_file(path: Path) -> None:
     """Refuse a path that holds nothing to open.
 
     Raises:
         SceneError: there is no such file, it is a folder, or it is empty.
     """
-    if not path.exists():
-        raise SceneError(f"{path}: no such file")
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise SceneError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL in it, not permitted
+        why = getattr(error, "strerror", None) or reason(error)
+        raise SceneError(f"{str(path)[:200]!r}: cannot be opened: {why}") from error
+    if S_ISDIR(found.st_mode):
         raise SceneError(f"{path}: is a folder; expected a file")
-    if not path.is_file():  # opening one waits for whoever writes into it
+    if not S_ISREG(found.st_mode):  # opening a pipe waits for whoever writes into it
         raise SceneError(f"{path}: is no regular file but a pipe, socket or device")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise SceneError(f"{path}: the file is empty (0 bytes)")
 
 

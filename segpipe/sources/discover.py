@@ -13,7 +13,7 @@ from pathlib import Path
 
 from segpipe.errors import RequestError
 from segpipe.redact import address, seal, whole
-from segpipe.sources.base import SceneRef, matches
+from segpipe.sources.base import SceneRef, local_path, matches
 from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.memory import MEMORY
 from segpipe.sources.mosaic import MOSAIC, mosaic_files
@@ -124,14 +124,14 @@ def _entry(pattern: str) -> list[_Found]:
         return [_remote(pattern)]
     path, series = parse_series(pattern.removeprefix("file://"))
     if series is not None:
-        return [_series(Path(path).expanduser().absolute(), series)]
+        return [_series(local_path(path).absolute(), series)]
     path, frame = parse_frame(path)
     if path.startswith(PACKAGE):
         package_file(path)
         return [_named(pattern, Path(path), frame)]
     if not path.strip():
         raise RequestError("scenes: an entry is empty")
-    whole = Path(path).expanduser().absolute()
+    whole = local_path(path).absolute()
     if whole.is_dir():
         found = _in_folder(whole)
         if not found:

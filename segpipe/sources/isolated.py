@@ -15,7 +15,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import geometry_from_dict
 from segpipe.redact import seal, whole
 from segpipe.sources import readers
-from segpipe.sources.base import Pixels, Scaling, Source
+from segpipe.sources.base import Pixels, Scaling, Source, local_path
 from segpipe.sources.gdal import SUFFIX, read_vrt
 from segpipe.sources.mosaic import MOSAIC, mosaic_files
 from segpipe.sources.remote import Copy, fetch, is_remote
@@ -170,4 +170,4 @@ def _access(uri: str, location: str, copy: Copy | None) -> readers.Access:
 
 
 def _local(name: str) -> Path:
-    return package_file(name) if name.startswith(PACKAGE) else Path(name.removeprefix("file://")).expanduser()
+    return package_file(name) if name.startswith(PACKAGE) else local_path(name.removeprefix("file://"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from datetime import timedelta
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
-from shutil import rmtree
+from shutil import copyfileobj, rmtree
 from tempfile import mkdtemp
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 from weakref import finalize
 
 from segpipe.errors import SceneError
@@ -80,9 +83,13 @@ class Copy:
         from obstore import get
         from obstore.exceptions import BaseError
 
-        store, name = _store(uri)
         folder = mkdtemp(prefix="segpipe-copy-")
         finalize(self, rmtree, folder, ignore_errors=True)
+        if _is_signed(uri):
+            self.path = Path(folder) / (Path(urlsplit(reveal(uri)).path).name or "file")
+            self.identity = _download(uri, self.path)
+            return
+        store, name = _store(uri)
         self.path = Path(folder) / name
         try:
             found = get(store, name)
@@ -93,6 +100,28 @@ class Copy:
             raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
         self.identity = _told(uri, found.meta)
         """As of `remote_identity`."""
+
+
+def _is_signed(uri: str) -> bool:
+    """Whether it is an HTTP URL with a query, which no store's path has."""
+    return uri.startswith(("http://", "https://")) and "?" in reveal(uri)
+
+
+def _download(uri: str, path: Path) -> dict[str, Any]:
+    """Write what a signed URL has to a file; its identity.
+
+    Raises:
+        SceneError: the server does not answer, or says no.
+    """
+    try:
+        with urlopen(reveal(uri), timeout=PATIENCE["retry_timeout"].total_seconds()) as answer:
+            with path.open("wb") as file:
+                copyfileobj(answer, file, PART_BYTES)
+            told = answer.headers
+    except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
+        raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
+    size, modified = path.stat().st_size, told["Last-Modified"]
+    return {"uri": address(uri), "size": size, "mtime": modified, "etag": told["ETag"]}
 
 
 _kept: list[Copy] = []
@@ -107,8 +136,10 @@ def fetch(uri: str) -> Copy:
     planned, read and exported: a process keeps the copies that it used last, up to `COPIES_BYTES`.
 
     Raises:
-        SceneError: it is not there, its store does not answer, or the URL is signed.
+        SceneError: it is not there, or its store does not answer.
     """
+    if _is_signed(uri):  # nobody tells whether it is still the same: fetched each time
+        return Copy(uri)
     with _lock:  # one at a time: whoever waits for this very file must not fetch it too
         identity = _look(uri)
         copy = next((c for c in _kept if c.identity == identity), None)
