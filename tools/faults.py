@@ -305,8 +305,13 @@ def _flips(lab: Lab) -> Outcome:
 
 @fault("shards deleted, emptied, cut")
 def _shards(lab: Lab) -> Outcome:
-    actions = [Path.unlink, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-9])]
-    return _store(lab, lambda path, n: actions[n % 3](path))
+    def damage(path: Path, number: int) -> None:
+        data = path.read_bytes()
+        path.unlink()
+        if number % 3:
+            path.write_bytes(data[:-9] if number % 3 == 1 else b"")
+
+    return _store(lab, damage)
 
 
 def _flip(path: Path, number: int) -> None:
