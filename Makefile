@@ -19,14 +19,19 @@ help:
 	@echo "make services  a Prefect server, object store, Dask and workers on loopback (DATABASE=postgres);"
 	@echo "               make services-stop ends them"
 	@echo "make soak      45 minutes of scans, questions and cancels at random"
-	@echo "make lint      ruff and mypy;  make lock: resolve requirements.lock anew"
+	@echo "make lint      ruff and mypy;  make lock: resolve the locks anew, with hashes"
 	@echo "make docs      the documentation as pages, in build/docs"
 
-$(INSTALLED): requirements.lock pyproject.toml
+# Nothing is installed whose hash is not in a lock: a build has no environment of its own either, which pip
+# would fill with whatever is newest.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation
+
+$(INSTALLED): build.lock requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) --require-hashes -r build.lock
+	$(PIP) --require-hashes --no-deps -r requirements.lock
+	$(PIP) --no-index --no-deps -e .
 	@touch $@
 
 demo: $(INSTALLED)
@@ -56,9 +61,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What only the pages need is no part of the lock: it is installed here, beside what the lock pins.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	@echo "build/docs/index.html"
 
@@ -71,13 +74,15 @@ services: $(INSTALLED)
 services-stop:
 	@test ! -x $(BIN)/python || $(BIN)/python -m tests.services stop
 
+# For every platform, with the hashes of all files of a version. `make lock UPGRADE=` keeps the versions there are.
+UPGRADE ?= --upgrade
+LOCK := $(BIN)/uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes \
+    --no-annotate --no-header --no-emit-index-url
+
 lock: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra all --extra demo --extra dev \
-	    pyproject.toml \
-	    --no-annotate --no-header --no-emit-index-url -o requirements.lock
-	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra all -c requirements.lock pyproject.toml \
-	    --no-annotate --no-header --no-emit-index-url -o infra/docker/requirements.txt
+	$(LOCK) $(UPGRADE) $(addprefix --extra ,all demo dev docs) --group supply pyproject.toml -o requirements.lock
+	$(LOCK) --extra all -c requirements.lock pyproject.toml -o infra/docker/requirements.txt
+	$(LOCK) --group build -c requirements.lock -o build.lock
 
 clean: services-stop
 	rm -rf .venv .prefect .demo .services runs
