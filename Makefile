@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Files side by side; at most four, for each starts servers and networks of its own.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-data test test-all bench soak lint docs serve services services-stop lock clean help
+.PHONY: demo demo-data test test-all bench soak lint docs serve services services-stop lock sbom images faults clean help
 
 help:
 	@echo "make demo      install, then segment a Landsat scene and a brain MRI, with reports"
@@ -20,6 +20,8 @@ help:
 	@echo "               make services-stop ends them"
 	@echo "make soak      45 minutes of scans, questions and cancels at random"
 	@echo "make lint      ruff and mypy;  make lock: resolve the locks anew, with hashes"
+	@echo "make faults    damaged stores and object stores that fail, the long forms too"
+	@echo "make sbom      what is installed and its licences, in build/sbom;  make images: pin base images by digest"
 	@echo "make docs      the documentation as pages, in build/docs"
 
 # Nothing is installed whose hash is not in a lock: a build has no environment of its own either, which pip
@@ -45,6 +47,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
+
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults tests/inference/test_damage.py -m "slow or not slow"
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pipeline
@@ -83,6 +88,19 @@ lock: $(INSTALLED)
 	$(LOCK) $(UPGRADE) $(addprefix --extra ,all demo dev docs) --group supply pyproject.toml -o requirements.lock
 	$(LOCK) --extra all -c requirements.lock pyproject.toml -o infra/docker/requirements.txt
 	$(LOCK) --group build -c requirements.lock -o build.lock
+
+# Of this environment with its licences, and of what the images install.
+sbom: $(INSTALLED)
+	mkdir -p build/sbom
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	    --output-file build/sbom/environment.cdx.json $(BIN)/python
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+	    --output-file build/sbom/image.cdx.json infra/docker/requirements.txt
+	$(BIN)/pip-licenses --python $(BIN)/python --format csv --with-urls --output-file build/sbom/licences.csv
+
+# Needs Docker and the registries of the images; what it writes is to be committed.
+images: $(INSTALLED)
+	$(BIN)/python -m infra.pin_images
 
 clean: services-stop
 	rm -rf .venv .prefect .demo .services runs
