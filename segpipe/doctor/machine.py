@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from segpipe.doctor.finding import Finding, State, check
+from segpipe.process.sandbox import landlock_version
+from segpipe.sources.readers import TRUSTED, trusted
 
 GIB = 2**30
 LEAST_MEMORY = 4 * GIB
@@ -209,6 +211,19 @@ def check_gdal() -> Finding:
         advice = "scenes of these formats cannot be read; others can"
         return Finding("gdal", State.warn, f"{found} without {', '.join(lacks)}", advice)
     return Finding("gdal", State.ok, f"{found}: {', '.join([*NEEDED_FORMATS, *FURTHER_FORMATS])}")
+
+
+@check("readers")
+def check_readers() -> Finding:
+    """What stands between this machine and the files of strangers."""
+    if trusted():
+        advice = f"unset {TRUSTED}, unless all files have one author whom you trust"
+        return Finding("readers", State.warn, "files are opened in the process that computes", advice)
+    version = landlock_version()
+    if not version:
+        found = "memory and time of readers are bounded, what they read and whom they ask is not"
+        return Finding("readers", State.warn, found, "run on Linux 5.13 or later, with Landlock")
+    return Finding("readers", State.ok, f"processes without access to anything else (Landlock {version})")
 
 
 @check("gzip")

@@ -34,8 +34,8 @@ from segpipe import __version__
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.export.staging import commit, slab_boxes, staging
-from segpipe.sources.base import LabelReader
-from segpipe.sources.dicom.reader import DicomSource
+from segpipe.geometry.geometry import VolumeGeometry
+from segpipe.sources.base import LabelReader, Source
 from segpipe.sources.dicom.series import DICOM_ERRORS, DicomSlice
 
 N = TypeVar("N", int, float)
@@ -73,7 +73,7 @@ class Algorithm:
 
 def write_dicom_seg(
     labels: LabelReader,
-    source: DicomSource,
+    source: Source,
     classes: Sequence[Class],
     nodata: int,
     algorithm: Algorithm,
@@ -136,7 +136,7 @@ def write_dicom_seg(
 
 
 def _segment_numbers(
-    labels: LabelReader, source: DicomSource, classes: Sequence[Class], nodata: int, path: Path
+    labels: LabelReader, source: Source, classes: Sequence[Class], nodata: int, path: Path
 ) -> np.memmap:
     """The label map (z, y, x) in a file, as numbers of segments from 1; 0 is none.
 
@@ -175,11 +175,12 @@ def _first_header(first: DicomSlice) -> Dataset:
     return header
 
 
-def _anonymous_headers(source: DicomSource, patient: Dataset) -> list[Dataset]:
+def _anonymous_headers(source: Source, patient: Dataset) -> list[Dataset]:
     """What the library needs of each slice, in the volume's order: UIDs and places, nothing of a patient.
 
     Orientation and pixel spacing are those of the first slice, as in the scene's affine.
     """
+    assert isinstance(source.geometry, VolumeGeometry)
     first, affine = source.slices[0], source.geometry.matrix
     normal = np.cross(first.orientation[:3], first.orientation[3:])
     # RAS to LPS: x and y change sign.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,9 @@ from segpipe.export.footprint import outline
 from segpipe.export.run_folder import ITEM
 from segpipe.export.staging import json_text
 from segpipe.geometry.geometry import RasterGeometry
+from segpipe.sources import open_source
 from segpipe.sources.gdal import SUFFIX as VRT
-from segpipe.sources.gdal import Handles
-from segpipe.sources.remote import is_remote, public_uri
+from segpipe.sources.remote import is_remote
 from segpipe.store.location import Mark
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ ASSETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "preview": ("Labels over the image", pystac.MediaType.PNG, ("thumbnail",)),
 }
 """Title, media type and roles of a scene's files, by what they are."""
-TIMES = (("IMAGERY", "ACQUISITIONDATETIME"), (None, "EXIF_DateTimeOriginal"), (None, "TIFFTAG_DATETIME"))
-"""GDAL's domain and tag that say when a scene was taken, the surest first."""
 TIME_FORMATS = ("%Y:%m:%d %H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S")
 
 
@@ -107,7 +104,7 @@ def scene_item(
         listed.classes = list(_classifications(classes, nodata))
     for relation in ("root", "parent"):
         item.add_link(pystac.Link(relation, f"../../{CATALOG}", pystac.MediaType.JSON))
-    item.add_link(pystac.Link("derived_from", public_uri(uri)))
+    item.add_link(pystac.Link("derived_from", str(uri)))
     return json_text(item.to_dict(include_self_link=False, transform_hrefs=False))
 
 
@@ -130,12 +127,13 @@ def run_catalog(record: RunRecord) -> str:
 
 def capture_time(uri: str) -> tuple[datetime, str] | None:
     """When a raster says it was taken, in UTC where it names no zone, and the tag that says so; or None."""
-    uri = uri.removeprefix("file://")
+    if not is_remote(uri):
+        uri = uri.removeprefix("file://")
     if (":" in uri.split("/")[0] and not is_remote(uri)) or uri.lower().endswith(VRT):
         return None  # a mosaic has many times, a package's file and others none that we look for
-    with closing(Handles(uri, remote=is_remote(uri))) as handles, handles.borrow() as dataset:
-        tags = {(domain, tag): dataset.tags(ns=domain).get(tag, "") for domain, tag in TIMES}
-    for (_, tag), text in tags.items():
+    with open_source(uri) as source:
+        tags = source.tags
+    for tag, text in tags.items():
         for form in TIME_FORMATS:
             try:
                 time = datetime.strptime(text.strip(), form)

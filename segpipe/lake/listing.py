@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from segpipe.config.scan import Lake, LakeKind
-from segpipe.errors import SceneError
-from segpipe.lake.entry import LakeEntry, place_name
+from segpipe.lake.entry import LakeEntry, place_name, stamp
 from segpipe.lake.files import UNFINISHED, list_files, local_file, local_folder, sorted_names
 from segpipe.process.extras import check_installed
+from segpipe.sources.isolated import dicom_groups
 from segpipe.sources.uri import NIFTI_SUFFIXES, PICTURE_SUFFIXES, RASTER_SUFFIXES, SERIES, series_label
 
 
@@ -88,9 +88,6 @@ def _images(folder: Path, subject: str, session: Path | None, suffix: str) -> It
 OTHER_SUFFIXES = (*RASTER_SUFFIXES, *PICTURE_SUFFIXES, *NIFTI_SUFFIXES, *UNFINISHED)
 """Files that are not looked into."""
 
-Key = tuple[str, str]
-"""SeriesInstanceUID and FrameOfReferenceUID."""
-
 
 def list_dicom(lake: Lake) -> Iterator[LakeEntry]:
     """The series of a tree, grouped by folder, SeriesInstanceUID and FrameOfReferenceUID.
@@ -117,7 +114,8 @@ def _below(root: Path, below: str) -> Iterator[LakeEntry]:
 def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
     """Series of the files directly in a folder."""
     folder = root / below.rstrip("/")
-    groups, broken = _grouped(folder, names)
+    candidates = [name for name in names if not name.lower().endswith(OTHER_SUFFIXES)]
+    groups, broken = dicom_groups(folder, candidates)
     place = below.rstrip("/") or root.name
     if len(groups) > 1:
         several = [uid for uid, _ in groups]
@@ -130,40 +128,24 @@ def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
         yield from _found(folder, place_name(place, ()), str(folder), files + broken)
 
 
-def _grouped(folder: Path, names: list[str]) -> tuple[dict[Key, list[str]], list[str]]:
-    """Files of images by series, and those that ought to be some and cannot be read."""
-    from segpipe.sources.dicom.series import not_a_slice, read_header, series_of  # loads pydicom
-
-    groups: dict[Key, list[str]] = {}
-    broken: list[str] = []
-    for name in names:
-        path = folder / name
-        if name.lower().endswith(OTHER_SUFFIXES) or not path.is_file():
-            continue
-        try:
-            header = read_header(path)
-            if header is not None and not not_a_slice(path, header):
-                groups.setdefault(series_of(header), []).append(name)
-        except SceneError:
-            broken.append(name)
-    return groups, broken
-
-
 def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[LakeEntry]:
     """A series as a scene; none where its files have gone meanwhile."""
-    total, size, newest = hashlib.sha256(), 0, 0
-    for file in sorted(files):
-        try:
-            status = (folder / file).stat()
-        except FileNotFoundError:
-            return
-        total.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        size += status.st_size
-        newest = max(newest, status.st_mtime_ns)
+    paths = [str(folder / file) for file in sorted(files)]
+    try:
+        told = stamp(paths)
+    except FileNotFoundError:
+        return
+    total, before = hashlib.sha256(), hashlib.sha256()
+    for file, (_, size, mtime, ctime) in zip(sorted(files), told, strict=True):
+        line = f"{file}\0{size}\0{mtime}"
+        before.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+        total.update(f"{line}\0{ctime}\n".encode("utf-8", "surrogateescape"))
     yield LakeEntry(
         name=name,
         uri=uri,
         identity={"count": len(files), "sha256": total.hexdigest()},
-        size=size,
-        modified=datetime.fromtimestamp(newest / 1e9, UTC),
+        size=sum(size for _, size, _, _ in told),
+        modified=datetime.fromtimestamp(max(mtime for _, _, mtime, _ in told) / 1e9, UTC),
+        files=tuple(paths),
+        earlier={"count": len(files), "sha256": before.hexdigest()},
     )

@@ -18,7 +18,7 @@ import numpy as np
 from segpipe.config.card import Card, Class
 from segpipe.config.job import Format, Job
 from segpipe.geometry.box import Box
-from segpipe.geometry.geometry import Geometry, VolumeGeometry
+from segpipe.geometry.geometry import Geometry
 from segpipe.inference.settings import Settings
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.sources import SceneRef, open_source
@@ -62,6 +62,16 @@ class MeasurableScene(ABC):
         return self.pixels.geometry
 
     @property
+    def inputs(self) -> list[Any]:
+        """Identities of the files that the labels are made of, from before they were read."""
+        return [self.pixels.identity]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What was made of these files."""
+        return ()
+
+    @property
     @abstractmethod
     def classes(self) -> tuple[Class, ...]:
         """The classes listed; the label map may hold others."""
@@ -83,10 +93,6 @@ class MeasurableScene(ABC):
         Args:
             ids: where the labels are ids of objects, answer these and not `OBJECT`.
         """
-
-    @abstractmethod
-    def check_labels(self) -> None:
-        """Raises SceneError where what was read may not be the labels: asked after a read."""
 
     @property
     def id_rule(self) -> IdRule | None:
@@ -152,10 +158,6 @@ class PredictedScene(MeasurableScene):
         name = "instances" if ids else "labels"
         yield lambda box: self.labels.read(name, box.slices)
 
-    def check_labels(self) -> None:
-        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        self.labels.check()
-
     @property
     def id_rule(self) -> IdRule | None:
         if not self.finds_objects:
@@ -177,11 +179,8 @@ def open_scene(job: Job, ref: SceneRef) -> Source:
         RequestError: as `open_source`.
     """
     source = open_source(ref.uri, band_names=job.bands)
-    if Format.dicomseg in job.outputs.formats and isinstance(source.geometry, VolumeGeometry):
-        # Imported here: pydicom loads its dictionaries, which rasters never need.
-        from segpipe.sources.dicom.reader import DicomSource
-        from segpipe.sources.dicom.series import require_uids
+    if Format.dicomseg in job.outputs.formats and source.slices:
+        from segpipe.sources.dicom.series import require_uids  # loads pydicom's dictionaries
 
-        if isinstance(source, DicomSource):
-            require_uids(source.uri, source.slices)
+        require_uids(source.uri, source.slices)
     return source

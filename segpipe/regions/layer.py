@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,15 +11,15 @@ from typing import Any
 
 import geopandas
 import numpy as np
-import pyogrio
 import shapely
 from pyproj import CRS
 
 from segpipe.config.job import Regions
-from segpipe.errors import RequestError
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import horizontal_crs
 from segpipe.regions.base import different
 from segpipe.sources import vectors
+from segpipe.sources.identity import check_unchanged, file_identity, members
 
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 """GeoParquet is read by pyarrow: pyogrio's wheels come without GDAL's driver for it."""
@@ -54,12 +53,16 @@ def make_layer(
         crs: of the polygons.
         notes: said before those on repairs.
     """
+    polygons, wild = _cleaned(polygons)
     broken = ~shapely.is_valid(polygons)
     valid = np.array(
         [only_polygons(shapely.make_valid(g) if bad else g) for g, bad in zip(polygons, broken, strict=True)],
         dtype=object,
     )
     said = list(notes)
+    if wild.any():
+        which = ", ".join(names[i] for i in np.flatnonzero(wild)[:5])
+        said.append(f"{int(wild.sum())} regions with vertices that are not finite are not measured: {which}")
     if broken.any():
         which = ", ".join(names[i] for i in np.flatnonzero(broken)[:5])
         said.append(f"{int(broken.sum())} invalid region polygons were repaired: {which}")
@@ -70,6 +73,32 @@ def make_layer(
     for wkb in shapely.to_wkb(polygons, byte_order=1):
         digest.update(wkb)
     return Layer(path, different(names), valid, crs, tuple(said), digest.hexdigest())
+
+
+def _cleaned(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return polygons that GEOS takes, and which of them had vertices that are not finite.
+
+    GEOS dies of an empty inner ring of a polygon that is not empty, so those rings are dropped; it
+    throws at coordinates that are not finite, so such a polygon becomes an empty one.
+    """
+    polygons = polygons.copy()
+    parts, owner = shapely.get_parts(polygons, return_index=True)
+    rings, part = shapely.get_rings(parts, return_index=True)
+    empty_hole = shapely.is_empty(rings) & ~shapely.is_empty(parts)[part]
+    for i in np.unique(owner[part[empty_hole]]):
+        kept = [_without_empty_holes(p) for p in shapely.get_parts(polygons[i])]
+        polygons[i] = kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
+    xy, index = shapely.get_coordinates(polygons, return_index=True)
+    wild = np.zeros(len(polygons), dtype=bool)
+    wild[index[~np.isfinite(xy).all(axis=1)]] = True
+    polygons[wild] = shapely.Polygon()
+    return polygons, wild
+
+
+def _without_empty_holes(polygon: shapely.Geometry) -> shapely.Geometry:
+    if polygon.geom_type != "Polygon":
+        return polygon
+    return shapely.Polygon(polygon.exterior, [ring for ring in polygon.interiors if not ring.is_empty])
 
 
 def only_polygons(geometry: shapely.Geometry) -> shapely.Geometry:
@@ -86,11 +115,16 @@ def read_layer(config: Regions) -> Layer:
 
     Raises:
         RequestError: not a vector file, no such layer or attribute, or no polygons in it.
+        SceneError: a file changed while it was read.
     """
-    path = Path(config.path)
-    files = [path, *(path.with_suffix(s) for s in (".dbf", ".prj", ".shx"))]
-    stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _read_layer(config.path, config.layer or None, config.name or None, stamp)
+    files = file_identity(members(Path(config.path)))
+    layer = _read_layer(config.path, config.layer or None, config.name or None, repr(files))
+    try:
+        check_unchanged(files)
+    except SceneError:  # what was read may be half of each: it is not kept
+        _read_layer.cache_clear()
+        raise
+    return layer
 
 
 @lru_cache(maxsize=4)
@@ -122,29 +156,26 @@ def _read_vector(path: str, name: str | None) -> geopandas.GeoDataFrame:
     """A layer of any format that `segpipe.sources.vectors` reads."""
     try:
         layers = vectors.list_layers(path)
-    except pyogrio.errors.DataSourceError as error:
+    except SceneError as error:
         raise _unreadable(path, error) from error
     if name is not None and name not in layers:
         raise RequestError(f"regions.layer: found {name!r}; {path} has layers: {', '.join(layers) or 'none'}")
     if name is None and len(layers) != 1:
         raise RequestError(f"regions.layer: missing; {path} has layers: {', '.join(layers) or 'none'}")
-    return vectors.read_layer(path, name or layers[0])
+    try:
+        return vectors.read_layer(path, name or layers[0])
+    except SceneError as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_parquet(path: str, name: str | None) -> geopandas.GeoDataFrame:
     """GeoParquet; edges must be straight, as in every other format here."""
     if name is not None:
         raise RequestError(f"regions.layer: found {name!r}; {path} is GeoParquet and has no layers")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*spherical edges")
-        try:
-            return geopandas.read_parquet(path)
-        except UserWarning as error:
-            raise RequestError(
-                f"regions.path: {path} has spherical edges; write it with planar ones, densified"
-            ) from error
-        except (OSError, ValueError) as error:  # ValueError: no GeoParquet, or no Parquet at all
-            raise _unreadable(path, error) from error
+    try:
+        return vectors.read_layer(path, None)
+    except SceneError as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: str, error: Exception) -> RequestError:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
-from segpipe.sources.base import Pixels, Scaling, SceneRef, Source
+from segpipe.redact import seal
+from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, local_path, require_file
 from segpipe.sources.discover import discover
+from segpipe.sources.isolated import IsolatedSource
 from segpipe.sources.memory import MEMORY, MemorySource
 from segpipe.sources.mosaic import MOSAIC, open_mosaic
 from segpipe.sources.raster import RasterSource
+from segpipe.sources.readers import trusted
 from segpipe.sources.remote import is_remote
 from segpipe.sources.stack import STACK, StackSource
 from segpipe.sources.uri import (
@@ -51,22 +54,39 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         SceneError: missing, damaged, or of a kind that cannot be a scene.
         RequestError: ``band_names`` has not one name per channel, or the URI is malformed.
     """
-    if uri.startswith(MOSAIC):
-        return open_mosaic(uri, band_names=band_names)
+    uri = seal(uri)
     if uri.startswith(MEMORY):
         return MemorySource(uri, band_names=band_names)
+    return (open_in_process if trusted() else IsolatedSource)(uri, band_names=band_names)
+
+
+def open_in_process(
+    uri: str, *, band_names: Sequence[str] = (), copy: tuple[str, dict[str, Any]] | None = None
+) -> Source:
+    """Open a file as `open_source`, in this process.
+
+    Args:
+        uri: as of `open_source`, but no array in memory.
+        band_names: names of the channels in file order, over those of the file.
+        copy: path and identity of a local copy of a volume behind a URL.
+
+    Raises:
+        SceneError, RequestError: as `open_source`.
+    """
+    if uri.startswith(MOSAIC):
+        return open_mosaic(uri, band_names=band_names)
     if uri.startswith(STACK):
         return StackSource(uri, band_names=band_names)
     location, frame = parse_frame(uri)
     location, series = parse_series(location)
     if is_remote(location):
-        return _open_remote(location, frame, band_names)
+        return _open_remote(location, frame, band_names, copy)
     if location.startswith(PACKAGE):
         path = package_file(location)
     else:
-        path = Path(location.removeprefix("file://")).expanduser()
-    if not path.exists():
-        raise SceneError(f"{path}: no such file")
+        path = local_path(location.removeprefix("file://"))
+    if not path.is_dir():
+        require_file(path)
     kind = kind_of(path)
     if series is not None and not path.is_dir():
         raise SceneError(f"{uri}: only a folder of DICOM files has series; leave out #series=")
@@ -85,7 +105,9 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
     return RasterSource(str(path), band_names=band_names)
 
 
-def _open_remote(uri: str, frame: int | None, band_names: Sequence[str]) -> Source:
+def _open_remote(
+    uri: str, frame: int | None, band_names: Sequence[str], copy: tuple[str, dict[str, Any]] | None
+) -> Source:
     """Open a raster behind a URL in place, or a copy of a NIfTI file.
 
     Raises:
@@ -95,7 +117,7 @@ def _open_remote(uri: str, frame: int | None, band_names: Sequence[str]) -> Sour
     if address.endswith(ONE_FILE_NIFTI):
         from segpipe.sources.nifti import NiftiSource
 
-        return NiftiSource(uri, frame=frame, band_names=band_names)
+        return NiftiSource(uri, frame=frame, band_names=band_names, copy=copy)
     if frame is not None or address.endswith((*DICOM_SUFFIXES, *NIFTI_SUFFIXES)):
         raise SceneError(
             f"{uri}: cannot be read from there; valid behind a URL: rasters and {', '.join(ONE_FILE_NIFTI)}"

@@ -1,13 +1,14 @@
-"""One small interface for every kind of scene, and what its readers share: reasons, identities, checks."""
+"""One small interface for every kind of scene, and what its readers share: reasons, checks."""
 
 from __future__ import annotations
 
 import glob
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,6 +20,16 @@ from segpipe.geometry.geometry import Geometry
 
 if TYPE_CHECKING:
     import xarray
+
+    from segpipe.sources.dicom.series import DicomSlice
+
+TIMES = (("IMAGERY", "ACQUISITIONDATETIME"), (None, "EXIF_DateTimeOriginal"), (None, "TIFFTAG_DATETIME"))
+"""GDAL's domain and tag that say when a scene was taken, the surest first."""
+
+MOST_CHANNELS = 1024
+"""Imaging spectrometers have some hundred."""
+MOST_ELEMENTS = 2**40
+"""Of one band: a million by a million pixels."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,15 @@ class Source(ABC):
     """What a reader of the report should know (no CRS, no nodata value declared, …)."""
 
     identity: dict[str, Any]
-    """JSON object that changes when the content does: of each file its URI, size and time when opened."""
+    """JSON object that changes when the content does (`segpipe.sources.identity`), as it was when opened."""
+
+    tags: Mapping[str, str] = {}
+    """When the scene was taken, by the tags of `TIMES` that the file has."""
+
+    @property
+    def slices(self) -> tuple[DicomSlice, ...]:
+        """The headers of a DICOM series, in the order of the volume's first axis; empty for other kinds."""
+        return ()
 
     @property
     def cache_bytes(self) -> int:
@@ -150,18 +169,56 @@ def reason(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def local_path(text: str) -> Path:
+    """A path with ``~`` written out, which may be a glob or not be there.
+
+    Raises:
+        RequestError: the system cannot look it up: too long, a loop of links, an unknown user, not permitted.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL; RuntimeError: no such user
+        why = getattr(error, "strerror", None) or reason(error)
+        raise RequestError(f"{text[:200]!r}: cannot be looked up: {why}; give another path") from error
+    return path
+
+
 def require_file(path: Path) -> None:
     """Refuse a path that holds nothing to open.
 
     Raises:
         SceneError: there is no such file, it is a folder, or it is empty.
     """
-    if not path.exists():
-        raise SceneError(f"{path}: no such file")
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise SceneError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL in it, not permitted
+        why = getattr(error, "strerror", None) or reason(error)
+        raise SceneError(f"{str(path)[:200]!r}: cannot be opened: {why}") from error
+    if S_ISDIR(found.st_mode):
         raise SceneError(f"{path}: is a folder; expected a file")
-    if path.stat().st_size == 0:
+    if not S_ISREG(found.st_mode):  # opening a pipe waits for whoever writes into it
+        raise SceneError(f"{path}: is no regular file but a pipe, socket or device")
+    if found.st_size == 0:
         raise SceneError(f"{path}: the file is empty (0 bytes)")
+
+
+def check_size(uri: str, channels: int, shape: Sequence[int]) -> None:
+    """Refuse what a header says of a scene, before anything follows it: a few bytes can say anything.
+
+    Raises:
+        SceneError: it has more than `MOST_CHANNELS`, `MOST_ELEMENTS`, or no element.
+    """
+    elements = math.prod(shape)
+    if channels > MOST_CHANNELS:
+        raise SceneError(f"{uri}: found {channels} bands; valid: up to {MOST_CHANNELS}")
+    if not 0 < elements <= MOST_ELEMENTS:
+        size = " x ".join(map(str, shape))
+        raise SceneError(f"{uri}: found {size} elements; valid: 1 to {MOST_ELEMENTS:,} in all")
 
 
 def matches(pattern: str) -> list[Path]:
@@ -169,22 +226,6 @@ def matches(pattern: str) -> list[Path]:
     whole = str(Path(pattern).expanduser().absolute())
     # Not Path.glob: it takes no absolute pattern, and its * matches hidden files.
     return sorted(Path(p) for p in glob.glob(whole, recursive=True))  # noqa: PTH207
-
-
-def file_identity(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Path, size in bytes and time of change in ns of each file, sorted by path.
-
-    Raises:
-        SceneError: a file has gone.
-    """
-    found = []
-    for path in sorted({str(p) for p in paths}):
-        try:
-            stat = Path(path).stat()
-        except OSError as error:
-            raise SceneError(f"{path}: {reason(error)}") from error
-        found.append({"uri": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
-    return found
 
 
 def scaling_of(scale: float | None, offset: float | None) -> Scaling:

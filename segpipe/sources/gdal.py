@@ -23,6 +23,9 @@ from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.process.gdal_drivers import RASTER_DRIVERS, RASTERIO_DRIVERS, skip_list
 from segpipe.sources.base import reason
+from segpipe.sources.hdf5 import is_hdf5, require_own_data
+from segpipe.sources.remote import is_remote
+from segpipe.sources.uri import reveal
 
 # A raster without a position is a note of its source: the report shows it, a warning is lost.
 # Filtered once and for all because warnings.catch_warnings is not safe among threads.
@@ -52,6 +55,8 @@ LOCAL_OPTIONS = {"CPL_VSIL_CURL_ALLOWED_FILENAME": "none"}
 
 SIDECARS = (".msk", ".MSK", ".ovr", ".OVR", ".msk.ovr")
 """Suffixes of files that GDAL opens beside a raster, with any driver."""
+HDF5_DRIVERS = ("HDF5", "HDF5Image", "netCDF", "KEA")
+"""Drivers of files that may show what lies in others (`segpipe.sources.hdf5`)."""
 TIFF_SIGNATURES = (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+")
 """First bytes of TIFF and BigTIFF, which masks and overviews are."""
 
@@ -102,12 +107,20 @@ def open_raster(path: str) -> Any:
 
     Raises:
         RasterioError: no such driver opens it.
-        SceneError: a mask or overviews beside it are no TIFF, or its metadata name overviews elsewhere.
+        SceneError: a mask or overviews beside it are no TIFF, its metadata name overviews elsewhere, or it is
+            HDF5 whose data lie in another file.
     """
     for sidecar in (Path(path + suffix) for suffix in SIDECARS):
         if sidecar.is_file() and not _first_bytes(sidecar).startswith(TIFF_SIGNATURES):
             raise SceneError(f"{sidecar}: is no TIFF, as the mask and the overviews of a raster are")
+    if Path(path).is_file() and is_hdf5(Path(path)):
+        require_own_data(Path(path))
     dataset = _open_dataset(path)
+    if is_remote(path) and dataset.driver in HDF5_DRIVERS:
+        dataset.close()
+        raise SceneError(
+            f"{path}: a {dataset.driver} file is not read behind a URL: copy it, or make it a GeoTIFF"
+        )
     if dataset.tags(ns="OVERVIEWS"):
         dataset.close()
         raise SceneError(f"{path}: its metadata have OVERVIEW_FILE, a file that is not opened; remove it")
@@ -204,7 +217,9 @@ class Handles:
 
     def _open(self) -> Any:
         try:
-            return open_raster(self._uri) if self._vrt is None else rasterio.open(self._vrt, driver="VRT")
+            if self._vrt is not None:
+                return rasterio.open(self._vrt, driver="VRT")
+            return open_raster(reveal(self._uri) if self._remote else self._uri)
         except GDAL_ERRORS as error:
             found = "" if self._remote else _what_it_holds(self._uri)
             raise SceneError(f"{self._uri}: cannot be opened: {gdal_reason(error)}{found}") from error
@@ -281,10 +296,16 @@ def _source(path: Path, name: str) -> str:
     """The absolute path of a source.
 
     Raises:
-        SceneError: it is no file on a local disk.
+        SceneError: it is no file on a local disk, or none below the VRT's folder.
     """
-    source = str((path.absolute().parent / name).resolve())
+    folder = path.absolute().parent
+    place = Path(os.path.normpath(folder / name))
     # GDAL takes a name with "<" for the text of a dataset, and one that begins with /vsi for a file system.
-    if not name or "<" in name or source.startswith("/vsi") or not Path(source).is_file():
+    if not name or "<" in name or str(place).startswith("/vsi") or not place.is_file():
         raise SceneError(f"{path}: the VRT has the source {name!r}, which is no file on a local disk")
-    return source
+    if not place.is_relative_to(os.path.normpath(folder)):
+        raise SceneError(
+            f"{path}: the VRT has the source {name!r}; valid: files below the folder of the VRT; put the VRT "
+            "there, or list the files with mosaic:"
+        )
+    return str(place.resolve())

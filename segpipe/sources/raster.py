@@ -10,30 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from segpipe.config.job import Identity
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
+from segpipe.redact import address
 from segpipe.sources.base import (
+    TIMES,
     Pixels,
     Scaling,
     Source,
-    file_identity,
+    check_size,
     finite,
     rename_bands,
     require_file,
     scaling_of,
 )
 from segpipe.sources.gdal import SUFFIX, Handles, cache_for_strips, read_vrt, window_of
-from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.identity import file_identity, input_identity, members
+from segpipe.sources.remote import is_remote, remote_identity
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""
 
 HUGE = 1e30
 """Nodata values beyond this are some type's maximum, often rounded when written as text."""
-
-NOT_CONTENT = (".aux.xml", ".ovr")
-"""Sidecars that viewers write: what they say of the content is in the identity by its value."""
 
 
 @dataclass(frozen=True)
@@ -138,24 +139,34 @@ class RasterSource(Source):
         """Fill in the attributes of a source from an open dataset."""
         if dataset.count == 0:
             raise SceneError(_no_bands(self.uri, dataset))
-        alphas = [i for i in dataset.indexes if dataset.colorinterp[i - 1].name == "alpha"]
+        check_size(self.uri, dataset.count, (dataset.height, dataset.width))
+        # Each of these asks GDAL for all bands: once, not once for each band.
+        kinds, dtypes, flags = dataset.colorinterp, dataset.dtypes, dataset.mask_flag_enums
+        nodata, scales, offsets = dataset.nodatavals, dataset.scales, dataset.offsets
+        names = dataset.descriptions
+        alphas = [i for i in dataset.indexes if kinds[i - 1].name == "alpha"]
         channels = [i for i in dataset.indexes if i not in alphas]
         if not channels:  # a mask stored as alpha alone is its own channel
             alphas, channels = [], alphas
         self._alphas = tuple(alphas)
-        self.dtype = common_dtype(self.uri, [dataset.dtypes[i - 1] for i in channels])
-        self._mixed = len({dataset.dtypes[i - 1] for i in channels}) > 1
-        self._bands = tuple(_band(dataset, i) for i in channels)
-        self._dataset_mask = any(_dataset_mask(dataset, i) for i in channels)
+        self.dtype = common_dtype(self.uri, [dtypes[i - 1] for i in channels])
+        self._mixed = len({dtypes[i - 1] for i in channels}) > 1
+        marks = [{flag.name for flag in found} for found in flags]
+        self._bands = tuple(_band(i, dtypes[i - 1], nodata[i - 1], marks[i - 1]) for i in channels)
+        self._dataset_mask = any(
+            "per_dataset" in marks[i - 1] and "alpha" not in marks[i - 1] for i in channels
+        )
         self.count = len(channels)
-        self.bands = _names([dataset.descriptions[i - 1] for i in channels])
-        self.scaling = tuple(scaling_of(dataset.scales[i - 1], dataset.offsets[i - 1]) for i in channels)
+        self.bands = _names([names[i - 1] for i in channels])
+        self.scaling = tuple(scaling_of(scales[i - 1], offsets[i - 1]) for i in channels)
         _, width = dataset.block_shapes[channels[0] - 1]
         # A VRT's blocks are GDAL's guess, not how the pixels are stored.
         if dataset.driver == "VRT" or width == dataset.width:
-            row = dataset.width * sum(np.dtype(d).itemsize for d in dataset.dtypes)
+            row = dataset.width * sum(np.dtype(d).itemsize for d in dtypes)
             self._handles.cache_bytes = cache_for_strips(row)
         self.geometry, where = _geometry(self.uri, dataset)
+        told = {tag: dataset.tags(ns=domain).get(tag) for domain, tag in TIMES}
+        self.tags = {tag: text for tag, text in told.items() if text}
         self.notes = (*where, *self._pixel_notes(dataset, channels))
 
     def _pixel_notes(self, dataset: Any, channels: Sequence[int]) -> list[str]:
@@ -163,7 +174,8 @@ class RasterSource(Source):
         bare = all(b.nodata is None and not b.masked for b in self._bands)
         if bare and not self._dataset_mask and not self._alphas:
             notes.append("no nodata value or mask declared: every pixel counts as data")
-        if any(dataset.colorinterp[i - 1].name == "palette" for i in channels):
+        kinds = dataset.colorinterp
+        if any(kinds[i - 1].name == "palette" for i in channels):
             notes.append("has a colour table: values are its indices, not intensities")
         if self._mixed:
             notes.append(f"bands of several dtypes, all read as {self.dtype}")
@@ -174,14 +186,14 @@ class RasterSource(Source):
     def _identify(self, files: Sequence[str], remote: bool) -> dict[str, Any]:
         content: list[dict[str, Any]]
         if remote:
-            entry, note = remote_identity(self.uri)
-            content = [entry]
+            note = remote_identity(self.uri)[1]
+            content = input_identity(self.uri, Identity.sampled)
             self.notes = (*self.notes, note) if note else self.notes
         else:
-            content = file_identity(f for f in files if not f.endswith(NOT_CONTENT))
+            content = file_identity({*files, *(m for f in files for m in members(Path(f)))})
         return {
-            # Without the query: a signed URL is another text each time.
-            "uri": public_uri(self.uri) if remote else self.uri,
+            # Without the signature, which is another text each time.
+            "uri": address(self.uri) if remote else self.uri,
             "files": content,
             "geometry": self.geometry.to_dict(),
             # repr: NaN is not JSON
@@ -236,21 +248,13 @@ def common_dtype(uri: str, dtypes: Sequence[str]) -> np.dtype[Any]:
     return common
 
 
-def _band(dataset: Any, index: int) -> Band:
-    flags = {flag.name for flag in dataset.mask_flag_enums[index - 1]}
-    nodata = dataset.nodatavals[index - 1]
-    dtype = np.dtype(dataset.dtypes[index - 1])
+def _band(index: int, dtype: str, nodata: float | None, flags: set[str]) -> Band:
     # rasterio gives nodata as a float, which rounds 64-bit integers (and gives None where the
     # rounded value is out of range): there GDAL must compare.
-    wide = dtype.kind in "iu" and dtype.itemsize == 8
+    wide = np.dtype(dtype).kind in "iu" and np.dtype(dtype).itemsize == 8
     by_gdal = "nodata" in flags and (wide or nodata is None)
     own_mask = not flags & {"all_valid", "per_dataset", "nodata", "alpha"}
     return Band(index, None if wide else nodata, own_mask or by_gdal)
-
-
-def _dataset_mask(dataset: Any, index: int) -> bool:
-    flags = {flag.name for flag in dataset.mask_flag_enums[index - 1]}
-    return "per_dataset" in flags and "alpha" not in flags
 
 
 def _names(descriptions: Sequence[str | None]) -> tuple[str, ...]:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import geopandas
+import numpy as np
 import pyogrio
+import shapely
 
-from segpipe.errors import RequestError
+from segpipe.errors import RequestError, SceneError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
+from segpipe.sources.base import reason, require_file
+from segpipe.sources.readers import Access, readers, roots_of, trusted
+from segpipe.sources.remote import fetch, is_remote
+
+VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError)
+"""What pyogrio and pyarrow raise at files that are damaged, or none of theirs."""
+
+MOST_VERTICES = 50_000_000
+"""Of a layer: a gigabyte of coordinates."""
 
 
 def _keep_allowed_drivers() -> None:
@@ -43,16 +57,78 @@ def list_layers(path: str) -> list[str]:
     """Return the names of a file's layers that have a geometry.
 
     Raises:
-        pyogrio.errors.DataSourceError: no allowed driver opens the file.
-        RequestError: the file names a URL that GDAL would read.
+        SceneError: no allowed driver opens the file, or its reader ended.
+        RequestError: it names a URL that GDAL would read.
     """
+    with _local(path) as (file, access):
+        if trusted():
+            return layers_here(file)
+        answer, _ = readers.ask(path, access, {"do": "layers", "uri": file})
+    return [str(name) for name in answer["layers"]]
+
+
+def read_layer(path: str, layer: str | None) -> geopandas.GeoDataFrame:
+    """Return a layer of a file that `list_layers` has checked; None: that of a GeoParquet file.
+
+    Raises:
+        SceneError: it cannot be read, or its reader ended.
+        RequestError: it has more than `MOST_VERTICES`, or GeoParquet has spherical edges.
+    """
+    with _local(path) as (file, access):
+        if trusted():
+            return frame_here(file, layer)
+        _, body = readers.ask(path, access, {"do": "layer", "uri": file, "layer": layer})
+    return geopandas.read_feather(io.BytesIO(body))
+
+
+@contextmanager
+def _local(path: str) -> Iterator[tuple[str, Access]]:
+    """The file on a local disk, copied there from a URL, and what a reader must touch to read it."""
+    copy = fetch(path) if is_remote(path) else None
+    file = Path(path) if copy is None else copy.path
+    yield str(file), Access(roots_of([file]))
+
+
+def layers_here(path: str) -> list[str]:
+    """Do what `list_layers` does, in this process."""
+    require_file(Path(path))
     _require_no_links(path)
-    return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+    try:
+        return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
+    except VECTOR_ERRORS as error:
+        raise SceneError(f"{path}: cannot be read: {reason(error)}") from error
 
 
-def read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
-    """Return a layer of a file that `list_layers` has checked."""
-    return geopandas.read_file(path, layer=layer, engine="pyogrio")
+def frame_here(path: str, layer: str | None) -> geopandas.GeoDataFrame:
+    """Do what `read_layer` does, in this process."""
+    require_file(Path(path))
+    try:
+        frame = _parquet(path) if layer is None else geopandas.read_file(path, layer=layer, engine="pyogrio")
+    except VECTOR_ERRORS as error:
+        raise SceneError(f"{path}: cannot be read: {reason(error)}") from error
+    vertices = int(shapely.get_num_coordinates(np.asarray(frame.geometry.array)).sum())
+    if vertices > MOST_VERTICES:
+        raise RequestError(
+            f"{path}: found {vertices} vertices; valid: up to {MOST_VERTICES}; simplify it or cut it in parts"
+        )
+    return frame
+
+
+def frame_bytes(path: str, layer: str | None) -> bytes:
+    """Return `frame_here` as Feather, which keeps types, geometry and CRS."""
+    file = io.BytesIO()
+    frame_here(path, layer).to_feather(file)
+    return file.getvalue()
+
+
+def _parquet(path: str) -> geopandas.GeoDataFrame:
+    """GeoParquet; edges must be straight, as in every other format here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*spherical edges")
+        try:
+            return geopandas.read_parquet(path)
+        except UserWarning as error:
+            raise RequestError(f"{path} has spherical edges; write it with planar ones, densified") from error
 
 
 def _require_no_links(path: str) -> None:

@@ -18,7 +18,7 @@ from pydicom.uid import JPEG2000Lossless
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry
-from segpipe.sources import Scaling, Source, open_source
+from segpipe.sources import Scaling, Source, open_in_process, open_source
 from segpipe.sources.dicom import reader as dicom_module
 
 Find = Callable[[str], Path]
@@ -320,7 +320,7 @@ def test_reading_decodes_only_the_slices_asked_for_and_keeps_a_bounded_number(
     volume = noise((6, 16, 16))
     folder = write_series(tmp_path / "ct", volume)
     monkeypatch.setattr(dicom_module, "CACHE_BYTES", 2 * 16 * 16 * 2)  # two slices
-    with open_source(str(folder)) as source:
+    with open_in_process(str(folder)) as source:
         for n in (1, 2, 3, 4):  # slices 5, 4, 3, 2 in space
             (folder / f"IM{n:04d}.dcm").unlink()
         box = Box((0, 3, 4), (2, 9, 16))

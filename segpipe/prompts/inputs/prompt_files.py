@@ -24,12 +24,12 @@ from typing import Literal
 
 import geopandas
 import numpy as np
-import pyogrio
 import shapely
 from pyproj import CRS
 from pyproj.exceptions import CRSError
 
-from segpipe.errors import RequestError
+from segpipe.config.cells import plain_cell
+from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.prompts.inputs.rows import Attributes, Collector, FileAccount, read_attributes
 from segpipe.prompts.inputs.to_grid import ToGrid, world_to_elements
@@ -145,7 +145,7 @@ def _read_layer(path: str, layer: str) -> geopandas.GeoDataFrame:
     """A layer with at least one feature."""
     try:
         layers = vectors.list_layers(path)
-    except pyogrio.errors.DataSourceError as error:
+    except SceneError as error:
         raise RequestError(
             f"prompts.path: {path} cannot be read ({' '.join(str(error).split())}); "
             "give GeoJSON, GeoPackage or CSV"
@@ -194,7 +194,8 @@ def _read_columns(path: Path) -> dict[str, list[str]]:
     lines = text.splitlines()
     head = lines[0] if lines else ""
     separator = max(",;\t", key=head.count)
-    rows = [row for row in csv.reader(lines, delimiter=separator) if any(cell.strip() for cell in row)]
+    cells = ([*map(plain_cell, row)] for row in csv.reader(lines, delimiter=separator))
+    rows = [row for row in cells if any(cell.strip() for cell in row)]
     if len(rows) < 2:
         raise RequestError(
             f"prompts.path: {path} has no rows; give a line of column names, then one line a prompt"

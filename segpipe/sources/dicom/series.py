@@ -198,6 +198,23 @@ def read_header(path: Path) -> Dataset | None:
         return None
 
 
+def group_files(folder: Path, names: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
+    """The files of a folder that hold slices by `series_of`, and those that ought to and cannot be read."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    broken: list[str] = []
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            header = read_header(path)
+            if header is not None and not not_a_slice(path, header):
+                groups.setdefault(series_of(header), []).append(name)
+        except SceneError:
+            broken.append(name)
+    return groups, broken
+
+
 def series_of(header: Dataset) -> tuple[str, str]:
     """(SeriesInstanceUID, FrameOfReferenceUID) of a file, empty where it has none."""
     return str(header.get("SeriesInstanceUID") or ""), str(header.get("FrameOfReferenceUID") or "")
