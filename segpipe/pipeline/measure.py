@@ -50,7 +50,7 @@ from segpipe.objects.table import FACTS, Members, ObjectTable, members_tile
 from segpipe.objects.table import add as add_members
 from segpipe.pipeline.given_scene import LabelledScene
 from segpipe.pipeline.progress import Done
-from segpipe.pipeline.scene import MeasurableScene
+from segpipe.pipeline.scene import MeasurableScene, check_others
 from segpipe.process.allocator import release
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
@@ -260,9 +260,7 @@ def check_measure(scene: S) -> S:
     Raises:
         SceneError, RequestError: they do not fit the scene.
     """
-    with ExitStack() as stack:
-        stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
-        _reference(scene, stack)
+    check_others(scene.job, scene.ref, scene.geometry)
     return scene
 
 

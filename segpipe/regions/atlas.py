@@ -185,17 +185,30 @@ def _transformer(first: CRS, second: CRS) -> Transformer | None:
     return None if first == second else Transformer.from_crs(first, second, always_xy=True)
 
 
-def load_atlas(config: Regions, geometry: Geometry) -> AtlasRegions:
-    """The regions of an atlas over one scene.
+def open_atlas(config: Regions) -> tuple[LabelFile, dict[int, str]]:
+    """The file of an atlas and the names of its regions, before any scene is seen.
 
     Raises:
-        RequestError: `regions.layer` is set, or `regions.name` is no CSV with value,name.
-        SceneError: the atlas cannot be opened, holds no labels, or cannot be related to the scene.
+        RequestError: `regions.layer` is set, `regions.name` is no CSV with value,name, or the atlas is no
+            file of labels.
     """
     if config.layer:
         raise RequestError(f"regions.layer: {config.path} is a label atlas and has no layers")
     names = read_names(config.name) if config.name else {}
-    file = LabelFile(config.path)
+    try:
+        return LabelFile(config.path), names
+    except SceneError as error:
+        raise RequestError(f"regions.path: {error}") from error
+
+
+def load_atlas(config: Regions, geometry: Geometry) -> AtlasRegions:
+    """The regions of an atlas over one scene.
+
+    Raises:
+        RequestError: as `open_atlas`.
+        SceneError: the atlas holds no labels, or cannot be related to the scene.
+    """
+    file, names = open_atlas(config)
     try:
         regions = AtlasRegions(file, geometry, names)
     except SceneError as error:
