@@ -9,7 +9,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Files side by side; at most four, for each starts servers and networks of its own.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-data test test-all bench soak lint docs serve services services-stop lock clean help
+# Of the time that fuzzing takes.
+MINUTES ?= 30
+
+.PHONY: demo demo-data test test-all bench soak fuzz lint docs serve services services-stop lock clean help
 
 help:
 	@echo "make demo      install, then segment a Landsat scene and a brain MRI, with reports"
@@ -19,6 +22,7 @@ help:
 	@echo "make services  a Prefect server, object store, Dask and workers on loopback (DATABASE=postgres);"
 	@echo "               make services-stop ends them"
 	@echo "make soak      45 minutes of scans, questions and cancels at random"
+	@echo "make fuzz      every parser of what comes in, with inputs changed at random (MINUTES=30)"
 	@echo "make lint      ruff and mypy;  make lock: resolve requirements.lock anew"
 	@echo "make docs      the documentation as pages, in build/docs"
 
@@ -49,6 +53,11 @@ bench: $(INSTALLED)
 
 soak: demo-data
 	$(BIN)/python -m benchmarks.soak
+
+# Only Linux on x86-64 has what fuzzing needs, so it is no part of the lock.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[fuzz]'
+	$(BIN)/python -m tools.fuzz --minutes $(MINUTES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -106,6 +106,6 @@ TARGETS = (
     ),
     Target("manifest", read_manifest, ("manifest.json", "run.json"), "json", mutants=40),
     Target(
-        "stac", read_stac, ("catalog.json", "item.json"), "json", library=("pystac",), mutants=40
+        "stac", read_stac, ("catalog.json", "item.json"), "json", mutants=40
     ),
 )  # fmt: skip

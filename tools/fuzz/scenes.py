@@ -106,7 +106,7 @@ def _scene(name: str, form: str = "bytes", *more: str, mutants: int = 20) -> Tar
     file = name.replace("-", ".")
     return Target(
         name, lambda folder: read_scene(str(folder / f"scene.{file}")), (f"scene.{file}", *more), form,
-        walled=True, mutants=mutants, library=("nibabel",),
+        walled=True, mutants=mutants,
     )  # fmt: skip
 
 
@@ -126,10 +126,10 @@ TARGETS = (
     _scene("nii-gz", "gzip", mutants=40),
     Target(
         "nifti-pair", lambda folder: read_scene(str(folder / "scene.img")), ("scene.hdr", "scene.img"),
-        walled=True, mutants=40, library=("nibabel",),
+        walled=True, mutants=40,
     ),
     Target(
-        "dicom", read_dicom, ("1.dcm", "2.dcm", "3.dcm"), walled=True, mutants=30, library=("pydicom",)
+        "dicom", read_dicom, ("1.dcm", "2.dcm", "3.dcm"), walled=True, mutants=30
     ),
     _map("geojson", "json", "map.geojson"),
     _map("kml", "text", "map.kml"),
@@ -142,7 +142,7 @@ TARGETS = (
     ),
     Target(
         "atlas-nii", lambda folder: read_regions(folder / "atlas.nii", volume_geometry()), ("atlas.nii",),
-        walled=True, library=("nibabel",),
+        walled=True,
     ),
     Target("region-names", read_name_table, ("names.csv",), "csv", mutants=60),
     Target(

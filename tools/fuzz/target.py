@@ -34,8 +34,7 @@ class Target:
     """Whether only reader processes read such files: too much memory is an error there."""
     mutants: int = 20
     """In the slice of `make test`."""
-    library: tuple[str, ...] = ()
-    """Packages in Python whose branches count as coverage, beside segpipe."""
+
 
 
 class UnclearError(Exception):
