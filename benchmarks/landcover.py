@@ -140,9 +140,7 @@ def table(tallies: dict[str, list[Tally]], card: Card) -> pd.DataFrame:
     rows = []
     for name, blocks in tallies.items():
         scale = SizeScale("px", 1.0, 0, np.zeros(0, np.int64))  # sizes are not shown
-        result = SceneTallies(
-            "scene", regions=("scene",), attempts=1, tally=add(blocks), scale=scale, outside=(0,)
-        )
+        result = SceneTallies("scene", regions=("scene",), tally=add(blocks), scale=scale, outside=(0,))
         metrics = metric_table([result], card.classes)
         summary = summary_table(metrics, card.classes, blocks=blocks)
         row = {"model": name}

@@ -1,1 +1,5 @@
 """Prefect flows: what can be scheduled and triggered."""
+
+from segpipe.redact import clean_logs
+
+clean_logs()

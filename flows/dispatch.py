@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from threading import BoundedSemaphore, Event
@@ -83,6 +83,7 @@ class Dispatch:
         stop: StopToken,
         runner: TaskRunner[Any],
         watch: Watch,
+        begun: Callable[[SceneRef], None] = lambda ref: None,
     ) -> None:
         self.resolved = resolved
         self.job = job = resolved.job
@@ -91,6 +92,8 @@ class Dispatch:
         """By which the workers are asked to stop."""
         self.runner = runner
         self.watch = watch
+        self.begun = begun
+        """Told of a scene before any work on it."""
         self.pace = Pace()
         """Seconds that blocks of this run take: batches are sized by it."""
         self.predict_batch = retried(predict_batch, job.compute.retries)
@@ -110,7 +113,8 @@ class Dispatch:
             yield self._record(scene)
 
     def _plan(self, ref: SceneRef, resolved: ResolvedJob) -> _Started:
-        planned = self.runner.submit(plan_scene, {"resolved": resolved, "ref": ref})
+        self.begun(ref)
+        planned = self.runner.submit(plan_scene, {"resolved": resolved, "ref": ref, "run": self.run})
         return _Started(ref, resolved, (planned,))
 
     def _predict(self, planned: _Started) -> _Started:

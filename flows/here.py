@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +15,9 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from segpipe.config.job import Job
+from segpipe.config.loading import ModelT, as_request
 from segpipe.errors import RequestError, SegpipeError
+from segpipe.redact import plain_secrets
 from segpipe.runs.check import ResolvedJob
 from segpipe_flows.server import free_port, local_server
 
@@ -49,6 +51,22 @@ def handed_on(job: Job) -> ResolvedJob | None:
     """The job as it was resolved in this process before its flow began; None where it was not."""
     resolved = _HANDED_ON.get()
     return resolved if resolved and resolved.job.model_dump() == job.model_dump() else None
+
+
+def request_of(model: type[ModelT], given: ModelT | Mapping[str, Any], origin: str) -> ModelT:
+    """The request of a flow: as it is, or the plain values that a form or a schedule sends.
+
+    Raises:
+        RequestError: it is wrong; or has a secret, which Prefect keeps in its database as it is.
+    """
+    found = plain_secrets(given) if isinstance(given, Mapping) else []
+    if found:
+        raise RequestError(
+            f"{origin}: {found[0]}: a URL with a password or signature, which Prefect would keep in its "
+            "database; valid: the name of a variable of the workers' environment in its place, such as "
+            "https://host/scene.tif?${SIGNATURE}; delete this flow run"
+        )
+    return as_request(model, given, origin)
 
 
 def run_here(

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from segpipe.config.card import read_card
 from segpipe.errors import SegpipeError
+from segpipe.redact import public_uri
 from segpipe.sources import discover
-from segpipe.sources.remote import public_uri
 
 LONGEST = 120
 """Characters of a run's name."""

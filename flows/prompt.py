@@ -8,8 +8,8 @@ from prefect import State, flow
 from prefect.states import Failed
 
 from segpipe.config.job import PromptJob
-from segpipe.config.loading import as_request
 from segpipe.errors import RequestError
+from segpipe_flows.here import request_of
 from segpipe_flows.segment import OF_REQUEST, carry_out
 from segpipe_tasks.told import refused
 
@@ -26,7 +26,7 @@ def prompt(question: PromptJob) -> State[Any]:
         question: Which scenes, which promptable model, and under "prompts" what to ask.
     """
     try:
-        question = as_request(PromptJob, question, "question")
+        question = request_of(PromptJob, question, "question")
     except RequestError as error:
         return refused(error)
     if not question.prompts.asked:

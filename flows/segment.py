@@ -12,15 +12,15 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Completed, Failed
 
 from segpipe.config.job import Job, Outputs
-from segpipe.config.loading import as_request
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
+from segpipe.redact import scrubbed
 from segpipe.runs.check import check_request
 from segpipe.runs.find_run import open_run
 from segpipe.store.stop import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 from segpipe_flows.dispatch import Dispatch
-from segpipe_flows.here import handed_on
+from segpipe_flows.here import handed_on, request_of
 from segpipe_flows.names import run_name
 from segpipe_flows.packs import Packs
 from segpipe_flows.runners import check_cluster, task_runner
@@ -61,11 +61,12 @@ def segment(job: Job) -> State[Any]:
         job: Which scenes, which model, what to report. Required: scenes, and a model or labels.
     """
     try:
-        return carry_out(as_request(Job, job, "job"))
+        return carry_out(request_of(Job, job, "job"))
     except RequestError as error:
         return refused(error)
 
 
+@scrubbed()
 def carry_out(job: Job) -> State[Any]:
     """The body of a flow over scenes: from the request to the report."""
     try:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from segpipe.errors import RequestError, SegpipeError
+from segpipe.redact import clean
 
 STARTUP_SECONDS = 120.0
 STOP_SECONDS = 20.0
@@ -79,11 +80,9 @@ def wait_for_server(api: str, server: subprocess.Popen[bytes], log: Path) -> Non
 
 def _cause(log: Path) -> str:
     """The last error that a server's log has in a line of its own, or its last line."""
-    from segpipe.sources.remote import public_uri  # loads what reads scenes
-
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b: ", line)]
-    return public_uri((errors or lines or ["it printed nothing"])[-1])
+    return clean((errors or lines or ["it printed nothing"])[-1])
 
 
 @contextmanager

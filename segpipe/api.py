@@ -30,6 +30,7 @@ from segpipe.sources import Source, open_source
 from segpipe.sources.arrays import array_parts, lazy_array
 from segpipe.sources.memory import hold
 from segpipe.store.stage import Stage
+from segpipe.tables.table_files import csv_bytes
 
 if TYPE_CHECKING:
     import geopandas
@@ -279,7 +280,7 @@ def _layer(layer: str | Path | geopandas.GeoDataFrame, stack: ExitStack) -> str:
 
 def _class_file(classes: Mapping[int, str], stack: ExitStack) -> str:
     path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="segpipe-"))) / "classes.csv"
-    pd.DataFrame({"value": list(classes), "name": list(classes.values())}).to_csv(path, index=False)
+    path.write_bytes(csv_bytes(pd.DataFrame({"value": list(classes), "name": list(classes.values())})))
     return str(path)
 
 

@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from segpipe.export.run_folder import RunFolder
 from segpipe.pictures.archive import load_previews
+from segpipe.redact import clean
 from segpipe.report.markdown import plain_text, run_markdown
 from segpipe.runs.check import ResolvedJob
 from segpipe.runs.find_run import read_tables
@@ -107,7 +108,7 @@ def _place(location: str) -> str:
     """A link, or a path as it is."""
     if is_url(location):
         return f"[{plain_text(location)}]({quote(location, safe=':/?=&%')})"
-    return f"`{location.replace('`', '')}`"
+    return f"`{' '.join(clean(location).replace('`', '').replace('|', chr(92) + '|').split())}`"
 
 
 def _data_uri(picture: bytes) -> str:

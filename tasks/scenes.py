@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
-from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
+from segpipe.errors import DeviceMemoryError, LeaseLostError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene_files import failed_record
 from segpipe.lake.ledger import Receipts
@@ -43,9 +43,9 @@ LARGE = 0.25
     cache_policy=NO_CACHE,
 )
 @told
-def plan_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
+def plan_scene(resolved: ResolvedJob, ref: SceneRef, run: RunFolder) -> MeasurableScene:
     """Open, check and plan a scene, regions and reference too; make the stages of a model."""
-    return begin_scene(resolved, ref)
+    return begin_scene(resolved, ref, run)
 
 
 @task(
@@ -106,10 +106,14 @@ def do_scenes(
         try:
             record = receipts.of(ref.name) if receipts else None  # Dask sent a lost worker's pack again
             if record is None:
+                if receipts:
+                    receipts.begin(ref.name)
                 record = run_small_scene(resolved, ref, run, stop, pace, most)
                 if receipts and record:
                     receipts.finish(record)
             records.append(record)
+        except LeaseLostError as error:  # of this scene alone; a run that is lost ends with the next one
+            records.append(failed_record(ref, str(error)))
         except StoppedError:
             raise
         except (*PASSING, DeviceMemoryError):

@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.states import Cancelled, Failed
 
 from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
-from segpipe.sources.remote import public_uri
+from segpipe.redact import scrubbed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,7 +29,8 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
     @functools.wraps(step)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
         try:
-            return step(*args, **kwargs)
+            with scrubbed():
+                return step(*args, **kwargs)
         except StoppedError as error:
             return Cancelled(message=str(error))
         except DeviceMemoryError as error:
@@ -41,8 +42,8 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
 
 
 def refused(error: Exception, **fields: Any) -> State[Any]:
-    """A failed state that tells a mistake in one line, without what may be secret in its URLs."""
-    return Failed(message=public_uri(str(error)), **fields)
+    """A failed state that tells a mistake in one line."""
+    return Failed(message=str(error), **fields)
 
 
 def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

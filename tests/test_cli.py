@@ -136,7 +136,7 @@ def test_areas_are_counts_times_the_pixels_area(raster: Made, world: World) -> N
     assert set(table["state"]) == {"measured"}
     north = mine[mine["region"] == "north"]
     assert set(north["seen"]) == {1 - 9 * 12 / (40 * 96)}  # the corner without data
-    assert set(table["attempts"]) == {1}
+    assert "attempts" not in table  # how a run went is no part of what is the same after any crash
 
 
 def test_the_tables_are_the_same_as_csv_and_as_parquet(raster: Made) -> None:

@@ -335,3 +335,21 @@ def test_predicted_memory_holds_for_every_block(plan: Plan) -> None:
     merged = model * (1 if direct else 4 * (3 + 1))  # labels, or scores and weights
     scores = 3 * 4 * block if plan.workload.keep_scores and not (plan.grid.identity and not direct) else 0
     assert plan.memory.scores >= IN_FLIGHT * (merged + block + scores)
+
+
+@given(data=st.data())
+def test_boxes_follow_from_their_ends(data: st.DataObject) -> None:
+    """As from the place of every element: a million rows are planned from the ends of their blocks."""
+    native = data.draw(st.integers(1, 300))
+    low = data.draw(st.integers(0, native - 1))
+    high = data.draw(st.integers(low + 1, native))
+    size = data.draw(st.integers(1, 400))
+    grid = GridMap(
+        (native,), Box((low,), (high,)), (0,), (data.draw(st.booleans()),), (size,), ((high - low) / size,)
+    )
+    start = data.draw(st.integers(low, high - 1))
+    stop = data.draw(st.integers(start + 1, high))
+    found = grid.model_box(Box((start,), (stop,)))
+    at, nearest = grid.to_model(0, start, stop), grid.nearest_model(0, start, stop)
+    assert found.start == (min(int(np.floor(at.min())), int(nearest.min())),)
+    assert found.stop == (max(int(np.ceil(at.max())), int(nearest.max())) + 1,)

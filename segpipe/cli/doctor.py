@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from segpipe.cli.output import echo
+from segpipe.redact import clean
+
 if TYPE_CHECKING:
     from segpipe.doctor import Finding
 
@@ -37,9 +40,9 @@ def doctor_command(
     for finding in examine(out, dask=dask, store=store, self_test=self_test):
         findings.append(finding)
         if not as_json and not console.is_terminal:
-            typer.echo(line_of(finding))
+            echo(line_of(finding))
     if as_json:
-        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+        echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     elif console.is_terminal:
         console.print(table_of(findings))
     if any(finding.state is State.fail for finding in findings):
@@ -56,5 +59,5 @@ def table_of(findings: list[Finding]) -> Table:
     """Findings for a terminal."""
     table = Table("", "what", "found", "what to do")
     for state, *texts in ((f.state.value, f.name, f.found, f.advice) for f in findings):
-        table.add_row(f"[{STYLES[state]}]{state}[/]", *map(escape, texts))
+        table.add_row(f"[{STYLES[state]}]{state}[/]", *(escape(clean(text)) for text in texts))
     return table

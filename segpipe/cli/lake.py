@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from segpipe.cli.output import echo
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.process.extras import check_installed
 
@@ -29,7 +31,6 @@ def scan_command(
     """
     from segpipe.config.scan import load_scan
     from segpipe.lake.selection import Looked, check_scan, new_scenes
-    from segpipe.sources.remote import public_uri
 
     scan = load_scan(scan_file, overrides or [])
     request = check_scan(scan)
@@ -37,8 +38,8 @@ def scan_command(
         looked = Looked()
         with request.ledger.known() as known:
             for found in new_scenes(scan, known, looked):
-                print(f"{found.name}: {public_uri(found.uri)}")
-        print(f"dry run: {looked}; nothing was done")
+                echo(f"{found.name}: {found.uri}")
+        echo(f"dry run: {looked}; nothing was done")
         return
     check_installed("prefect", "segpipe scan")
     from segpipe_flows.here import check_server, run_here
@@ -50,11 +51,11 @@ def scan_command(
     check_cluster(scan.compute, request.resolved.settings)
     state = run_here(scan_flow, scan)
     if state.is_cancelled():
-        typer.echo(state.message, err=True)
+        echo(state.message, file=sys.stderr)
         raise typer.Exit(130)
     if not state.is_completed():
         raise SegpipeError(state.message or "the scan ended without a report")
-    print(state.message)
+    echo(state.message)
 
 
 def quarantine_command(
@@ -79,8 +80,8 @@ def quarantine_command(
     for scene in held:
         if release_all or scene.name in wanted:
             ledger.release(scene)
-            print(f"released: {scene.name}: {scene.uri}")
+            echo(f"released: {scene.name}: {scene.uri}")
         elif not wanted:
-            print(f"{scene.name}: {scene.reason} (since {scene.since}, {scene.tries} tries; {scene.uri})")
+            echo(f"{scene.name}: {scene.reason} (since {scene.since}, {scene.tries} tries; {scene.uri})")
     if not held:
-        print("no scene is in quarantine")
+        echo("no scene is in quarantine")

@@ -15,11 +15,15 @@ from typer.core import TyperGroup
 
 from segpipe import __version__
 from segpipe.cli.doctor import doctor_command
+from segpipe.cli.erase import erase_command
 from segpipe.cli.lake import quarantine_command, scan_command
 from segpipe.cli.models import models_app
+from segpipe.cli.output import echo
 from segpipe.cli.run_local import run_in_process
+from segpipe.cli.store import store_app
 from segpipe.errors import RequestError, SegpipeError
 from segpipe.process.extras import check_installed, missing_extra
+from segpipe.redact import clean_logs, scrubbed
 
 if TYPE_CHECKING:
     from segpipe.config.job import Job
@@ -53,8 +57,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(models_app, name="models")
+app.add_typer(store_app, name="store")
 app.command("doctor")(doctor_command)
 app.command("scan")(scan_command)
+app.command("erase")(erase_command)
 app.command("quarantine")(quarantine_command)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A job file; see configs/jobs/.")]
@@ -69,7 +75,7 @@ Overrides = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"segpipe {__version__}")
+        echo(f"segpipe {__version__}")
         raise typer.Exit
 
 
@@ -108,7 +114,7 @@ def _run_job(job: Job, local: bool) -> None:
     request = check_request(job)  # a mistake is told now, before a server is started
     found, before = open_run(job, request.fingerprint)
     if before is not None and len(before.done) == len(request.scenes):
-        print("nothing to do: this job is done; the results of then:")
+        echo("nothing to do: this job is done; the results of then:")
         _headline(found, before)
         return
     if not local and job.compute.clustered:
@@ -138,12 +144,12 @@ def _run_flow(job: Job, request: ResolvedJob, before: RunRecord | None) -> None:
     else:
         state = run_here(segment, job, resolved=request)
     if state.is_cancelled():  # by Ctrl-C, or in the UI
-        print(state.message, file=sys.stderr)
+        echo(state.message, file=sys.stderr)
         raise typer.Exit(130)
     found, after = open_run(job, request.fingerprint)
     if after is None or after == before:
         if state.is_completed():  # another run of the same job is at the record
-            print(state.message)
+            echo(state.message)
             return
         raise SegpipeError(state.message or "the run ended without a report")
     _headline(found, after)
@@ -204,13 +210,13 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 
         take_part(recipe, SILENT)  # the first process has the flow, the others its work
         return
-    print(f"{recipe.name}: {len(scenes)} scenes, {recipe.optimise.steps:,} steps a fold")
+    echo(f"{recipe.name}: {len(scenes)} scenes, {recipe.optimise.steps:,} steps a fold")
     from segpipe_flows.here import check_server, run_here
     from segpipe_flows.train import train_model
 
     check_server()
     state = run_here(train_model, str(recipe_file), overrides or [])
-    print(state.message, file=sys.stderr if not state.is_completed() else sys.stdout)
+    echo(state.message, file=sys.stderr if not state.is_completed() else sys.stdout)
     if not state.is_completed():
         raise typer.Exit(130 if state.is_cancelled() else 1)
 
@@ -221,10 +227,10 @@ def _headline(run: RunFolder, record: RunRecord) -> None:
     from segpipe.runs.find_run import read_tables
 
     for scene in record.failed:
-        print(f"failed: {scene.name}: {scene.error}", file=sys.stderr)
+        echo(f"failed: {scene.name}: {scene.error}", file=sys.stderr)
     for line in headline(record, *read_tables(run)):
-        print(line)
-    print(f"report: {run.report}")
+        echo(line)
+    echo(f"report: {run.report}")
 
 
 @app.command()
@@ -232,22 +238,28 @@ def plan(job_file: JobFile, overrides: Overrides = None) -> None:
     """Say what a job would do and cost, without doing it: windows, blocks, memory, disk."""
     from segpipe.config.job import load_job
     from segpipe.runs.check import check_request
-    from segpipe.runs.plan import plan_scenes
+    from segpipe.runs.plan import forecast, plan_scenes
 
     job = load_job(job_file, overrides or [])
     request = check_request(job)
     how = f"on {request.settings.device_class}" if job.model else "with labels measured as given"
-    print(f"{job.name}: {len(request.scenes)} scenes {how}")
-    failed = []
+    echo(f"{job.name}: {len(request.scenes)} scenes {how}")
+    failed, plans = [], []
     for scene in plan_scenes(request):
+        plans.append(scene)
         if scene.failed:
             failed.append(f"{scene.scene}: {scene.text}")
         else:
-            print(f"  {scene.scene}: {scene.text}")
+            echo(f"  {scene.scene}: {scene.text}")
     if job.model:
-        print("passes are an upper bound: windows without a valid element are skipped when read")
+        echo("passes are an upper bound: windows without a valid element are skipped when read")
+    disk, fits = forecast(request, plans)
+    if disk:
+        echo(disk)
+    if not fits:
+        echo("warning: the disk may be too small: that is before compression", file=sys.stderr)
     for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
+        echo(f"failed: {line}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 
@@ -277,9 +289,9 @@ def compare(
 
     found = compare_runs(before, after, out)
     for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        echo(f"warning: {warning}", file=sys.stderr)
     for line in headline(found):
-        print(line)
+        echo(line)
 
 
 @app.command()
@@ -289,10 +301,10 @@ def check(run_folder: Annotated[str, typer.Argument(metavar="RUN", help="<out>/<
 
     wrong = check_manifest(run_folder)
     for line in wrong:
-        print(line, file=sys.stderr)
+        echo(line, file=sys.stderr)
     if wrong:
         raise typer.Exit(1)
-    print("every file is as it was written")
+    echo("every file is as it was written")
 
 
 @app.command()
@@ -300,7 +312,7 @@ def schema() -> None:
     """Print the JSON Schema of a job file, for editors."""
     from segpipe.config.job import Job
 
-    print(json.dumps(Job.model_json_schema(), indent=2))
+    echo(json.dumps(Job.model_json_schema(), indent=2))
 
 
 @app.command()
@@ -323,26 +335,32 @@ def execute(arguments: list[str] | None = None) -> int:
         arguments: default: the process's own.
     """
     logging.captureWarnings(True)
+    clean_logs()
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    with scrubbed():
+        return _execute(arguments)
+
+
+def _execute(arguments: list[str] | None) -> int:
     try:
         app(arguments)
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return 2
     except SegpipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
         return 1
     except SystemExit as ended:  # how typer ends: work done is 0, a wrong command line 2, an interrupt 130
         return ended.code if isinstance(ended.code, int) else 1
     except ModuleNotFoundError as error:
         if (line := missing_extra(error, "this command")) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        echo(f"error: {line}", file=sys.stderr)
         return 2
     except ValueError as error:
         if (line := _setting(error)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        echo(f"error: {line}", file=sys.stderr)
         return 2
     return 0
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from segpipe.cli.output import echo
 from segpipe.config.builtin import card_files, find_card
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def import_(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100), encoding="utf-8")
     check_card(load_card(out))
-    typer.echo(f"{out}: look it over, most of all classes, normalisation and limits")
+    echo(f"{out}: look it over, most of all classes, normalisation and limits")
 
 
 @models_app.command("export")
@@ -140,7 +141,7 @@ def export(
 
     job = load_job(job_file) if job_file is not None else None
     for line in export_model(find_card(name), to, out, job, method):
-        typer.echo(line)
+        echo(line)
 
 
 def _cost(card: Card, flops: float) -> str:

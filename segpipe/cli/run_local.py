@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from segpipe.cli.output import echo
 from segpipe.errors import StoppedError
+from segpipe.redact import clean
 
 if TYPE_CHECKING:
     from segpipe.export.run_folder import RunFolder
@@ -40,7 +42,7 @@ def run_in_process(resolved: ResolvedJob) -> tuple[RunFolder, RunRecord]:
             return run_local(resolved, show)
     except (KeyboardInterrupt, StoppedError):
         told = "stopped; what is done stays, run the same job again to go on from there"
-        print(told, file=sys.stderr)
+        echo(told, file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -68,9 +70,9 @@ def _lines() -> Iterator[Callable[[Progress], None]]:
     def show(step: Progress) -> None:
         nonlocal last
         if step.record is not None:
-            print(_ended(step), file=sys.stderr)
+            echo(_ended(step), file=sys.stderr)
         elif time.monotonic() - last >= LINE_SECONDS:
-            print(f"{_name(step)}: {step.done} of {step.total}", file=sys.stderr)
+            echo(f"{_name(step)}: {step.done} of {step.total}", file=sys.stderr)
         else:
             return
         last = time.monotonic()
@@ -79,7 +81,7 @@ def _lines() -> Iterator[Callable[[Progress], None]]:
 
 
 def _name(step: Progress) -> str:
-    return f"{step.number}/{step.scenes} {step.scene}"
+    return clean(f"{step.number}/{step.scenes} {step.scene}")
 
 
 def _ended(step: Progress) -> str:

@@ -52,12 +52,22 @@ class Scale(Strict):
     offset: float = 0.0
 
 
+def _check_range(low: float, high: float) -> None:
+    if low >= high:
+        raise ValueError(f"low: found {low} with high {high}; valid: low below high")
+
+
 class Clip(Strict):
     """Limits in real units, e.g. Hounsfield."""
 
     op: Literal["clip"]
     low: float
     high: float
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Clip:
+        _check_range(self.low, self.high)
+        return self
 
 
 QUANTILE_SAMPLES = 1 << 24
@@ -77,6 +87,7 @@ class SceneQuantiles(Strict):
 
     @model_validator(mode="after")
     def _small_enough(self) -> SceneQuantiles:
+        _check_range(self.low, self.high)
         if self.grid is not None and math.prod(self.grid) > QUANTILE_SAMPLES:
             raise ValueError(
                 f"grid: found {self.grid}; at most {QUANTILE_SAMPLES} elements, e.g. 256x256x256"
@@ -341,6 +352,9 @@ class Card(Strict):
             raise ValueError(f"classes: found {len(self.classes)}; valid: two or more")
         if len(set(self.values)) != len(self.values):
             raise ValueError(f"classes: values must differ; found {list(self.values)}")
+        names = [c.name for c in self.classes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"classes: names must differ; found twice: {', '.join(twice)}")
         if self.output.activation == "sigmoid" and len(self.classes) != 2:
             raise ValueError("output.activation: sigmoid has two classes, background first")
         window_steps = [s for s in self.input.normalisation if s.op == "window_zscore"]

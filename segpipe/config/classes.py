@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from segpipe.config.card import Class
+from segpipe.config.cells import plain_cell
 from segpipe.config.loading import read_yaml, validate
 from segpipe.errors import RequestError
 
@@ -50,6 +51,9 @@ class _ClassFile(BaseModel):
         twice = sorted({v for v in values if values.count(v) > 1})
         if twice:
             raise ValueError(f"classes: a value stands once; found twice: {', '.join(map(str, twice))}")
+        names = [c.name for c in self.classes]
+        if same := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"classes: a name stands once; found twice: {', '.join(same)}")
         return self
 
 
@@ -88,7 +92,7 @@ def _csv_rows(path: str) -> list[dict[str, str]]:
         )
     rows.fieldnames = columns
     known = ("value", "name", "color", "background")
-    return [{k: (row[k] or "").strip() for k in known if k in row} for row in rows]
+    return [{k: plain_cell((row[k] or "").strip()) for k in known if k in row} for row in rows]
 
 
 def with_found(listed: Sequence[Class], values: Iterable[int]) -> tuple[Class, ...]:

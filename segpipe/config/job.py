@@ -9,13 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
 
 from segpipe.config.loading import load
 from segpipe.config.prompts import PromptOptions
-from segpipe.config.types import AutoNumber, AutoSize, Memory, Name, Strict, Text, WindowSize, form
+from segpipe.config.types import (
+    Address,
+    AddressText,
+    AutoNumber,
+    AutoSize,
+    Memory,
+    Name,
+    Several,
+    Strict,
+    Text,
+    WindowSize,
+    form,
+)
 from segpipe.errors import RequestError
 
 SceneKind = Literal["given", "predicted", "prompted"]
@@ -60,6 +72,13 @@ class Runner(str, Enum):
     dask_cuda = "dask-cuda"
     kubernetes = "kubernetes"
     slurm = "slurm"
+
+
+class Identity(str, Enum):
+    """What tells that a file is another one."""
+
+    sampled = "sampled"
+    content = "content"
 
 
 class Format(str, Enum):
@@ -176,7 +195,7 @@ class Compute(Strict):
 class Regions(Strict):
     """Where numbers are reported: a polygon layer or a label atlas."""
 
-    path: str = Field(
+    path: Address = Field(
         description="Vector layer (GeoPackage, GeoJSON, Shapefile, GeoParquet, …), label atlas (NIfTI, "
         "GeoTIFF), or a grid: grid:1000 (squares of 1000 units of the scene's CRS), h3:7."
     )
@@ -190,7 +209,7 @@ class Regions(Strict):
 class Reference(Strict):
     """The truth to compare with."""
 
-    path: str = Field(description="A label file, or a folder or glob matched to the scenes by name.")
+    path: Address = Field(description="A label file, or a folder or glob matched to the scenes by name.")
     values: dict[int, int | None] = Field(
         default_factory=dict,
         description="Reference value to class value; null: ignored. Others stay as they are.",
@@ -233,10 +252,22 @@ class Measure(Strict):
     )
 
 
+def _folder(value: object) -> object:
+    """A folder with ``~`` written out."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError("no folder is named (a bare ~ is YAML's null); valid: runs, '~/runs', . or a URL")
+    if isinstance(value, str) and value.startswith("~"):
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError as error:
+            raise ValueError("there is no such user; valid: a folder or URL") from error
+    return value
+
+
 class Outputs(Strict):
     """What is written, and where."""
 
-    dir: str = Field(
+    dir: Annotated[Address, BeforeValidator(_folder)] = Field(
         "runs",
         description="Folder or URL (s3://…) for the store and for the runs, each in a folder of its own.",
     )
@@ -251,6 +282,9 @@ class Outputs(Strict):
         False,
         description="Also map and report how sure the model is: entropy, margin, confidence and, with "
         "blending or test-time augmentation, disagreement.",
+    )
+    hide_paths: bool = Field(
+        False, description="Tell file names instead of absolute paths of this machine in the run's folder."
     )
     keep: list[Keep] = Field(
         [Keep.labels],
@@ -274,6 +308,11 @@ class Request(Strict):
     tiling: Tiling = Field(default_factory=Tiling, description="How a scene is cut.")
     compute: Compute = Field(default_factory=Compute, description="Where and how the model runs.")
     measure: Measure = Field(default_factory=Measure, description="Further measurements.")
+    identity: Identity = Field(
+        Identity.sampled,
+        description="What tells that a file changed. sampled: ETag or version; of local files size, time and "
+        "the hash of sixteen ranges. content: the hash of all bytes, so that a copy or a touch is no change.",
+    )
     prompts: PromptOptions = Field(
         default_factory=PromptOptions, description="What a promptable model is asked."
     )
@@ -288,12 +327,14 @@ class Job(Request):
     model_config = ConfigDict(
         json_schema_extra=form(
             "name", "scenes", "model", "labels", "classes", "bands", "regions", "reference", "outputs",
-            "description", "tiling", "compute", "measure", "prompts",
+            "description", "tiling", "compute", "measure", "prompts", "identity",
         )
     )  # fmt: skip
 
-    scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
-    labels: Text = Field(
+    scenes: Annotated[list[Address], Several] = Field(
+        min_length=1, description="Files, globs, folders or URLs."
+    )
+    labels: AddressText = Field(
         "",
         description="Instead of a model: existing label maps, a file, folder or glob matched by name.",
     )
@@ -341,7 +382,7 @@ class PromptJob(Job):
     model_config = ConfigDict(
         json_schema_extra=form(
             "scenes", "model", "prompts", "name", "bands", "regions", "reference", "outputs", "description",
-            "measure", "compute", "tiling",
+            "measure", "compute", "tiling", "identity",
         )
     )  # fmt: skip
 

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from segpipe.config.cells import plain_cell
+from segpipe.config.parsing import parse_yaml
 from segpipe.errors import RequestError
 
 
@@ -23,15 +25,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL, text that is not UTF-8
+        text_error = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = getattr(error, "strerror", None) or text_error
         raise RequestError(f"{path}: cannot be read ({reason}); give the path of a YAML file") from error
     try:
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RequestError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise RequestError(f"{path}:{where} is not valid YAML: {problem}") from error
     if not isinstance(data, dict):
         raise RequestError(f"{path}: found {type(data).__name__}, a mapping of keys was expected")
     return data
@@ -90,7 +94,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
             if not isinstance(inner, dict):
                 raise RequestError(f"--set {item}: `{part}` is a value, it has no keys")
         try:
-            inner[last] = yaml.safe_load(value)
+            inner[last] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise RequestError(f"--set {item}: {value!r} is not a YAML value") from error
 
@@ -167,8 +171,9 @@ def load_groups(path: str, scenes: Iterable[str]) -> dict[str, str]:
         raise RequestError(f"{FIELD}: {path} has the columns {columns}; valid: scene,group and a row a scene")
     found: dict[str, str] = {}
     for row in rows:
-        if found.setdefault(row["scene"], row["group"]) != row["group"]:
-            raise RequestError(f"{FIELD}: {path} has {row['scene']!r} in two groups; valid: one")
+        scene, group = (plain_cell(row[name] or "") for name in ("scene", "group"))
+        if found.setdefault(scene, group) != group:
+            raise RequestError(f"{FIELD}: {path} has {scene!r} in two groups; valid: one")
     missing = [scene for scene in scenes if not found.get(scene)]
     if missing:
         raise RequestError(f"{FIELD}: {path} has no group for {missing[0]!r}; every scene needs one")

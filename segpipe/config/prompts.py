@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from segpipe.config.types import Memory, Strict, Text
+from segpipe.config.types import AddressText, Memory, Strict, Text
 
 
 class Choice(str, Enum):
@@ -94,13 +94,13 @@ class PromptOptions(Strict):
     scales: int = Field(
         2, ge=1, le=8, description="Of detectors: sizes of windows, each twice as large as the one before."
     )
-    path: Text = Field("", description="Points, boxes or polygons: GeoJSON, GeoPackage or CSV.")
+    path: AddressText = Field("", description="Points, boxes or polygons: GeoJSON, GeoPackage or CSV.")
     crs: Text = Field("", description="Of a CSV's x and y, e.g. EPSG:32617; scene: the scene's own.")
     layer: Text = Field("", description="Layer of a file with several.")
     polygons: Literal["box", "outline"] = Field(
         "box", description="box: a polygon is a box around an object. outline: also its coarse mask."
     )
-    earlier: Text = Field(
+    earlier: AddressText = Field(
         "",
         description="Labels of an earlier run as prompts: a file, or a folder or glob matched by name.",
     )

@@ -13,7 +13,7 @@ from segpipe.config.card import Card
 from segpipe.config.job import Precision, Reference
 from segpipe.config.loading import load
 from segpipe.config.losses import LossName, LossTerm
-from segpipe.config.types import AutoNumber, AutoSize, Memory, Strict, Text, as_text
+from segpipe.config.types import Address, AutoNumber, AutoSize, Memory, Strict, Text, as_text
 
 
 def _ascending(values: list[float]) -> list[float]:
@@ -140,7 +140,7 @@ class Split(Strict):
 class Data(Strict):
     """What the model learns from."""
 
-    scenes: list[str] = Field(min_length=1, description="Files, globs, folders or URLs.")
+    scenes: list[Address] = Field(min_length=1, description="Files, globs, folders or URLs.")
     reference: Reference = Field(description="The labels, in the values of the card's classes.")
     objects: bool = Field(
         False,

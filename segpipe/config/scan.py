@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from segpipe.config.job import Job, Request
+from segpipe.config.job import Identity, Job, Request
 from segpipe.config.loading import load
-from segpipe.config.types import Memory, Name, Strict, Text, form
+from segpipe.config.types import Address, Memory, Name, Strict, Text, form
 
 
 class LakeKind(str, Enum):
@@ -23,8 +23,8 @@ class LakeKind(str, Enum):
     dicom = "dicom"
 
 
-class Identity(str, Enum):
-    """What tells that a file is another one."""
+class LakeIdentity(str, Enum):
+    """What tells that a file of a lake is another one."""
 
     stat = "stat"
     content = "content"
@@ -75,7 +75,7 @@ class BidsFilter(Strict):
 class Lake(Strict):
     """Where scenes arrive."""
 
-    location: str = Field(
+    location: Address = Field(
         min_length=1,
         description="Folder, glob or object store prefix (s3://, gs://, az://); a STAC catalogue's or API's "
         "URL or file; a BIDS or DICOM folder.",
@@ -92,10 +92,10 @@ class Lake(Strict):
         ge=0,
         description="A scene written more recently may be half uploaded and waits for the next scan.",
     )
-    identity: Identity = Field(
-        Identity.stat,
-        description="stat: ETag, size and time. content: a hash of what is new by that, so that a file that "
-        "was only touched, or uploaded again, is not done again.",
+    identity: LakeIdentity = Field(
+        LakeIdentity.stat,
+        description="stat: as the scan's identity says. content: the same as identity: content, so that a "
+        "file that was only touched, or uploaded again, is not done again.",
     )
     stac: StacFilter = Field(default_factory=StacFilter, description="For kind stac.")
     bids: BidsFilter = Field(default_factory=BidsFilter, description="For kind bids.")
@@ -105,7 +105,9 @@ class ScanLimits(Strict):
     """How much one scan does; what is over waits for the next."""
 
     scenes: int = Field(10_000, ge=1, description="Most scenes.")
-    size: Memory = Field("100TiB", description="Most data, by the sizes listed.")
+    size: Memory = Field(
+        "100TiB", description="Most data, by the sizes listed; a scene that is larger alone is passed over."
+    )
     device_minutes: float = Field(
         0.0, ge=0, description="No scene is begun after so much work of devices, in minutes; 0: no limit."
     )
@@ -121,6 +123,7 @@ class Scan(Request):
         json_schema_extra=form(
             "name", "lake", "model", "dry_run", "limits", "regions", "outputs", "description", "attempts",
             "lease_seconds", "bands", "reference", "prompts", "measure", "tiling", "compute",
+            "identity",
         )
     )  # fmt: skip
 
@@ -132,8 +135,9 @@ class Scan(Request):
         3,
         ge=1,
         le=10,
-        description="Scans that try a scene which fails by a passing fault, each with the job's retries, "
-        "before it is put in quarantine; one that cannot be done at all goes there at once.",
+        description="Scans that try a scene which fails by a passing fault, each with the job's retries, or "
+        "at which the process dies, before it is put in quarantine; one that cannot be done at all goes "
+        "there at once.",
     )
     lease_seconds: float = Field(
         120.0,
@@ -151,6 +155,8 @@ class Scan(Request):
     def job(self, scenes: Sequence[str]) -> Job:
         """The job of some scenes of the lake."""
         fields = self.model_dump(include=set(Job.model_fields))
+        if self.lake.identity is LakeIdentity.content:
+            fields["identity"] = Identity.content
         if self.lake.kind is LakeKind.stac and len(self.lake.stac.assets) > 1 and not self.bands:
             fields["bands"] = list(self.lake.stac.assets)
         return Job.model_validate({**fields, "scenes": list(scenes)})

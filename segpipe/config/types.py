@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+from segpipe.redact import SecretUri, seal
 
 
 def as_text(value: object) -> object:
@@ -20,9 +29,21 @@ AutoNumber = Annotated[str, Field(pattern=r"^(auto|[1-9]\d*)$"), BeforeValidator
 WindowSize = Annotated[str, Field(pattern=rf"^(auto|whole|{SIZE})$"), BeforeValidator(as_text)]
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 """Text that may be left out, empty or null. A form shows a plain box, where a union would be two tabs."""
+
+
+def _sealed(value: object, check: ValidatorFunctionWrapHandler) -> str:
+    return value if isinstance(value, SecretUri) else seal(check(value))
+
+
+Address = Annotated[str, WrapValidator(_sealed)]
+"""A path or URL; a secret in it is known to `segpipe.redact.reveal` only."""
+AddressText = Annotated[Text, WrapValidator(_sealed)]
+"""The same, or empty."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A name that is safe as a folder's."""
-Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$")]
+Several = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+"""A list that may be given as its one text."""
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?(MiB|GiB|TiB)$"), BeforeValidator(as_text)]
 
 
 _WORDS = {"crs": "CRS", "iou": "IoU", "tta": "Test-time augmentation", "dir": "Folder"}
@@ -49,4 +70,6 @@ def form(*fields: str) -> Callable[[dict[str, Any]], None]:
 class Strict(BaseModel):
     """Unknown keys are mistakes; values don't change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False, json_schema_extra=_titled)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_enum_values=False, allow_inf_nan=False, json_schema_extra=_titled
+    )

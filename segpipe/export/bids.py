@@ -76,12 +76,12 @@ def parse_bids(uri: str) -> BidsFile | None:
     kind = folders[2] if folders else "anat"
     if kind not in ENTITIES or (kind == "func" and "task" not in entities):
         kind = "anat"  # the standard names no segmentations beside other images
-    root = location[: folders.start()].rstrip("/") if folders else str(path.parent)
+    root = location[: folders.start()].rstrip("/") if folders else location[: -len(path.name)].rstrip("/")
     return BidsFile(entities, name[2], kind, root, location[len(root) :].lstrip("/"), frame)
 
 
 def write_bids(location: str, folder: Path, record: RunRecord, nodata: int | None) -> Derivatives:
-    """Write the derivatives of a run's volumes whose sources bear BIDS names; files that are there stay.
+    """Write the derivatives of a run's volumes whose sources bear BIDS names.
 
     Args:
         location: folder or URL of the run, where the scenes' files lie.
@@ -158,7 +158,7 @@ def _capital(word: str) -> str:
 
 
 def _copy(location: str, copies: dict[str, str]) -> None:
-    """Link files within a folder, or copy them within an object store; what is there stays."""
+    """Link files within a folder, or copy them within an object store."""
     if is_url(location):
         store = open_store(location)
         for target, source in copies.items():
@@ -166,21 +166,20 @@ def _copy(location: str, copies: dict[str, str]) -> None:
         return
     for target, source in copies.items():
         there, here = Path(location) / source, Path(location) / target
-        if here.exists():
+        if here.exists() and here.samefile(there):
             continue
-        here.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            here.hardlink_to(there)
-        except FileExistsError:  # the same request, run twice at once, was faster
-            continue
-        except OSError:  # a file system without links
-            with staging(here) as folder:
-                commit(Path(shutil.copy(there, folder)), here)
+        with staging(here) as folder:
+            link = folder / here.name
+            try:
+                link.hardlink_to(there)
+            except OSError:  # a file system without links
+                shutil.copy(there, link)
+            commit(link, here)
 
 
 def _description(record: RunRecord, links: dict[str, str]) -> dict[str, Any]:
     """``dataset_description.json``."""
-    uris = {name: Path(root).absolute().as_uri() for root, name in links.items()}
+    uris = {n: Path(root).as_uri() if root.startswith("/") else root or "." for root, n in links.items()}
     made: dict[str, Any] = {
         "Name": "segpipe",
         "Version": __version__,

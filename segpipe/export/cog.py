@@ -21,6 +21,7 @@ import rasterio.shutil
 from affine import Affine
 from PIL.ImageColor import getrgb
 from pyproj import CRS
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from segpipe.config.card import Class
@@ -178,7 +179,7 @@ def _gdal(path: Path) -> Iterator[None]:
         with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_PAM_ENABLED="NO"):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # the scene's notes say it
             yield
-    except RasterioError as error:
+    except (RasterioError, CPLE_BaseError) as error:
         raise SceneError(f"{path}: cannot be written as a COG ({error})") from error
 
 

@@ -19,10 +19,12 @@ from segpipe.errors import SceneError
 from segpipe.export.bids import NAMED, parse_bids
 from segpipe.export.cog import write_cog, write_cog_ids, write_cog_scores
 from segpipe.export.footprint import why_no_place
+from segpipe.export.hide_paths import hide_paths
 from segpipe.export.nifti import write_nifti, write_nifti_ids, write_nifti_scores
 from segpipe.export.objects import coco_facts, write_coco, write_object_polygons
 from segpipe.export.ome_zarr import write_ome_zarr
-from segpipe.export.run_folder import ITEM, MANIFEST, hash_files, own_files, write_seal
+from segpipe.export.run_folder import ITEM, MANIFEST, Seal, hash_files, own_files, write_seal
+from segpipe.export.staging import json_text
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry, VolumeGeometry
 from segpipe.metrics.tally import LEVELS
@@ -33,7 +35,9 @@ from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.scene import MeasurableScene, PredictedScene
 from segpipe.sources import open_source, package_file
 from segpipe.sources.base import LabelReader, ScoreReader
+from segpipe.sources.identity import identified
 from segpipe.sources.remote import fetch, is_remote
+from segpipe.sources.uri import parse_frame
 from segpipe.store.location import write_atomic
 from segpipe.store.stage import Stage
 from segpipe.tables.object_tables import SceneDetections, detections_table
@@ -51,7 +55,7 @@ def write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict
 
     The label map as OME-Zarr too, and of a DICOM series as DICOM SEG, where the job wants that.
 
-    Files that are there already stay. Returns what each is (`labels`, `instances`, `scores`, …), to its path.
+    Returns what each is (`labels`, `instances`, `scores`, …), to its path.
     """
     geometry, formats = scene.geometry, scene.job.outputs.formats
     classes = shown_classes(scene, measured.values)
@@ -66,14 +70,12 @@ def write_maps(scene: MeasurableScene, measured: Measured, target: Path) -> dict
         return written
     if not why_no_file(classes):
         written["labels"] = target / f"labels{suffix}"
-        if not written["labels"].exists():
-            _write_labels(scene, measured, classes, written["labels"])
+        _write_labels(scene, measured, classes, written["labels"])
     if scene.objects_stage is not None:
         written |= _write_objects(scene, scene.objects_stage, measured, target, suffix)
     for name, shares in _shares(scene).items():
         written[name] = target / f"{name}{suffix}"
-        if not written[name].exists():
-            _write_shares(scene, shares, written[name])
+        _write_shares(scene, shares, written[name])
     return written
 
 
@@ -86,23 +88,19 @@ def _write_objects(
     written = {"instances": target / f"instances{suffix}"}
     with scene.open_labels(ids=True) as ids:
         if isinstance(geometry, VolumeGeometry):
-            if not written["instances"].exists():
-                with _nifti_header(scene.ref.uri) as header:
-                    write_nifti_ids(ids, geometry, header, dtype, written["instances"])
+            with _nifti_header(scene.ref.uri) as header:
+                write_nifti_ids(ids, geometry, header, dtype, written["instances"])
             return written
         assert isinstance(geometry, RasterGeometry)
         polygons = {"objects": target / "instances.gpkg", "geoparquet": target / "instances.parquet"}
         written |= {**polygons, "coco": target / "instances.json"}
-        if not written["instances"].exists():
-            write_cog_ids(ids, geometry, dtype, written["instances"], _tags(scene))
+        write_cog_ids(ids, geometry, dtype, written["instances"], _tags(scene))
         table = _object_table(scene, measured)
-        if not all(path.exists() for path in polygons.values()):
-            write_object_polygons(ids, geometry, table, *polygons.values())
-        if not written["coco"].exists():
-            name = scene.ref.uri.rsplit("/", 1)[-1]
-            shape = (geometry.shape[0], geometry.shape[1])
-            facts = None if measured.facts is None else coco_facts(table, _points(measured.facts))
-            write_coco(ids, shape, found, scene.classes, name, written["coco"], facts)
+        write_object_polygons(ids, geometry, table, *polygons.values())
+        name = scene.ref.uri.rsplit("/", 1)[-1]
+        shape = (geometry.shape[0], geometry.shape[1])
+        facts = None if measured.facts is None else coco_facts(table, _points(measured.facts))
+        write_coco(ids, shape, found, scene.classes, name, written["coco"], facts)
     return written
 
 
@@ -153,10 +151,9 @@ def _write_levels(
     if Format.ome_zarr not in scene.job.outputs.formats or why_no_file(classes):
         return {}
     folder, nodata = target / "labels.ome.zarr", _nodata(scene, measured, classes)
-    if not folder.exists():
-        with scene.open_labels() as read:
-            labels = _with_nodata(read, scene.nodata, nodata)
-            write_ome_zarr(labels, scene.geometry, classes, nodata, folder)
+    with scene.open_labels() as read:
+        labels = _with_nodata(read, scene.nodata, nodata)
+        write_ome_zarr(labels, scene.geometry, classes, nodata, folder)
     return {"ome-zarr": folder / "zarr.json"}
 
 
@@ -172,16 +169,14 @@ def _write_segments(scene: MeasurableScene, classes: Sequence[Class], target: Pa
     # Imported here: they load pydicom's dictionaries and highdicom, which few runs need.
     from segpipe.export.dicom_seg import write_dicom_seg
 
-    written = {"dicomseg": target / "labels.dcm"}
-    if written["dicomseg"].exists():
-        return written
+    path = target / "labels.dcm"
     with open_source(scene.ref.uri) as source, scene.open_labels() as read:
         if not source.slices:
             return {}
-        if source.identity != scene.pixels.identity:
+        if identified(source.identity, scene.job.identity) != scene.pixels.identity:
             raise SceneError(f"{scene.ref.uri}: changed since it was planned; run the job again")
-        write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), written["dicomseg"])
-    return written
+        write_dicom_seg(read, source, classes, scene.nodata, _drawn_by(scene), path)
+    return {"dicomseg": path}
 
 
 def _drawn_by(scene: MeasurableScene) -> Algorithm:
@@ -263,7 +258,7 @@ def has_nodata(measured: Measured) -> bool:
 @contextmanager
 def _nifti_header(uri: str) -> Iterator[str | None]:
     """The scene's own NIfTI file, whose transforms the labels repeat; None for other formats."""
-    location = uri.split("#")[0]
+    location = parse_frame(uri)[0]
     if not location.endswith((".nii", ".nii.gz")):
         yield None
     elif is_remote(location):
@@ -283,13 +278,12 @@ def seal_scene(
         files: what each is, to its path relative to that.
 
     Returns:
-        The new files, as ``files``.
+        All files, as ``files``.
     """
     base = f"scenes/{scene.ref.name}"
     others = (f"/{MANIFEST}", ".html")  # the seal itself, and pages, which are the run's
-    own = [path for path in own_files(folder, base) if not path.endswith(others)]
-    marks = hash_files(folder, [p for p in own if p != f"{base}/{ITEM}"])
-    sealed = {}
+    own = [p for p in own_files(folder, base) if not p.endswith((*others, f"/{ITEM}"))]
+    names, hidden = dict(files), scene.job.outputs.hide_paths
     if isinstance(scene.geometry, RasterGeometry) and not why_no_place(scene.geometry):
         from segpipe.export.stac import scene_item  # here: volumes never need pystac
 
@@ -306,15 +300,24 @@ def seal_scene(
             weights=weights_fingerprint(card) if card else "",
             labels_key=scene.labels_key,
             files=files,
-            marks=marks,
+            marks=hash_files(folder, own),
             folder=folder,
             created=run.started,
         )
+        if hidden:
+            item = json_text(hide_paths(json.loads(item)))
         write_atomic(folder / base / ITEM, item.encode())
-        sealed["item"] = f"{base}/{ITEM}"
-        marks |= hash_files(folder, [sealed["item"]])
-    write_seal(folder, scene.ref.name, scene.ref.uri, scene.pixels.identity, marks)
-    return sealed
+        names["item"] = f"{base}/{ITEM}"
+        own.append(names["item"])
+    source = {"uri": scene.ref.uri, "identity": scene.pixels.identity}
+    seal = Seal(hide_paths(source) if hidden else source, seal_keys(scene, measured), names)
+    write_seal(folder, scene.ref.name, seal, own)
+    return names
+
+
+def seal_keys(scene: MeasurableScene, measured: Measured) -> dict[str, str]:
+    """Of the stages that a scene's files are made from."""
+    return {"labels": scene.labels_key, "measure": measured.stage.key}
 
 
 def export_notes(scene: MeasurableScene) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import geopandas
 import numpy as np
 import pandas as pd
+import pyogrio
 
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
@@ -64,17 +65,22 @@ def write_object_polygons(
     frame = geopandas.GeoDataFrame(rows, geometry=polygons, crs=geometry.projection)
     for target in (path, *more):
         with staging(target) as folder:
-            _write_frame(frame, folder / target.name)
+            if target.suffix == ".parquet":
+                frame.to_parquet(folder / target.name, index=False)
+            else:
+                write_gpkg(frame, folder / target.name, "instances", geometry_type="MultiPolygon")
             commit(folder / target.name, target)
 
 
-def _write_frame(frame: geopandas.GeoDataFrame, path: Path) -> None:
-    if path.suffix == ".parquet":
-        frame.to_parquet(path, index=False)
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a scene without a CRS stays without one
-        frame.to_file(path, driver="GPKG", layer="instances", engine="pyogrio", geometry_type="MultiPolygon")
+def write_gpkg(frame: geopandas.GeoDataFrame, path: Path, layer: str, **options: Any) -> None:
+    """Write a GeoPackage that has no date of its making: the same features are the same bytes."""
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": "1970-01-01T00:00:00.000Z"})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a scene without a CRS stays without one
+            frame.to_file(path, driver="GPKG", layer=layer, engine="pyogrio", **options)
+    finally:
+        pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": None})
 
 
 def coco_facts(table: pd.DataFrame, points: Mapping[int, np.ndarray]) -> dict[int, dict[str, Any]]:

@@ -21,7 +21,7 @@ import zarr
 from PIL.ImageColor import getrgb
 
 from segpipe.config.card import Class
-from segpipe.export.staging import fit_labels, label_dtype, staging
+from segpipe.export.staging import commit, fit_labels, label_dtype, staging
 from segpipe.geometry.box import Box, grid_boxes
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.sources.base import LabelReader
@@ -67,11 +67,7 @@ def write_ome_zarr(
         for level in range(1, len(factors)):
             steps = tuple(b // a for a, b in zip(factors[level - 1], factors[level], strict=True))
             above = _shrink(group, level, above, steps)
-        try:
-            draft.rename(path)
-        except OSError:
-            if not path.exists():
-                raise  # else the same request, run twice at once, was faster there
+        commit(draft, path)
 
 
 def level_factors(shape: Sequence[int]) -> list[tuple[int, ...]]:

@@ -1,9 +1,10 @@
 """The folder of a run: where it lies, how files get into it, and the manifest of what it holds.
 
 The manifest has sizes and checksums, so that a copy can be checked years later. A scene's files are hashed by
-whoever wrote them, before they go anywhere: ``scenes/<scene>/manifest.json``, paths relative to the run. The
-run's own ``manifest.json`` joins these, and hashes what else is there. So nothing that was uploaded is
-downloaded again, and making a report anew never takes over a file that changed meanwhile.
+whoever wrote them, before they go anywhere: ``scenes/<scene>/manifest.json``, paths relative to the run. This
+seal is the last of a scene's files, and only files that it names are believed (`sealed_files`). The run's own
+``manifest.json`` joins these, and hashes what else is there. So nothing that was uploaded is downloaded
+again, and making a report anew never takes over a file that changed meanwhile.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import obstore
 
-from segpipe.errors import RequestError
-from segpipe.sources.remote import public_uri
+from segpipe.errors import DamagedError, RequestError
 from segpipe.store.location import (
     Mark,
     hash_object,
@@ -31,8 +31,11 @@ from segpipe.store.location import (
     join,
     open_store,
     read_object,
+    sweep_drafts,
+    told_when_full,
     write_atomic,
 )
+from segpipe.store.stop import Fence
 
 if TYPE_CHECKING:
     from segpipe.tables.record import RunRecord
@@ -46,6 +49,13 @@ class RunFolder:
     job: str
     name: str
     started: str
+    fence: Fence | None = None
+    """Of a scan's run: proves that it is still its own."""
+
+    def check(self) -> None:
+        """Raises LeaseLostError where another scan has taken the run over: asked before each commit."""
+        if self.fence is not None:
+            self.fence.check()
 
     @property
     def location(self) -> str:
@@ -61,13 +71,17 @@ class RunFolder:
 @contextmanager
 def local_folder(run: RunFolder) -> Iterator[Path]:
     """The run's folder to write files into; for a URL a temporary one that is uploaded at the end."""
+    run.check()
     if not is_url(run.location):
         folder = Path(run.location)
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        sweep_drafts(folder)
+        with told_when_full(folder):
+            yield folder
         return
     with tempfile.TemporaryDirectory(prefix="segpipe-") as name:
         yield Path(name)
+        run.check()
         store = open_store(run.location)
         last = [Path(name) / MANIFEST, Path(name) / "run.json"]  # who sees the record finds the rest
         paths = [p for p in [*sorted(set(Path(name).rglob("*")) - set(last)), *last] if p.is_file()]
@@ -117,18 +131,95 @@ def own_files(folder: Path, below: str) -> list[str]:
     return sorted(_sizes(open_store(str(folder)), below))
 
 
-def write_seal(folder: Path, scene: str, uri: str, identity: Mapping[str, Any], marks: Marks) -> None:
+@dataclass(frozen=True)
+class Seal:
+    """What a scene's own manifest says of it."""
+
+    source: Mapping[str, Any]
+    """Its ``uri`` and the ``identity`` of its content."""
+    keys: Mapping[str, str]
+    """Of the stages that the files were made from."""
+    names: Mapping[str, str]
+    """What files are, to their paths relative to the run's folder."""
+
+
+def write_seal(folder: Path, scene: str, seal: Seal, paths: Iterable[str]) -> None:
     """Write a scene's own manifest, the last of its files.
+
+    A run of the same request may replace files meanwhile; then they are hashed again.
 
     Args:
         folder: local, of the run.
         scene: its name.
-        uri: of the source.
-        identity: of the source's content.
-        marks: of the scene's files.
+        seal: without marks.
+        paths: of the scene's files.
     """
-    source = {"uri": public_uri(uri), "identity": _public(identity)}
-    write_atomic(folder / "scenes" / scene / MANIFEST, _json({"source": source, "files": _listed(marks)}))
+    listed = sorted(paths)
+    while True:
+        before = [(folder / path).stat().st_ino for path in listed]
+        marks = hash_files(folder, listed)
+        told = {"source": seal.source, "keys": seal.keys, "names": seal.names, "files": _listed(marks)}
+        write_atomic(folder / "scenes" / scene / MANIFEST, _json({**told, "sha256": _digest(told)}))
+        if [(folder / path).stat().st_ino for path in listed] == before:
+            return
+
+
+def sealed_files(folder: Path, scene: str, keys: Mapping[str, str]) -> dict[str, str] | None:
+    """A scene's files, if all of them are as they were sealed, of these stages; None: write them.
+
+    Args:
+        folder: local, of the run.
+        scene: its name.
+        keys: as `Seal.keys`.
+    """
+    path = folder / "scenes" / scene / MANIFEST
+    told = _unsealed(path.read_bytes()) if path.exists() else None
+    if told is None or told["keys"] != keys:
+        return None
+    try:
+        marks = hash_files(folder, told["files"])
+    except OSError:  # one is missing
+        return None
+    names: dict[str, str] = told["names"]
+    return names if _listed(marks) == told["files"] else None
+
+
+def _unsealed(data: bytes) -> dict[str, Any] | None:
+    """The content of a scene's manifest; None: it is damaged, or of an earlier version."""
+    try:
+        told: dict[str, Any] = json.loads(data)
+        return told if told.pop("sha256", "") == _digest(told) else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def read_seals(location: str, record: RunRecord) -> dict[str, tuple[dict[str, Any], Mark]]:
+    """The manifests of scenes that are done, with their own marks, by their paths.
+
+    Raises:
+        DamagedError: one is missing or damaged: nothing tells then which files of the scene are whole.
+    """
+    store = open_store(location)
+
+    def read(scene: str) -> tuple[dict[str, Any], Mark]:
+        path = f"scenes/{scene}/{MANIFEST}"
+        data = read_object(store, path)
+        told = None if data is None else _unsealed(data)
+        if data is None or told is None:
+            raise DamagedError(
+                f"{join(location, path)}: missing, damaged or of an earlier version; run the job again, "
+                "which writes the scene's files again"
+            )
+        return told, Mark.of(data)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        names = [scene.name for scene in record.done]
+        paths = [f"scenes/{name}/{MANIFEST}" for name in names]
+        return dict(zip(paths, pool.map(read, names), strict=True))
 
 
 def write_manifest(
@@ -155,21 +246,17 @@ def write_manifest(
 
 def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[str, str]) -> dict[str, Any]:
     store = open_store(location)
+    found: Marks = {}
+    scenes = []
+    seals = read_seals(location, record)
+    for scene, (path, (told, mark)) in zip(record.done, seals.items(), strict=True):
+        scenes.append({"name": scene.name, **told["source"], "keys": dict(scene.keys)})
+        found |= {path: mark, **{file: Mark(**listed) for file, listed in told["files"].items()}}
+    found |= known
+    found |= {path: found[origin] for path, origin in copies.items() if origin in found}
+    # what nobody sealed below a scene is left of an attempt that failed
+    rest = [p for p in _sizes(store) if p not in found and not p.startswith((MANIFEST, RECORD, "scenes/"))]
     with ThreadPoolExecutor(READERS) as pool:
-        names = [f"scenes/{scene.name}/{MANIFEST}" for scene in record.done]
-        seals = list(pool.map(lambda name: read_object(store, name), names))
-        found: Marks = {}
-        scenes = []
-        for scene, name, seal in zip(record.done, names, seals, strict=True):
-            made: dict[str, Any] = {"source": {"uri": public_uri(scene.uri)}, "files": {}}
-            if seal is not None:
-                made = json.loads(seal)
-                found[name] = Mark.of(seal)
-            scenes.append({"name": scene.name, **made["source"], "keys": dict(scene.keys)})
-            found |= {path: Mark(**mark) for path, mark in made["files"].items()}
-        found |= known
-        found |= {path: found[origin] for path, origin in copies.items() if origin in found}
-        rest = [path for path in _sizes(store) if path not in found and path not in (MANIFEST, RECORD)]
         found |= zip(rest, pool.map(lambda path: hash_object(store, path), rest), strict=True)
     return {
         "job": record.job_name,
@@ -210,19 +297,26 @@ def check_manifest(location: str) -> list[str]:
         return [line for line in pool.map(fault, json.loads(found)["files"].items()) if line]
 
 
+def is_whole(location: str, files: Collection[str]) -> bool:
+    """Whether a finished run has every file of its manifest, with its size, and these; nothing is read.
+
+    Args:
+        location: folder or URL of the run.
+        files: paths of further files that it must have.
+    """
+    store = open_store(location)
+    there, found = _sizes(store), read_object(store, MANIFEST)
+    try:
+        listed = json.loads(found or b"")["files"]
+        return there.keys() >= {*files} and all(there.get(p) == mark["size"] for p, mark in listed.items())
+    except (ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        return False
+
+
 def _sizes(store: obstore.store.ObjectStore, below: str | None = None) -> dict[str, int]:
     """The run's files and their bytes."""
     listed = (meta for chunk in obstore.list(store, below) for meta in chunk)
     return {m["path"]: m["size"] for m in listed if not _NOT_OURS.search(m["path"])}
-
-
-def _public(value: Any) -> Any:
-    """A JSON value with `public_uri` applied to every text of it."""
-    if isinstance(value, str):
-        return public_uri(value)
-    if isinstance(value, Mapping):
-        return {k: _public(v) for k, v in value.items()}
-    return [_public(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _listed(marks: Marks) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,8 +16,9 @@ import pandas as pd
 
 from segpipe.config.card import Class
 from segpipe.config.job import Format, Keep
-from segpipe.export.maps import export_notes, seal_scene, why_no_file, write_maps
-from segpipe.export.run_folder import RunFolder, local_folder
+from segpipe.export.maps import export_notes, seal_keys, seal_scene, why_no_file, write_maps
+from segpipe.export.objects import write_gpkg
+from segpipe.export.run_folder import RunFolder, local_folder, sealed_files
 from segpipe.export.staging import commit, staging
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, VolumeGeometry
@@ -30,11 +30,11 @@ from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene
+from segpipe.redact import clean
 from segpipe.regions import region_layer
 from segpipe.sources.base import Pixels, SceneRef
 from segpipe.sources.labels import find_reference, open_reference
-from segpipe.sources.remote import public_uri
-from segpipe.store.location import write_atomic
+from segpipe.store.location import sweep_drafts, write_atomic
 from segpipe.tables.overlap_tables import SceneTallies, metric_table, region_table
 from segpipe.tables.record import AskedPhrase, GeometrySummary, SceneRecord
 
@@ -49,7 +49,7 @@ MOST_CLASSES = 300
 
 
 def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> dict[str, str]:
-    """Write a scene's files into the run's folder; those that are there already stay.
+    """Write a scene's files into the run's folder, unless all are there as they were sealed.
 
     Returns:
         What each file is, to its path relative to the run's folder.
@@ -58,18 +58,20 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> 
     base = f"scenes/{scene.ref.name}"
     files: dict[str, str] = {}
     with local_folder(run) as folder:
+        kept = sealed_files(folder, scene.ref.name, seal_keys(scene, measured))
+        if kept is not None:
+            return kept
         target = folder / base
         target.mkdir(parents=True, exist_ok=True)
+        sweep_drafts(target)
         for name, path in write_maps(scene, measured, target).items():
             files[name] = path.relative_to(folder).as_posix()
         if _write_regions(scene, measured, target / "regions.gpkg"):
             files["regions"] = f"{base}/regions.gpkg"
-        picture = target / "preview.png"
-        if not picture.exists():
-            write_atomic(picture, previews.composite)
+        write_atomic(target / "preview.png", previews.composite)
         files["preview"] = f"{base}/preview.png"
-        files |= seal_scene(scene, measured, run, folder, files)
-    return files
+        run.check()
+        return seal_scene(scene, measured, run, folder, files)
 
 
 def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bool:
@@ -78,10 +80,9 @@ def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bo
     layer = region_layer(scene.job.regions, scene.geometry) if scene.job.regions else None
     if layer is None or len(classes) > MOST_CLASSES:
         return False
-    if not path.exists():
-        tallies = [SceneTallies.of(scene.ref.name, measured, scene.attempts())]
-        metrics = metric_table(tallies, classes) if measured.reference else None
-        write_regions(layer, region_table(tallies, classes), metrics, path)
+    tallies = [SceneTallies.of(scene.ref.name, measured)]
+    metrics = metric_table(tallies, classes) if measured.reference else None
+    write_regions(layer, region_table(tallies, classes), metrics, path)
     return True
 
 
@@ -108,9 +109,8 @@ def write_regions(layer: Layer, regions: pd.DataFrame, metrics: pd.DataFrame | N
             for number in (n for n in PER_CLASS if n in table):
                 columns[f"{title} {number}"] = rows[number].reindex(names).to_numpy(dtype=np.float64)
     frame = geopandas.GeoDataFrame(columns, geometry=layer.polygons[measured], crs=layer.crs)
-    with staging(path) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a layer without a CRS stays without one
-        frame.to_file(folder / path.name, driver="GPKG", layer="regions", engine="pyogrio")
+    with staging(path) as folder:
+        write_gpkg(frame, folder / path.name, "regions")
         commit(folder / path.name, path)
 
 
@@ -217,7 +217,7 @@ def done_record(
         notes.append(f"no regions.gpkg was written: {len(classes)} classes, over {MOST_CLASSES}")
     return SceneRecord(
         name=scene.ref.name,
-        uri=public_uri(scene.ref.uri),
+        uri=str(scene.ref.uri),
         state="done",
         notes=tuple(notes),
         geometry=geometry_summary(scene.geometry),
@@ -234,8 +234,8 @@ def done_record(
 
 def failed_record(ref: SceneRef, error: str, attempts: int = 1) -> SceneRecord:
     """The record of a scene that failed, with its cause in one line."""
-    line, uri = public_uri(" ".join(error.split())), public_uri(ref.uri)
-    return SceneRecord(name=ref.name, uri=uri, state="failed", error=line, attempts=attempts)
+    line = clean(" ".join(error.split()))
+    return SceneRecord(name=ref.name, uri=str(ref.uri), state="failed", error=line, attempts=attempts)
 
 
 def geometry_summary(geometry: Geometry) -> GeometrySummary:

@@ -28,7 +28,7 @@ from segpipe.export.staging import json_text
 from segpipe.geometry.geometry import RasterGeometry
 from segpipe.sources import open_source
 from segpipe.sources.gdal import SUFFIX as VRT
-from segpipe.sources.remote import is_remote, public_uri
+from segpipe.sources.remote import is_remote
 from segpipe.store.location import Mark
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def scene_item(
         listed.classes = list(_classifications(classes, nodata))
     for relation in ("root", "parent"):
         item.add_link(pystac.Link(relation, f"../../{CATALOG}", pystac.MediaType.JSON))
-    item.add_link(pystac.Link("derived_from", public_uri(uri)))
+    item.add_link(pystac.Link("derived_from", str(uri)))
     return json_text(item.to_dict(include_self_link=False, transform_hrefs=False))
 
 
@@ -127,7 +127,8 @@ def run_catalog(record: RunRecord) -> str:
 
 def capture_time(uri: str) -> tuple[datetime, str] | None:
     """When a raster says it was taken, in UTC where it names no zone, and the tag that says so; or None."""
-    uri = uri.removeprefix("file://")
+    if not is_remote(uri):
+        uri = uri.removeprefix("file://")
     if (":" in uri.split("/")[0] and not is_remote(uri)) or uri.lower().endswith(VRT):
         return None  # a mosaic has many times, a package's file and others none that we look for
     with open_source(uri) as source:

@@ -22,6 +22,7 @@ from pyproj import CRS
 from segpipe.config.card import Class
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
+from segpipe.store.location import DRAFT, told_when_full
 
 SLAB_BYTES = 16 * 2**20
 """Bytes read at once; at least one slice."""
@@ -66,21 +67,30 @@ def staging(path: Path) -> Iterator[Path]:
     folder, never half a file under the final name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    draft = tempfile.TemporaryDirectory(prefix=f".{path.name}{DRAFT}", dir=path.parent)
+    with draft as folder, told_when_full(path.parent, Path(folder)):  # before the draft goes
         yield Path(folder)
 
 
 def commit(source: Path, target: Path) -> None:
-    """Make a finished file visible under its name.
+    """Make a finished file or folder visible under its name, in the place of one that is there.
 
-    One that is there stays: the same request, run twice at once, was faster, and has its checksum.
+    Of a folder that is there each file is replaced: no moment is without any of them.
     """
-    try:
-        target.hardlink_to(source)
-    except FileExistsError:
-        return
-    except OSError:  # a file system without links
-        source.replace(target)
+    if not target.is_dir():
+        try:
+            source.replace(target)
+            return
+        except OSError:
+            if not target.is_dir():
+                raise  # else the same request, run twice at once, was faster there
+    made = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    for path in sorted(made):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).replace(target / path)
+    for path in target.rglob("*"):
+        if path.is_file() and path.relative_to(target) not in made:
+            path.unlink(missing_ok=True)
 
 
 def commit_text(folder: Path, target: Path, text: str) -> None:

@@ -88,8 +88,8 @@ class GridMap:
         start = [0] * box.ndim
         stop = [0] * box.ndim
         for axis, native in enumerate(self.axes):
-            at = self.to_native(axis, box.start[axis], box.stop[axis])
-            nearest = self.nearest_native(axis, box.start[axis], box.stop[axis])
+            at = _ends(self.to_native, axis, box.start[axis], box.stop[axis])
+            nearest = _ends(self.nearest_native, axis, box.start[axis], box.stop[axis])
             start[native] = min(int(np.floor(at.min())), int(nearest.min()))
             stop[native] = max(int(np.ceil(at.max())), int(nearest.max())) + 1
         return Box(tuple(start), tuple(stop))
@@ -101,8 +101,8 @@ class GridMap:
             return Box.whole((0,) * len(self.axes))
         start, stop = [], []
         for axis, native in enumerate(self.axes):
-            at = self.to_model(axis, inside.start[native], inside.stop[native])
-            nearest = self.nearest_model(axis, inside.start[native], inside.stop[native])
+            at = _ends(self.to_model, axis, inside.start[native], inside.stop[native])
+            nearest = _ends(self.nearest_model, axis, inside.start[native], inside.stop[native])
             start.append(min(int(np.floor(at.min())), int(nearest.min())))
             stop.append(max(int(np.ceil(at.max())), int(nearest.max())) + 1)
         return Box(tuple(start), tuple(stop))
@@ -117,6 +117,11 @@ class GridMap:
             "shape": list(self.shape),
             "ratio": list(self.ratio),
         }
+
+
+def _ends(places: Callable[[int, int, int], np.ndarray], axis: int, start: int, stop: int) -> np.ndarray:
+    """The places of the first and the last of some elements; all others lie between, as order is kept."""
+    return np.concatenate([places(axis, start, start + 1), places(axis, stop - 1, stop)])
 
 
 def model_grid(

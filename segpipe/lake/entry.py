@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from segpipe.config.job import Identity
+from segpipe.redact import address, whole
 from segpipe.sources.discover import FOLDER_SUFFIXES, LONGEST_NAME, safe_name
-from segpipe.sources.remote import is_remote, public_uri
+from segpipe.sources.identity import file_identity
 from segpipe.sources.uri import PICTURE_SUFFIXES
+from segpipe.store.stop import Fence
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,61 @@ class LakeEntry:
     """Bytes; 0 where the listing does not say."""
     modified: datetime | None
     """When its newest part was written, with a time zone; None: unknown, taken as long ago."""
+    files: tuple[str, ...] = ()
+    """Local files that hold it; empty: what the listing says is its identity."""
+    earlier: dict[str, Any] = field(default_factory=dict)
+    """What an earlier version took for its identity."""
+    same: str = ""
+    """Digest under its `identity_of`, once it is taken."""
+    tries: int = 0
+    """That were begun before."""
+    suspect: bool = False
+    """Whether the process that tried it last has died at it."""
+    fences: tuple[Fence, ...] = ()
+    """Of its own lease and its run's, once it is taken."""
 
     @property
     def digest(self) -> str:
         """Names the scene with its content in the lake's ledger: 32 hexadecimal digits."""
-        place = public_uri(self.uri)  # a signature is another one in each listing
-        parts = [place, self.identity] if place == self.uri else [place, self.name, self.identity]
+        return self.digest_of(self.identity)
+
+    def digest_of(self, identity: dict[str, Any]) -> str:
+        """The digest under another identity."""
+        place = address(self.uri)  # a signature is another one in each listing
+        parts = [place, identity] if place == whole(self.uri) else [place, self.name, identity]
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def identity_of(self, how: Identity) -> dict[str, Any]:
+        """Its identity as stage keys ask it: what the listing says only tells that nothing has changed since.
+
+        Raises:
+            SceneError: a file has gone.
+        """
+        if not self.files and how is Identity.sampled:
+            return self.identity
+        parts = [part.partition("#")[0] for part in self.uri.removeprefix("stack:").split("|")]
+        return {"files": file_identity(self.files or parts, how)}
+
+    @property
+    def attempt(self) -> str:
+        """Which process is at it."""
+        return self.fences[0].holder if self.fences else "-"
+
+    def check(self) -> None:
+        """Raises LeaseLostError where another scan has it, or its run, now: asked before each commit."""
+        for fence in self.fences:
+            fence.check()
+
+
+def stamp(files: Iterable[str | Path]) -> list[list[Any]]:
+    """Name, size and times of files: what is the same twice needs no look inside.
+
+    Raises:
+        OSError: one has gone.
+    """
+    looked = ((path, os.stat(path)) for path in files)  # noqa: PTH116 (a million of them)
+    return [[str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in looked]
 
 
 DIGITS = 12
@@ -75,38 +127,3 @@ def place_name(below: str, plain: tuple[str, ...] = PLAIN_SUFFIXES) -> str:
         return name
     digest = hashlib.sha256(below.encode("utf-8", "surrogateescape")).hexdigest()[:DIGITS]
     return f"{safe_name(name[: LONGEST_NAME - DIGITS - 1])}-{digest}"
-
-
-CHUNK = 1 << 20
-"""Bytes read at once."""
-
-
-def content_hash(uri: str) -> str:
-    """SHA-256 of a scene's file, or of the names and contents of its folder's files; streamed.
-
-    Raises:
-        OSError, obstore.exceptions.BaseError: it cannot be read.
-    """
-    total = hashlib.sha256()
-    for part in uri.removeprefix("stack:").split("|"):
-        location = part.partition("#")[0]
-        if is_remote(location):
-            _add_remote(total, location)
-            continue
-        path = Path(location)
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            if len(files) > 1:
-                total.update(file.name.encode())
-            with file.open("rb") as stream:
-                hashlib.file_digest(stream, lambda: total)  # goes on with this one
-    return total.hexdigest()
-
-
-def _add_remote(total: Any, uri: str) -> None:
-    from obstore import get
-    from obstore.store import from_url
-
-    folder, _, name = uri.rpartition("/")
-    for chunk in get(from_url(folder), name).stream(min_chunk_size=CHUNK):
-        total.update(chunk)

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from heapq import merge
@@ -18,9 +18,10 @@ from typing import IO, Any
 
 from segpipe.config.scan import Lake
 from segpipe.errors import RequestError
-from segpipe.lake.entry import PLAIN_SUFFIXES, LakeEntry, place_name
+from segpipe.lake.entry import PLAIN_SUFFIXES, LakeEntry, place_name, stamp
 from segpipe.sources.base import reason
 from segpipe.sources.discover import FOLDER_SUFFIXES, WILDCARDS
+from segpipe.sources.identity import REMOTE_BESIDE, members
 from segpipe.sources.remote import PATIENCE
 from segpipe.sources.uri import PICTURE_SUFFIXES
 
@@ -156,12 +157,19 @@ def local_file(path: Path, name: str) -> LakeEntry | None:
         raise RequestError(f"lake.location: {path}: {reason(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         return None
+    files = members(path)
+    try:
+        told = stamp(files)
+    except FileNotFoundError:
+        return None
     return LakeEntry(
         name=name,
         uri=str(path),
-        identity={"size": status.st_size, "mtime_ns": status.st_mtime_ns},
-        size=status.st_size,
-        modified=datetime.fromtimestamp(status.st_mtime, UTC),
+        identity={"files": told},
+        size=sum(size for _, size, _, _ in told),
+        modified=datetime.fromtimestamp(max(mtime for _, _, mtime, _ in told) / 1e9, UTC),
+        files=tuple(map(str, files)),
+        earlier={"size": status.st_size, "mtime_ns": status.st_mtime_ns},
     )
 
 
@@ -255,10 +263,17 @@ def _in_store(what: Wanted) -> Iterator[LakeEntry]:
     base = what.base.rstrip("/")
     try:
         store = from_url(base, retry_config=PATIENCE)
+        last: LakeEntry | None = None
         for page in list_objects(store, "/".join(what.head) or None, chunk_size=PAGE):
             for item in page:
-                if what.takes(item["path"]):
-                    yield _object(base, item, what.plain)
+                uri = f"{base}/{item['path']}"
+                if last and uri.removeprefix(last.uri) in REMOTE_BESIDE:  # listed behind its scene
+                    beside = [*last.identity.get("beside", ()), [item["path"], item["size"], item["e_tag"]]]
+                    last = replace(last, identity={**last.identity, "beside": beside})
+                elif what.takes(item["path"]):
+                    yield from [last] if last else []
+                    last = _object(base, item, what.plain)
+        yield from [last] if last else []
     except (BaseError, OSError, ValueError) as error:
         raise RequestError(
             f"lake.location: {what.base}: cannot be listed ({str(error).splitlines()[0]}); valid: a bucket "

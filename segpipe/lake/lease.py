@@ -10,6 +10,7 @@ the store itself has set, so clocks of machines do not matter.
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import obstore
 from obstore.store import ObjectStore
 
 from segpipe.store.location import read_object
+from segpipe.store.stop import Fence, lease_path
 
 BEATS = 4
 """Signs of life within the time after which a holder counts as gone."""
@@ -37,6 +39,8 @@ class Holder:
         self.objects = objects
         self.name = name
         self.patience = patience
+        self.attempt = secrets.token_hex(8)
+        """Of this process: a retry of its flow run takes its leases over, and it writes nothing more."""
         self._held: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -52,44 +56,62 @@ class Holder:
         finally:
             ended.set()
             thread.join()
-            for lease in list(self._held):
-                self.give_back(lease)
-            _delete(self.objects, f"holders/{self.name}")
+            retried = [self.give_back(lease) for lease in list(self._held)]
+            if not any(retried):  # else the sign of life is the retry's
+                _delete(self.objects, f"holders/{self.name}")
 
     def take(self, lease: str) -> bool:
         """Take a lease; False: somebody else has it and is alive, or was faster."""
-        newest, holder = self._newest(lease)
-        if holder == self.name:
-            generation = newest
-        else:
-            if holder is not None and not self._gone(holder):
+        generation, holder, attempt = self._newest(lease)
+        if attempt != self.attempt:
+            if holder not in (None, self.name) and not self._gone(holder):
                 return False
-            generation = newest + 1
-            body = json.dumps({"holder": self.name}).encode()
+            generation += 1
+            body = json.dumps({"holder": self.name, "attempt": self.attempt}).encode()
             try:
-                obstore.put(self.objects, _path(lease, generation), body, mode="create")
+                obstore.put(self.objects, lease_path(lease, generation), body, mode="create")
             except obstore.exceptions.AlreadyExistsError:
                 return False
         with self._lock:
             self._held[lease] = generation
         return True
 
-    def give_back(self, lease: str) -> None:
-        """Give a lease back: its generation and what older ones are left of it."""
+    def fence(self, lease: str, location: str) -> Fence:
+        """Return what proves, before each commit, that a lease is still held.
+
+        Args:
+            lease: one that was taken.
+            location: of the lake's ledger.
+        """
+        return Fence(location, lease, self._held[lease], self.attempt)
+
+    def give_back(self, lease: str) -> bool:
+        """Give a lease back: what older generations left of it, then its own.
+
+        Returns:
+            Whether another attempt of the same flow run had taken it over.
+        """
         with self._lock:
             mine = self._held.pop(lease)
-        for generation in range(mine, 0, -1):
-            if not _delete(self.objects, _path(lease, generation)):
-                break
+        _, holder, attempt = self._newest(lease)
+        own = json.loads(read_object(self.objects, lease_path(lease, mine)) or b"{}")
+        if own.get("attempt") == self.attempt:  # else what is there is another's, who may count anew
+            for path in self._generations(lease):
+                if path <= lease_path(lease, mine):
+                    _delete(self.objects, path)
+        return holder == self.name and attempt != self.attempt
 
-    def _newest(self, lease: str) -> tuple[int, str | None]:
-        """The newest generation (0: none) and who made it."""
-        paths = [m["path"] for chunk in obstore.list(self.objects, f"leases/{lease}") for m in chunk]
+    def _generations(self, lease: str) -> list[str]:
+        listed = obstore.list(self.objects, f"leases/{lease}")
+        return sorted(meta["path"] for chunk in listed for meta in chunk)
+
+    def _newest(self, lease: str) -> tuple[int, str | None, str]:
+        """The newest generation (0: none), who made it, and which attempt of that."""
+        paths = self._generations(lease)
         if not paths:
-            return 0, None
-        path = max(paths)
-        told = json.loads(read_object(self.objects, path) or b"{}")
-        return int(path.rsplit("/", 1)[1]), told.get("holder")
+            return 0, None, ""
+        told = json.loads(read_object(self.objects, paths[-1]) or b"{}")
+        return int(paths[-1].rsplit("/", 1)[1]), told.get("holder"), told.get("attempt", "")
 
     def _gone(self, holder: str) -> bool:
         """Whether a holder gave no sign of life for long, by the store's clock."""
@@ -107,10 +129,6 @@ class Holder:
         while not ended.wait(self.patience / BEATS):
             with suppress(OSError, obstore.exceptions.BaseError):  # the next one may get through
                 self._beat()
-
-
-def _path(lease: str, generation: int) -> str:
-    return f"leases/{lease}/{generation:08d}"
 
 
 def _delete(objects: ObjectStore, path: str) -> bool:

@@ -12,7 +12,7 @@ import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -23,11 +23,12 @@ from pydantic import TypeAdapter
 
 from segpipe.errors import DamagedError
 from segpipe.lake.entry import LakeEntry
-from segpipe.sources.remote import public_uri
 from segpipe.store.location import delete_objects, join, open_store, read_object, sealed, unsealed
 from segpipe.tables.record import SceneRecord
 
 LAKE_FOLDER = ".lake"
+TRIES = "tries"
+"""Folder of the tries that have not ended well: begun, and maybe failed."""
 PAGE = 1000
 """Objects asked for at once in a listing."""
 
@@ -51,11 +52,21 @@ class Quarantined:
 class Known:
     """Digests that need no work, in a temporary file: memory does not follow the lake."""
 
-    def __init__(self, table: sqlite3.Connection) -> None:
+    def __init__(self, ledger: Ledger, table: sqlite3.Connection) -> None:
+        self._ledger = ledger
         self._table = table
 
     def state(self, digest: str) -> str | None:
         """``done``, ``quarantine``, or None for what is new."""
+        state = self._state(digest)
+        return None if state == TRIES else state
+
+    def tried(self, found: LakeEntry) -> LakeEntry:
+        """A scene with the tries that were begun before, and whether a process died at the last one."""
+        told = self._ledger.tries(found) if self._state(found.digest) == TRIES else {}
+        return replace(found, tries=told.get("tries", 0), suspect=bool(told.get("open")))
+
+    def _state(self, digest: str) -> str | None:
         row = self._table.execute("SELECT state FROM known WHERE digest = ?", (digest,)).fetchone()
         return None if row is None else str(row[0])
 
@@ -71,55 +82,107 @@ class Ledger:
     def __getstate__(self) -> dict[str, Any]:
         return {"out": self.out, "name": self.name}
 
+    @property
+    def location(self) -> str:
+        """The ledger's folder or URL."""
+        return join(self.out, LAKE_FOLDER, self.name)
+
     @cached_property
     def objects(self) -> ObjectStore:
-        """The ledger's folder."""
-        return open_store(join(self.out, LAKE_FOLDER, self.name))
+        """The same, opened."""
+        return open_store(self.location)
 
     @contextmanager
     def known(self) -> Iterator[Known]:
         """What needs no work, as the ledger is now."""
         with closing(sqlite3.connect("")) as table:  # a temporary file that goes with the connection
             table.execute("CREATE TABLE known (digest TEXT PRIMARY KEY, state TEXT) WITHOUT ROWID")
-            for state in ("quarantine", "done"):
+            for state in (TRIES, "quarantine", "done"):
                 for page in obstore.list(self.objects, state, chunk_size=PAGE):
                     rows = [(_stem(meta["path"]), state) for meta in page]
                     table.executemany("INSERT OR REPLACE INTO known VALUES (?, ?)", rows)
-            yield Known(table)
+            yield Known(self, table)
 
-    def is_done(self, found: LakeEntry) -> bool:
+    def is_done(self, digest: str) -> bool:
         """Whether a scene is done: asked again once its lease is held."""
-        return self._read(f"done/{found.digest}.json") is not None
+        return self._read(f"done/{digest}.json") is not None
 
     def record(self, found: LakeEntry, run: str) -> SceneRecord | None:
         """What a scene is that an open run has done; None: it has not."""
-        told = self._read(f"records/{run}/{found.digest}.json") if self.is_done(found) else None
+        told = self._read(f"records/{run}/{found.digest}.json") if self.is_done(found.digest) else None
         return None if told is None else _SCENES.validate_python(told)
 
     def finish(self, found: LakeEntry, record: SceneRecord, run: str) -> None:
-        """A scene is done; what it failed of before is forgotten. Its record first, the receipt last."""
-        self._write(f"records/{run}/{found.digest}.json", _dump(record))
-        self._write(f"done/{found.digest}.json", {**_told(found), "run": run})
-        self._delete(f"tries/{found.digest}.json")
+        """A scene is done; what it failed of before is forgotten. Its record first, the receipt last.
 
-    def alias(self, found: LakeEntry, same: LakeEntry) -> None:
-        """A scene that is done under another identity: the next scan need not look into it."""
-        self._write(f"done/{found.digest}.json", {**_told(found), "same": same.digest})
+        Raises:
+            LeaseLostError: another scan has the scene or the run now.
+        """
+        found.check()
+        self._write(f"records/{run}/{found.digest}.json", _dump(record))
+        if found.same:
+            self._write(f"done/{found.same}.json", {**_told(found), "run": run})
+        found.check()
+        self._write(f"done/{found.digest}.json", {**_told(found), "run": run})
+        self._delete(f"{TRIES}/{found.digest}.json")
+
+    def alias(self, found: LakeEntry, same: str) -> None:
+        """A scene that is done under another digest: the next scan need not look into it."""
+        found.check()
+        self._write(f"done/{found.digest}.json", {**_told(found), "same": same})
+
+    def tries(self, found: LakeEntry) -> dict[str, Any]:
+        """What is recorded of a scene's tries: how many were begun (``tries``), whose is ``open``."""
+        return self._read(f"{TRIES}/{found.digest}.json") or {}
+
+    def begin(self, found: LakeEntry) -> None:
+        """Count a try, before any work: a process that dies at the scene cannot count it afterwards.
+
+        A second call for the same try changes nothing.
+
+        Raises:
+            LeaseLostError: another scan has the scene or the run now.
+        """
+        found.check()
+        before = self.tries(found)
+        if before.get("open") != found.attempt:
+            told = {**_told(found), "tries": before.get("tries", 0) + 1, "open": found.attempt}
+            self._write(f"{TRIES}/{found.digest}.json", told)
+
+    def forgive(self, found: LakeEntry) -> None:
+        """Take a begun try back: its process was told to stop, which says nothing of the scene.
+
+        Raises:
+            LeaseLostError: another scan has the scene or the run now.
+        """
+        found.check()
+        before = self.tries(found)
+        if before.get("open") == found.attempt:
+            if before["tries"] > 1:
+                told = {**before, "tries": before["tries"] - 1, "open": ""}
+                self._write(f"{TRIES}/{found.digest}.json", told)
+            else:
+                self._delete(f"{TRIES}/{found.digest}.json")
 
     def fail(self, found: LakeEntry, record: SceneRecord, run: str, most: int) -> bool:
         """A scene failed; it goes into quarantine if its cause does not pass or after ``most`` tries.
 
         Returns:
             Whether it is in quarantine now.
+
+        Raises:
+            LeaseLostError: another scan has the scene or the run now.
         """
+        found.check()
         self._write(f"records/{run}/{found.digest}.json", _dump(record))
-        before = self._read(f"tries/{found.digest}.json") or {"tries": 0}
-        told = {**_told(found), "reason": record.error, "tries": before["tries"] + 1}
-        if record.may_pass and told["tries"] < most:
-            self._write(f"tries/{found.digest}.json", told)
+        before = self.tries(found)
+        count = before.get("tries", 0) + (not before.get("open"))  # an open one was counted as it began
+        told = {**_told(found), "reason": record.error, "tries": count}
+        if record.may_pass and count < most:
+            self._write(f"{TRIES}/{found.digest}.json", told)
             return False
         self._write(f"quarantine/{found.digest}.json", told)
-        self._delete(f"tries/{found.digest}.json")
+        self._delete(f"{TRIES}/{found.digest}.json")
         return True
 
     def quarantined(self) -> list[Quarantined]:
@@ -193,6 +256,10 @@ class Receipts:
     founds: dict[str, LakeEntry]
     """By the names their records have."""
 
+    def begin(self, name: str) -> None:
+        """A try at a scene begins."""
+        self.ledger.begin(self.founds[name])
+
     def finish(self, record: SceneRecord) -> None:
         """A scene is done."""
         self.ledger.finish(self.founds[record.name], record, self.run)
@@ -204,7 +271,7 @@ class Receipts:
 
 def _told(found: LakeEntry) -> dict[str, Any]:
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"name": found.name, "uri": public_uri(found.uri), "identity": found.identity, "at": at}
+    return {"name": found.name, "uri": str(found.uri), "identity": found.identity, "at": at}
 
 
 def _dump(record: SceneRecord) -> Any:

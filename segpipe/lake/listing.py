@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from segpipe.config.scan import Lake, LakeKind
-from segpipe.lake.entry import LakeEntry, place_name
+from segpipe.lake.entry import LakeEntry, place_name, stamp
 from segpipe.lake.files import UNFINISHED, list_files, local_file, local_folder, sorted_names
 from segpipe.process.extras import check_installed
 from segpipe.sources.isolated import dicom_groups
@@ -130,19 +130,22 @@ def _series(root: Path, below: str, names: list[str]) -> Iterator[LakeEntry]:
 
 def _found(folder: Path, name: str, uri: str, files: list[str]) -> Iterator[LakeEntry]:
     """A series as a scene; none where its files have gone meanwhile."""
-    total, size, newest = hashlib.sha256(), 0, 0
-    for file in sorted(files):
-        try:
-            status = (folder / file).stat()
-        except FileNotFoundError:
-            return
-        total.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        size += status.st_size
-        newest = max(newest, status.st_mtime_ns)
+    paths = [str(folder / file) for file in sorted(files)]
+    try:
+        told = stamp(paths)
+    except FileNotFoundError:
+        return
+    total, before = hashlib.sha256(), hashlib.sha256()
+    for file, (_, size, mtime, ctime) in zip(sorted(files), told, strict=True):
+        line = f"{file}\0{size}\0{mtime}"
+        before.update(f"{line}\n".encode("utf-8", "surrogateescape"))
+        total.update(f"{line}\0{ctime}\n".encode("utf-8", "surrogateescape"))
     yield LakeEntry(
         name=name,
         uri=uri,
         identity={"count": len(files), "sha256": total.hexdigest()},
-        size=size,
-        modified=datetime.fromtimestamp(newest / 1e9, UTC),
+        size=sum(size for _, size, _, _ in told),
+        modified=datetime.fromtimestamp(max(mtime for _, _, mtime, _ in told) / 1e9, UTC),
+        files=tuple(paths),
+        earlier={"count": len(files), "sha256": before.hexdigest()},
     )

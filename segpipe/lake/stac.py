@@ -17,13 +17,17 @@ from pystac_client import Client
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
+from segpipe.config.job import Identity
 from segpipe.config.scan import Lake, StacFilter
 from segpipe.errors import RequestError
-from segpipe.lake.entry import LakeEntry, place_name
+from segpipe.lake.entry import LakeEntry, place_name, stamp
 from segpipe.lake.files import STORES
+from segpipe.redact import address, seal, whole
 from segpipe.sources.base import reason
-from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.identity import input_identity, members
+from segpipe.sources.remote import is_remote
 from segpipe.sources.stack import SEPARATOR, STACK
+from segpipe.sources.uri import reveal
 
 TIMEOUT = 60.0
 """Seconds after which a server that says nothing ends the scan."""
@@ -62,8 +66,9 @@ def list_stac(lake: Lake) -> Iterator[LakeEntry]:
             that pass none has the assets.
     """
     want, seen = lake.stac, _Seen()
-    place = lake.location.removeprefix("file://")
-    place = place if is_remote(place) else str(Path(place).expanduser().absolute())
+    place = lake.location
+    if not is_remote(place):
+        place = str(Path(place.removeprefix("file://")).expanduser().absolute())
     for item in _items(place, want, seen):
         if item.collection_id in want.collections:
             seen.collections.add(item.collection_id)
@@ -142,7 +147,7 @@ def _searched(place: str, top: dict[str, Any], want: StacFilter, seen: _Seen) ->
     methods = {link.get("method", "GET") for link in top["links"] if link.get("rel") == "search"}
     begin, end = _aware(want.begin), _aware(want.end)
     try:
-        client = Client.open(place, timeout=TIMEOUT)
+        client = Client.open(reveal(place), timeout=TIMEOUT)
         _require_collections(client, place, want, seen)
         search = client.search(
             method="POST" if "POST" in methods else "GET",
@@ -231,7 +236,7 @@ def _read(io: StacApiIO, href: str) -> dict[str, Any]:
         RequestError: it cannot be read, or is none.
     """
     try:
-        data = json.loads(_stored(href) if href.startswith(STORES) else io.read_text(href))
+        data = json.loads(_stored(href) if href.startswith(STORES) else io.read_text(reveal(href)))
     except STAC_ERRORS as error:
         raise RequestError(f"lake.location: {href}: cannot be read as STAC: {reason(error)[:200]}") from error
     if not isinstance(data, dict):
@@ -259,10 +264,10 @@ def absolute(href: str, place: str) -> str:
     """A link's path or URL, relative to the document that holds it, in any scheme we know."""
     href = href.removeprefix("file://")
     if is_remote(href):
-        return href
-    scheme, mark, path = place.partition("://")
+        return seal(href)
+    scheme, mark, path = whole(place).partition("://")
     if mark:  # urljoin does not know s3 and the like
-        return scheme + urljoin(f"http://{path}", href).removeprefix("http")
+        return seal(scheme + urljoin(f"http://{path}", href).removeprefix("http"))
     return normpath(Path(place).parent / href)
 
 
@@ -290,16 +295,17 @@ def item_scene(item: Item, keys: Sequence[str], *, with_collection: bool) -> Lak
     elif all("checksum" in a for a in told):
         identity, sizes, times = {"assets": told}, [a.get("size", 0) for a in told], []
     else:
-        files = [_file(href) for href in hrefs]
+        files = [file for href in hrefs for file in _files(href)]
         identity = {"files": files}
         sizes, times = [f.get("size", 0) for f in files], [t for f in files for t in _time(f)]
     place = f"{item.collection_id}/{item.id}" if with_collection and item.collection_id else item.id
     return LakeEntry(
         name=place_name(place, ()),
-        uri=hrefs[0] if len(hrefs) == 1 else STACK + SEPARATOR.join(hrefs),
+        uri=hrefs[0] if len(hrefs) == 1 else seal(STACK + SEPARATOR.join(map(whole, hrefs))),
         identity=identity,
         size=sum(int(s or 0) for s in sizes),
         modified=max(times) if times else None,
+        files=() if any(map(is_remote, hrefs)) or "files" not in identity else local_files(hrefs),
     )
 
 
@@ -327,18 +333,24 @@ def _told(asset: Asset, href: str) -> dict[str, Any]:
     """What an item says of a file; without a signature, which is another one each time."""
     fields = {"checksum": "file:checksum", "size": "file:size"}
     found = {name: asset.extra_fields[key] for name, key in fields.items() if key in asset.extra_fields}
-    return {"href": public_uri(href), **found}
+    return {"href": address(href), **found}
 
 
-def _file(href: str) -> dict[str, Any]:
-    """Identity of a file; of one that is not there its address, and opening it will say so."""
+def local_files(hrefs: Sequence[str]) -> tuple[str, ...]:
+    """The local files of some assets, with their sidecars."""
+    return tuple(str(path) for href in hrefs for path in members(Path(href)))
+
+
+def _files(href: str) -> list[dict[str, Any]]:
+    """What tells that a file changes; of one that is not there its address, and opening it will say so."""
     if is_remote(href):
-        return remote_identity(href)[0]
+        return input_identity(href, Identity.sampled)
     try:
-        status = Path(href).stat()
+        told = stamp(local_files([href]))
     except OSError:
-        return {"uri": href}
-    return {"uri": href, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        told = []
+    names = ("uri", "size", "mtime_ns", "ctime_ns")
+    return [dict(zip(names, file, strict=True)) for file in told] or [{"uri": href}]
 
 
 def _time(file: dict[str, Any]) -> list[datetime]:

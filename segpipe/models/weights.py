@@ -6,16 +6,17 @@ import hashlib
 import pickle
 import re
 import struct
-import threading
 import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from segpipe.config.card import Card
+from segpipe.config.job import Identity
 from segpipe.errors import RequestError
 from segpipe.models.plugins import CompositeAdapter, WeightsFolder, load_adapter, provider_spec
 from segpipe.process.extras import check_installed
+from segpipe.sources.identity import file_identity
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # What a damaged file makes torch.load raise, seen by cutting and flipping bytes of real ones.
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, struct.error)
-
-_digests: dict[tuple[str, int, int], str] = {}
-_digests_lock = threading.Lock()
 
 
 def resolve_weights(card: Card) -> Path:
@@ -158,14 +156,8 @@ def member_cards(card: Card) -> list[Card]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, remembered in this process until its size or time changes."""
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
-    with _digests_lock:
-        if key not in _digests:
-            with path.open("rb") as stream:
-                _digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return _digests[key]
+    """SHA-256 of a file, remembered in this process until the file changes."""
+    return str(file_identity([path], Identity.content)[0]["sha256"])
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:

@@ -13,13 +13,14 @@ import numpy as np
 
 from segpipe.config.card import Class
 from segpipe.config.classes import load_classes
-from segpipe.config.job import Job, Reference
+from segpipe.config.job import Identity, Job, Reference
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import same_grid
 from segpipe.geometry.box import Box
 from segpipe.pipeline.scene import MeasurableScene, open_scene
 from segpipe.pipeline.scene_io import ScenePixels
 from segpipe.sources import SceneRef
+from segpipe.sources.identity import identified
 from segpipe.sources.labels import LabelFile, find_reference, one_class
 from segpipe.store.stage import stage_key
 
@@ -46,6 +47,10 @@ class LabelledScene(MeasurableScene):
         return NO_LABEL
 
     @property
+    def inputs(self) -> list[Any]:
+        return [self.pixels.identity, self.labels_identity]
+
+    @property
     def labels_key(self) -> str:
         """Of the file, and of the scene, whose pixels the pictures and intensities are made of."""
         return stage_key("labels", {"file": self.labels_identity, "scene": self.pixels.identity})
@@ -60,7 +65,7 @@ class LabelledScene(MeasurableScene):
         """
         objects = self.job.measure.objects and not ids
         with closing(LabelFile(self.labels)) as file:
-            if file.source.identity != self.labels_identity:
+            if identified(file.source.identity, self.job.identity) != self.labels_identity:
                 raise SceneError(f"labels: {self.labels}: changed since it was planned; run the job again")
 
             def read(box: Box) -> np.ndarray:
@@ -71,9 +76,6 @@ class LabelledScene(MeasurableScene):
                 return one_class(labels) if objects else labels
 
             yield read
-
-    def check_labels(self) -> None:
-        """The file was held against the plan when it was opened."""
 
 
 def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
@@ -91,11 +93,11 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
                 notes = same_grid(source.geometry, file.geometry)
             except SceneError as error:
                 raise SceneError(f"labels {labels} lie on another grid than their scene: {error}") from error
-            labels_identity = file.source.identity
+            labels_identity = identified(file.source.identity, job.identity)
         return LabelledScene(
             ref=ref,
             job=job,
-            pixels=ScenePixels.of(source, job.bands),
+            pixels=ScenePixels.of(source, job.bands, how=job.identity),
             notes=(*source.notes, *(f"labels: {n}" for n in notes), f"labels measured as given: {labels}"),
             listed=listed,
             labels=labels,
@@ -103,10 +105,10 @@ def prepare_labelled(job: Job, ref: SceneRef) -> LabelledScene:
         )
 
 
-def labels_identity(uri: str) -> dict[str, Any]:
+def labels_identity(uri: str, how: Identity) -> Any:
     """What tells that a file of labels changed."""
     with closing(LabelFile(uri)) as file:
-        return file.source.identity
+        return identified(file.source.identity, how)
 
 
 def find_labels(labels: str, scene_name: str) -> str:
@@ -119,7 +121,7 @@ def find_labels(labels: str, scene_name: str) -> str:
         RequestError: the path does not exist, or a folder or glob holds no label file.
         SceneError: no file or several fit the scene; names the candidates.
     """
-    if has_magic(labels):
+    if has_magic(labels) and "://" not in labels:
         found = sorted(glob(labels, recursive=True))  # noqa: PTH207 (absolute patterns)
         inside = [f for f in found if Path(f).parent.name == scene_name]
         if len(inside) > 1:

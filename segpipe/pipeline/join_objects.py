@@ -22,7 +22,8 @@ from segpipe.objects.scene_objects import merge_objects, relabel
 from segpipe.objects.table import TABLE, ObjectTable, add_sizes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE
 from segpipe.tiling.windows import Lattice, block_id
 
 
@@ -54,7 +55,7 @@ def join_objects(scene: Scene) -> None:
         ArraySpec("labels", card.label_dtype, scene.nodata, labels=True),
         ArraySpec("instances", str(lookup.dtype), 0, labels=True),
     ]
-    in_force = scene.labels.create(scene.geometry, blocks, arrays, {}, whole=True)
+    in_force = scene.labels.create(scene.geometry, blocks, arrays, {"scene": scene.ref.name}, whole=True)
     scale = SizeScale.of(scene.geometry)
     size = np.zeros(len(merged), np.int64)
     sums = np.zeros((len(merged), len(blocks.shape)), np.int64)

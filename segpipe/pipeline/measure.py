@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import pandas as pd
 from segpipe.config.card import Class
 from segpipe.config.classes import with_found
 from segpipe.config.job import Measure
-from segpipe.errors import DamagedError, RequestError
+from segpipe.errors import DamagedError, RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import (
     Geometry,
@@ -55,6 +55,7 @@ from segpipe.process.allocator import release
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
 from segpipe.sources.base import Pixels, Scaling
+from segpipe.sources.identity import check_unchanged, identified
 from segpipe.sources.labels import IdRule, ReferenceLabels, find_reference, one_class, open_reference
 from segpipe.store.stage import Stage, stage_key
 from segpipe.store.stop import StopToken
@@ -126,7 +127,8 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
     with ExitStack() as stack:
         regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
         reference = _reference(scene, stack)
-        stage = _stage(scene, regions, reference)
+        parts = _parts(scene, regions, reference)
+        stage = Stage(scene.job.outputs.dir, stage_key("measure", parts))
         rule = scene.id_rule
         read = stack.enter_context(scene.open_labels(ids=rule is not None and not scene.finds_objects))
         found_ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
@@ -146,7 +148,6 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
             labels = read(box)
             ids = found_ids(box) if found_ids else labels
             shares = doubt(box) if doubt else None
-            scene.check_labels()
             receipt: dict[str, Any] = {}
             if found_ids:
                 receipt["members"] = members_tile(ids, regions, box).to_json()
@@ -181,6 +182,7 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
             computed += 1
         if scene.job.measure.surface and reference:
             stage.write_json("info.json", {**info, "beside": [*beside, SURFACES]})
+        _check_inputs(scene, parts, stage)
     seconds = time.perf_counter() - begun
     return load_measured(stage), Done(computed, reused, seconds, {"measure": seconds})
 
@@ -272,18 +274,33 @@ def _reference(scene: MeasurableScene, stack: ExitStack) -> ReferenceLabels | No
     return stack.enter_context(open_reference(config, uri, scene.geometry, scene.id_rule))
 
 
-def _stage(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> Stage:
-    parts = {
+def _check_inputs(scene: MeasurableScene, parts: Mapping[str, Any], stage: Stage) -> None:
+    """Take the identity of all that was read again, at the end of the scene's work.
+
+    Raises:
+        SceneError: a file is another one now. What was made of it is dropped: the file may come back.
+    """
+    try:
+        check_unchanged([scene.inputs, parts["regions"], parts["reference"]])
+    except SceneError:
+        for made in (stage, *scene.stages):
+            made.drop()
+        raise
+
+
+def _parts(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> dict[str, Any]:
+    """What a scene's numbers depend on."""
+    how = scene.job.identity
+    return {
         "labels": scene.labels_key,
-        "regions": regions.identity(),
-        "reference": reference.identity if reference else None,
+        "regions": identified(regions.identity(), how),
+        "reference": identified(reference.identity, how) if reference else None,
         "intensity": [c.to_json() for c in _channels(scene)],
         "uncertainty": list(scene.uncertainty),
         "objects": scene.job.measure.objects or scene.finds_objects,
         "surface": _surface_parts(scene) if reference else None,
         "version": TALLY_VERSION,
     }
-    return Stage(scene.job.outputs.dir, stage_key("measure", parts))
 
 
 def _surface_parts(scene: MeasurableScene) -> dict[str, Any] | None:
@@ -396,9 +413,7 @@ def measure_surfaces(
         if stop is not None:
             stop.check()
         part = collector.reads(box)
-        found = labels(part)
-        scene.check_labels()
-        collector.add(box, found, reference.read(part))
+        collector.add(box, labels(part), reference.read(part))
         release()
     return {**asked, "classes": {str(v): _plain(asdict(s)) for v, s in collector.results().items()}}
 

@@ -54,12 +54,6 @@ class Scene(PredictedScene):
     def nodata(self) -> int:
         return self.card.nodata
 
-    def check_labels(self) -> None:
-        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        super().check_labels()
-        if self.uncertainty:
-            self.predict.check()
-
     @property
     def objects_stage(self) -> Stage | None:
         return self.labels if self.card.output.kind != "semantic" else None
@@ -98,6 +92,10 @@ class Scene(PredictedScene):
         keys = {"ingest": self.ingest.key, "predict": self.predict.key}
         return SceneAccount(keys=keys, plan=self.plan.summary(), notes=notes)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.ingest, self.predict, self.labels
+
     def attempts(self) -> int:
         """How often the hardest block was tried."""
         return hardest(self.predict)
@@ -119,7 +117,7 @@ def prepare_scene(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Sc
         RequestError: the plan cannot be met (memory, window, halo).
     """
     with open_scene(job, ref) as source:
-        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source))
+        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source), job.identity)
         notes, cache = source.notes, source.cache_bytes
     parts = {"source": pixels.identity, "channels": pixels.channels, "engine": ENGINE_VERSION}
     ingest = Stage(job.outputs.dir, stage_key("ingest", parts))

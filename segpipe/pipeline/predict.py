@@ -16,7 +16,8 @@ from segpipe.errors import SceneError
 from segpipe.pipeline.model_scene import Scene, check_blocks, check_worker, is_predicted, pending_blocks
 from segpipe.pipeline.progress import Done
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE
 from segpipe.store.stop import StopToken
 from segpipe.tiling.windows import Index
 
@@ -104,7 +105,8 @@ def finish_labels(scene: Scene) -> Done:
         join_objects(scene)
         return Done(1, 0, time.perf_counter() - begun, {})
     clean = ArraySpec("labels", scene.card.label_dtype, scene.nodata, labels=True)
-    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], {}, whole=True)
+    info = {"scene": scene.ref.name}
+    blocks = scene.labels.create(scene.geometry, scene.plan.blocks, [clean], info, whole=True)
     cleaned = clean_labels(scene.predict.read("labels", scene.geometry.box.slices), scene.card)
     files: Marks = {}
     for index in blocks.indices():

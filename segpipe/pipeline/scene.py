@@ -62,6 +62,16 @@ class MeasurableScene(ABC):
         return self.pixels.geometry
 
     @property
+    def inputs(self) -> list[Any]:
+        """Identities of the files that the labels are made of, from before they were read."""
+        return [self.pixels.identity]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What was made of these files."""
+        return ()
+
+    @property
     @abstractmethod
     def classes(self) -> tuple[Class, ...]:
         """The classes listed; the label map may hold others."""
@@ -83,10 +93,6 @@ class MeasurableScene(ABC):
         Args:
             ids: where the labels are ids of objects, answer these and not `OBJECT`.
         """
-
-    @abstractmethod
-    def check_labels(self) -> None:
-        """Raises SceneError where what was read may not be the labels: asked after a read."""
 
     @property
     def id_rule(self) -> IdRule | None:
@@ -151,10 +157,6 @@ class PredictedScene(MeasurableScene):
         """The finished label map in the store."""
         name = "instances" if ids else "labels"
         yield lambda box: self.labels.read(name, box.slices)
-
-    def check_labels(self) -> None:
-        """Raises SceneError: a stage that was dropped meanwhile reads as nodata."""
-        self.labels.check()
 
     @property
     def id_rule(self) -> IdRule | None:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from segpipe.config.job import Identity
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 from segpipe.sources import Source, open_source
 from segpipe.sources.base import Pixels, Scaling
+from segpipe.sources.identity import identified
 from segpipe.store.stage import Stage
 from segpipe.tiling.windows import Blocks, Index, block_id
 
@@ -45,6 +47,8 @@ class ScenePixels:
     """One per channel."""
     identity: dict[str, Any]
     """A JSON object that changes when the source does."""
+    how: Identity = Identity.sampled
+    """What `identity` is made of."""
 
     @classmethod
     def of(
@@ -53,6 +57,7 @@ class ScenePixels:
         names: Sequence[str] = (),
         channels: Sequence[int] | None = None,
         bands: Sequence[str] | None = None,
+        how: Identity = Identity.sampled,
     ) -> ScenePixels:
         """The pixels of an open source.
 
@@ -61,6 +66,7 @@ class ScenePixels:
             names: given to its bands.
             channels: that are read; None: all.
             bands: names of those; None: the source's.
+            how: what its identity is made of.
         """
         read = tuple(range(source.count) if channels is None else channels)
         return cls(
@@ -71,7 +77,8 @@ class ScenePixels:
             channels=read,
             bands=tuple(source.bands if bands is None else bands),
             scaling=tuple(source.scaling[c] for c in read),
-            identity=source.identity,
+            identity=identified(source.identity, how),
+            how=how,
         )
 
     def open(self) -> Source:
@@ -81,7 +88,7 @@ class ScenePixels:
             SceneError: the file changed meanwhile: its pixels would go under the old one's key.
         """
         source = open_source(self.uri, band_names=self.names)
-        if source.identity != self.identity:
+        if identified(source.identity, self.how) != self.identity:
             source.close()
             raise SceneError(f"{self.uri}: changed since it was planned; run the job again")
         return source
@@ -177,7 +184,7 @@ class SceneBlocks:
             files |= stage.write("valid", box.slices, pixels.valid)
             receipt = {"valid": int(pixels.valid.sum()), "elements": box.size}
             stage.commit(block_id(index), receipt, files)
-        except (KeyError, ValueError, OSError):
+        except (SceneError, KeyError, ValueError, OSError):
             if stage.current:
                 raise
             self._forget_ingest()

@@ -36,7 +36,8 @@ from segpipe.prompts.prompt_set import PromptSet, PromptSource
 from segpipe.prompts.segment_scene import VOLUME, load_window_masks, read_grid_masks
 from segpipe.sources.base import LabelReader
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE
 from segpipe.tiling.windows import BLOCK_EDGE, Blocks
 
 
@@ -119,7 +120,7 @@ def _write(scene: PromptScene, blocks: Blocks, rasterised: RasterisedMasks, vali
         ArraySpec("labels", "uint16", scene.nodata, labels=True),
         ArraySpec("instances", "uint32", 0, labels=True),
     ]
-    in_force = scene.labels.create(scene.geometry, blocks, arrays, {}, whole=True)
+    in_force = scene.labels.create(scene.geometry, blocks, arrays, {"scene": scene.ref.name}, whole=True)
     files: Marks = {}
     scale = SizeScale.of(scene.geometry)
     count, axes = len(rasterised.objects), scene.geometry.ndim

@@ -89,19 +89,16 @@ def _of_text(scene: PromptScene) -> list[PromptSet]:
 
 def _ground(scene: PromptScene, model: Scene, phrases: Sequence[str]) -> Grounding:
     """Ground phrases in a semantic model's probabilities of the scene."""
-    scores, labels = model.predict.array("scores"), model.predict.array("labels")
 
     def read(box: Box) -> np.ndarray:
-        known = np.asarray(labels[box.slices]) != model.nodata
-        return np.where(known, np.asarray(scores[(slice(None), *box.slices)]), np.float32(np.nan))
+        known = model.predict.read("labels", box.slices) != model.nodata
+        return np.where(known, model.predict.read("scores", (slice(None), *box.slices)), np.float32(np.nan))
 
     grounder = VocabularyGrounder(
         Vocabulary(concepts(model.card.classes)), scene.options.threshold, scene.job.measure.smallest,
         scene.geometry.spacing,
     )  # fmt: skip
-    grounding = grounder.ground_scene(read, scene.geometry.shape, phrases)
-    model.predict.check()
-    return grounding
+    return grounder.ground_scene(read, scene.geometry.shape, phrases)
 
 
 def _one_each(grounding: Grounding) -> tuple[Grounding, list[tuple[str, ...]], list[int]]:

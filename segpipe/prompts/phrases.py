@@ -12,8 +12,10 @@ from pathlib import Path
 
 from segpipe.config.card import Class
 from segpipe.config.classes import color_of
+from segpipe.config.job import Identity
 from segpipe.config.prompts import PromptOptions
 from segpipe.errors import RequestError
+from segpipe.sources.identity import file_identity, members
 
 UNNAMED = "unnamed"
 """Class of objects of which nobody said what they are."""
@@ -101,15 +103,15 @@ def value_of(phrase: str, classes: Sequence[Class]) -> int:
 
 
 def file_fingerprint(path: str) -> str:
-    """SHA-256 of a file.
+    """SHA-256 of a file and its sidecars.
 
     Raises:
         RequestError: it is not there.
     """
     if not Path(path).is_file():
         raise RequestError(f"prompts.path: {path} does not exist; give GeoJSON, GeoPackage or CSV")
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_identity(members(Path(path)), Identity.content)
+    return hashlib.sha256(repr([f.get("sha256") or f["said"] for f in found]).encode()).hexdigest()
 
 
 @lru_cache(maxsize=16)

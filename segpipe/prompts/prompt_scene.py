@@ -60,6 +60,10 @@ class PromptScene(PredictedScene):
         return self.job.prompts
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.embeddings.stage, self.prompts, self.masks, self.labels
+
+    @property
     def pyramid(self) -> Pyramid:
         """Windows of a plane."""
         return self.embeddings.pyramid
@@ -160,7 +164,10 @@ def prepare_prompts(job: Job, ref: SceneRef, settings: Settings) -> PromptScene:
     options, card = job.prompts, prompted_card(job)
     shapes = check_segmenter(card)
     with open_scene(job, ref) as source:
-        pixels, notes = ScenePixels.of(source, job.bands, *match_bands(card, source)), source.notes
+        pixels, notes = (
+            ScenePixels.of(source, job.bands, *match_bands(card, source), job.identity),
+            source.notes,
+        )
     planes = Planes.of(pixels.geometry, options.volume.plane)
     if planes.axis is not None and options.everything:
         raise SceneError("prompts.everything: found true; the scene is a volume, and a grid is for rasters")
@@ -242,8 +249,8 @@ def prompt_parts(
     return {
         "options": options.model_dump(mode="json", include={*fields}), "source": source_key,
         "smallest": job.measure.smallest, "file": file_fingerprint(options.path) if options.path else "",
-        "earlier": labels_identity(labels) if labels else {}, "grounder": _grounder_key(grounder),
-        "version": ANSWER_VERSION,
+        "earlier": labels_identity(labels, job.identity) if labels else {},
+        "grounder": _grounder_key(grounder), "version": ANSWER_VERSION,
     }  # fmt: skip
 
 

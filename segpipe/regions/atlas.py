@@ -12,6 +12,7 @@ import numpy as np
 from pyproj import CRS, Transformer
 from scipy.ndimage import find_objects
 
+from segpipe.config.cells import plain_cell
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import element_map, same_grid
@@ -236,5 +237,5 @@ def read_names(path: str) -> dict[int, str]:
                 f"regions.name: {path} line {rows.line_num}: found value {value!r}; "
                 "each is a whole number above 0 and stands once"
             )
-        names[int(value)] = (row["name"] or "").strip() or value
+        names[int(value)] = plain_cell((row["name"] or "").strip()) or value
     return names

@@ -19,6 +19,7 @@ from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import horizontal_crs
 from segpipe.regions.base import different
 from segpipe.sources import vectors
+from segpipe.sources.identity import check_unchanged, file_identity, members
 
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 """GeoParquet is read by pyarrow: pyogrio's wheels come without GDAL's driver for it."""
@@ -52,12 +53,16 @@ def make_layer(
         crs: of the polygons.
         notes: said before those on repairs.
     """
+    polygons, wild = _cleaned(polygons)
     broken = ~shapely.is_valid(polygons)
     valid = np.array(
         [only_polygons(shapely.make_valid(g) if bad else g) for g, bad in zip(polygons, broken, strict=True)],
         dtype=object,
     )
     said = list(notes)
+    if wild.any():
+        which = ", ".join(names[i] for i in np.flatnonzero(wild)[:5])
+        said.append(f"{int(wild.sum())} regions with vertices that are not finite are not measured: {which}")
     if broken.any():
         which = ", ".join(names[i] for i in np.flatnonzero(broken)[:5])
         said.append(f"{int(broken.sum())} invalid region polygons were repaired: {which}")
@@ -68,6 +73,32 @@ def make_layer(
     for wkb in shapely.to_wkb(polygons, byte_order=1):
         digest.update(wkb)
     return Layer(path, different(names), valid, crs, tuple(said), digest.hexdigest())
+
+
+def _cleaned(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return polygons that GEOS takes, and which of them had vertices that are not finite.
+
+    GEOS dies of an empty inner ring of a polygon that is not empty, so those rings are dropped; it
+    throws at coordinates that are not finite, so such a polygon becomes an empty one.
+    """
+    polygons = polygons.copy()
+    parts, owner = shapely.get_parts(polygons, return_index=True)
+    rings, part = shapely.get_rings(parts, return_index=True)
+    empty_hole = shapely.is_empty(rings) & ~shapely.is_empty(parts)[part]
+    for i in np.unique(owner[part[empty_hole]]):
+        kept = [_without_empty_holes(p) for p in shapely.get_parts(polygons[i])]
+        polygons[i] = kept[0] if len(kept) == 1 else shapely.MultiPolygon(kept)
+    xy, index = shapely.get_coordinates(polygons, return_index=True)
+    wild = np.zeros(len(polygons), dtype=bool)
+    wild[index[~np.isfinite(xy).all(axis=1)]] = True
+    polygons[wild] = shapely.Polygon()
+    return polygons, wild
+
+
+def _without_empty_holes(polygon: shapely.Geometry) -> shapely.Geometry:
+    if polygon.geom_type != "Polygon":
+        return polygon
+    return shapely.Polygon(polygon.exterior, [ring for ring in polygon.interiors if not ring.is_empty])
 
 
 def only_polygons(geometry: shapely.Geometry) -> shapely.Geometry:
@@ -84,11 +115,16 @@ def read_layer(config: Regions) -> Layer:
 
     Raises:
         RequestError: not a vector file, no such layer or attribute, or no polygons in it.
+        SceneError: a file changed while it was read.
     """
-    path = Path(config.path)
-    files = [path, *(path.with_suffix(s) for s in (".dbf", ".prj", ".shx"))]
-    stamp = tuple((f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _read_layer(config.path, config.layer or None, config.name or None, stamp)
+    files = file_identity(members(Path(config.path)))
+    layer = _read_layer(config.path, config.layer or None, config.name or None, repr(files))
+    try:
+        check_unchanged(files)
+    except SceneError:  # what was read may be half of each: it is not kept
+        _read_layer.cache_clear()
+        raise
+    return layer
 
 
 @lru_cache(maxsize=4)

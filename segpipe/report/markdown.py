@@ -7,6 +7,7 @@ import re
 
 import pandas as pd
 
+from segpipe.redact import clean
 from segpipe.regions.base import SCENE
 from segpipe.report.charts import class_bars
 from segpipe.report.phrase_view import phrase_rows, phrases_sentence
@@ -114,7 +115,7 @@ def markdown_table(heads: list[str], rows: list[list[str]], words: tuple[int, ..
 
 def plain_text(text: str) -> str:
     """One line of plain text: nothing in it is read as Markdown or HTML, and no pipe ends a cell."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return _SPECIAL.sub(r"\\\1", clean(" ".join(text.split())))
 
 
 def headline(

@@ -13,7 +13,7 @@ from typing import Any
 from segpipe import ANSWER_VERSION, ENGINE_VERSION
 from segpipe.config.card import Card, Class, WindowZscore, read_card
 from segpipe.config.classes import load_classes
-from segpipe.config.job import TTA, Blend, Job, parse_size
+from segpipe.config.job import TTA, Blend, Identity, Job, parse_size
 from segpipe.config.loading import apply_overrides, load_groups, read_yaml, validate
 from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
@@ -21,12 +21,15 @@ from segpipe.models.registry import check_card
 from segpipe.pipeline.measure import TALLY_VERSION, tolerances
 from segpipe.pipeline.plan_scene import model_parts
 from segpipe.prompts.phrases import phrase_classes
+from segpipe.redact import address, seal, whole
 from segpipe.regions.base import is_grid
 from segpipe.sources import SceneRef, discover
 from segpipe.sources.base import matches
+from segpipe.sources.identity import file_identity, input_identity, members
 from segpipe.sources.mosaic import MOSAIC
-from segpipe.sources.remote import is_remote, remote_identity
+from segpipe.sources.remote import is_remote
 from segpipe.sources.stack import STACK, stack_files
+from segpipe.sources.uri import PACKAGE, package_file
 from segpipe.store.location import check_writable, is_url
 
 
@@ -183,7 +186,11 @@ def _check_paths(job: Job) -> None:
     for field, path in paths.items():
         if not path or is_url(path) or has_magic(path) or path.startswith("/vsi"):
             continue
-        if not Path(path).exists():
+        try:
+            there = Path(path).exists()
+        except OSError as error:  # too long, a loop of links, not permitted
+            raise RequestError(f"{field}: {path[:200]} cannot be looked up: {error.strerror}") from error
+        if not there:
             raise RequestError(f"{field}: {path} does not exist (seen from the working folder)")
 
 
@@ -197,9 +204,12 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         asked["compute"].pop(key)
     for key in ("memory", "block", "store"):
         asked["tiling"].pop(key)
-    asked["outputs"] = {k: asked["outputs"][k] for k in ("formats", "scores", "uncertainty")}
+    outputs = asked["outputs"]
+    asked["outputs"] = {k: outputs[k] for k in ("formats", "scores", "uncertainty")}
+    asked["outputs"] |= {"hide_paths": True} if outputs["hide_paths"] else {}  # other texts, another folder
     files, prompts = [s.uri for s in scenes], job.prompts
     asked["prompts"].pop("cache")
+    asked.pop("identity")  # what it asks of the inputs is said below
     grounder = read_card(prompts.grounder) if prompts.grounder else None
     if job.regions is not None:
         files += [job.regions.path, *([job.regions.name] if job.regions.name else [])]
@@ -213,27 +223,25 @@ def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequenc
         "card": card.model_dump(mode="json") if card else None,
         "grounder": [grounder.model_dump(mode="json"), model_parts(grounder)] if grounder else None,
         "settings": [settings.device_class, settings.precision, settings.batch],
-        "inputs": [_state(uri) for uri in files],
+        "inputs": [_state(uri, job.identity) for uri in files],
         "versions": [ENGINE_VERSION, TALLY_VERSION, *([ANSWER_VERSION] if job.kind == "prompted" else [])],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _state(uri: str) -> list[Any]:
-    """A path with what tells that it changed: size and time of the file, or of a folder's or glob's files."""
+def _state(uri: str, how: Identity) -> list[Any]:
+    """A path with what tells that it changed: the identity of the file, or of a folder's or glob's files."""
     if uri.startswith(STACK):
-        return [uri, *(_state(part) for part in stack_files(uri))]
+        return [uri, *(_state(part, how) for part in stack_files(uri))]
+    if is_remote(uri):
+        return [address(uri), *input_identity(seal(whole(uri).split("#")[0]), how)]
     location = uri.removeprefix(MOSAIC).split("#")[0]
-    if is_remote(location):
-        return [uri, remote_identity(location)[0]]
-    path = Path(location)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
-    elif path.exists():
-        files = [path]
-    else:
-        files = [] if is_url(location) else [p for p in matches(location) if p.is_file()]
-    return [uri, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+    if location.startswith(PACKAGE):
+        location = str(package_file(location))
+    if Path(location).exists():
+        return [uri, *input_identity(location, how)]
+    files = [] if is_url(location) else [m for p in matches(location) if p.is_file() for m in members(p)]
+    return [uri, *file_identity(files, how)]
 
 
 QUESTION = ("text", "path", "layer", "crs", "earlier", "earlier_ids", "names", "everything")

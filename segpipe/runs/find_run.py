@@ -16,7 +16,7 @@ import pandas as pd
 
 from segpipe.config.job import Job
 from segpipe.errors import RequestError
-from segpipe.export.run_folder import RunFolder, now
+from segpipe.export.run_folder import RunFolder, is_whole, now
 from segpipe.report.run_page import page_paths
 from segpipe.store.location import is_url, join, open_store, read_object
 from segpipe.tables.record import RunRecord, load_record
@@ -33,9 +33,12 @@ def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
     for folder in sorted(found, reverse=True):
         name = folder.rstrip("/")
         if name.endswith(f"-{mark}"):
-            record = _read_record(store, name)
+            try:
+                record = _read_record(store, name)
+            except RequestError:  # damaged: it is written again
+                record = None
             started = record.started if record else now()
-            if record is not None and not _files_are_there(store, name, record):
+            if record is not None and not is_whole(join(job.outputs.dir, job.name, name), _files(record)):
                 record = None
             return RunFolder(job.outputs.dir, job.name, name, started), record
     started = now()
@@ -48,12 +51,10 @@ def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | Non
     return None if data is None else load_record(data)
 
 
-def _files_are_there(store: obstore.store.ObjectStore, name: str, record: RunRecord) -> bool:
-    """Whether nobody took a page, table or picture out of a run's folder."""
-    there = {meta["path"] for chunk in obstore.list(store, f"{name}/") for meta in chunk}
+def _files(record: RunRecord) -> set[str]:
+    """Files that a finished run has."""
     files = {*page_paths(record), "results.json", "regions.csv", "regions.parquet"}
-    files |= {file for scene in record.done for file in scene.files.values()}
-    return {f"{name}/{file}" for file in files} <= there
+    return files | {file for scene in record.done for file in scene.files.values()}
 
 
 def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:

@@ -11,6 +11,7 @@ from segpipe.config.classes import load_classes, with_found
 from segpipe.config.job import Format, Job
 from segpipe.config.loading import load_groups
 from segpipe.export.bids import write_bids
+from segpipe.export.hide_paths import hide_record
 from segpipe.export.maps import has_nodata
 from segpipe.export.run_folder import RunFolder, local_folder, now, write_manifest
 from segpipe.models.weights import weights_fingerprint
@@ -19,7 +20,9 @@ from segpipe.pipeline.measure import Measured
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.report.run_page import render_pages
 from segpipe.runs.check import ResolvedJob
+from segpipe.runs.references import mark_of
 from segpipe.sources.readers import TRUSTED, trusted
+from segpipe.store.lifecycle import forget_uses
 from segpipe.store.location import write_atomic
 from segpipe.tables.record import ClassInfo, ModelSummary, RunRecord, SceneRecord, dump_record
 from segpipe.tables.run_tables import read_measured, run_tables
@@ -54,7 +57,11 @@ def finish_run(
         groups=load_groups(groups, [s.name for s in scenes]) if (groups := job.measure.groups) else {},
         notes=tuple(n for n in (job.description, *given, *notes) if n),
     )
+    if job.outputs.hide_paths:
+        record = hide_record(record)
     _write(run, record, measured)
+    if not record.failed:  # else the same request goes on with what is stored
+        forget_uses(run.out, run.job, mark_of(run.name))
     return record
 
 
@@ -81,14 +88,18 @@ def _write(run: RunFolder, record: RunRecord, measured: Mapping[str, Measured]) 
     with local_folder(run) as folder:
         written = ["results.json", "columns.json"]
         for name, table in tables.items():
+            run.check()
             written += [path.name for path in write_table(table, folder / name)]
         write_atomic(folder / "results.json", results_json(record.job_name, record.run_id, tables).encode())
         write_atomic(folder / "columns.json", columns_json(tables).encode())
         for path, text in render_pages(record, previews, tables):
+            run.check()
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, text.encode())
             written.append(path)
+        run.check()
         _write_account(run, folder, record, measured, written)
+        run.check()
         write_atomic(folder / "run.json", dump_record(record).encode())
 
 
@@ -112,6 +123,7 @@ def _write_account(
         nodata = nodata_of(c.value for c in record.legend) if gaps else None
         derived = write_bids(run.location, folder, record, nodata)
         paths, copies = [*paths, *derived.written], derived.copies
+    run.check()
     write_manifest(run.location, folder, record, paths, copies)
 
 

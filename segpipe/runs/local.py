@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from obstore.exceptions import BaseError as StorageError
 
-from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
+from segpipe.errors import DeviceMemoryError, FullError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene_files import failed_record
 from segpipe.runs.check import ResolvedJob
@@ -53,7 +53,7 @@ def run_local(
         The folder of the run, and its record.
 
     Raises:
-        KeyboardInterrupt, StoppedError: what is committed stays, and the same call goes on from there.
+        KeyboardInterrupt, StoppedError, FullError: what is committed stays; the same call goes on from there.
     """
     run, before = open_run(resolved.job, resolved.fingerprint)
     if before is not None and not before.failed and len(before.done) == len(resolved.scenes):
@@ -91,9 +91,9 @@ def _run_scene(
 ) -> SceneRecord:
     """Run one scene; on a device that is too small it begins again with half the batch."""
     try:
-        scene = begin_scene(resolved, ref)
+        scene = begin_scene(resolved, ref, run)
         return complete_scene(scene, run, compute_scene(scene, stop, progress), stop)
-    except StoppedError:
+    except (StoppedError, FullError):  # no other scene would find room
         raise
     except DeviceMemoryError as error:
         if resolved.settings.batch == 1:

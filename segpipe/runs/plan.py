@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from segpipe.config.job import SceneKind
+from segpipe.config.job import Job, SceneKind
 from segpipe.errors import SegpipeError
 from segpipe.metrics.tally import measure_tiles
 from segpipe.pipeline.given_scene import prepare_labelled
 from segpipe.pipeline.model_scene import dry_plan
 from segpipe.runs.check import ResolvedJob
 from segpipe.sources import SceneRef
+from segpipe.store.location import free_bytes
 from segpipe.tables.units import byte_size
+from segpipe.tiling.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class ScenePlan:
     """In a line; of a scene that cannot be planned, why."""
     failed: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
-    """Blocks, windows, passes, memory and disk in bytes, as `segpipe.tiling.plan.Plan.summary`; empty where
-    no windows are planned."""
+    """Blocks, windows, passes, memory and disk in bytes, as `segpipe.tiling.plan.Plan.summary`, and the run
+    folder's as ``run_bytes``; empty where no windows are planned."""
 
 
 def plan_scenes(resolved: ResolvedJob) -> Iterator[ScenePlan]:
@@ -38,6 +41,24 @@ def plan_scenes(resolved: ResolvedJob) -> Iterator[ScenePlan]:
             yield ScenePlan(ref.name, " ".join(str(error).split()), failed=True)
 
 
+def forecast(resolved: ResolvedJob, plans: Sequence[ScenePlan]) -> tuple[str, bool]:
+    """What a run takes of its disk in a line, at most, and whether that surely fits; empty: nobody knows.
+
+    Args:
+        resolved: the job.
+        plans: of its scenes.
+    """
+    out = resolved.job.outputs.dir
+    numbers = [plan.numbers for plan in plans if plan.numbers]
+    if not numbers:
+        return "", True
+    store, files = (sum(n[name] for n in numbers) for name in ("disk_bytes", "run_bytes"))
+    free = free_bytes(out)
+    room = "" if free is None else f"; {byte_size(free)} are free"
+    line = f"disk: at most {byte_size(store)} in the store and {byte_size(files)} of files in {out}{room}"
+    return line, free is None or store + files <= free
+
+
 def _given(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
     scene = prepare_labelled(resolved.job, ref)
     tiles = sum(1 for _ in measure_tiles(scene.geometry))
@@ -47,13 +68,30 @@ def _given(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
 
 def _predicted(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
     assert resolved.card is not None
-    s = dry_plan(resolved.job, resolved.card, ref, resolved.settings).summary()
+    plan = dry_plan(resolved.job, resolved.card, ref, resolved.settings)
+    s = {**plan.summary(), "run_bytes": _run_bytes(plan, resolved.job)}
     text = (
         f"{s['blocks']:,} blocks of {s['block']}, {s['windows']:,} windows of {s['window']}, "
         f"{s['forward_passes']:,} passes (redundancy {s['redundancy']:.3f}), "
-        f"memory {byte_size(s['memory_bytes'])}, store up to {byte_size(s['disk_bytes'])}"
+        f"memory {byte_size(s['memory_bytes'])}, store up to {byte_size(s['disk_bytes'])}, "
+        f"files up to {byte_size(s['run_bytes'])}"
     )
     return ScenePlan(ref.name, text, numbers=s)
+
+
+TILE = 512
+"""Edge of the tiles that files are written in: a small raster takes a whole one."""
+PAGES = 2**20
+"""Bytes of a scene's pages, pictures and tables, about."""
+
+
+def _run_bytes(plan: Plan, job: Job) -> int:
+    """Upper bound of a scene's files while they are written: a draft, the file, a third for its overviews."""
+    load, shape = plan.workload, plan.blocks.shape
+    padded = math.prod(-(-n // TILE) * TILE if len(shape) == 2 else n for n in shape)
+    formats = len(job.outputs.formats)
+    per_element = load.label_itemsize * formats + 4.0 * (load.classes * load.keep_scores + load.uncertainty)
+    return int(padded * per_element * (1 + 4 / 3)) + PAGES * bool(formats)
 
 
 def _prompted(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:

@@ -17,6 +17,7 @@ from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.pipeline.progress import Done, Pace, together
 from segpipe.pipeline.scene import MeasurableScene
 from segpipe.runs.check import ResolvedJob
+from segpipe.runs.references import note_stages
 from segpipe.sources import SceneRef
 from segpipe.store.stop import StopToken
 from segpipe.tables.record import SceneRecord
@@ -95,13 +96,16 @@ STEPS: Mapping[SceneKind, SceneSteps[Any]] = {
 """By `Job.kind`."""
 
 
-def begin_scene(resolved: ResolvedJob, ref: SceneRef) -> MeasurableScene:
+def begin_scene(resolved: ResolvedJob, ref: SceneRef, run: RunFolder) -> MeasurableScene:
     """Open, check and plan a scene, regions and reference too; make the stages of its model.
+
+    What the run needs of the store is noted: it stays until the run is finished.
 
     Raises:
         SceneError, RequestError.
     """
     scene: MeasurableScene = STEPS[resolved.job.kind].begin(resolved, ref)
+    note_stages(run, scene)
     return scene
 
 
@@ -126,6 +130,7 @@ def complete_scene(
     """
     steps = STEPS[scene.job.kind].finish(scene, computed)
     measured, steps["measure"] = measure_scene(scene, stop)
+    note_stages(run, scene, measured.stage)
     begun = time.perf_counter()
     files = export_scene(scene, measured, run)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
@@ -156,7 +161,7 @@ def run_small_scene(
     Raises:
         SceneError, RequestError, StoppedError, DeviceMemoryError.
     """
-    scene = begin_scene(resolved, ref)
+    scene = begin_scene(resolved, ref, run)
     if isinstance(scene, Scene) and pace.of(scene, len(pending_blocks(scene))) > most:
         return None
     computed = compute_scene(scene, stop)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from segpipe.errors import SceneError
 from segpipe.process.extras import check_installed
-from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, require_file
+from segpipe.redact import seal
+from segpipe.sources.base import Pixels, Scaling, SceneRef, Source, local_path, require_file
 from segpipe.sources.discover import discover
 from segpipe.sources.isolated import IsolatedSource
 from segpipe.sources.memory import MEMORY, MemorySource
@@ -54,6 +54,7 @@ def open_source(uri: str, *, band_names: Sequence[str] = ()) -> Source:
         SceneError: missing, damaged, or of a kind that cannot be a scene.
         RequestError: ``band_names`` has not one name per channel, or the URI is malformed.
     """
+    uri = seal(uri)
     if uri.startswith(MEMORY):
         return MemorySource(uri, band_names=band_names)
     return (open_in_process if trusted() else IsolatedSource)(uri, band_names=band_names)
@@ -83,7 +84,7 @@ def open_in_process(
     if location.startswith(PACKAGE):
         path = package_file(location)
     else:
-        path = Path(location.removeprefix("file://")).expanduser()
+        path = local_path(location.removeprefix("file://"))
     if not path.is_dir():
         require_file(path)
     kind = kind_of(path)

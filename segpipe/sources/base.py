@@ -1,13 +1,14 @@
-"""One small interface for every kind of scene, and what its readers share: reasons, identities, checks."""
+"""One small interface for every kind of scene, and what its readers share: reasons, checks."""
 
 from __future__ import annotations
 
 import glob
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -76,7 +77,7 @@ class Source(ABC):
     """What a reader of the report should know (no CRS, no nodata value declared, …)."""
 
     identity: dict[str, Any]
-    """JSON object that changes when the content does: of each file its URI, size and time when opened."""
+    """JSON object that changes when the content does (`segpipe.sources.identity`), as it was when opened."""
 
     tags: Mapping[str, str] = {}
     """When the scene was taken, by the tags of `TIMES` that the file has."""
@@ -168,19 +169,41 @@ def reason(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def local_path(text: str) -> Path:
+    """A path with ``~`` written out, which may be a glob or not be there.
+
+    Raises:
+        RequestError: the system cannot look it up: too long, a loop of links, an unknown user, not permitted.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL; RuntimeError: no such user
+        why = getattr(error, "strerror", None) or reason(error)
+        raise RequestError(f"{text[:200]!r}: cannot be looked up: {why}; give another path") from error
+    return path
+
+
 def require_file(path: Path) -> None:
     """Refuse a path that holds nothing to open.
 
     Raises:
         SceneError: there is no such file, it is a folder, or it is empty.
     """
-    if not path.exists():
-        raise SceneError(f"{path}: no such file")
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise SceneError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL in it, not permitted
+        why = getattr(error, "strerror", None) or reason(error)
+        raise SceneError(f"{str(path)[:200]!r}: cannot be opened: {why}") from error
+    if S_ISDIR(found.st_mode):
         raise SceneError(f"{path}: is a folder; expected a file")
-    if not path.is_file():  # opening one waits for whoever writes into it
+    if not S_ISREG(found.st_mode):  # opening a pipe waits for whoever writes into it
         raise SceneError(f"{path}: is no regular file but a pipe, socket or device")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise SceneError(f"{path}: the file is empty (0 bytes)")
 
 
@@ -203,22 +226,6 @@ def matches(pattern: str) -> list[Path]:
     whole = str(Path(pattern).expanduser().absolute())
     # Not Path.glob: it takes no absolute pattern, and its * matches hidden files.
     return sorted(Path(p) for p in glob.glob(whole, recursive=True))  # noqa: PTH207
-
-
-def file_identity(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Path, size in bytes and time of change in ns of each file, sorted by path.
-
-    Raises:
-        SceneError: a file has gone.
-    """
-    found = []
-    for path in sorted({str(p) for p in paths}):
-        try:
-            stat = Path(path).stat()
-        except OSError as error:
-            raise SceneError(f"{path}: {reason(error)}") from error
-        found.append({"uri": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
-    return found
 
 
 def scaling_of(scale: float | None, offset: float | None) -> Scaling:

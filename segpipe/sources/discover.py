@@ -12,7 +12,8 @@ from os import walk
 from pathlib import Path
 
 from segpipe.errors import RequestError
-from segpipe.sources.base import SceneRef, matches
+from segpipe.redact import address, seal, whole
+from segpipe.sources.base import SceneRef, local_path, matches
 from segpipe.sources.gdal import SUFFIX as VRT
 from segpipe.sources.memory import MEMORY
 from segpipe.sources.mosaic import MOSAIC, mosaic_files
@@ -81,8 +82,8 @@ def discover(patterns: Sequence[str]) -> list[SceneRef]:
     """
     found: dict[str, _Found] = {}
     for pattern in patterns:
-        for scene in _entry(pattern):
-            found.setdefault(scene.uri, scene)
+        for scene in _entry(seal(pattern)):
+            found.setdefault(address(scene.uri), scene)
     scenes = list(found.values())
     if not scenes:
         raise RequestError("scenes: nothing is listed; give files, globs, folders or URLs")
@@ -123,14 +124,14 @@ def _entry(pattern: str) -> list[_Found]:
         return [_remote(pattern)]
     path, series = parse_series(pattern.removeprefix("file://"))
     if series is not None:
-        return [_series(Path(path).expanduser().absolute(), series)]
+        return [_series(local_path(path).absolute(), series)]
     path, frame = parse_frame(path)
     if path.startswith(PACKAGE):
         package_file(path)
         return [_named(pattern, Path(path), frame)]
     if not path.strip():
         raise RequestError("scenes: an entry is empty")
-    whole = Path(path).expanduser().absolute()
+    whole = local_path(path).absolute()
     if whole.is_dir():
         found = _in_folder(whole)
         if not found:
@@ -200,7 +201,9 @@ def _stack(uri: str) -> _Found:
     common = re.sub(r"[^._-]*$", "", "".join(letters[0] for letters in same))
     missing = any(not is_remote(f) and not Path(f).exists() for f in files)
     stem, parent = (common.strip("._-"), folder) if common.strip("._-") else (folder, above)
-    return _Found(STACK + SEPARATOR.join(files), safe_name(stem), safe_name(parent), missing)
+    return _Found(
+        seal(STACK + SEPARATOR.join(map(whole, files))), safe_name(stem), safe_name(parent), missing
+    )
 
 
 def _series(folder: Path, series: str) -> _Found:

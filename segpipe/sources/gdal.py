@@ -25,6 +25,7 @@ from segpipe.process.gdal_drivers import RASTER_DRIVERS, RASTERIO_DRIVERS, skip_
 from segpipe.sources.base import reason
 from segpipe.sources.hdf5 import is_hdf5, require_own_data
 from segpipe.sources.remote import is_remote
+from segpipe.sources.uri import reveal
 
 # A raster without a position is a note of its source: the report shows it, a warning is lost.
 # Filtered once and for all because warnings.catch_warnings is not safe among threads.
@@ -216,7 +217,9 @@ class Handles:
 
     def _open(self) -> Any:
         try:
-            return open_raster(self._uri) if self._vrt is None else rasterio.open(self._vrt, driver="VRT")
+            if self._vrt is not None:
+                return rasterio.open(self._vrt, driver="VRT")
+            return open_raster(reveal(self._uri) if self._remote else self._uri)
         except GDAL_ERRORS as error:
             found = "" if self._remote else _what_it_holds(self._uri)
             raise SceneError(f"{self._uri}: cannot be opened: {gdal_reason(error)}{found}") from error
@@ -293,10 +296,16 @@ def _source(path: Path, name: str) -> str:
     """The absolute path of a source.
 
     Raises:
-        SceneError: it is no file on a local disk.
+        SceneError: it is no file on a local disk, or none below the VRT's folder.
     """
-    source = str((path.absolute().parent / name).resolve())
+    folder = path.absolute().parent
+    place = Path(os.path.normpath(folder / name))
     # GDAL takes a name with "<" for the text of a dataset, and one that begins with /vsi for a file system.
-    if not name or "<" in name or source.startswith("/vsi") or not Path(source).is_file():
+    if not name or "<" in name or str(place).startswith("/vsi") or not place.is_file():
         raise SceneError(f"{path}: the VRT has the source {name!r}, which is no file on a local disk")
-    return source
+    if not place.is_relative_to(os.path.normpath(folder)):
+        raise SceneError(
+            f"{path}: the VRT has the source {name!r}; valid: files below the folder of the VRT; put the VRT "
+            "there, or list the files with mosaic:"
+        )
+    return str(place.resolve())

@@ -13,8 +13,9 @@ import numpy as np
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import geometry_from_dict
+from segpipe.redact import seal, whole
 from segpipe.sources import readers
-from segpipe.sources.base import Pixels, Scaling, Source
+from segpipe.sources.base import Pixels, Scaling, Source, local_path
 from segpipe.sources.gdal import SUFFIX, read_vrt
 from segpipe.sources.mosaic import MOSAIC, mosaic_files
 from segpipe.sources.remote import Copy, fetch, is_remote
@@ -30,7 +31,7 @@ _numbers = itertools.count()
 def describe(source: Source) -> dict[str, Any]:
     """Everything that is known of an open source but its pixels, as JSON."""
     return {
-        "uri": source.uri,
+        "uri": whole(source.uri),
         "geometry": source.geometry.to_dict(),
         "dtype": source.dtype.str,
         "count": source.count,
@@ -57,16 +58,16 @@ class IsolatedSource(Source):
         location = parse_series(parse_frame(uri)[0])[0]
         self._copy = _copy_of(location)
         self._access = _access(uri, location, self._copy)
-        self._token = f"{next(_numbers)} {uri}"
+        self._token = str(next(_numbers))
         self._told = uri
         self._request: dict[str, Any] = {
             "token": self._token,
-            "uri": uri,
+            "uri": whole(uri),
             "names": list(band_names),
             "copy": None if self._copy is None else [str(self._copy.path), self._copy.identity],
         }
         found, _ = self._ask({"do": "open"})
-        self.uri = found["uri"]
+        self.uri = seal(found["uri"])
         self.geometry = geometry_from_dict(found["geometry"])
         self.dtype = np.dtype(found["dtype"])
         self.count = found["count"]
@@ -169,4 +170,4 @@ def _access(uri: str, location: str, copy: Copy | None) -> readers.Access:
 
 
 def _local(name: str) -> Path:
-    return package_file(name) if name.startswith(PACKAGE) else Path(name.removeprefix("file://")).expanduser()
+    return package_file(name) if name.startswith(PACKAGE) else local_path(name.removeprefix("file://"))

@@ -51,7 +51,7 @@ def find_reference(config: Reference, scene_name: str) -> str:
         SceneError: no file or several fit the scene; names the candidates.
     """
     path = config.path
-    if has_magic(path):
+    if has_magic(path) and "://" not in path:
         found = sorted(glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
     elif Path(path).is_dir():
         found = sorted(str(p) for p in Path(path).iterdir())

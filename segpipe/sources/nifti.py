@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,43 @@ import nibabel as nib
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nibabel.nifti1 import unit_codes
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import VolumeGeometry, volume_geometry
+from segpipe.redact import address, seal, whole
 from segpipe.sources.base import (
     Pixels,
     Source,
     check_size,
-    file_identity,
     finite,
     reason,
     rename_bands,
     require_file,
     scaling_of,
 )
-from segpipe.sources.remote import fetch, is_remote, public_uri
+from segpipe.sources.identity import file_identity
+from segpipe.sources.remote import fetch, is_remote
 
-READ_ERRORS = (OSError, ValueError, EOFError, ImageFileError, HeaderDataError)
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    KeyError,  # a code outside the standard's tables: data type, unit
+    TypeError,
+    IndexError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+)
 """What nibabel and indexed_gzip raise at a damaged file."""
+
+NO_UNIT = "no unit of the standard"
 
 COMPRESSED = (".gz", ".bz2", ".zst")
 SLAB_BYTES = 256 * 2**20
@@ -72,7 +90,7 @@ class NiftiSource(Source):
                 that cannot be a scene.
             RequestError: ``band_names`` has not one name.
         """
-        self.uri = path if frame is None else f"{path}#frame={frame}"
+        self.uri = path if frame is None else seal(f"{whole(path)}#frame={frame}")
         if copy is None and is_remote(path):
             self._kept = fetch(path)  # for as long as this source
             copy = str(self._kept.path), self._kept.identity
@@ -99,7 +117,7 @@ class NiftiSource(Source):
         held = [h.filename for h in image.file_map.values() if h.filename]
         there = [f for f in held if Path(f).exists()]
         files = file_identity(there) if copy is None else [copy[1]]
-        self.identity = {"uri": self.uri if copy is None else public_uri(self.uri), "files": files}
+        self.identity = {"uri": self.uri if copy is None else address(self.uri), "files": files}
         rename_bands(self, band_names)
 
     def _read(self, box: Box, channels: tuple[int, ...]) -> Pixels:
@@ -240,13 +258,21 @@ def _geometry(uri: str, image: Any, shape: Sequence[int]) -> VolumeGeometry:
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise SceneError(f"{uri}: its affine gives voxels no volume: {affine.tolist()}")
-    units = image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
-    if units not in ("mm", "unknown"):
+    units = _length_unit(image.header)
+    if units not in ("mm", "unknown", NO_UNIT):
         raise SceneError(
             f"{uri}: its header says lengths are in {units}; some tools convert them and others "
             "do not, so rewrite it with an affine and units in mm"
         )
     return volume_geometry(tuple(int(n) for n in shape[::-1]), affine)
+
+
+def _length_unit(header: Any) -> str:
+    """nibabel's name of the unit of length; `NO_UNIT` where it has none for the code."""
+    if not hasattr(header, "get_xyzt_units"):
+        return "mm"
+    code = int(header["xyzt_units"]) % 8  # the unit of time is in the bits above
+    return str(unit_codes.label[code]) if code in unit_codes.label else NO_UNIT
 
 
 def _notes(image: Any) -> list[str]:
@@ -262,6 +288,8 @@ def _notes(image: Any) -> list[str]:
         declared = header.get_qform()
         if not np.allclose(declared, header.get_sform(), atol=1e-2):
             notes.append("sform and qform differ: the sform is used")
-    if header.get_xyzt_units()[0] == "unknown":
+    if _length_unit(header) == NO_UNIT:
+        notes.append("the unit code is outside the standard: millimetres are assumed")
+    if _length_unit(header) == "unknown":
         notes.append("no unit of length declared: millimetres are assumed")
     return notes

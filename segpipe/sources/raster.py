@@ -10,32 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from segpipe.config.job import Identity
 from segpipe.errors import SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
+from segpipe.redact import address
 from segpipe.sources.base import (
     TIMES,
     Pixels,
     Scaling,
     Source,
     check_size,
-    file_identity,
     finite,
     rename_bands,
     require_file,
     scaling_of,
 )
 from segpipe.sources.gdal import SUFFIX, Handles, cache_for_strips, read_vrt, window_of
-from segpipe.sources.remote import is_remote, public_uri, remote_identity
+from segpipe.sources.identity import file_identity, input_identity, members
+from segpipe.sources.remote import is_remote, remote_identity
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 """What rasterio returns for a file without a geotransform."""
 
 HUGE = 1e30
 """Nodata values beyond this are some type's maximum, often rounded when written as text."""
-
-NOT_CONTENT = (".aux.xml", ".ovr")
-"""Sidecars that viewers write: what they say of the content is in the identity by its value."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +186,14 @@ class RasterSource(Source):
     def _identify(self, files: Sequence[str], remote: bool) -> dict[str, Any]:
         content: list[dict[str, Any]]
         if remote:
-            entry, note = remote_identity(self.uri)
-            content = [entry]
+            note = remote_identity(self.uri)[1]
+            content = input_identity(self.uri, Identity.sampled)
             self.notes = (*self.notes, note) if note else self.notes
         else:
-            content = file_identity(f for f in files if not f.endswith(NOT_CONTENT))
+            content = file_identity({*files, *(m for f in files for m in members(Path(f)))})
         return {
-            # Without the query: a signed URL is another text each time.
-            "uri": public_uri(self.uri) if remote else self.uri,
+            # Without the signature, which is another text each time.
+            "uri": address(self.uri) if remote else self.uri,
             "files": content,
             "geometry": self.geometry.to_dict(),
             # repr: NaN is not JSON

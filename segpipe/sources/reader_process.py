@@ -19,6 +19,7 @@ import segpipe
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.process.sandbox import limit_files, limit_memory, restrict_access
+from segpipe.redact import seal
 from segpipe.sources import open_in_process
 from segpipe.sources.base import Source
 from segpipe.sources.isolated import describe
@@ -107,7 +108,7 @@ class _Worker:
         token = request["token"]
         if token not in self._open:
             self._open[token] = open_in_process(
-                request["uri"], band_names=request["names"], copy=request["copy"]
+                seal(request["uri"]), band_names=request["names"], copy=request["copy"]
             )
             if len(self._open) > MOST_SOURCES:
                 self._open.popitem(last=False)[1].close()

@@ -39,10 +39,8 @@ MOST_SECONDS = 600.0
 """For one answer; a server that says nothing is given up by GDAL after one minute."""
 LENGTH = struct.Struct("=I")
 ERRORS: dict[str, type[SegpipeError]] = {"SceneError": SceneError, "RequestError": RequestError}
-PREFIXES = (
-    "GDAL", "CPL", "VSI", "AWS", "GS_", "GOOGLE", "AZURE", "OSS", "HTTP", "NO_PROXY", "SEGPIPE", "HOME",
-)  # fmt: skip
-"""Of the variables that change how files are read: readers of another environment are replaced."""
+NOT_ASKED = ("PREFECT", "PYTEST", "_")
+"""Beginnings of variables that no reader asks for: of any other, readers with another value are replaced."""
 
 
 def trusted() -> bool:
@@ -308,7 +306,7 @@ def _widened(access: Access, known: set[str]) -> Access:
 
 
 def _environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k.upper().startswith(PREFIXES)}
+    return {k: v for k, v in os.environ.items() if not k.startswith(NOT_ASKED)}
 
 
 def _child_environment(access: Access) -> dict[str, str]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from datetime import timedelta
+from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
-from shutil import rmtree
+from shutil import copyfileobj, rmtree
 from tempfile import mkdtemp
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 from weakref import finalize
 
 from segpipe.errors import SceneError
+from segpipe.redact import address, public_uri
 from segpipe.sources.base import reason
+from segpipe.sources.uri import reveal
+
+__all__ = ["REMOTE_SCHEMES", "Copy", "fetch", "is_remote", "public_uri", "remote_identity"]
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "https://", "http://")
 """What GDAL opens in place."""
-_USER = re.compile(r"(?<=://)[^/@\s]*@")
-_SIGNED = re.compile(r"(://[^?#|\s]*)\?[^#|\s]*?(?=[:,;.)]*(?:[#|\s]|$))")
 PATIENCE: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=60)}
 """With a store that does not answer; obstore's own is minutes."""
 COPIES_BYTES = 4 * 2**30
@@ -31,15 +37,6 @@ def is_remote(uri: str) -> bool:
     return uri.startswith(REMOTE_SCHEMES)
 
 
-def public_uri(text: str) -> str:
-    """URLs without what may be secret in them: user and password, and the query of a signed one.
-
-    Args:
-        text: a URI, of a stack too, or a message with some in it.
-    """
-    return _SIGNED.sub(r"\1", _USER.sub("", text))
-
-
 def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
     """Address, size, time and ETag of a remote file, from a HEAD request.
 
@@ -49,9 +46,29 @@ def remote_identity(uri: str) -> tuple[dict[str, Any], str | None]:
     try:
         return _look(uri), None
     except SceneError as error:
-        told = public_uri(str(error).removeprefix(f"{uri}: "))[:120]
+        told = str(error).removeprefix(f"{uri}: ")[:120]
         note = f"identified by its address alone, a change will not be seen ({told})"
-        return {"uri": public_uri(uri)}, note
+        return {"uri": address(uri)}, note
+
+
+@lru_cache(maxsize=10_000)
+def remote_hash(uri: str, _told: str) -> str:
+    """SHA-256 of a remote file, streamed; remembered while its store tells the same of it.
+
+    Raises:
+        SceneError: it cannot be read.
+    """
+    from obstore import get
+    from obstore.exceptions import BaseError
+
+    store, name = _store(uri)
+    digest = hashlib.sha256()
+    try:
+        for part in get(store, name).stream(min_chunk_size=PART_BYTES):
+            digest.update(part)
+    except (BaseError, OSError) as error:
+        raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
+    return digest.hexdigest()
 
 
 class Copy:
@@ -66,9 +83,13 @@ class Copy:
         from obstore import get
         from obstore.exceptions import BaseError
 
-        store, name = _store(uri)
         folder = mkdtemp(prefix="segpipe-copy-")
         finalize(self, rmtree, folder, ignore_errors=True)
+        if _is_signed(uri):
+            self.path = Path(folder) / (Path(urlsplit(reveal(uri)).path).name or "file")
+            self.identity = _download(uri, self.path)
+            return
+        store, name = _store(uri)
         self.path = Path(folder) / name
         try:
             found = get(store, name)
@@ -79,6 +100,28 @@ class Copy:
             raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
         self.identity = _told(uri, found.meta)
         """As of `remote_identity`."""
+
+
+def _is_signed(uri: str) -> bool:
+    """Whether it is an HTTP URL with a query, which no store's path has."""
+    return uri.startswith(("http://", "https://")) and "?" in reveal(uri)
+
+
+def _download(uri: str, path: Path) -> dict[str, Any]:
+    """Write what a signed URL has to a file; its identity.
+
+    Raises:
+        SceneError: the server does not answer, or says no.
+    """
+    try:
+        with urlopen(reveal(uri), timeout=PATIENCE["retry_timeout"].total_seconds()) as answer:
+            with path.open("wb") as file:
+                copyfileobj(answer, file, PART_BYTES)
+            told = answer.headers
+    except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
+        raise SceneError(f"{uri}: cannot be fetched: {reason(error)}") from error
+    size, modified = path.stat().st_size, told["Last-Modified"]
+    return {"uri": address(uri), "size": size, "mtime": modified, "etag": told["ETag"]}
 
 
 _kept: list[Copy] = []
@@ -93,8 +136,10 @@ def fetch(uri: str) -> Copy:
     planned, read and exported: a process keeps the copies that it used last, up to `COPIES_BYTES`.
 
     Raises:
-        SceneError: it is not there, its store does not answer, or the URL is signed.
+        SceneError: it is not there, or its store does not answer.
     """
+    if _is_signed(uri):  # nobody tells whether it is still the same: fetched each time
+        return Copy(uri)
     with _lock:  # one at a time: whoever waits for this very file must not fetch it too
         identity = _look(uri)
         copy = next((c for c in _kept if c.identity == identity), None)
@@ -134,8 +179,8 @@ def _store(uri: str) -> tuple[Any, str]:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
-    address, _, query = uri.partition("?")
-    folder, _, name = address.rpartition("/")
+    place, _, query = reveal(uri).partition("?")
+    folder, _, name = place.rpartition("/")
     if query:
         raise SceneError(f"{uri}: the URL has a query")
     try:
@@ -148,4 +193,5 @@ def _store(uri: str) -> tuple[Any, str]:
 
 def _told(uri: str, meta: Any) -> dict[str, Any]:
     modified = meta["last_modified"].isoformat()
-    return {"uri": public_uri(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}
+    told = {"uri": address(uri), "size": meta["size"], "mtime": modified, "etag": meta["e_tag"]}
+    return {**told, "version": meta["version"]} if meta.get("version") else told

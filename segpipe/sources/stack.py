@@ -11,6 +11,7 @@ import numpy as np
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import RasterGeometry
+from segpipe.redact import seal, whole
 from segpipe.sources.base import Pixels, Source, rename_bands
 from segpipe.sources.gdal import CACHE_LIMIT
 from segpipe.sources.raster import RasterSource, common_dtype
@@ -95,7 +96,7 @@ def stack_files(uri: str) -> list[str]:
     Raises:
         RequestError: fewer than two.
     """
-    parts = uri.removeprefix(STACK).split(SEPARATOR)
+    parts = [seal(part) for part in whole(uri).removeprefix(STACK).split(SEPARATOR)]
     if len(parts) < 2 or not all(part.strip() for part in parts):
         raise RequestError(f"{uri}: expected {STACK}FILE{SEPARATOR}FILE, two files or more")
     local = (None if is_remote(p) else Path(p.removeprefix("file://")).expanduser() for p in parts)

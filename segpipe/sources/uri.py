@@ -9,7 +9,9 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from segpipe.errors import RequestError
+from segpipe import redact
+from segpipe.errors import RequestError, SceneError
+from segpipe.redact import seal, whole
 
 RASTER_SUFFIXES = (
     ".tif", ".tiff", ".vrt", ".jp2", ".img", ".ntf", ".nitf", ".kea", ".bil", ".bip", ".bsq",
@@ -68,18 +70,33 @@ def holds_dicom(folder: Path) -> bool:
     return any(is_dicom_file(p) for p in unknown[:PROBES])
 
 
+def reveal(uri: str) -> str:
+    """What a server is asked with: the URI with its secret, and with variables of the environment.
+
+    Raises:
+        SceneError: a variable that it names is not there.
+    """
+    try:
+        return redact.reveal(uri)
+    except KeyError as error:
+        raise SceneError(
+            f"{uri}: the environment of this process has no variable {error.args[0]}; set it where scenes "
+            "are read, on workers too"
+        ) from error
+
+
 def parse_frame(uri: str) -> tuple[str, int | None]:
     """Split ``path#frame=N`` into path and frame (from 0).
 
     Raises:
         RequestError: N is no whole number.
     """
-    path, mark, number = uri.partition("#frame=")
+    path, mark, number = whole(uri).partition("#frame=")
     if not mark:
         return uri, None
     if not number.isdecimal():
         raise RequestError(f"{uri}: expected #frame=N with N = 0, 1, 2, …; found {number!r}")
-    return path, int(number)
+    return seal(path), int(number)
 
 
 def parse_series(uri: str) -> tuple[str, str | None]:

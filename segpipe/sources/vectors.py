@@ -8,6 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from segpipe.errors import RequestError, SceneError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
 from segpipe.sources.base import reason, require_file
 from segpipe.sources.readers import Access, readers, roots_of, trusted
+from segpipe.sources.remote import fetch, is_remote
 
 VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError)
 """What pyogrio and pyarrow raise at files that are damaged, or none of theirs."""
@@ -58,9 +60,10 @@ def list_layers(path: str) -> list[str]:
         SceneError: no allowed driver opens the file, or its reader ended.
         RequestError: it names a URL that GDAL would read.
     """
-    if trusted():
-        return layers_here(path)
-    answer, _ = readers.ask(path, _access(path), {"do": "layers", "uri": path})
+    with _local(path) as (file, access):
+        if trusted():
+            return layers_here(file)
+        answer, _ = readers.ask(path, access, {"do": "layers", "uri": file})
     return [str(name) for name in answer["layers"]]
 
 
@@ -71,14 +74,19 @@ def read_layer(path: str, layer: str | None) -> geopandas.GeoDataFrame:
         SceneError: it cannot be read, or its reader ended.
         RequestError: it has more than `MOST_VERTICES`, or GeoParquet has spherical edges.
     """
-    if trusted():
-        return frame_here(path, layer)
-    _, body = readers.ask(path, _access(path), {"do": "layer", "uri": path, "layer": layer})
+    with _local(path) as (file, access):
+        if trusted():
+            return frame_here(file, layer)
+        _, body = readers.ask(path, access, {"do": "layer", "uri": file, "layer": layer})
     return geopandas.read_feather(io.BytesIO(body))
 
 
-def _access(path: str) -> Access:
-    return Access(roots_of([Path(path)]))
+@contextmanager
+def _local(path: str) -> Iterator[tuple[str, Access]]:
+    """The file on a local disk, copied there from a URL, and what a reader must touch to read it."""
+    copy = fetch(path) if is_remote(path) else None
+    file = Path(path) if copy is None else copy.path
+    yield str(file), Access(roots_of([file]))
 
 
 def layers_here(path: str) -> list[str]:

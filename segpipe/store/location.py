@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from segpipe.errors import DamagedError, RequestError
+from segpipe.errors import DamagedError, FullError, RequestError, StoppedError
 
 
 def is_url(location: str) -> bool:
@@ -161,6 +164,55 @@ def make_durable(location: str, paths: Sequence[str]) -> None:
             os.close(handle)
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""The system's code, which the store's library gives in its message only."""
+_NO_ROOM = 2**20
+"""Bytes: on a disk with less, what fails to be written fails for that."""
+
+
+@contextmanager
+def told_when_full(location: str | Path, draft: Path | None = None) -> Iterator[None]:
+    """Writing below a location: that its disk is full is told in one line, whichever library wrote.
+
+    Args:
+        location: folder or URL.
+        draft: folder of what is being written. GDAL takes back what it had no room for, and has no code for
+            it: where as much again as is there would not fit, that is why.
+
+    Raises:
+        FullError: naming the folder.
+    """
+    try:
+        yield
+    except (FullError, StoppedError, RequestError):
+        raise
+    except Exception as error:
+        found = _OS_ERROR.search(str(error))
+        code = int(found[1]) if found else getattr(error, "errno", None)
+        room = None if is_url(str(location)) else _room(Path(location))
+        files = [] if draft is None else [path for path in draft.rglob("*") if path.is_file()]
+        needed = _NO_ROOM + 2 * sum(path.stat().st_size for path in files)
+        if code not in _FULL and (room is None or room >= needed):
+            raise
+        left = "" if room is None else f" ({room:,} bytes are left)"
+        raise FullError(
+            f"{location}: no space left on the disk{left}; make room and run the same job again, which goes "
+            "on from what is done"
+        ) from error
+
+
+def _room(folder: Path) -> int | None:
+    """Free bytes of the disk of a folder, which need not be there yet."""
+    there = next((p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), None)
+    return None if there is None else shutil.disk_usage(there).free
+
+
+def free_bytes(location: str) -> int | None:
+    """What is free where outputs go; None: an object store does not say."""
+    return None if is_url(location) else _room(Path(location))
+
+
 def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
     """Delete objects, whoever else is at it; one that is gone already is no error."""
     try:
@@ -171,9 +223,39 @@ def delete_objects(objects: ObjectStore, paths: Sequence[str]) -> None:
                 obstore.delete(objects, path)
 
 
+DRAFT = ".draft-"
+"""In the hidden name of what is written and has not its own name yet; random letters follow."""
+
+
+def sweep_drafts(folder: Path, pattern: str = f".*{DRAFT}*") -> None:
+    """Remove drafts that killed writers left in a local folder; at those of a day nobody is any more.
+
+    Args:
+        folder: not its subfolders, unless the pattern has them.
+        pattern: of their names.
+    """
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < 86_400:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that others see whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file that others see whole or not at all.
+
+    Raises:
+        FullError: the disk is full.
+    """
+    with told_when_full(path.parent):
+        _write_atomic(path, data)
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{DRAFT}")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -1,15 +1,16 @@
-"""Ask the workers of a run to stop, through the store that all of them see."""
+"""What workers look at before they go on: a request to stop, and whether the lease is still theirs."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 
 import obstore
 from obstore.store import ObjectStore
 
-from segpipe.errors import StoppedError
-from segpipe.store.location import STORE_FOLDER, delete_objects, join, open_store
+from segpipe.errors import LeaseLostError, StoppedError
+from segpipe.store.location import STORE_FOLDER, delete_objects, join, open_store, read_object
 
 
 @lru_cache(maxsize=16)
@@ -48,3 +49,35 @@ class StopToken:
         """Raises StoppedError where somebody asked the run to stop; what is committed stays."""
         if self.requested:
             raise StoppedError("the run was asked to stop; run it again to resume")
+
+
+def lease_path(lease: str, generation: int) -> str:
+    """The object that names the holder of a generation of a lease."""
+    return f"leases/{lease}/{generation:08d}"
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A lease as it was taken, for whoever commits something in its name. Small and picklable."""
+
+    location: str
+    """Of the leases."""
+    lease: str
+    generation: int
+    """The fencing token: whoever takes the lease over has a greater one."""
+    holder: str
+    """This attempt of the process that took it."""
+
+    def check(self) -> None:
+        """Raises LeaseLostError where another has the lease now: asked before each commit."""
+        store = _leases(self.location)
+        # In this order: who took it over removes our generation before its own.
+        taken = read_object(store, lease_path(self.lease, self.generation + 1)) is not None
+        mine = read_object(store, lease_path(self.lease, self.generation))
+        if taken or mine is None or json.loads(mine).get("attempt") != self.holder:
+            raise LeaseLostError(f"the lease {self.lease} was taken over: nothing more is written")
+
+
+@lru_cache(maxsize=16)
+def _leases(location: str) -> ObjectStore:
+    return open_store(location)

@@ -48,8 +48,6 @@ class SceneTallies:
     _: KW_ONLY
     regions: tuple[str, ...]
     """Names, by index; of a failed scene as far as they are known."""
-    attempts: int
-    """How often the scene's hardest batch was tried; 1: at once."""
     tally: Tally | None = None
     """Sum over the scene's tiles; None: the scene failed."""
     scale: SizeScale | None = None
@@ -60,10 +58,10 @@ class SceneTallies:
     """Why it failed, in one line."""
 
     @classmethod
-    def of(cls, scene: str, measured: Measured, attempts: int) -> SceneTallies:
+    def of(cls, scene: str, measured: Measured) -> SceneTallies:
         """Return the tallies of a measured scene."""
         return cls(
-            scene, regions=measured.regions, attempts=attempts, tally=measured.tally,
+            scene, regions=measured.regions, tally=measured.tally,
             scale=SizeScale.from_dict(measured.scale), outside=measured.outside,
         )  # fmt: skip
 
@@ -126,10 +124,6 @@ class _SceneGroups:
         scenes = text_of([r.scene for r in self.results], self.scene[group])
         return {"scene": scenes, "region": text_of(self.regions, group)}
 
-    def attempts(self, group: np.ndarray) -> np.ndarray:
-        """Of the scenes of rows."""
-        return np.asarray(np.array([r.attempts for r in self.results], dtype=np.int64)[self.scene[group]])
-
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
@@ -169,8 +163,7 @@ class _Rows:
 
     def head(self, batch: _SceneGroups) -> dict[str, np.ndarray]:
         """The columns that say what the rows are of."""
-        head = batch.head(self.group)
-        return {**head, "class": self.names, "value": self.value, "attempts": batch.attempts(self.group)}
+        return {**batch.head(self.group), "class": self.names, "value": self.value}
 
 
 def region_table(results: Iterable[SceneTallies], classes: Sequence[ClassLike]) -> pd.DataFrame:
@@ -290,7 +283,7 @@ def agreement_table(metrics: pd.DataFrame) -> pd.DataFrame:
     kappa = overlap.cohen_kappa(cells)
     why = np.where(np.isnan(kappa), overlap.ONE_CLASS, "").astype(object)
     names, n_classes = _names(rows, group, ~counts.undefined, groups)
-    columns = {name: heads[name].to_numpy() for name in ("scene", "region", "state", "attempts")}
+    columns = {name: heads[name].to_numpy() for name in ("scene", "region", "state")}
     columns |= {
         "count": np.where(heads["tp"].notna(), compared / FULL, np.nan),
         "pixel_accuracy": overlap.pixel_accuracy(cells),

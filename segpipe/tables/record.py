@@ -108,6 +108,7 @@ class SceneRecord:
     timings: dict[str, float] = field(default_factory=dict)
     """Stage to seconds."""
     attempts: int = 1
+    """How often the hardest batch was tried; 1: at once. It is in no table: those are as after no crash."""
     files: dict[str, str] = field(default_factory=dict)
     """What it is to its path relative to the run's folder."""
     reused: tuple[str, ...] = ()

@@ -114,10 +114,8 @@ def _given_objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
 
 def _tallies(scene: SceneRecord, measured: Measured | None) -> overlap_tables.SceneTallies:
     if measured is None:
-        return overlap_tables.SceneTallies(
-            scene.name, regions=(), attempts=scene.attempts, reason=scene.error
-        )
-    return overlap_tables.SceneTallies.of(scene.name, measured, scene.attempts)
+        return overlap_tables.SceneTallies(scene.name, regions=(), reason=scene.error)
+    return overlap_tables.SceneTallies.of(scene.name, measured)
 
 
 def _intensities(

@@ -13,6 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from segpipe.config.cells import escape_cell
+from segpipe.redact import clean
 from segpipe.store.location import write_atomic
 from segpipe.tables.frames import describe_column, dictionary
 
@@ -23,10 +25,20 @@ MOST_ROWS = 20_000
 def csv_bytes(table: pd.DataFrame) -> bytes:
     """CSV: UTF-8, line feeds, floats in the fewest digits that read back the same.
 
-    Text beyond ASCII is announced by a byte order mark: without it Excel shows other letters.
+    Text beyond ASCII is announced by a byte order mark: without it Excel shows other letters. Text that a
+    spreadsheet would calculate has an apostrophe in front (`segpipe.config.cells`), and control characters
+    are told (``\\x1b``); numbers stay numbers.
     """
-    text = table.to_csv(index=False, lineterminator="\n")
+    shown = table.rename(columns=_cell)
+    for place, dtype in enumerate(table.dtypes):
+        if not pd.api.types.is_numeric_dtype(dtype):
+            shown.isetitem(place, [*map(_cell, table.iloc[:, place])])
+    text = shown.to_csv(index=False, lineterminator="\n")
     return text.encode("utf-8" if text.isascii() else "utf-8-sig")
+
+
+def _cell(value: object) -> object:
+    return escape_cell(clean(value)) if isinstance(value, str) else value
 
 
 def parquet_bytes(table: pd.DataFrame) -> bytes:

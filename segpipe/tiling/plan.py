@@ -113,7 +113,7 @@ class Plan:
     def disk(self) -> int:
         """Upper bound of the working store in bytes, before compression."""
         load = self.workload
-        per_element = load.image_channels * load.image_itemsize + 1 + load.label_itemsize
+        per_element = load.image_channels * load.image_itemsize + 1 + load.label_itemsize * (1 + load.cleanup)
         per_element += 4 * load.classes if load.keep_scores else 0
         per_element += 2 * load.uncertainty
         return math.prod(self.blocks.shape) * per_element

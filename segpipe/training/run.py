@@ -23,6 +23,8 @@ from segpipe.inference.settings import resolve_device
 from segpipe.sources import discover
 from segpipe.sources.base import SceneRef
 from segpipe.sources.labels import find_reference
+from segpipe.store.location import write_atomic
+from segpipe.tables.table_files import csv_bytes
 from segpipe.training.distributed import World, join_world
 from segpipe.training.loop import MetricsRow, Training
 from segpipe.training.losses import build_loss
@@ -175,7 +177,7 @@ def _one(
     trial = training.trial()  # with the weights as they were stored
     text = scores_text(recipe, fold, trial)
     if trial is not None:
-        trial.table.to_csv(folder / "scores.csv", index=False)
+        write_atomic(folder / "scores.csv", csv_bytes(trial.table))
     write_card(recipe.card, folder / "card.yaml", "weights.safetensors", recipe, text)
     _show(training, "finished", text)
     record = _record(training)

@@ -28,7 +28,8 @@ from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import match_bands
 from segpipe.sources.labels import IGNORED, IdRule, ReferenceLabels, find_reference, open_reference
 from segpipe.store.arrays import ArraySpec
-from segpipe.store.stage import WHOLE, Marks, Stage, stage_key
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import WHOLE, Stage, stage_key
 from segpipe.tiling.windows import Blocks
 
 EDGE = {2: 1024, 3: 128}

@@ -145,7 +145,8 @@ def test_the_form_of_a_scan_begins_with_the_lake() -> None:
     found = form_of("scan")
     definitions = found["definitions"]
     assert definitions["LakeKind"]["enum"] == ["files", "stac", "bids", "dicom"]
-    assert definitions["Identity"]["enum"] == ["stat", "content"]
+    assert definitions["LakeIdentity"]["enum"] == ["stat", "content"]
+    assert definitions["Identity"]["enum"] == ["sampled", "content"]
     scan = definitions["Scan"]
     assert [*scan["properties"]][:3] == ["name", "lake", "model"]
     assert scan["required"] == ["lake"]

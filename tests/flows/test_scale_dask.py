@@ -109,9 +109,7 @@ def answer(store: S3Store, out: str) -> dict[str, bytes]:
             with rasterio.MemoryFile(data) as file, file.open() as dataset:
                 found[Path(name).parent.name] = dataset.read().tobytes()
         elif name.endswith("regions.csv"):
-            lines = [line.split(",") for line in data.decode().splitlines()]
-            at = lines[0].index("attempts")
-            found["regions"] = "\n".join(",".join(cells[:at] + cells[at + 1 :]) for cells in lines).encode()
+            found["regions"] = data
     assert len(found) == SCENES + 1
     return found
 

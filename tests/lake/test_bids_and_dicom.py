@@ -52,7 +52,9 @@ def test_images_of_a_bids_tree(tmp_path: Path, wanted: dict[str, Any], names: li
     for scene in found:
         path = Path(scene.uri)
         assert path.name.startswith(f"{scene.name}.nii")
-        assert scene.identity == {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        status = path.stat()
+        times = [status.st_mtime_ns, status.st_ctime_ns]
+        assert scene.identity == {"files": [[scene.uri, status.st_size, *times]]}
     derived = _all(tmp_path / "derivatives" / "tool", "bids")
     assert [f.uri for f in derived] == [f"{tmp_path}/derivatives/tool/sub-01/anat/sub-01_T1w.nii.gz"]
 

@@ -56,11 +56,13 @@ def test_a_folder_gives_its_scenes_named_by_their_places(tmp_path: Path) -> None
         ("b", "b.tif"),
     ]
     for scene in found:
-        status = Path(scene.uri).stat()
-        assert scene.size == status.st_size
-        assert scene.identity == {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        files = [(path, Path(path).stat()) for path in scene.files]
+        assert scene.size == sum(s.st_size for _, s in files)
+        told = [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in files]
+        assert scene.identity == {"files": told}
         assert scene.modified is not None
-        assert scene.modified.timestamp() == pytest.approx(status.st_mtime, abs=1e-5)
+        newest = max(status.st_mtime for _, status in files)
+        assert scene.modified.timestamp() == pytest.approx(newest, abs=1e-5)
 
 
 def test_another_time_or_size_is_another_digest_and_the_same_name(tmp_path: Path) -> None:
@@ -161,7 +163,10 @@ def test_a_bucket_is_listed_as_boto3_lists_it(s3: Any) -> None:
     for scene in found:
         entry = told[scene.uri.removeprefix("s3://lake/")]
         assert (scene.size, scene.modified) == (entry["Size"], entry["LastModified"])
-        assert scene.identity == {"size": entry["Size"], "etag": entry["ETag"]}
+        beside = [k for k in told if k.startswith("scenes/a.tif.")] if scene.name == "a" else []
+        own = {"size": entry["Size"], "etag": entry["ETag"]}
+        sidecars = [[k.removeprefix("scenes/"), told[k]["Size"], told[k]["ETag"]] for k in beside]
+        assert scene.identity == own | ({"beside": sidecars} if beside else {})
     assert [f.name for f in _all("s3://lake/scenes/**/LC*.tif")] == ["2026__07__LC08_x"]
     assert [f.name for f in _all("s3://lake", pattern="scenes/2026/*/*.tif")] == ["scenes__2026__07__LC08_x"]
     assert _all("s3://lake/nothing") == []

@@ -41,7 +41,7 @@ def test_a_done_scene_is_known_until_its_content_changes(ledger: Ledger) -> None
     assert state(ledger, found("a")) is None
     ledger.finish(found("a"), done("a"), "run-1")
     assert state(ledger, found("a")) == "done"
-    assert ledger.is_done(found("a"))
+    assert ledger.is_done(found("a").digest)
     assert state(ledger, found("a", etag="2")) is None
     assert state(ledger, found("b")) is None
 
@@ -92,7 +92,7 @@ def test_a_run_that_was_left_has_its_records(ledger: Ledger) -> None:
 def test_what_is_done_under_another_identity_is_known_by_both(ledger: Ledger) -> None:
     same = LakeEntry("a", "s3://lake/a.tif", {"sha256": "00"}, 3, None)
     ledger.finish(same, done("a"), "run-1")
-    ledger.alias(found("a"), same)
+    ledger.alias(found("a"), same.digest)
     assert state(ledger, found("a")) == "done"
 
 

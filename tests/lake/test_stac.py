@@ -20,6 +20,7 @@ from segpipe.errors import RequestError
 from segpipe.lake import stac
 from segpipe.lake.entry import LakeEntry
 from segpipe.lake.listing import list_lake
+from segpipe.redact import reveal
 from segpipe.sources import open_source
 
 WriteCog = Callable[..., np.ndarray]
@@ -116,8 +117,8 @@ def test_a_signed_address_is_the_same_scene_in_every_listing(tmp_path: Path) -> 
         return found
 
     first, again = (listed(_item(0, data=f"https://host/0.tif?sig={n}")) for n in "ab")
-    assert first.uri == "https://host/0.tif?sig=a"
-    assert again.uri == "https://host/0.tif?sig=b"
+    assert [first.uri, again.uri] == ["https://host/0.tif"] * 2
+    assert [reveal(first.uri), reveal(again.uri)] == [f"https://host/0.tif?sig={n}" for n in "ab"]
     assert first.digest == again.digest
     assert listed(_item(1, data="https://host/0.tif?sig=a")).digest != first.digest
 

@@ -92,7 +92,7 @@ def regions(names: tuple[str, ...] = ("east",), repeat: int = 1) -> pd.DataFrame
                     {"scene": name, "region": f"district {index}" if index else "scene",
                      "class": info.name, "value": info.value,
                      "count": area / 100, "area_m2": area, "share": area / 1.25e6, "state": "measured",
-                     "seen": 0.5, "touches_edge": area > 3e5, "attempts": 1}
+                     "seen": 0.5, "touches_edge": area > 3e5}
                 )  # fmt: skip
     return pd.DataFrame(rows)
 

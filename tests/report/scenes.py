@@ -41,7 +41,7 @@ def result(name, labels, reference=None, spacing=2.0, tile=None, **more):
         )
         for b in grid_boxes(labels.shape, tile or labels.shape)
     )
-    return SceneTallies(name, regions=regions.names, attempts=1, tally=tally, scale=scale, **more)
+    return SceneTallies(name, regions=regions.names, tally=tally, scale=scale, **more)
 
 
 def rows(table, *columns):

@@ -47,7 +47,7 @@ def test_rows_and_units() -> None:
     assert len(rows) == 9
     assert head[:6] == ["Region", "Class", "Value", "Count", "Area (ha)", "Share (%)"]  # of one scene
     assert rows[1] == [
-        "scene", "forest", "1", "2,500", "25.0", "20.0", "measured", "50.0", "no", "1",
+        "scene", "forest", "1", "2,500", "25.0", "20.0", "measured", "50.0", "no",
     ]  # fmt: skip
     cells = [a for tag, a in reader.tags if tag == "td" and a.get("data-v") == "250000.0"]
     assert len(cells) == 3  # sorted by the SI value
@@ -146,7 +146,7 @@ def test_columns_that_nobody_described_are_shown_all_the_same() -> None:
 def test_every_column_of_every_table_is_described() -> None:
     """Of the tables that the library writes, by their own functions."""
     cards = [Class(value=c.value, name=c.name, color=c.color, background=c.background) for c in CLASSES]
-    metric = metric_table([SceneTallies("east", regions=("scene",), attempts=1, reason="broken")], cards)
+    metric = metric_table([SceneTallies("east", regions=("scene",), reason="broken")], cards)
     tables = {
         "regions": region_table([], cards), "metrics": metric, "summary": summary_table(metric, cards),
         "agreement": agreement_table(metric), "intensity": intensity_table([SceneIntensity("east")], cards),
@@ -229,7 +229,7 @@ def test_units(column: str, values: list[float], shown: list[str]) -> None:
 
 def test_missing_values_sort_last() -> None:
     frame = pd.DataFrame(
-        {"scene": ["a", "b"], "iou": [0.5, float("nan")], "attempts": pd.array([1, pd.NA], "Int64")}
+        {"scene": ["a", "b"], "iou": [0.5, float("nan")], "tp": pd.array([1, pd.NA], "Int64")}
     )
     table = page_table("metrics", "Metrics", frame, CLASSES)
     assert [(c.text, c.sort) for c in table.rows[1]] == [("b", ""), ("—", ""), ("—", "")]

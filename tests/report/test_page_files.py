@@ -134,7 +134,7 @@ def test_accessible_names() -> None:
     tags = Reader(full_page()).tags
     assert all(a.get("alt") is not None for tag, a in tags if tag == "img")
     heads = [a for tag, a in tags if tag == "th" and "aria-sort" in a]
-    assert len(heads) == 10 + 10 + 10
+    assert len(heads) == 9 + 10 + 10
     assert all(a.get("aria-label") for tag, a in tags if tag == "input")
     ids = [a["id"] for _, a in tags if "id" in a]
     assert len(ids) == len(set(ids))

@@ -32,7 +32,7 @@ def test_summary_counts_missed_hallucinated_undefined_and_failed():
         result("b", [[7, 0]], [[1, 0]]),
         result("c", [[0, 0]], [[0, 0]]),
         result("d", [[7, 7]], [[7, 0]]),
-        SceneTallies("e", regions=("scene",), attempts=2, reason="broken"),
+        SceneTallies("e", regions=("scene",), reason="broken"),
     ]
     summary = summary_table(metric_table(scenes, CLASSES), CLASSES, min_reference=1)
     counted = ("value", "n_defined", "n_missed", "n_hallucinated", "n_undefined", "n_failed")
@@ -51,7 +51,7 @@ def test_summary_counts_missed_hallucinated_undefined_and_failed():
 
 
 def test_all_failed_says_so():
-    scenes = [SceneTallies(n, regions=("scene",), attempts=1, reason="x") for n in "ab"]
+    scenes = [SceneTallies(n, regions=("scene",), reason="x") for n in "ab"]
     summary = summary_table(metric_table(scenes, CLASSES), CLASSES)
     assert summary["value"].isna().all()
     assert set(summary["n_failed"]) == {2}
@@ -123,13 +123,10 @@ def test_regions_are_averaged_before_scenes():
         SceneTallies(
             "a",
             regions=("scene", "north", "south"),
-            attempts=1,
             tally=tally((0, 1, 1), (0, 1, 0), (1, 1, 1), (2, 1, 0)),
             scale=scale,
         ),
-        SceneTallies(
-            "b", regions=("scene", "north"), attempts=1, tally=tally((0, 1, 1), (1, 1, 1)), scale=scale
-        ),
+        SceneTallies("b", regions=("scene", "north"), tally=tally((0, 1, 1), (1, 1, 1)), scale=scale),
     ]
     summary = summary_table(metric_table(scenes, CLASSES), CLASSES)
     first = summary.groupby("region").first()

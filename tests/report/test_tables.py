@@ -53,28 +53,27 @@ def test_regions_of_one_scene():
     table = region_table([result("a", INNER)], CLASSES)
     assert list(table.columns) == [
         "scene", "region", "class", "value", "count", "area_m2", "share", "state", "seen",
-        "touches_edge", "attempts",
+        "touches_edge",
     ]  # fmt: skip
     assert rows(table, "scene", "region", "class", "value", "count", "area_m2") == [
         ("a", "scene", "background", 0, 16.0, 64.0),
         ("a", "scene", "water", 1, 3.0, 12.0),
         ("a", "scene", "forest", 7, 0.0, 0.0),
     ]
-    assert rows(table, "share", "state", "seen", "touches_edge", "attempts") == [
-        (16 / 19, "measured", 0.95, True, 1),
-        (3 / 19, "measured", 0.95, False, 1),
-        (0.0, "measured", 0.95, False, 1),
+    assert rows(table, "share", "state", "seen", "touches_edge") == [
+        (16 / 19, "measured", 0.95, True),
+        (3 / 19, "measured", 0.95, False),
+        (0.0, "measured", 0.95, False),
     ]
 
 
 def test_failed_and_unseen_scenes_have_rows_without_numbers():
-    failed = SceneTallies("broken", regions=("scene",), attempts=3, reason="no such file")
+    failed = SceneTallies("broken", regions=("scene",), reason="no such file")
     table = region_table([result("empty", [[255, 255]]), failed], CLASSES)
     assert list(table["state"]) == ["no_data"] * 3 + ["failed"] * 3
     assert table[["count", "area_m2", "share", "touches_edge"]].isna().all().all()
     assert list(table["seen"][:3]) == [0, 0, 0]
     assert table["seen"][3:].isna().all()
-    assert list(table["attempts"]) == [1] * 3 + [3] * 3
     metrics = metric_table([failed], CLASSES)
     assert list(metrics["reason"]) == ["no such file"] * 3
     assert metrics[list(NAMES)].isna().all().all()
@@ -87,7 +86,7 @@ def test_failed_and_unseen_scenes_have_rows_without_numbers():
 
 
 def test_failed_alone_still_has_rows():
-    table = region_table([SceneTallies("x", regions=(), attempts=1, reason="?")], CLASSES)
+    table = region_table([SceneTallies("x", regions=(), reason="?")], CLASSES)
     assert rows(table, "scene", "region", "value", "state") == [
         ("x", "", 0, "failed"), ("x", "", 1, "failed"), ("x", "", 7, "failed"),
     ]  # fmt: skip
@@ -259,7 +258,7 @@ def test_permuting_class_ids_permutes_rows(seed, order):
 def test_files_hold_the_table(tmp_path):
     scenes = [
         result('zoë, "a"', INNER, spacing=0.1),
-        SceneTallies("b", regions=("scene",), attempts=2, reason="x"),
+        SceneTallies("b", regions=("scene",), reason="x"),
     ]
     table = region_table(scenes, CLASSES)
     csv, parquet = write_table(table, tmp_path / "out" / "regions")

@@ -161,6 +161,19 @@ def test_a_vrt_is_read_where_it_is_named_and_not_taken_from_a_folder(watched: Wa
     assert [ref.name for ref in discover([str(path)])] == ["whole"]
 
 
+def test_a_vrt_shows_files_below_its_folder(watched: Watched) -> None:
+    """One that came with a delivery must not show the rasters of somebody else."""
+    path = watched.write("a.vrt", hostile.rasters(watched.to)["nested"])
+    refuse(SceneError, path, lambda: read_all(path))
+    below = watched.folder / "tiles"
+    below.mkdir()
+    shutil.copy(watched.to.other, below / "t.tif")
+    path = watched.write("b.vrt", vrt(source("tiles/../tiles/t.tif").replace('"0"', '"1"')))
+    assert set(np.unique(read_all(path))) == {77}
+    path = watched.write("c.vrt", vrt(source(f"../{watched.to.other.parent.name}/other.tif")))
+    refuse(SceneError, path, lambda: read_all(path))
+
+
 @pytest.mark.parametrize("suffix", [".msk", ".ovr"])
 def test_a_sidecar_is_no_program_either(watched: Watched, suffix: str) -> None:
     for number, text in enumerate((raw_band(watched.to.secret), hostile.rasters(watched.to)["vsicurl"])):
@@ -190,6 +203,70 @@ def test_a_text_behind_a_url_is_refused(watched: Watched, name: str) -> None:
     asked = set(watched.log.read_text().split())
     assert f"/{name}.tif" in asked
     assert not asked & {"/x.tif", "/wmts", "/i.gpkg"} and not any("wms?" in a or "wcs?" in a for a in asked)
+
+
+@pytest.mark.parametrize("suffix", [".msk", ".ovr", ".aux.xml"])
+@pytest.mark.parametrize("name", ["raw", "nested", "vsicurl", "overviews"])
+def test_a_sidecar_behind_a_url_is_no_program_either(watched: Watched, suffix: str, name: str) -> None:
+    """GDAL asks for sidecars by name; a reader has only drivers of data for them, and no local file."""
+    other = f"/vsicurl/{watched.to.address}/x.tif"
+    metadata = f'<Metadata domain="OVERVIEWS"><MDI key="OVERVIEW_FILE">{other}</MDI></Metadata>'
+    texts = hostile.rasters(watched.to) | {"overviews": f"<PAMDataset>{metadata}</PAMDataset>"}
+    shutil.copy(watched.to.other, watched.folder / "scene.tif")
+    watched.write(f"scene.tif{suffix}", texts[name])
+    try:
+        found = read_all(f"{watched.to.address}/scene.tif")
+    except SceneError:
+        pass  # the overviews in another file
+    else:
+        assert set(np.unique(found)) == {77}  # its own pixels
+    watched.require_untouched(requests=True)
+    assert "/x.tif" not in watched.log.read_text().split()
+
+
+ALONE = """
+import os, sys
+from pathlib import Path
+import rasterio
+from segpipe.process.sandbox import limit_files, restrict_access
+
+for name in [n for n in os.environ if n.startswith("GDAL")]:
+    del os.environ[name]
+system = map(Path, ("/usr", "/lib", "/lib64", sys.prefix))
+limit_files()
+if sys.argv[2] == "restricted" and not restrict_access([Path(sys.argv[1]).parent, *system], network=False):
+    sys.exit(3)
+with rasterio.Env() as env:
+    assert "MRF" in env.drivers() and "VRT" in env.drivers()
+try:
+    print(rasterio.open(sys.argv[1]).read().max())
+except rasterio.errors.RasterioError:
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("name", ["mrf", "raw", "nested", "vsicurl", "wms", "wmts"])
+def test_a_reader_alone_would_be_wall_enough(watched: Watched, name: str) -> None:
+    """With every driver of GDAL in it, it still writes nothing, reads no other folder and asks nobody."""
+    path = watched.write(f"{name}.tif", hostile.rasters(watched.to)[name])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path), "restricted"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    if done.returncode == 3:
+        pytest.skip("this kernel has no Landlock")
+    assert done.stdout.strip() in ("refused", "0"), done  # 0: a band without what it would show
+    watched.require_untouched()
+
+
+def test_without_the_wall_a_file_reads_another(watched: Watched) -> None:
+    """So the test above can fail."""
+    path = watched.write("nested.tif", hostile.rasters(watched.to)["nested"])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path), "open"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "77"
 
 
 @pytest.mark.parametrize("suffix", [".geojson", ".gpkg", ".shp", ".kml", ".csv"])

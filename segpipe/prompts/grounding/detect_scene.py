@@ -89,7 +89,7 @@ def prepare_detector(job: Job, card_path: str, ref: SceneRef, settings: Settings
     """
     options, card = job.prompts, read_card(card_path)
     with open_source(ref.uri, band_names=job.bands) as source:
-        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source))
+        pixels = ScenePixels.of(source, job.bands, *match_bands(card, source), job.identity)
     geometry = pixels.geometry
     if not isinstance(geometry, RasterGeometry):
         raise SceneError(

@@ -6,7 +6,6 @@ safetensors, and images are resized and scaled by the library's own processors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import transformers as library
 
+from segpipe.config.parsing import parse_json
 from segpipe.errors import RequestError
 from segpipe.models.providers.transformers.configs import REFUSED, data_alone, load_pretrained
 from segpipe.prompts.segmenters.torch_base import library_config
@@ -31,7 +31,7 @@ def read_kind(folder: Path, kinds: Collection[str]) -> tuple[str, dict[str, Any]
     """
     path = folder / "config.json"
     try:
-        data = data_alone(json.loads(path.read_text(encoding="utf-8")))
+        data = data_alone(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise RequestError(
             f"{path}: not readable as JSON ({error}); valid: a folder of save_pretrained"

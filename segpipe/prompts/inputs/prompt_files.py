@@ -28,6 +28,7 @@ import shapely
 from pyproj import CRS
 from pyproj.exceptions import CRSError
 
+from segpipe.config.cells import plain_cell
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.prompts.inputs.rows import Attributes, Collector, FileAccount, read_attributes
@@ -193,7 +194,8 @@ def _read_columns(path: Path) -> dict[str, list[str]]:
     lines = text.splitlines()
     head = lines[0] if lines else ""
     separator = max(",;\t", key=head.count)
-    rows = [row for row in csv.reader(lines, delimiter=separator) if any(cell.strip() for cell in row)]
+    cells = ([*map(plain_cell, row)] for row in csv.reader(lines, delimiter=separator))
+    rows = [row for row in cells if any(cell.strip() for cell in row)]
     if len(rows) < 2:
         raise RequestError(
             f"prompts.path: {path} has no rows; give a line of column names, then one line a prompt"

@@ -29,7 +29,8 @@ from segpipe.prompts.masks.patches import slice_box
 from segpipe.prompts.segmenters.base import Embedding
 from segpipe.store.arrays import IMAGE_CODEC
 from segpipe.store.location import STORE_FOLDER, join, open_store
-from segpipe.store.stage import Marks, Stage
+from segpipe.store.receipts import Marks
+from segpipe.store.stage import Stage
 from segpipe.tiling.pyramid import Pyramid, Window
 from segpipe.tiling.windows import Blocks
 

@@ -22,6 +22,7 @@ import transformers as library
 from torch.nn import functional
 
 from segpipe.config.card import Card
+from segpipe.config.parsing import parse_json
 from segpipe.errors import RequestError
 from segpipe.models.card_checks import only_arguments
 from segpipe.models.network import forward_pass
@@ -135,7 +136,7 @@ def _wrong(card: Card, problem: str) -> RequestError:
 def _read_json(card: Card, path: Path) -> tuple[str, dict[str, Any]]:
     """`model_type`, and the configuration of the network for images without the keys that ask for code."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _wrong(card, f"{path} is not JSON ({error})") from error
     kind = data.get("model_type") if isinstance(data, dict) else None

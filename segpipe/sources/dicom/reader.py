@@ -20,7 +20,6 @@ from segpipe.sources.base import (
     Pixels,
     Scaling,
     Source,
-    file_identity,
     finite,
     reason,
     rename_bands,
@@ -34,6 +33,7 @@ from segpipe.sources.dicom.series import (
     series_affine,
     tilted,
 )
+from segpipe.sources.identity import file_identity
 from segpipe.sources.uri import SERIES
 
 CACHE_BYTES = 128 * 2**20

@@ -10,7 +10,6 @@ transform. What has no counterpart in a card is not carried over, and said in th
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import yaml
 
 from segpipe.config.card import Card
 from segpipe.config.loading import validate
+from segpipe.config.parsing import parse_json, parse_yaml
 from segpipe.errors import RequestError
 from segpipe.models.providers.card_parts import card_name, class_list, fixed_window
 
@@ -91,7 +91,7 @@ class Bundle:
         if len(content) > CONFIG_BYTES:
             raise RequestError(f"{self.path}: {name} has more than {CONFIG_BYTES} bytes")
         try:
-            data = json.loads(content) if name.endswith(".json") else yaml.safe_load(content)
+            data = parse_json(content) if name.endswith(".json") else parse_yaml(content.decode())
         except (ValueError, yaml.YAMLError) as error:
             raise RequestError(f"{self.path}: {name} is not readable ({error})") from error
         if not isinstance(data, dict):

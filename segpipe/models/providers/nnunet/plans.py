@@ -7,7 +7,6 @@ is image axis ``order[a]``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from segpipe.config.card import Card
 from segpipe.config.loading import validate
+from segpipe.config.parsing import parse_json
 from segpipe.errors import RequestError
 from segpipe.models.providers.card_parts import card_name, class_list, fixed_window
 
@@ -116,7 +116,7 @@ def read_plan(folder: Path, configuration: str) -> NnunetPlan:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: no readable JSON ({error})") from error
     if not isinstance(content, dict):

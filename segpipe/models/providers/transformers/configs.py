@@ -6,7 +6,6 @@ Folders that save_pretrained wrote are read as data: numbers from JSON, tensors 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from segpipe.config.card import Card
+from segpipe.config.parsing import parse_json
 from segpipe.errors import RequestError
 
 OBJECTS = ("semantic", "instance", "panoptic")
@@ -73,7 +73,7 @@ def stored_config(card: Card, folder: Path) -> Any:
     """
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise card.error("weights", f"{path} is not JSON ({error})") from error
     kind = data.get("model_type") if isinstance(data, dict) else None
