@@ -23,8 +23,11 @@ from segpipe.sources.base import reason, require_file
 from segpipe.sources.readers import Access, readers, roots_of, trusted
 from segpipe.sources.remote import fetch, is_remote
 
-VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError)
-"""What pyogrio and pyarrow raise at files that are damaged, or none of theirs."""
+VECTOR_ERRORS = (
+    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException, OSError,
+    ValueError,
+)  # fmt: skip
+"""What pyogrio, shapely and pyarrow raise at files that are damaged, or none of theirs."""
 
 MOST_VERTICES = 50_000_000
 """Of a layer: a gigabyte of coordinates."""
@@ -106,6 +109,9 @@ def frame_here(path: str, layer: str | None) -> geopandas.GeoDataFrame:
         frame = _parquet(path) if layer is None else geopandas.read_file(path, layer=layer, engine="pyogrio")
     except VECTOR_ERRORS as error:
         raise SceneError(f"{path}: cannot be read: {reason(error)}") from error
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise SceneError(f"{path}: cannot be read: it has the attribute {twice!r} twice")
     vertices = int(shapely.get_num_coordinates(np.asarray(frame.geometry.array)).sum())
     if vertices > MOST_VERTICES:
         raise RequestError(

@@ -27,7 +27,13 @@ LIMITS = ("-rss_limit_mb=4096", "-timeout=10", "-max_len=131072", "-print_final_
 STARTS = 20
 """Of one target: each crash or hang ends its process."""
 COVERAGE = re.compile(r"^#\d+\s+(\w+)\s+cov: (\d+) ft: (\d+)", re.MULTILINE)
-KINDS = {"traceback": "tracebacks", "crash": "crashes", "oom": "crashes", "leak": "crashes", "timeout": "hangs"}
+KINDS = {
+    "traceback": "tracebacks",
+    "crash": "crashes",
+    "oom": "crashes",
+    "leak": "crashes",
+    "timeout": "hangs",
+}
 
 
 @dataclass
@@ -40,7 +46,9 @@ class Result:
     coverage: list[tuple[int, int]] = field(default_factory=list)
     """Edges and features, the first that were told and the last of each process."""
     new: int = 0
-    found: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("tracebacks", "crashes", "hangs"), 0))
+    found: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("tracebacks", "crashes", "hangs"), 0)
+    )
     files: list[Path] = field(default_factory=list)
 
     def row(self) -> str:

@@ -29,7 +29,23 @@ ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 255, 65536, 2**31, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, 1e-320,
     float("nan"), float("inf"), -float("inf"), [], {}, [[]], [None], {"": None}, {"a": {"a": 1}},
 )  # fmt: skip
-ODD_NUMBERS = (0, 1, 2, 127, 128, 255, 256, 32767, 32768, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+ODD_NUMBERS = (
+    0,
+    1,
+    2,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    32768,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63,
+    2**64 - 1,
+)
 ODD_FLOATS = (0.0, -0.0, 1.0, -1.0, 1e30, 1e-30, float("nan"), float("inf"), -float("inf"))
 TOKENS = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|\"[^\"]*\"|>[^<>]+<|[A-Za-z_]{2,}")
 
@@ -135,9 +151,9 @@ def mutate_yaml(data: bytes, random: Random) -> bytes:
     return _mutated(data, random, yaml.safe_load, lambda value: yaml.safe_dump(value, sort_keys=False))
 
 
-def _mutated(
-    data: bytes, random: Random, load: Callable[[str], Any], dump: Callable[[Any], str]
-) -> bytes:
+def _mutated(data: bytes, random: Random, load: Callable[[str], Any], dump: Callable[[Any], str]) -> bytes:
+    if data.count(b"[") + data.count(b"{") > DEPTH // 3:
+        return mutate_bytes(data, random)
     try:
         tree = [load(data.decode())]
     except (ValueError, RecursionError, yaml.YAMLError, OverflowError, TypeError, AttributeError):

@@ -32,8 +32,8 @@ def read_stage(folder: Path) -> None:
 def read_ledger(folder: Path) -> None:
     """Read all that a lake's ledger says."""
     from segpipe.lake.entry import LakeEntry
-    from segpipe.lake.ledger import Ledger
     from segpipe.lake.lease import Holder
+    from segpipe.lake.ledger import Ledger
 
     ledger = Ledger(str(folder), "scan-1")
     entry = LakeEntry("a", "lake/a.tif", {"size": 1}, 1, None)
@@ -68,8 +68,7 @@ def read_manifest(folder: Path) -> None:
     """Hold a run against its manifest."""
     from segpipe.export.run_folder import check_manifest
 
-    for line in check_manifest(str(folder)):
-        assert line.count("\n") == 0, repr(line)
+    check_manifest(str(folder))
 
 
 def read_stac(folder: Path) -> None:

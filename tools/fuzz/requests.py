@@ -192,9 +192,7 @@ TARGETS = (
     Target("uri", read_uri, ("uri.txt",), "text", mutants=40),
     Target("name", read_name, ("name.txt",), "text", mutants=100),
     Target("nnunet", read_nnunet, ("plans.json", "dataset.json"), "json", several=True),
-    Target(
-        "bundle", read_bundle, ("configs/inference.json", "configs/metadata.json"), "json", several=True
-    ),
+    Target("bundle", read_bundle, ("configs/inference.json", "configs/metadata.json"), "json", several=True),
     Target("safetensors", read_weights, ("net.safetensors",), mutants=40),
     Target("torch", read_weights, ("net.pt",), mutants=40),
     Target("onnx", read_onnx, ("net.onnx",)),

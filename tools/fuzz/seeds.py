@@ -1,6 +1,6 @@
 """Write the inputs that fuzzing begins with: small files of every kind, none of anybody else's.
 
-    python -m tools.fuzz.seeds
+python -m tools.fuzz.seeds
 """
 
 from __future__ import annotations
@@ -119,11 +119,15 @@ def map_files() -> Iterator[tuple[str, str, bytes]]:
     with scratch() as folder:
         frame.to_file(folder / "a.geojson", driver="GeoJSON")
         yield "geojson", "polygons", (folder / "a.geojson").read_bytes()
-        frame.set_geometry(frame.geometry.representative_point()).to_file(folder / "p.geojson", driver="GeoJSON")
+        frame.set_geometry(frame.geometry.representative_point()).to_file(
+            folder / "p.geojson", driver="GeoJSON"
+        )
         yield "geojson", "points", (folder / "p.geojson").read_bytes()
         frame.to_file(folder / "a.shp")
-        yield "shapefile", "polygons", joined(
-            [(folder / f"a.{s}").read_bytes() for s in ("shp", "shx", "dbf", "prj")]
+        yield (
+            "shapefile",
+            "polygons",
+            joined([(folder / f"a.{s}").read_bytes() for s in ("shp", "shx", "dbf", "prj")]),
         )
         frame.to_parquet(folder / "a.parquet")
         yield "parquet", "polygons", (folder / "a.parquet").read_bytes()
@@ -132,8 +136,16 @@ def map_files() -> Iterator[tuple[str, str, bytes]]:
     yield "kml", "polygon", KML.encode()
     yield "region-names", "three", b"value,name\n1,liver\n2,spleen\n7,\n"
     yield "groups", "two", b"scene,group\na,1\nb,2\n"
-    yield "prompts-csv", "points", b"x,y,object,label,phrase,crs\n500100,3999500,1,1,lake,EPSG:32617\n500130,3999470,1,0,lake,EPSG:32617\n"
-    yield "prompts-csv", "boxes", b"lon,lat,lon_min,lon_max,lat_min,lat_max\n,,-80.999,-80.99,36.13,36.14\n-80.995,36.135,,,,\n"
+    yield (
+        "prompts-csv",
+        "points",
+        b"x,y,object,label,phrase,crs\n500100,3999500,1,1,lake,EPSG:32617\n500130,3999470,1,0,lake,EPSG:32617\n",
+    )
+    yield (
+        "prompts-csv",
+        "boxes",
+        b"lon,lat,lon_min,lon_max,lat_min,lat_max\n,,-80.999,-80.99,36.13,36.14\n-80.995,36.135,,,,\n",
+    )
     yield "prompts-volume", "voxels", b"i,j,k,object\n3,4,5,1\n6,2,5,1\n"
     yield "prompts-volume", "boxes", b"x_ras_min,x_ras_max,y_ras_min,y_ras_max,z_ras\n0,10,-20,-10,11\n"
 
@@ -166,8 +178,14 @@ def requests() -> Iterator[tuple[str, str, bytes]]:
             yield target, path.stem, path.read_bytes()
     yield "prompt-job", "ask", yaml.safe_dump(PROMPT_JOB).encode()
     yield "classes", "mapping", b"0: ground\n1: crop\n2: water\n"
-    yield "classes", "list", b'classes:\n- {value: 0, name: ground, background: true}\n- {value: 1, name: crop, color: "#22aa22"}\n'
-    for number, text in enumerate(("tiling.window=256", "outputs.formats=[cog]", "bands=[a, b]", "measure.smallest=4")):
+    yield (
+        "classes",
+        "list",
+        b'classes:\n- {value: 0, name: ground, background: true}\n- {value: 1, name: crop, color: "#22aa22"}\n',
+    )
+    for number, text in enumerate(
+        ("tiling.window=256", "outputs.formats=[cog]", "bands=[a, b]", "measure.smallest=4")
+    ):
         yield "set", str(number), text.encode()
     uris = (
         "a.tif", "stack:a.tif|b.tif", "mosaic:*.tif", "c.nii#frame=0", "*.tif", "pkg://numpy/numpy/__init__.py",
@@ -175,7 +193,9 @@ def requests() -> Iterator[tuple[str, str, bytes]]:
     )  # fmt: skip
     for number, text in enumerate(uris):
         yield "uri", str(number), text.encode()
-    for number, text in enumerate(("2026/07/scene.tif", "sub-01_T1w.nii.gz", "lake . dock . field", "Ä b.jp2")):
+    for number, text in enumerate(
+        ("2026/07/scene.tif", "sub-01_T1w.nii.gz", "lake . dock . field", "Ä b.jp2")
+    ):
         yield "name", str(number), text.encode()
 
 
@@ -288,7 +308,7 @@ def records() -> Iterator[tuple[str, str, bytes]]:
     table = pd.DataFrame(
         {
             "scene": "a", "region": "scene", "class": ["ground", "crop"], "value": [0, 1], "count": [100, 156],
-            "area_ha": [9.0, 14.04], "share": [0.39, 0.61], "outside": 0.0,
+            "area_ha": [9.0, 14.04], "share": [0.39, 0.61], "outside": 0.0, "seen": 1.0, "state": "measured",
         }
     )  # fmt: skip
     regions = io.BytesIO()

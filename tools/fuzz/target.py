@@ -36,7 +36,6 @@ class Target:
     """In the slice of `make test`."""
 
 
-
 class UnclearError(Exception):
     """An error that a user cannot read: it has no text, several lines, or bytes of a terminal."""
 

@@ -13,9 +13,7 @@ SEEDS = TESTS / "seeds"
 FOUND = TESTS / "found"
 """Inputs that were findings once, by target."""
 
-TARGETS: dict[str, Target] = {
-    t.name: t for t in (*scenes.TARGETS, *requests.TARGETS, *records.TARGETS)
-}
+TARGETS: dict[str, Target] = {t.name: t for t in (*scenes.TARGETS, *requests.TARGETS, *records.TARGETS)}
 
 
 def inputs_of(name: str) -> list[Path]:

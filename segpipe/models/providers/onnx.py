@@ -35,7 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 _UNREADABLE = (
     *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph),
-    *(state.InvalidProtobuf, state.NotImplemented, state.RuntimeException),
+    *(state.InvalidProtobuf, state.NotImplemented, state.RuntimeException, UnicodeDecodeError),
 )
 """onnxruntime's errors have no common base but Exception."""
 

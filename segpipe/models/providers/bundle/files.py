@@ -227,7 +227,7 @@ def card_from_bundle(path: str | Path) -> Card:
     definition = network_definition(bundle)
     try:
         data = _card(path, config, metadata, definition)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise RequestError(
             f"{path}: {METADATA} or {bundle.first(CONFIGS)} is not as MONAI's specification has it "
             f"({type(error).__name__}: {error})"
