@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from segpipe.config.parsing import parse_json
 from segpipe.errors import DamagedError, RequestError

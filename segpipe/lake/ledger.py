@@ -15,11 +15,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any
 
 import obstore
 from obstore.store import ObjectStore
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from segpipe.config.parsing import parse_json
 from segpipe.errors import DamagedError

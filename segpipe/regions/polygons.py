@@ -112,9 +112,7 @@ def place_layer(layer: Layer, geometry: RasterGeometry, *, drop_missed: bool = F
     try:
         transformer = None if same else Transformer.from_crs(layer.crs, scene_crs, always_xy=True)
     except ProjError as error:
-        raise SceneError(
-            f"{layer.path}: its CRS cannot be related to the scene's: {reason(error)}"
-        ) from error
+        raise SceneError(f"{layer.path}: its CRS does not lead to the scene's: {reason(error)}") from error
     windows = footprint(geometry, transformer)
     pixels, outside = _to_pixels(layer, geometry, transformer, windows)
     touched = ~shapely.is_empty(pixels)

@@ -3,13 +3,15 @@
     python -m tools.fuzz --minutes 30 [--target NAME ...]
     python -m tools.fuzz --replay FILE
 
-Each target has a process and an equal share of the time. What it finds is kept in `.fuzz/findings`, the inputs
-that reached something new in `.fuzz/corpus`, from where the next call goes on. Exit code 1: there are findings.
+Each target has a process and an equal share of the time. What it finds is kept in `.fuzz/findings`, the
+inputs that reached something new in `.fuzz/corpus`, from where the next call goes on. A crash of a library
+that reader processes hold is counted apart. Exit code 1: there are findings.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from segpipe.sources.readers import TRUSTED
 from tools.fuzz.target import execute
 from tools.fuzz.targets import SEEDS, TARGETS
 
@@ -49,14 +52,18 @@ class Result:
     found: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("tracebacks", "crashes", "hangs"), 0)
     )
+    walled: int = 0
+    """Crashes, of a library, that cost a reader process and end in a clear error."""
     files: list[Path] = field(default_factory=list)
 
     def row(self) -> str:
         """As a row of the table."""
         first, last = (self.coverage[0], max(self.coverage)) if self.coverage else ((0, 0), (0, 0))
         cells = [
-            self.name, self.executions, round(self.executions / max(self.seconds, 1e-9)), f"{first[1]}/{first[0]}",
+            self.name, self.executions, round(self.executions / max(self.seconds, 1e-9)),
+            f"{first[1]}/{first[0]}",
             f"{last[1]}/{last[0]}", self.new, *self.found.values(),
+            self.walled,
         ]  # fmt: skip
         return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -95,21 +102,31 @@ def fuzz(name: str, seconds: float) -> Result:
             raise SystemExit(f"{name}: could not be started:\n{text[-2000:]}")
     result.new = len(list(corpus.iterdir())) - entries
     result.files = sorted(p for p in FINDINGS.glob(f"{name}--*") if p.stat().st_mtime >= begun - 1)
+    if TARGETS[name].walled:
+        held = [p for p in result.files if "--traceback" not in p.name and is_walled(p)]
+        result.walled, result.files = len(held), [p for p in result.files if p not in held]
     for path in result.files:
         result.found[KINDS[path.name.split("--")[1].partition("-")[0]]] += 1
     return result
 
 
+def is_walled(path: Path) -> bool:
+    """Whether reader processes make a clear error of what ends a process that reads by itself."""
+    arguments = [sys.executable, "-W", "ignore", "-m", "tools.fuzz", "--readers", "--replay", str(path)]
+    return subprocess.run(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def table(results: Sequence[Result]) -> str:
     """Return the results as a table in Markdown."""
     heads = (
-        "target", "executions", "a second", "features/edges at the start", "at the end", "new inputs", "tracebacks",
-        "crashes", "hangs",
+        "target", "executions", "a second", "features/edges at the start", "at the end", "new inputs",
+        "tracebacks",
+        "crashes", "hangs", "held by readers",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     total = sum(r.executions for r in results)
     sums = [sum(r.found[key] for r in results) for key in ("tracebacks", "crashes", "hangs")]
-    cells = ["all", total, "", "", "", sum(r.new for r in results), *sums]
+    cells = ["all", total, "", "", "", sum(r.new for r in results), *sums, sum(r.walled for r in results)]
     return "\n".join([*lines, *(r.row() for r in results), "| " + " | ".join(map(str, cells)) + " |"])
 
 
@@ -126,8 +143,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="for all targets together")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="may be repeated; all")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="a finding")
+    parser.add_argument("--readers", action="store_true", help="replay through reader processes")
     given = parser.parse_args()
     if given.replay is not None:
+        if not given.readers:
+            os.environ[TRUSTED] = "1"
         replay(given.replay)
         return 0
     WORK.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The process of one target: libFuzzer's loop around it (`python -m tools.fuzz.child NAME OPTIONS FOLDERS`)."""
+"""The process of one target: libFuzzer's loop (`python -m tools.fuzz.child NAME OPTIONS FOLDERS`)."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 An input is one file, or several parts with `PART` between them.
 """
 
+# ruff: noqa: E501  (data)
 from __future__ import annotations
 
 import gzip

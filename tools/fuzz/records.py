@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from segpipe.store.location import STORE_FOLDER
@@ -22,10 +23,8 @@ def read_stage(folder: Path) -> None:
     stage.done()
     stage.receipts()
     stage.receipt("0")
-    try:
+    with suppress(SceneError):
         ObjectTable.of(stage.read_part("table.npz"))
-    except SceneError:
-        pass
     stage.scrub()
 
 

@@ -1,4 +1,4 @@
-"""Targets: what people write: jobs, cards, recipes, tables, names, URIs, options; and models that they bring."""
+"""Targets: what people write (jobs, cards, recipes, tables, names, options), and models that they bring."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def volume_geometry() -> VolumeGeometry:
 
 def read_scene(uri: str) -> None:
     """Open a scene, tell all of it as JSON, and read a corner and the last elements."""
-    from segpipe.sources import open_in_process
+    from segpipe.sources import open_source
     from segpipe.sources.isolated import describe
 
-    with open_in_process(uri) as source:
+    with open_source(uri) as source:
         json.dumps(describe(source))
         shape = source.geometry.shape
         channels = tuple(range(min(source.count, 3)))

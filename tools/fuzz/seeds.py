@@ -3,6 +3,7 @@
 python -m tools.fuzz.seeds
 """
 
+# ruff: noqa: E501  (data)
 from __future__ import annotations
 
 import io

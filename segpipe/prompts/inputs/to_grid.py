@@ -76,9 +76,7 @@ class ToGrid:
         try:
             self._transformer = None if same else Transformer.from_crs(crs, target, always_xy=True)
         except ProjError as error:
-            raise SceneError(
-                f"{source}: its CRS cannot be related to the scene's: {reason(error)}"
-            ) from error
+            raise SceneError(f"{source}: its CRS does not lead to the scene's: {reason(error)}") from error
         self._turn = _turn(geometry, target)
         self._near = self._surroundings(crs) if self._transformer or self._turn else None
 
