@@ -16,6 +16,7 @@ import geopandas
 import numpy as np
 import pyogrio
 import shapely
+from pyproj.exceptions import CRSError
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
@@ -24,8 +25,8 @@ from segpipe.sources.readers import Access, readers, roots_of, trusted
 from segpipe.sources.remote import fetch, is_remote
 
 VECTOR_ERRORS = (
-    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException, OSError,
-    ValueError,
+    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException,
+    CRSError, OSError, ValueError,
 )  # fmt: skip
 """What pyogrio, shapely and pyarrow raise at files that are damaged, or none of theirs."""
 

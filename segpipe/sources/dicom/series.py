@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
 
 from segpipe.errors import SceneError
@@ -35,7 +35,7 @@ NOT_SCENES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "D
 """Modalities of objects that lie beside a series and are made from it."""
 
 DICOM_ERRORS = (
-    InvalidDicomError, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError,
+    InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError,
     RuntimeError, NotImplementedError,
 )  # fmt: skip
 """What pydicom and its decoders raise at damaged or unusual files."""
