@@ -35,8 +35,8 @@ NOT_SCENES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "D
 """Modalities of objects that lie beside a series and are made from it."""
 
 DICOM_ERRORS = (
-    InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError,
-    RuntimeError, NotImplementedError,
+    InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, KeyError,
+    AttributeError, RuntimeError, NotImplementedError,
 )  # fmt: skip
 """What pydicom and its decoders raise at damaged or unusual files."""
 
@@ -191,7 +191,9 @@ def read_header(path: Path) -> Dataset | None:
             shorten the volume unseen.
     """
     try:
-        return dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+        header = dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+        list(header)  # pydicom looks at a value when it is asked for: what is damaged is told here
+        return header
     except DICOM_ERRORS as error:
         if path.name.lower().endswith(DICOM_SUFFIXES):
             raise SceneError(f"{path}: cannot be read as DICOM: {reason(error)}") from error
