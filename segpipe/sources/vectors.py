@@ -26,9 +26,9 @@ from segpipe.sources.remote import fetch, is_remote
 
 VECTOR_ERRORS = (
     pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException,
-    CRSError, OSError, ValueError,
+    CRSError, OSError, ValueError, KeyError, TypeError, AttributeError,
 )  # fmt: skip
-"""What pyogrio, shapely and pyarrow raise at files that are damaged, or none of theirs."""
+"""What pyogrio, shapely, geopandas and pyarrow raise at files that are damaged, or none of theirs."""
 
 MOST_VERTICES = 50_000_000
 """Of a layer: a gigabyte of coordinates."""
