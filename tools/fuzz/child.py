@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -12,8 +11,6 @@ from random import Random
 
 import atheris
 
-from segpipe.process.sandbox import limit_memory
-from segpipe.sources.readers import TRUSTED
 
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that nobody runs: no target reaches anything."""
@@ -23,24 +20,26 @@ MEMORY = 3 * 2**30
 
 def signature(error: BaseException) -> str:
     """Name a finding by its kind, and by the place in segpipe that let it through."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
     own = [f for f in frames if "/segpipe/" in f.filename] or frames
     text = f"{Path(own[-1].filename).stem}-{own[-1].name}" if own else ""
-    if type(error).__name__ == "UnclearError":
-        text = hashlib.sha256(str(error)[:60].encode()).hexdigest()[:8]
     return f"traceback-{type(error).__name__}-{text}"
 
 
 def main() -> None:
     """Fuzz until libFuzzer ends the process."""
     name, *options = sys.argv[1:]
-    os.environ |= {TRUSTED: "1", "HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "ALL_PROXY": NOWHERE}
+    os.environ |= {"HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "ALL_PROXY": NOWHERE}
     logging.disable()
+    # Nothing of segpipe is imported before, or its branches would not count.
     with atheris.instrument_imports(include=["segpipe", "nibabel", "pydicom", "pystac"]):
+        from segpipe.process.sandbox import limit_memory
+        from segpipe.sources.readers import TRUSTED
         from tools.fuzz.mutate import mutate
         from tools.fuzz.target import execute
         from tools.fuzz.targets import TARGETS, inputs_of
 
+        os.environ[TRUSTED] = "1"
         target = TARGETS[name]
         for path in inputs_of(name):  # imports what the target imports, so that it is instrumented
             try:

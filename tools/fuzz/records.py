@@ -43,7 +43,7 @@ def read_ledger(folder: Path) -> None:
     ledger.quarantined()
     ledger.records("1")
     ledger.started("1")
-    ledger.is_done(entry)
+    ledger.is_done(entry.digest)
     Holder(ledger.objects, "me", 1.0).take("0")
     with ledger.known() as known:
         known.state(entry.digest)

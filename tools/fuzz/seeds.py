@@ -50,7 +50,13 @@ def raster(driver: str, suffix: str, dtype: str = "uint16", **profile: Any) -> l
 
 def scene_files() -> Iterator[tuple[str, str, bytes]]:
     """Yield target, name and content of rasters and volumes."""
-    deflate = {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16, "nodata": 0}
+    deflate: dict[str, Any] = {
+        "compress": "deflate",
+        "tiled": True,
+        "blockxsize": 16,
+        "blockysize": 16,
+        "nodata": 0,
+    }
     yield "tif", "strips", raster("GTiff", "tif")[0]
     yield "tif", "tiles", raster("GTiff", "tif", **deflate)[0]
     yield "tif", "float", raster("GTiff", "tif", "float32", compress="lzw", predictor=3)[0]
@@ -88,11 +94,11 @@ def scene_files() -> Iterator[tuple[str, str, bytes]]:
 def dicom_slice(number: int) -> bytes:
     """A CT slice of 8 x 8."""
     from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+    from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
-    meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}"
+    meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{number}")
     found = Dataset()
     found.file_meta = meta
     values = {

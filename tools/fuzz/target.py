@@ -68,7 +68,10 @@ def execute(target: Target, data: bytes) -> None:
         try:
             target.read(folder)
         except SegpipeError as error:
-            check_text(str(error), several=target.several)
+            try:
+                check_text(str(error), several=target.several)
+            except UnclearError as unclear:
+                raise unclear from error  # which says where it is from
         except MemoryError:
             if not target.walled:
                 raise

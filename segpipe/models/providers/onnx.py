@@ -153,9 +153,12 @@ def _session(card: Card, device: torch.device, threads: int) -> Any:
     try:
         # From bytes, not from the path: a file that points to others beside it is refused, so
         # that what was hashed is all that is read.
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             path.read_bytes(), sess_options=options, providers=_providers(card, device, threads)
         )
+        for end in (*session.get_inputs(), *session.get_outputs()):
+            str((end.name, end.shape))  # whose names may be no text
+        return session
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
         raise card.error(
