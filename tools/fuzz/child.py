@@ -11,7 +11,6 @@ from random import Random
 
 import atheris
 
-
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that nobody runs: no target reaches anything."""
 MEMORY = 3 * 2**30
