@@ -17,3 +17,5 @@ keep prefect_auth "operator:$(random 24)" # user:password, what the UI asks for
 keep database_password "$(random 24)"
 keep store_key_id "segpipe-$(random 4)"
 keep store_key "$(random 24)"
+keep worker_key_id "worker-$(random 4)" # the store's user that workers are, see buckets.sh
+keep worker_key "$(random 20)"

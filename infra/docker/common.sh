@@ -31,4 +31,7 @@ healthy_at() {
 }
 
 read_secrets
+# The image's own tree may be read-only: `runs`, where jobs write that name nothing else, is a link out of it.
+mkdir -p "${TMPDIR:-/tmp}"
+[ ! -L "$ROOT/runs" ] || mkdir -p "$(readlink "$ROOT/runs")"
 export PREFECT_SERVER_ANALYTICS_ENABLED=${PREFECT_SERVER_ANALYTICS_ENABLED:-false}

@@ -17,6 +17,7 @@ from segpipe.runs.find_run import open_run
 from segpipe.runs.finish import finish_run
 from segpipe.runs.steps import begin_scene, complete_scene, compute_scene
 from segpipe.sources import SceneRef
+from segpipe.store.location import store_reason
 from segpipe.store.stop import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 
@@ -38,6 +39,15 @@ class Progress:
     """What became of the scene, once it has ended."""
 
 
+@contextmanager
+def _store_named(out: str) -> Iterator[None]:
+    """Tell a failure of the store in one line that names it, also where no scene is to blame."""
+    try:
+        yield
+    except StorageError as error:
+        raise SegpipeError(f"outputs.dir: {out}: {store_reason(error)}; run the job again") from error
+
+
 def run_local(
     resolved: ResolvedJob, progress: Callable[[Progress], None] = lambda step: None
 ) -> tuple[RunFolder, RunRecord]:
@@ -55,12 +65,13 @@ def run_local(
     Raises:
         KeyboardInterrupt, StoppedError, FullError: what is committed stays; the same call goes on from there.
     """
-    run, before = open_run(resolved.job, resolved.fingerprint)
+    with _store_named(resolved.job.outputs.dir):
+        run, before = open_run(resolved.job, resolved.fingerprint)
     if before is not None and not before.failed and len(before.done) == len(resolved.scenes):
         return run, before
     bare, count = resolved.without_scenes(), len(resolved.scenes)
     records = []
-    with _stop_token(resolved.job.outputs.dir) as stop:
+    with _store_named(resolved.job.outputs.dir), _stop_token(resolved.job.outputs.dir) as stop:
         for number, ref in enumerate(resolved.scenes, start=1):
 
             def told(done: int, total: int, ref: SceneRef = ref, number: int = number) -> None:
@@ -69,7 +80,8 @@ def run_local(
             record = _run_scene(bare, ref, run, stop, told)
             records.append(record)
             progress(Progress(ref.name, number, count, 0, 0, record))
-    return run, finish_run(run, resolved, records)
+    with _store_named(resolved.job.outputs.dir):
+        return run, finish_run(run, resolved, records)
 
 
 @contextmanager
@@ -101,5 +113,8 @@ def _run_scene(
         return _run_scene(resolved.with_batch(resolved.settings.batch // 2), ref, run, stop, progress)
     except SegpipeError as error:
         return failed_record(ref, str(error))
-    except (OSError, MemoryError, StorageError) as error:  # may do better another time
+    except StorageError as error:  # may do better another time
+        reason = f"{resolved.job.outputs.dir}: {store_reason(error)}"
+        return replace(failed_record(ref, reason), may_pass=True)
+    except (OSError, MemoryError) as error:
         return replace(failed_record(ref, f"{type(error).__name__}: {error}"), may_pass=True)

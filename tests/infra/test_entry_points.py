@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
+from world import World
 
 from segpipe_flows.server import free_port
 
@@ -21,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "infra" / "docker"
 USER, PASSWORD = "operator", "only for this test"
 STOP_SECONDS = 20.0
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
@@ -29,6 +33,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(folder),
         "PREFECT_HOME": str(folder / "home"),
         "TMPDIR": str(folder),
         "SEGPIPE_HEALTH_FILE": str(folder / "health"),
@@ -62,13 +67,25 @@ class Running:
         return time.monotonic() - began
 
 
+def in_read_only_tree(folder: Path, command: str) -> list[str]:
+    """The command where nothing but ``folder`` can be written, as containers have it.
+
+    Only root may make such a tree of mounts; elsewhere it is the command alone.
+    """
+    if os.geteuid() or shutil.which("unshare") is None:
+        return [command]
+    mounts = 'mount --bind "$1" "$1" && mount -o remount,ro,bind / && cd "$1" && ! touch "$2" 2>/dev/null'
+    here = str(ROOT / "written-by-a-test")
+    return ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$3"', "sh", str(folder), here, command]
+
+
 @contextmanager
 def script(name: str, folder: Path, **more: str) -> Iterator[Running]:
     folder.mkdir(parents=True, exist_ok=True)
     log, variables = folder / "log", environment(folder, **more)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(DOCKER / name)],
+            in_read_only_tree(folder, str(DOCKER / name)),
             env=variables, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             # a container's first process has it; one that a script started in the background does not
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -158,7 +175,9 @@ def test_the_server_lets_in_who_has_the_secret(server: tuple[str, Running]) -> N
 
 
 @pytest.mark.slow
-def test_a_worker_deploys_polls_and_ends(server: tuple[str, Running], auth: Path, tmp_path: Path) -> None:
+def test_a_worker_deploys_runs_and_ends(
+    server: tuple[str, Running], auth: Path, world: World, tmp_path: Path
+) -> None:
     api, _ = server
     more = {"PREFECT_API_URL": api, "SEGPIPE_POOL": "cpu", "SEGPIPE_HEALTH_PORT": str(free_port())}
     with script("worker.sh", tmp_path / "wrong", **more, PREFECT_API_AUTH_STRING="operator:wrong") as refused:
@@ -185,6 +204,25 @@ def test_a_worker_deploys_polls_and_ends(server: tuple[str, Running], auth: Path
             assert pools["cpu"]["type"] == "process" and pools["gpu"]["concurrency_limit"] == 3
             deployed = {d["name"] for d in client.post("/deployments/filter", json={}).json()}
             assert {"segment", "prompt", "train"} <= deployed
+            job = yaml.safe_load(
+                world.job(tmp_path / "worker" / "out", compute={"threads": "auto"}).read_text()
+            )
+            [segment] = client.post(
+                "/deployments/filter", json={"deployments": {"name": {"any_": ["segment"]}}}
+            ).json()
+            start = f"/deployments/{segment['id']}/create_flow_run"
+            end = time.monotonic() + 600
+            # the server says 503 while SQLite is locked; Prefect's own client asks again, too
+            while (made := client.post(start, json={"parameters": {"job": job}})).status_code == 503:
+                assert time.monotonic() < end, made.text
+                time.sleep(0.5)
+            assert made.status_code == 201, made.text
+            while (state := client.get(f"/flow_runs/{made.json()['id']}").json()["state"])[
+                "type"
+            ] not in FINAL:
+                assert time.monotonic() < end, running.log.read_text()
+                time.sleep(0.5)
+            assert state["type"] == "COMPLETED", (state, running.log.read_text())
         assert running.stop() < STOP_SECONDS
         assert not running.healthy()
 

@@ -24,8 +24,7 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 def pins(path: Path) -> dict[str, str]:
     """Version by canonical name, of a list as ``uv pip compile`` writes it."""
-    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
-    pairs = [re.split("==", line, maxsplit=1) for line in lines if "==" in line]
+    pairs = re.findall(r"^([\w.-]+)==([^ ;\\]+)", path.read_text(), re.M)
     return {canonicalize_name(name): version for name, version in pairs}
 
 
@@ -63,6 +62,18 @@ def test_the_image_has_the_locks_versions_and_all_that_segpipe_needs() -> None:
         assert need.specifier.contains(image[canonicalize_name(need.name)]), text
     for tool in ("pytest", "moto", "playwright", "mypy", "hypothesis"):
         assert tool not in image
+
+
+def test_an_image_of_cpu_wheels_leaves_out_cuda_and_keeps_every_hash() -> None:
+    """By the image's own awk: an entry goes with all of its lines."""
+    program = re.search(r"awk '(.+?)'", (DOCKER / "Dockerfile").read_text())
+    assert program is not None
+    whole = DOCKER / "requirements.txt"
+    done = subprocess.run(["awk", program[1], whole], capture_output=True, text=True, check=True)
+    entries = re.split(r"^(?=[a-z])", whole.read_text(), flags=re.M)
+    gone = ("nvidia-", "cuda-", "triton=", "torch=", "torchvision=")
+    assert done.stdout == "".join(entry for entry in entries if not entry.startswith(gone))
+    assert any(entry.startswith(gone) for entry in entries)
 
 
 def test_the_image_copies_what_exists_and_no_secrets() -> None:

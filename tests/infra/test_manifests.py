@@ -117,7 +117,7 @@ def test_secrets_are_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
     assert {p.name: p.read_text() for p in folder.iterdir()} == before
     assert before.keys() == yaml.safe_load(COMPOSE.read_text())["secrets"].keys()
     user, password = before["prefect_auth"].split(":")
-    assert user == "operator" and len({*before.values(), password}) == 5 and len(password) == 48
+    assert user == "operator" and len({*before.values(), password}) == 7 and len(password) == 48
     assert folder.stat().st_mode & 0o077 == 0
 
 
