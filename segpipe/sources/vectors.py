@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,14 @@ from segpipe.sources.remote import fetch, is_remote
 
 VECTOR_ERRORS = (
     pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException,
-    CRSError, OSError, ValueError, KeyError, TypeError, AttributeError,
+    CRSError, OSError, ValueError, KeyError, TypeError, AttributeError, UnboundLocalError,
+    zipfile.BadZipFile, zlib.error, RuntimeError,
 )  # fmt: skip
-"""What pyogrio, shapely, geopandas and pyarrow raise at files that are damaged, or none of theirs."""
+"""What pyogrio, shapely, geopandas and pyarrow raise at files that are damaged, or none of theirs; and zipfile.
+
+UnboundLocalError: by pyogrio 0.13 where GDAL has no text for a CRS. RuntimeError: by zipfile of an
+encrypted member.
+"""
 
 MOST_VERTICES = 50_000_000
 """Of a layer: a gigabyte of coordinates."""
@@ -96,8 +102,8 @@ def _local(path: str) -> Iterator[tuple[str, Access]]:
 def layers_here(path: str) -> list[str]:
     """Do what `list_layers` does, in this process."""
     require_file(Path(path))
-    _require_no_links(path)
     try:
+        _require_no_links(path)
         return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
     except VECTOR_ERRORS as error:
         raise SceneError(f"{path}: cannot be read: {reason(error)}") from error

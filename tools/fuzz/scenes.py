@@ -135,6 +135,7 @@ TARGETS = (
     _map("kml", "text", "map.kml"),
     _map("gpkg", "bytes", "map.gpkg"),
     _map("shapefile", "bytes bytes bytes text", "map.shp", "map.shx", "map.dbf", "map.prj"),
+    _map("zip", "bytes", "map.zip"),
     _map("parquet", "bytes", "map.parquet"),
     Target(
         "atlas", lambda folder: read_regions(folder / "atlas.tif", raster_geometry()), ("atlas.tif",),

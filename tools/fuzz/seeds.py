@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,10 @@ def map_files() -> Iterator[tuple[str, str, bytes]]:
     with scratch() as folder:
         frame.to_file(folder / "a.geojson", driver="GeoJSON")
         yield "geojson", "polygons", (folder / "a.geojson").read_bytes()
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(zipfile.ZipInfo("a.geojson"), (folder / "a.geojson").read_bytes())
+        yield "zip", "geojson", content.getvalue()
         frame.set_geometry(frame.geometry.representative_point()).to_file(
             folder / "p.geojson", driver="GeoJSON"
         )
