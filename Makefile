@@ -9,7 +9,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Files side by side; at most four, for each starts servers and networks of its own.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo demo-data test test-all bench soak lint docs serve services services-stop lock sbom images faults clean help
+# Of the time that fuzzing takes.
+MINUTES ?= 30
+
+.PHONY: demo demo-data test test-all bench soak fuzz lint docs serve services services-stop lock sbom images faults clean help
 
 help:
 	@echo "make demo      install, then segment a Landsat scene and a brain MRI, with reports"
@@ -19,6 +22,7 @@ help:
 	@echo "make services  a Prefect server, object store, Dask and workers on loopback (DATABASE=postgres);"
 	@echo "               make services-stop ends them"
 	@echo "make soak      45 minutes of scans, questions and cancels at random"
+	@echo "make fuzz      every parser of what comes in, with inputs changed at random (MINUTES=30)"
 	@echo "make lint      ruff and mypy;  make lock: resolve the locks anew, with hashes"
 	@echo "make faults    damaged stores and object stores that fail, the long forms too"
 	@echo "make sbom      what is installed and its licences, in build/sbom;  make images: pin base images by digest"
@@ -60,6 +64,11 @@ bench: $(INSTALLED)
 soak: demo-data
 	$(BIN)/python -m benchmarks.soak
 
+# Not every platform has what fuzzing needs, so it has a lock of its own.
+fuzz: $(INSTALLED)
+	$(PIP) --require-hashes -r fuzz.lock
+	$(BIN)/python -m tools.fuzz --minutes $(MINUTES)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,6 +97,7 @@ lock: $(INSTALLED)
 	$(LOCK) $(UPGRADE) $(addprefix --extra ,all demo dev docs) --group supply pyproject.toml -o requirements.lock
 	$(LOCK) --extra all -c requirements.lock pyproject.toml -o infra/docker/requirements.txt
 	$(LOCK) --group build -c requirements.lock -o build.lock
+	$(LOCK) --group fuzz -c requirements.lock -o fuzz.lock
 
 # Of this environment with its licences, and of what the images install.
 sbom: $(INSTALLED)

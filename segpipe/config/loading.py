@@ -85,6 +85,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
     """
     for item in overrides:
         key, sign, value = item.partition("=")
+        item = item if item.isprintable() else ascii(item)  # an error is one line
         if not sign or not key.strip():
             raise RequestError(f"--set {item}: found no `key=value`; e.g. --set tiling.window=256")
         *parents, last = key.strip().split(".")
@@ -103,6 +104,7 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     """One pydantic error as ``path: what was found; what is valid there``."""
     loc: tuple[str | int, ...] = error["loc"]
     path = ".".join(str(part) for part in loc)
+    path = path if path.isprintable() else ascii(path)
     found = error["input"]
     if error["type"] == "extra_forbidden":
         valid = sorted(_model_at(model, loc[:-1]).model_fields)

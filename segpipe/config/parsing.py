@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -15,6 +16,8 @@ MOST_BYTES = 16 * 2**20
 MOST_NODES = 1_000_000
 """Of a document whose aliases are written out."""
 MOST_DEPTH = 50
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Halves of characters, which no file can hold."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,6 +38,8 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if alias and id(node) not in self._sizes:
             raise yaml.MarkedYAMLError(problem="an alias of what it lies in", problem_mark=mark)
+        if isinstance(node, ScalarNode) and SURROGATES.search(node.value):
+            raise yaml.MarkedYAMLError(problem="half a character (surrogate)", problem_mark=mark)
         if node is not None and not alias:
             self._sizes[id(node)] = size = 1 + sum(self._sizes[id(part)] for part in _parts(node))
             if size > MOST_NODES:
@@ -81,7 +86,9 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: not JSON, not UTF-8, too deep, or a key stands twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_mapping)
+        found = json.loads(text, object_pairs_hook=_mapping)
+        json.dumps(found, ensure_ascii=False).encode()  # a ValueError where it has surrogates
+        return found
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 

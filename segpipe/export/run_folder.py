@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
+from segpipe.config.parsing import parse_json
 from segpipe.errors import DamagedError, RequestError
 from segpipe.store.location import (
     Mark,
@@ -267,6 +270,18 @@ def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[st
     }
 
 
+class _File(TypedDict):
+    size: int
+    sha256: str
+
+
+class _Files(TypedDict):
+    files: dict[str, _File]
+
+
+_MANIFESTS = TypeAdapter(_Files)
+
+
 def check_manifest(location: str) -> list[str]:
     """What is missing from a run or has changed since it ended, a line each; empty: all is as it was.
 
@@ -276,15 +291,21 @@ def check_manifest(location: str) -> list[str]:
         location: folder or URL of the run.
 
     Raises:
-        RequestError: there is no manifest.
+        RequestError: there is no manifest, or it is damaged.
     """
     store = open_store(location)
     found = read_object(store, MANIFEST)
     if found is None:
         raise RequestError(f"{location}: no {MANIFEST} here; `segpipe report` on a finished run writes it")
+    try:
+        listed = _MANIFESTS.validate_python(parse_json(found))["files"]
+    except ValueError as error:
+        raise RequestError(
+            f"{location}/{MANIFEST}: damaged ({' '.join(str(error).split())[:200]})"
+        ) from error
     there = _sizes(store)
 
-    def fault(item: tuple[str, dict[str, Any]]) -> str:
+    def fault(item: tuple[str, _File]) -> str:
         path, mark = item
         if path not in there:
             return f"{path}: missing"
@@ -294,7 +315,7 @@ def check_manifest(location: str) -> list[str]:
         return "" if sha256 == mark["sha256"] else f"{path}: found SHA-256 {sha256}, was {mark['sha256']}"
 
     with ThreadPoolExecutor(READERS) as pool:
-        return [line for line in pool.map(fault, json.loads(found)["files"].items()) if line]
+        return [line for line in pool.map(fault, listed.items()) if line]
 
 
 def is_whole(location: str, files: Collection[str]) -> bool:

@@ -18,9 +18,13 @@ from datetime import datetime
 
 import obstore
 from obstore.store import ObjectStore
+from pydantic import TypeAdapter
 
+from segpipe.config.parsing import parse_json
 from segpipe.store.location import read_object
 from segpipe.store.stop import Fence, lease_path
+
+_LEASES = TypeAdapter(dict[str, str])
 
 BEATS = 4
 """Signs of life within the time after which a holder counts as gone."""
@@ -94,7 +98,7 @@ class Holder:
         with self._lock:
             mine = self._held.pop(lease)
         _, holder, attempt = self._newest(lease)
-        own = json.loads(read_object(self.objects, lease_path(lease, mine)) or b"{}")
+        own = self._told(lease_path(lease, mine))
         if own.get("attempt") == self.attempt:  # else what is there is another's, who may count anew
             for path in self._generations(lease):
                 if path <= lease_path(lease, mine):
@@ -110,8 +114,15 @@ class Holder:
         paths = self._generations(lease)
         if not paths:
             return 0, None, ""
-        told = json.loads(read_object(self.objects, paths[-1]) or b"{}")
+        told = self._told(paths[-1])
         return int(paths[-1].rsplit("/", 1)[1]), told.get("holder"), told.get("attempt", "")
+
+    def _told(self, path: str) -> dict[str, str]:
+        """Who has a lease; a damaged one is nobody's, and the next generation replaces it."""
+        try:
+            return _LEASES.validate_python(parse_json(read_object(self.objects, path) or b"{}"))
+        except ValueError:
+            return {}
 
     def _gone(self, holder: str) -> bool:
         """Whether a holder gave no sign of life for long, by the store's clock."""

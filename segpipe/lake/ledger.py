@@ -20,9 +20,12 @@ from typing import Any
 import obstore
 from obstore.store import ObjectStore
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
+from segpipe.config.parsing import parse_json
 from segpipe.errors import DamagedError
 from segpipe.lake.entry import LakeEntry
+from segpipe.sources.base import reason
 from segpipe.store.location import delete_objects, join, open_store, read_object, sealed, unsealed
 from segpipe.tables.record import SceneRecord
 
@@ -34,6 +37,7 @@ PAGE = 1000
 
 _log = logging.getLogger(__name__)
 _SCENES = TypeAdapter(SceneRecord)
+_OBJECTS = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,32 @@ class Quarantined:
     since: str
     """ISO 8601."""
     tries: int
+
+
+class _Tried(TypedDict, total=False):
+    tries: int
+    open: str
+
+
+class _Quarantine(TypedDict):
+    name: str
+    uri: str
+    reason: str
+    at: str
+    tries: int
+
+
+class _Begun(TypedDict):
+    started: str
+
+
+KINDS: dict[str, TypeAdapter[Any]] = {
+    "records": _SCENES,
+    "quarantine": TypeAdapter(_Quarantine),
+    "open": TypeAdapter(_Begun),
+    TRIES: TypeAdapter(_Tried),
+}
+"""What the objects of a folder must hold to be believed."""
 
 
 class Known:
@@ -234,11 +264,13 @@ class Ledger:
         if data is None:
             return None
         try:  # one of an earlier version ends without a checksum
-            told: dict[str, Any] = json.loads(data if data.endswith(b"}") else unsealed(path, data))
+            told = parse_json(data if data.endswith(b"}") else unsealed(path, data))
+            kind = next((k for folder, k in KINDS.items() if path.startswith(f"{folder}/")), _OBJECTS)
+            kind.validate_python(told)
         except (DamagedError, ValueError) as error:
-            _log.warning("%s: %s: damaged, and so as good as not there (%s)", self.name, path, error)
+            _log.warning("%s: %s: damaged, and so as good as not there (%s)", self.name, path, reason(error))
             return None
-        return told
+        return dict(told)
 
     def _write(self, path: str, told: dict[str, Any]) -> None:
         obstore.put(self.objects, path, sealed(path, json.dumps(told, sort_keys=True).encode()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
 from segpipe.config.job import Identity
+from segpipe.config.parsing import parse_json
 from segpipe.config.scan import Lake, StacFilter
 from segpipe.errors import RequestError
 from segpipe.lake.entry import LakeEntry, place_name, stamp
@@ -35,7 +35,8 @@ PAGE = 250
 """Items asked for at once."""
 
 STAC_ERRORS = (
-    STACError, STACTypeError, APIError, OSError, ValueError, KeyError, TypeError, AttributeError,
+    STACError, STACTypeError, APIError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+    OverflowError,
 )  # fmt: skip
 """What pystac and pystac-client raise at servers and files that are not as the standard says."""
 
@@ -72,14 +73,18 @@ def list_stac(lake: Lake) -> Iterator[LakeEntry]:
     for item in _items(place, want, seen):
         if item.collection_id in want.collections:
             seen.collections.add(item.collection_id)
-        if not _passes(item, want):
-            continue
-        seen.items += 1
         try:
-            yield item_scene(item, want.assets, with_collection=len(want.collections) != 1)
+            if not _passes(item, want):
+                continue
+            seen.items += 1
+            scene = item_scene(item, want.assets, with_collection=len(want.collections) != 1)
         except NoSceneError as error:
             seen.left_out += 1
             seen.without = seen.without or [str(error)]
+        except STAC_ERRORS as error:
+            raise _damaged(item.id, place, error) from error
+        else:
+            yield scene
     missing = [c for c in want.collections if c not in seen.collections]
     if missing:
         raise RequestError(f"lake.stac.collections: {', '.join(missing)}: {place} has no such collection")
@@ -224,9 +229,11 @@ def _item(data: dict[str, Any], place: str) -> Item:
     try:
         return Item.from_dict(data, href=place, preserve_dict=False)
     except STAC_ERRORS as error:
-        raise RequestError(
-            f"lake.location: {place}: item {data.get('id')!r} is damaged: {reason(error)[:200]}"
-        ) from error
+        raise _damaged(data.get("id"), place, error) from error
+
+
+def _damaged(item: object, place: str, error: Exception) -> RequestError:
+    return RequestError(f"lake.location: {place}: item {item!r} is damaged: {reason(error)[:200]}")
 
 
 def _read(io: StacApiIO, href: str) -> dict[str, Any]:
@@ -236,11 +243,15 @@ def _read(io: StacApiIO, href: str) -> dict[str, Any]:
         RequestError: it cannot be read, or is none.
     """
     try:
-        data = json.loads(_stored(href) if href.startswith(STORES) else io.read_text(reveal(href)))
+        data = parse_json(_stored(href) if href.startswith(STORES) else io.read_text(reveal(href)))
     except STAC_ERRORS as error:
         raise RequestError(f"lake.location: {href}: cannot be read as STAC: {reason(error)[:200]}") from error
     if not isinstance(data, dict):
         raise RequestError(f"lake.location: {href}: is no STAC; expected a JSON object")
+    for key in ("links", "features"):
+        parts = data.get(key) or []
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise RequestError(f"lake.location: {href}: is no STAC; `{key}` must be a list of objects")
     return data
 
 

@@ -220,6 +220,10 @@ def load_atlas(config: Regions, geometry: Geometry) -> AtlasRegions:
     return regions
 
 
+DIGITS = 18
+"""Of a region's value, which must be one of 64 bits."""
+
+
 def read_names(path: str) -> dict[int, str]:
     """Region names by value, from a CSV with the columns ``value`` and ``name``.
 
@@ -245,7 +249,7 @@ def read_names(path: str) -> dict[int, str]:
     names: dict[int, str] = {}
     for row in rows:
         value = (row["value"] or "").strip()
-        if not value.isdecimal() or int(value) == 0 or int(value) in names:
+        if not value.isdecimal() or len(value) > DIGITS or int(value) == 0 or int(value) in names:
             raise RequestError(
                 f"regions.name: {path} line {rows.line_num}: found value {value!r}; "
                 "each is a whole number above 0 and stands once"

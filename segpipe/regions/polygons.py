@@ -22,6 +22,7 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.regions.base import FULL, Cover, RegionSet
 from segpipe.regions.layer import Layer, only_polygons, read_layer
+from segpipe.sources.base import reason
 
 DENSIFY_TOLERANCE = 1e-3
 """Before a change of CRS edges are split until they follow the line this closely, in pixels."""
@@ -108,7 +109,10 @@ def place_layer(layer: Layer, geometry: RasterGeometry, *, drop_missed: bool = F
     scene_crs = None if geometry.projection is None else horizontal_crs(geometry.projection)
     _check_crs(layer, scene_crs)
     same = scene_crs is None or layer.crs is None or layer.crs == scene_crs
-    transformer = None if same else Transformer.from_crs(layer.crs, scene_crs, always_xy=True)
+    try:
+        transformer = None if same else Transformer.from_crs(layer.crs, scene_crs, always_xy=True)
+    except ProjError as error:
+        raise SceneError(f"{layer.path}: its CRS does not lead to the scene's: {reason(error)}") from error
     windows = footprint(geometry, transformer)
     pixels, outside = _to_pixels(layer, geometry, transformer, windows)
     touched = ~shapely.is_empty(pixels)

@@ -27,6 +27,7 @@ from segpipe.report.run_changes import (
 )
 from segpipe.runs.find_run import load_run, read_tables
 from segpipe.sources import open_source
+from segpipe.sources.base import reason
 from segpipe.store.location import check_writable, is_url, join, open_store, write_atomic
 from segpipe.tables.record import GeometrySummary, RunRecord, SceneRecord
 from segpipe.tables.table_files import csv_bytes, parquet_bytes
@@ -95,7 +96,13 @@ def _load(location: str) -> RunSide:
             f"{location}: regions.parquet is not there; make it again with `segpipe report {location}`"
         ) from error
     regions, metrics, _ = read_tables(run)
-    return RunSide(run.location, record, side_by_side(regions, metrics))
+    try:
+        return RunSide(run.location, record, side_by_side(regions, metrics))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"{location}: regions.parquet or metrics.parquet is no table of a run ({reason(error)}); make it "
+            f"again with `segpipe report {location}`"
+        ) from error
 
 
 # ------------------------------------------------------------------ what differs

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import obstore
 import pandas as pd
+import pyarrow as pa
 
 from segpipe.config.job import Job
 from segpipe.errors import RequestError
 from segpipe.export.run_folder import RunFolder, is_whole, now
 from segpipe.report.run_page import page_paths
+from segpipe.sources.base import reason
 from segpipe.store.location import is_url, join, open_store, read_object
 from segpipe.tables.record import RunRecord, load_record
 
@@ -65,9 +67,18 @@ def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.D
 
 
 def read_table(run: RunFolder, name: str) -> pd.DataFrame | None:
-    """A table of a finished run, by the name of its file; None where the run has none."""
+    """A table of a finished run, by the name of its file; None where the run has none.
+
+    Raises:
+        RequestError: it is damaged.
+    """
     data = read_object(open_store(run.location), f"{name}.parquet")
-    return None if data is None else pd.read_parquet(io.BytesIO(data))
+    try:
+        return None if data is None else pd.read_parquet(io.BytesIO(data))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{run.location}/{name}.parquet: damaged ({reason(error)}); `segpipe report` makes it again"
+        ) from error
 
 
 def load_run(location: str) -> tuple[RunFolder, RunRecord]:

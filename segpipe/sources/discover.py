@@ -40,6 +40,8 @@ FOLDER_SUFFIXES = (*(s for s in RASTER_SUFFIXES if s != VRT), *NIFTI_SUFFIXES)
 LONGEST_NAME = 100
 """Characters of a scene's name: it becomes a folder, with files of longer names inside."""
 WILDCARDS = frozenset("*?[")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+"""An error that names the entry would have several lines."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def discover(patterns: Sequence[str]) -> list[SceneRef]:
     """
     found: dict[str, _Found] = {}
     for pattern in patterns:
+        if CONTROLS.search(pattern):
+            raise RequestError(f"scenes: {pattern!r}: has control characters; rename the file or folder")
         for scene in _entry(seal(pattern)):
             found.setdefault(address(scene.uri), scene)
     scenes = list(found.values())
@@ -199,7 +203,7 @@ def _stack(uri: str) -> _Found:
     # LC08_B4 and LC08_B5 are called LC08; B4 and B5 as their folder.
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*stems, strict=False))
     common = re.sub(r"[^._-]*$", "", "".join(letters[0] for letters in same))
-    missing = any(not is_remote(f) and not Path(f).exists() for f in files)
+    missing = any(not is_remote(f) and not local_path(f).exists() for f in files)
     stem, parent = (common.strip("._-"), folder) if common.strip("._-") else (folder, above)
     return _Found(
         seal(STACK + SEPARATOR.join(map(whole, files))), safe_name(stem), safe_name(parent), missing

@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio._path import _parse_path
 from rasterio.env import Env, ensure_env_with_credentials
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
@@ -35,8 +36,8 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 with Env(GDAL_SKIP=skip_list(RASTERIO_DRIVERS)):
     pass
 
-GDAL_ERRORS = (RasterioError, CRSError, OSError)
-"""What opening or reading a damaged file raises."""
+GDAL_ERRORS = (RasterioError, CRSError, CPLE_BaseError, OSError, UnicodeDecodeError)
+"""What opening or reading a damaged file raises: rasterio passes some of GDAL's own errors on."""
 
 REMOTE_OPTIONS = {
     # Do not list a bucket of a million files to find sidecars: ask for each by name.

@@ -94,7 +94,7 @@ def parse_frame(uri: str) -> tuple[str, int | None]:
     path, mark, number = whole(uri).partition("#frame=")
     if not mark:
         return uri, None
-    if not number.isdecimal():
+    if not number.isdecimal() or len(number) > 9:
         raise RequestError(f"{uri}: expected #frame=N with N = 0, 1, 2, …; found {number!r}")
     return seal(path), int(number)
 

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import geopandas
 import numpy as np
 import pyogrio
 import shapely
+from pyproj.exceptions import CRSError
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
@@ -23,8 +25,16 @@ from segpipe.sources.base import reason, require_file
 from segpipe.sources.readers import Access, readers, roots_of, trusted
 from segpipe.sources.remote import fetch, is_remote
 
-VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError)
-"""What pyogrio and pyarrow raise at files that are damaged, or none of theirs."""
+VECTOR_ERRORS = (
+    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException,
+    CRSError, OSError, ValueError, KeyError, TypeError, AttributeError, UnboundLocalError,
+    zipfile.BadZipFile, zlib.error, RuntimeError,
+)  # fmt: skip
+"""What pyogrio, shapely, geopandas and pyarrow raise at files that are damaged, or none of theirs; and zipfile.
+
+UnboundLocalError: by pyogrio 0.13 where GDAL has no text for a CRS. RuntimeError: by zipfile of an
+encrypted member.
+"""
 
 MOST_VERTICES = 50_000_000
 """Of a layer: a gigabyte of coordinates."""
@@ -92,8 +102,8 @@ def _local(path: str) -> Iterator[tuple[str, Access]]:
 def layers_here(path: str) -> list[str]:
     """Do what `list_layers` does, in this process."""
     require_file(Path(path))
-    _require_no_links(path)
     try:
+        _require_no_links(path)
         return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
     except VECTOR_ERRORS as error:
         raise SceneError(f"{path}: cannot be read: {reason(error)}") from error
@@ -106,6 +116,9 @@ def frame_here(path: str, layer: str | None) -> geopandas.GeoDataFrame:
         frame = _parquet(path) if layer is None else geopandas.read_file(path, layer=layer, engine="pyogrio")
     except VECTOR_ERRORS as error:
         raise SceneError(f"{path}: cannot be read: {reason(error)}") from error
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise SceneError(f"{path}: cannot be read: it has the attribute {twice!r} twice")
     vertices = int(shapely.get_num_coordinates(np.asarray(frame.geometry.array)).sum())
     if vertices > MOST_VERTICES:
         raise RequestError(

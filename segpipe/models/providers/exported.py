@@ -14,6 +14,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,13 @@ class UnsafeProgramError(Exception):
     """A program that is not of the plain kind that segpipe loads; the text says what was found."""
 
 
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, IndexError, EOFError,
+    RuntimeError,
+)  # fmt: skip
+"""What archives raise that are damaged, encrypted (RuntimeError), nested too deep, or of another kind."""
+
+
 def sanitised(content: bytes) -> io.BytesIO:
     """The archive with what is needed for prediction and was checked, to be given to `torch.export.load`.
 
@@ -71,7 +79,7 @@ def sanitised(content: bytes) -> io.BytesIO:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return _rewritten(archive)
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except UNREADABLE as error:
         raise UnsafeProgramError(
             f"no archive of torch.export.save of torch 2.8 or later ({type(error).__name__}: {error})"
         ) from error

@@ -35,7 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 _UNREADABLE = (
     *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph),
-    *(state.InvalidProtobuf, state.NotImplemented, state.RuntimeException),
+    *(state.InvalidProtobuf, state.NotImplemented, state.RuntimeException, UnicodeDecodeError),
 )
 """onnxruntime's errors have no common base but Exception."""
 
@@ -153,9 +153,12 @@ def _session(card: Card, device: torch.device, threads: int) -> Any:
     try:
         # From bytes, not from the path: a file that points to others beside it is refused, so
         # that what was hashed is all that is read.
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             path.read_bytes(), sess_options=options, providers=_providers(card, device, threads)
         )
+        for end in (*session.get_inputs(), *session.get_outputs()):
+            str((end.name, end.shape))  # whose names may be no text
+        return session
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
         raise card.error(

@@ -23,6 +23,8 @@ from segpipe.prompts.prompt_set import (
 
 POSITIVE = frozenset({"1", "1.0", "+", "true", "positive", "foreground"})
 NEGATIVE = frozenset({"0", "0.0", "-", "-1", "false", "negative", "background"})
+DIGITS = 18
+"""Of an object's number, which must be one of 64 bits."""
 LISTED = 5
 """Row numbers that a note names before it says how many more there are."""
 
@@ -126,7 +128,7 @@ def _are_ids(values: Sequence[str] | None) -> bool:
 
 def _objects(values: Sequence[str], source: str) -> tuple[int, ...]:
     for row, value in enumerate(values, 1):
-        if value and not (value.isdecimal() and int(value) > 0):
+        if value and not (value.isdecimal() and len(value) <= DIGITS and int(value) > 0):
             raise RequestError(
                 f"{source}: object: found {value!r} in number {row}; valid: whole numbers from 1"
             )

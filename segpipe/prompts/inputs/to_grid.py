@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 from pyproj import CRS, Transformer
+from pyproj.exceptions import ProjError
 from shapely.affinity import translate
 
 from segpipe.errors import SceneError
 from segpipe.geometry.geometry import Geometry, RasterGeometry, horizontal_crs
 from segpipe.regions.layer import only_polygons
 from segpipe.regions.polygons import DENSIFY_TOLERANCE, densified, footprint
+from segpipe.sources.base import reason
 
 NEAR_GLOBE = 350.0
 """Degrees of longitude from which a scene holds nearly every meridian, so that none is moved by a turn."""
@@ -71,7 +73,10 @@ class ToGrid:
                 "(GeoJSON is always WGS 84)"
             )
         same = crs is None or crs == target
-        self._transformer = None if same else Transformer.from_crs(crs, target, always_xy=True)
+        try:
+            self._transformer = None if same else Transformer.from_crs(crs, target, always_xy=True)
+        except ProjError as error:
+            raise SceneError(f"{source}: its CRS does not lead to the scene's: {reason(error)}") from error
         self._turn = _turn(geometry, target)
         self._near = self._surroundings(crs) if self._transformer or self._turn else None
 

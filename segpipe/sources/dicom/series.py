@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
 
 from segpipe.errors import SceneError
@@ -35,8 +35,8 @@ NOT_SCENES = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "D
 """Modalities of objects that lie beside a series and are made from it."""
 
 DICOM_ERRORS = (
-    InvalidDicomError, OSError, EOFError, ValueError, TypeError, KeyError, AttributeError,
-    RuntimeError, NotImplementedError,
+    InvalidDicomError, BytesLengthException, OSError, EOFError, ValueError, TypeError, KeyError,
+    AttributeError, RuntimeError, NotImplementedError,
 )  # fmt: skip
 """What pydicom and its decoders raise at damaged or unusual files."""
 
@@ -191,7 +191,9 @@ def read_header(path: Path) -> Dataset | None:
             shorten the volume unseen.
     """
     try:
-        return dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+        header = dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+        list(header)  # pydicom looks at a value when it is asked for: what is damaged is told here
+        return header
     except DICOM_ERRORS as error:
         if path.name.lower().endswith(DICOM_SUFFIXES):
             raise SceneError(f"{path}: cannot be read as DICOM: {reason(error)}") from error
@@ -242,13 +244,13 @@ def not_a_slice(path: Path, header: Dataset | None) -> str:
         return "no pixels"
     if any(str(v).upper() == "LOCALIZER" for v in header.get("ImageType") or ()):
         return "localizer"
-    if int(header.get("NumberOfFrames") or 1) > 1:
+    if _number(path, header, "NumberOfFrames", 1) > 1:
         raise SceneError(
             f"{path}: a multi-frame (enhanced) image of {header.NumberOfFrames} frames, not "
             "supported yet; convert it to NIfTI or to single-frame DICOM"
         )
     grey = str(header.get("PhotometricInterpretation") or "").startswith("MONOCHROME")
-    return "" if grey and int(header.get("SamplesPerPixel") or 1) == 1 else "colour"
+    return "" if grey and _number(path, header, "SamplesPerPixel", 1) == 1 else "colour"
 
 
 def _slice(path: Path, header: Dataset) -> DicomSlice:
@@ -267,25 +269,37 @@ def _slice(path: Path, header: Dataset) -> DicomSlice:
         raise SceneError(f"{path}: PixelSpacing is {between_rows} and {between_columns} mm")
     if header.get("ModalityLUTSequence"):
         raise SceneError(f"{path}: values go through a modality look-up table, not supported")
-    bits = int(header.get("BitsAllocated") or 0)
+    bits = _number(path, header, "BitsAllocated", 0)
     if bits not in (8, 16, 32):
-        raise SceneError(f"{path}: {bits} bits per pixel; expected 8, 16 or 32")
-    signed = int(header.get("PixelRepresentation") or 0) == 1
-    slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+        raise SceneError(f"{path}: {bits:g} bits per pixel; expected 8, 16 or 32")
+    signed = _number(path, header, "PixelRepresentation", 0) == 1
     return DicomSlice(
         path=str(path),
         **{field: str(header.get(keyword) or "") for keyword, field in _UIDS.items()},
         modality=str(header.get("Modality") or "image"),
-        shape=(int(header.Rows), int(header.Columns)),
+        shape=(int(_number(path, header, "Rows", 0)), int(_number(path, header, "Columns", 0))),
         spacing=(between_rows, between_columns),
         position=_numbers(path, header, "ImagePositionPatient", 3),
         orientation=orientation,
-        dtype=np.dtype(f"{'int' if signed else 'uint'}{bits}"),
-        rescale=(1.0 if slope is None else float(slope), float(intercept or 0.0)),
+        dtype=np.dtype(f"{'int' if signed else 'uint'}{bits:.0f}"),
+        rescale=(_number(path, header, "RescaleSlope", 1.0), _number(path, header, "RescaleIntercept", 0.0)),
         inverted=header.PhotometricInterpretation == "MONOCHROME1",
         padding=header.get("PixelPaddingValue") is not None,
         transfer_syntax=str(getattr(header, "file_meta", {}).get("TransferSyntaxUID") or ""),
     )
+
+
+def _number(path: Path, header: Dataset, keyword: str, absent: float) -> float:
+    """An element with one value as a number; ``absent`` where there is none.
+
+    Raises:
+        SceneError: it is no number.
+    """
+    try:
+        value = header.get(keyword)
+        return absent if value is None or value == "" else float(value)
+    except DICOM_ERRORS as error:
+        raise SceneError(f"{path}: {keyword} is damaged") from error
 
 
 def _numbers(path: Path, header: Dataset, keyword: str, count: int) -> tuple[float, ...]:
@@ -296,7 +310,7 @@ def _numbers(path: Path, header: Dataset, keyword: str, count: int) -> tuple[flo
     """
     try:
         values = tuple(float(v) for v in header.get(keyword) or ())
-    except (TypeError, ValueError) as error:
+    except DICOM_ERRORS as error:
         raise SceneError(f"{path}: {keyword} is damaged") from error
     if len(values) != count or not np.isfinite(values).all():
         raise SceneError(f"{path}: {keyword} has {len(values)} values, expected {count} numbers")

@@ -227,7 +227,7 @@ def card_from_bundle(path: str | Path) -> Card:
     definition = network_definition(bundle)
     try:
         data = _card(path, config, metadata, definition)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise RequestError(
             f"{path}: {METADATA} or {bundle.first(CONFIGS)} is not as MONAI's specification has it "
             f"({type(error).__name__}: {error})"
@@ -237,7 +237,7 @@ def card_from_bundle(path: str | Path) -> Card:
 
 def _format(formats: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The array of this name, or the first."""
-    found: Mapping[str, Any] = formats.get(name) or next(iter(formats.values()))
+    found: Mapping[str, Any] = formats.get(name) or list(formats.values())[0]  # noqa: RUF015  IndexError is told
     return found
 
 

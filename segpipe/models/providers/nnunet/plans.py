@@ -77,6 +77,10 @@ class NnunetPlan:
         return [values[self.order.index(axis)] for axis in range(len(self.order))]
 
 
+MISFITS = (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError)
+"""What files raise whose parts are of other kinds or lengths than nnU-Net writes."""
+
+
 def read_plan(folder: Path, configuration: str) -> NnunetPlan:
     """One configuration of the folder's plans.
 
@@ -107,7 +111,7 @@ def read_plan(folder: Path, configuration: str) -> NnunetPlan:
             channels=_channels(plans, dataset, stored),
             labels=_labels(folder, dataset["labels"]),
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except MISFITS as error:
         raise RequestError(
             f"{folder}: plans.json and dataset.json are not as nnU-Net v2 writes them "
             f"({type(error).__name__}: {error})"
@@ -239,8 +243,18 @@ def card_from_nnunet(folder: str | Path, configuration: str = "3d_fullres") -> C
     """
     folder = Path(folder).resolve()
     plan = read_plan(folder, configuration)
+    try:
+        data = _card(folder, configuration, plan)
+    except MISFITS as error:
+        raise RequestError(
+            f"{folder}: plans.json and dataset.json do not fit each other ({type(error).__name__}: {error})"
+        ) from error
+    return validate(Card, data, str(folder))
+
+
+def _card(folder: Path, configuration: str, plan: NnunetPlan) -> dict[str, Any]:
     volume = len(plan.patch) == 3
-    data = {
+    return {
         "name": card_name(f"{plan.dataset}-{configuration}"),
         "title": f"nnU-Net {configuration} of {plan.dataset}",
         "kind": "volume" if volume else "raster",
@@ -254,7 +268,6 @@ def card_from_nnunet(folder: str | Path, configuration: str = "3d_fullres") -> C
         "limits": LIMITS + _more_limits(plan),
         "source": "nnU-Net v2 (Isensee et al., Nature Methods 2021)",
     }
-    return validate(Card, data, str(folder))
 
 
 def _input(folder: Path, plan: NnunetPlan, volume: bool) -> dict[str, Any]:
