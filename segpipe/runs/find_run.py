@@ -54,7 +54,7 @@ def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | Non
 def _files(record: RunRecord) -> set[str]:
     """Files that a finished run has."""
     files = {*page_paths(record), "results.json", "regions.csv", "regions.parquet"}
-    return files | {file for scene in record.done for file in scene.files.values()}
+    return files | {file for scene in record.mapped for file in scene.files.values()}
 
 
 def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
