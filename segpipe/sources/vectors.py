@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import geopandas
 import numpy as np
 import pyogrio
 import shapely
+from pyproj.exceptions import ProjError
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
@@ -23,8 +25,12 @@ from segpipe.sources.base import reason, require_file
 from segpipe.sources.readers import Access, readers, roots_of, trusted
 from segpipe.sources.remote import fetch, is_remote
 
-VECTOR_ERRORS = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError, ValueError)
-"""What pyogrio and pyarrow raise at files that are damaged, or none of theirs."""
+VECTOR_ERRORS = (
+    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError, ProjError,
+    OSError, ValueError, KeyError, TypeError, AttributeError,  # the latter: metadata of GeoParquet
+    zipfile.BadZipFile, zlib.error, EOFError, RuntimeError,  # the last: a zip with a password
+)  # fmt: skip
+"""What pyogrio, pyarrow, GEOS, PROJ and zipfile raise at files that are damaged, or none of theirs."""
 
 MOST_VERTICES = 50_000_000
 """Of a layer: a gigabyte of coordinates."""
@@ -92,8 +98,8 @@ def _local(path: str) -> Iterator[tuple[str, Access]]:
 def layers_here(path: str) -> list[str]:
     """Do what `list_layers` does, in this process."""
     require_file(Path(path))
-    _require_no_links(path)
     try:
+        _require_no_links(path)
         return [str(row[0]) for row in pyogrio.list_layers(path) if row[1] is not None]
     except VECTOR_ERRORS as error:
         raise SceneError(f"{path}: cannot be read: {reason(error)}") from error
