@@ -12,7 +12,7 @@ import numpy as np
 from pyproj import CRS, Transformer
 from scipy.ndimage import find_objects
 
-from segpipe.config.cells import plain_cell
+from segpipe.config.cells import CSV_ERRORS, plain_cell
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import element_map, same_grid
@@ -236,22 +236,21 @@ def read_names(path: str) -> dict[int, str]:
             f"regions.name: found {path!r}; for a label atlas, give a CSV with columns value,name"
         )
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        rows = csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        columns = rows.fieldnames = [c.strip() for c in rows.fieldnames or ()]
+        numbered = [(rows.line_num, row) for row in rows]
+    except CSV_ERRORS as error:
         raise RequestError(f"regions.name: {path} cannot be read ({error})") from error
-    rows = csv.DictReader(text.splitlines())
-    columns = [c.strip() for c in rows.fieldnames or ()]
     if not {"value", "name"} <= set(columns):
         raise RequestError(
             f"regions.name: {path} has columns {', '.join(columns) or 'none'}; needed: value, name"
         )
-    rows.fieldnames = columns
     names: dict[int, str] = {}
-    for row in rows:
+    for line, row in numbered:
         value = (row["value"] or "").strip()
         if not value.isdecimal() or len(value) > DIGITS or int(value) == 0 or int(value) in names:
             raise RequestError(
-                f"regions.name: {path} line {rows.line_num}: found value {value!r}; "
+                f"regions.name: {path} line {line}: found value {value!r}; "
                 "each is a whole number above 0 and stands once"
             )
         names[int(value)] = plain_cell((row["name"] or "").strip()) or value
