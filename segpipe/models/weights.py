@@ -188,10 +188,11 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _is_torchscript(path: Path) -> bool:
     """Whether it is an archive with a program in it, rather than of tensors alone."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (*_DAMAGED, zipfile.BadZipFile):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:

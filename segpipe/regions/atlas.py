@@ -231,7 +231,7 @@ def read_names(path: str) -> dict[int, str]:
     names: dict[int, str] = {}
     for line, row in numbered:
         value = (row["value"] or "").strip()
-        if not value.isdecimal() or int(value) == 0 or int(value) in names:
+        if not value.isdecimal() or len(value) > 18 or int(value) == 0 or int(value) in names:
             raise RequestError(
                 f"regions.name: {path} line {line}: found value {value!r}; "
                 "each is a whole number above 0 and stands once"

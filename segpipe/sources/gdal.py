@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import rasterio
+from rasterio._err import CPLE_BaseError
 from rasterio._path import _parse_path
 from rasterio.env import Env, ensure_env_with_credentials
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
@@ -35,7 +36,7 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 with Env(GDAL_SKIP=skip_list(RASTERIO_DRIVERS)):
     pass
 
-GDAL_ERRORS = (RasterioError, CRSError, OSError)
+GDAL_ERRORS = (RasterioError, CPLE_BaseError, CRSError, OSError)
 """What opening or reading a damaged file raises."""
 
 REMOTE_OPTIONS = {

@@ -72,6 +72,10 @@ class Attributes:
     remarks: tuple[str, ...]
 
 
+DIGITS = 18
+"""Of the number of an object, at most: it is kept as int64."""
+
+
 def read_attributes(columns: Mapping[str, Sequence[object]], count: int, source: str) -> Attributes:
     """Objects, labels and phrases of ``count`` rows.
 
@@ -119,14 +123,14 @@ def _text(value: object) -> str:
 def _are_ids(values: Sequence[str] | None) -> bool:
     return (
         values is not None
-        and all(v.isdecimal() and int(v) > 0 for v in values)
+        and all(v.isdecimal() and len(v) <= DIGITS and int(v) > 0 for v in values)
         and len(set(values)) == len(values)
     )
 
 
 def _objects(values: Sequence[str], source: str) -> tuple[int, ...]:
     for row, value in enumerate(values, 1):
-        if value and not (value.isdecimal() and int(value) > 0):
+        if value and not (value.isdecimal() and len(value) <= DIGITS and int(value) > 0):
             raise RequestError(
                 f"{source}: object: found {value!r} in number {row}; valid: whole numbers from 1"
             )
