@@ -10,7 +10,6 @@ from obstore.exceptions import BaseError as StorageError
 from prefect import State, Task, get_run_logger
 from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import FailedRun
-from prefect.results import ResultRecord  # type: ignore[attr-defined]  # its home is private
 from prefect.runtime import task_run
 from prefect.states import Cancelled, Failed
 
@@ -71,5 +70,4 @@ def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool
 
 def passes(state: State[Any]) -> bool:
     """Whether a task run failed by a fault that may pass."""
-    data: Any = state.data
-    return isinstance(data.result if isinstance(data, ResultRecord) else data, PASSING)
+    return isinstance(getattr(state.data, "result", state.data), PASSING)  # maybe wrapped by Prefect

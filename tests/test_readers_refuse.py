@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import geopandas
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import shapely
+import torch
+from world import write_raster
 
 from segpipe.config.classes import load_classes
 from segpipe.config.job import Regions
 from segpipe.config.loading import load_groups
 from segpipe.errors import SegpipeError
 from segpipe.export.run_folder import RunFolder
+from segpipe.models.weights import load_state
 from segpipe.prompts.inputs.prompt_files import read_file_attributes
 from segpipe.regions.atlas import read_names
 from segpipe.regions.layer import read_layer
 from segpipe.runs.find_run import read_table
+from segpipe.sources import open_in_process
 from segpipe.sources.vectors import frame_here, layers_here
 from segpipe.tables.table_files import parquet_bytes
 
@@ -35,6 +41,8 @@ CSV = {
     "groups": (lambda path: load_groups(str(path), ["a"]), b"scene,group\na," + CELL),
     "names": (lambda path: read_names(str(path)), b"value,name\n1," + CELL),
     "names: first line": (lambda path: read_names(str(path)), b"value,name," + CELL + b"\n1,a"),
+    "names: value": (lambda path: read_names(str(path)), b"value,name\n" + b"9" * 5000 + b",a"),
+    "prompts: object": (lambda path: read_file_attributes(path, ""), b"x,y,object\n1,1," + b"9" * 400),
     "prompts": (lambda path: read_file_attributes(path, ""), b"x,y\n1," + CELL),
 }
 
@@ -120,3 +128,25 @@ def test_a_layer_is_refused_in_a_line(name: str, tmp_path: Path) -> None:
         frame_here(str(path), None if name.endswith("parquet") else layers_here(str(path))[0])
     with pytest.raises(SegpipeError, match=name):
         read_layer(Regions(path=str(path)))
+
+
+def test_a_raster_with_a_tag_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
+    """Rasterio raises an error of GDAL here that is none of its own kind."""
+    path = write_raster(tmp_path / "tag.tif", np.ones((1, 8, 8), np.uint8))
+    whole = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", whole, 4)
+    (count,) = struct.unpack_from("<H", whole, start)
+    entries = [start + 2 + 12 * i for i in range(count)]
+    (geokeys,) = [at for at in entries if struct.unpack_from("<H", whole, at) == (34735,)]
+    struct.pack_into("<2H", whole, geokeys, 0, 99)
+    path.write_bytes(whole)
+    with pytest.raises(SegpipeError, match=r"tag\.tif"), open_in_process(str(path)) as scene:
+        scene.read(scene.geometry.box)
+
+
+def test_a_checkpoint_with_a_damaged_directory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(3)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\xff"))
+    with pytest.raises(SegpipeError, match=r"weights\.pt"):
+        load_state(path)

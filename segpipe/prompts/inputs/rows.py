@@ -74,6 +74,10 @@ class Attributes:
     remarks: tuple[str, ...]
 
 
+DIGITS = 18
+"""Of the number of an object, at most: it is kept as int64."""
+
+
 def read_attributes(columns: Mapping[str, Sequence[object]], count: int, source: str) -> Attributes:
     """Objects, labels and phrases of ``count`` rows.
 
@@ -121,7 +125,7 @@ def _text(value: object) -> str:
 def _are_ids(values: Sequence[str] | None) -> bool:
     return (
         values is not None
-        and all(v.isdecimal() and int(v) > 0 for v in values)
+        and all(v.isdecimal() and len(v) <= DIGITS and int(v) > 0 for v in values)
         and len(set(values)) == len(values)
     )
 
