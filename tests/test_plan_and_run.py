@@ -5,6 +5,7 @@ Run with ``-s`` to read the messages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from onnx import TensorProto, helper
 from world import CLASSES, Ended, World, write_raster, write_yaml
 
 import segpipe
+from segpipe.config.card import load_card
 from segpipe.errors import RequestError
+from segpipe.models.registry import check_card
+from segpipe.tiling.windows import make_lattice
 
 Here = Callable[..., Ended]
 Fields = dict[str, Any]
@@ -270,3 +274,31 @@ def test_what_is_wrong_with_one_scene_is_told_of_that_scene(world: World, here: 
     assert "has 3 bands" in told["bands"] and "0.5 elements apart" in told["moved"]
     assert "cannot be opened" in told["torn"]
     assert "  right: " in planned.out and "1 of 4 scenes done" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "halo"),
+    [(64, 32, 16), (64, 16, 17), (32, 8, 16), (32, 1, 16), (8, 8, 1), (48, 8, -1)],
+)
+def test_the_halo_that_is_called_valid_is_taken(
+    window: int, stride: int, halo: int, world: World, tmp_path: Path
+) -> None:
+    """Of a card and of a job; one more is refused."""
+
+    def of_card(halo: int) -> None:
+        shape = {"size": [window], "halo": [halo], "stride": stride}
+        check_card(load_card(card(world, tmp_path, window=shape)))
+
+    def of_job(halo: int) -> None:
+        make_lattice([500, 500], [window] * 2, [halo] * 2, stride)
+
+    for check in (of_card, of_job):
+        with pytest.raises(RequestError) as told:
+            check(halo)
+        valid = re.search(r"valid: (\d+) to (\d+)$", str(told.value))
+        assert valid, told.value
+        for good in map(int, valid.groups()):
+            check(good)
+        for bad in (int(valid[1]) - 1, int(valid[2]) + 1):
+            with pytest.raises(RequestError, match=f"found {bad} "):
+                check(bad)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from segpipe.config.card import Card, Divide, SceneQuantiles, Subtract
+from segpipe.tiling.windows import halo_limit
 
 
 def check_window(card: Card) -> None:
@@ -29,14 +30,13 @@ def check_window(card: Card) -> None:
         return
     if card.halo is None:
         return
+    least = int(card.output.kind in ("instance", "panoptic"))  # `check_objects` refuses 0
     for n, halo in zip(shape or (), card.halo, strict=True):
-        # Origins stay multiples of the stride, so the halo is rounded up to one.
-        rounded = -(-halo // stride) * stride
-        if halo < 0 or n - 2 * rounded < stride:
+        most = halo_limit(n, stride)
+        if halo < 0 or halo > most:
+            valid = f"{least} to {most}" if least <= most else "a larger window.size"
             raise card.error(
-                "window.halo",
-                f"found {halo} for a window of {n} (stride {stride}); "
-                f"valid: 0 to {max(0, (n - stride) // 2 // stride * stride)}",
+                "window.halo", f"found {halo} for a window of {n} (stride {stride}); valid: {valid}"
             )
 
 

@@ -32,6 +32,7 @@ from segpipe.prompts.segmenters.looknet import (
     resampled,
 )
 from segpipe.prompts.segmenters.registry import check_segmenter, load_segmenter
+from segpipe.prompts.volumes.propagate_memory import has_memory
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -275,3 +276,8 @@ def test_a_net_that_is_given_stays_a_net() -> None:
     mask = found.logits[0, int(found.iou[0].argmax())] > 0
     assert net.sum() / inside.sum() < 0.32  # the IoU of a mask that fills what lies between
     assert (mask & net).sum() / (mask | net).sum() > 0.55
+
+
+def test_a_looknet_remembers_no_slices(card: Card) -> None:
+    """Asked of every model before it propagates through a volume; it was refused as no model for prompts."""
+    assert not has_memory(card)

@@ -45,7 +45,7 @@ Outputs = dict[int, dict[str, torch.Tensor]]
 
 def has_memory(card: Card) -> bool:
     """Whether a promptable model's folder is that of a video model, which remembers slices."""
-    return read_folder(card).kind in FAMILIES
+    return card.provider == "transformers" and read_folder(card).kind in FAMILIES
 
 
 ME, MINE = 1, 0
