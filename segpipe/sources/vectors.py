@@ -26,14 +26,13 @@ from segpipe.sources.readers import Access, readers, roots_of, trusted
 from segpipe.sources.remote import fetch, is_remote
 
 VECTOR_ERRORS = (
-    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException,
-    CRSError, OSError, ValueError, KeyError, TypeError, AttributeError, UnboundLocalError,
+    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException, CRSError,
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, UnboundLocalError,
     zipfile.BadZipFile, zlib.error, RuntimeError,
 )  # fmt: skip
-"""What pyogrio, shapely, geopandas and pyarrow raise at files that are damaged, or none of theirs; and zipfile.
+"""What pyogrio, shapely, geopandas, pyarrow and zipfile raise at files that are damaged, or none of theirs.
 
-UnboundLocalError: by pyogrio 0.13 where GDAL has no text for a CRS. RuntimeError: by zipfile of an
-encrypted member.
+UnboundLocalError: by pyogrio 0.13 where GDAL has no text for a CRS. RuntimeError: by zipfile at passwords.
 """
 
 MOST_VERTICES = 50_000_000
