@@ -17,7 +17,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import TaskRunner
 
 from segpipe.config.scan import Scan
-from segpipe.errors import LeaseLostError, SegpipeError, StoppedError
+from segpipe.errors import LeaseLostError, StoppedError
 from segpipe.export.run_folder import RunFolder, now
 from segpipe.export.scene_files import failed_record
 from segpipe.lake.entry import LakeEntry
@@ -45,7 +45,7 @@ from segpipe_flows.segment import OF_REQUEST, attempt_name, stop_on_error
 from segpipe_flows.watch import Watch
 from segpipe_tasks.events import tell_scene
 from segpipe_tasks.report import write_report
-from segpipe_tasks.told import refused
+from segpipe_tasks.told import EXPECTED, refused
 
 SHOWN = 50
 """New scenes listed by a dry run."""
@@ -75,7 +75,7 @@ def scan(scan: Scan) -> State[Any]:
         return Cancelled(message=f"another scan goes on with this one's work: {error}")
     except (StoppedError, KeyboardInterrupt):
         return Cancelled(message="stopped; what is done stays, the next scan goes on from there")
-    except SegpipeError as error:
+    except EXPECTED as error:
         return refused(error)
 
 

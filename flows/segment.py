@@ -14,7 +14,6 @@ from prefect.states import Cancelled, Completed, Failed
 from segpipe.config.job import Job, Outputs
 from segpipe.errors import RequestError, SegpipeError, StoppedError
 from segpipe.export.run_folder import RunFolder
-from segpipe.redact import scrubbed
 from segpipe.runs.check import check_request
 from segpipe.runs.find_run import open_run
 from segpipe.store.stop import StopToken
@@ -27,7 +26,7 @@ from segpipe_flows.runners import check_cluster, task_runner
 from segpipe_flows.watch import Watch
 from segpipe_tasks.events import tell_scene
 from segpipe_tasks.report import write_report
-from segpipe_tasks.told import refused
+from segpipe_tasks.told import refused, told
 
 FAILURES_TOLD = 5
 """Failed scenes named in the run's final message; the report has all."""
@@ -66,7 +65,7 @@ def segment(job: Job) -> State[Any]:
         return refused(error)
 
 
-@scrubbed()
+@told
 def carry_out(job: Job) -> State[Any]:
     """The body of a flow over scenes: from the request to the report."""
     try:
@@ -118,11 +117,11 @@ def stop_on_error(token: StopToken) -> Iterator[StopToken]:
 def _end(run: RunFolder, record: RunRecord) -> State[Any]:
     if not record.failed:
         return Completed(message=f"{_scenes(len(record.done))} done; report: {run.report}")
-    told = [f"{scene.name}: {scene.error}" for scene in record.failed[:FAILURES_TOLD]]
+    named = [f"{scene.name}: {scene.error}" for scene in record.failed[:FAILURES_TOLD]]
     if len(record.failed) > FAILURES_TOLD:
-        told.append(f"and {len(record.failed) - FAILURES_TOLD} more")
+        named.append(f"and {len(record.failed) - FAILURES_TOLD} more")
     failed = f"{len(record.failed)} of {_scenes(len(record.scenes))} failed"
-    return Failed(message=f"{failed} ({'; '.join(told)}); report: {run.report}")
+    return Failed(message=f"{failed} ({'; '.join(named)}); report: {run.report}")
 
 
 def _scenes(number: int) -> str:

@@ -17,11 +17,11 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.states import Cancelled, Completed
 
 from segpipe.config.recipe import Recipe, load_recipe
-from segpipe.errors import RequestError, SegpipeError, StoppedError
+from segpipe.errors import RequestError, StoppedError
 from segpipe.training.loop import MetricsRow
 from segpipe.training.run import Told, mark, train
 from segpipe_flows.watch import LOOK_SECONDS
-from segpipe_tasks.told import refused
+from segpipe_tasks.told import EXPECTED, refused
 from segpipe_tasks.training import training_markdown
 
 STATES_OF_A_STOP = ("CANCELLING", "CANCELLED")
@@ -58,7 +58,7 @@ def train_model(recipe: str, changes: Sequence[str] = ()) -> State[Any]:
             result = train(wanted, Told(watch.scenes, watch.moment), watch.should_stop)
     except StoppedError as error:
         return Cancelled(message=str(error))
-    except SegpipeError as error:
+    except EXPECTED as error:
         return refused(error)
     if result.card is None:
         return Cancelled(message=result.scores)

@@ -53,7 +53,7 @@ def write_report(run: RunFolder, resolved: ResolvedJob, scenes: Sequence[SceneRe
     regions, metrics, summary = read_tables(run)
     text = (
         run_markdown(record, regions, metrics, summary, run.report)
-        + _pictures(run, record.done)
+        + _pictures(run, record.mapped)
         + _files(run, record)
     )
     told = f"of {run.job}, run {run.name}"
@@ -96,7 +96,7 @@ def _files(run: RunFolder, record: RunRecord) -> str:
     """Where the files are: links where they have a URL, else paths."""
     rows = [("report", run.report)]
     rows += [(name, join(run.location, name)) for name in ("regions.csv", "results.json", "run.json")]
-    for scene in record.done[:PICTURES]:
+    for scene in record.mapped[:PICTURES]:
         for kind, path in scene.files.items():
             rows.append((f"{plain_text(scene.name)}: {plain_text(kind)}", join(run.location, path)))
     lines = ["", "## Files", "", "| File | Where |", "| --- | --- |"]

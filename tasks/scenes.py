@@ -109,7 +109,7 @@ def do_scenes(
                 if receipts:
                     receipts.begin(ref.name)
                 record = run_small_scene(resolved, ref, run, stop, pace, most)
-                if receipts and record:
+                if receipts and record and record.state == "done":
                     receipts.finish(record)
             records.append(record)
         except LeaseLostError as error:  # of this scene alone; a run that is lost ends with the next one

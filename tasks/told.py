@@ -7,12 +7,21 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from obstore.exceptions import BaseError as StorageError
-from prefect import State, Task
+from prefect import State, Task, get_run_logger
 from prefect.client.schemas.objects import TaskRun
+from prefect.exceptions import FailedRun
+from prefect.results import ResultRecord  # type: ignore[attr-defined]  # its home is private
+from prefect.runtime import task_run
 from prefect.states import Cancelled, Failed
 
 from segpipe.errors import DeviceMemoryError, SegpipeError, StoppedError
 from segpipe.redact import scrubbed
+from segpipe.store.location import store_reason
+
+PASSING = (OSError, MemoryError, StorageError)
+"""Storage and memory come back, mistakes do not."""
+EXPECTED = (SegpipeError, FailedRun, *PASSING)
+"""What a task or flow ends with in one line; a failed task whose result is asked for raises FailedRun."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +33,7 @@ NOT_READY = "NotReady"
 
 
 def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
-    """Turn the errors that a user can act on into a state that says what to do, and a stop into Cancelled."""
+    """Turn what is expected to fail into a state that says it in one line, and a stop into Cancelled."""
 
     @functools.wraps(step)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | State[Any]:
@@ -35,15 +44,24 @@ def told(step: Callable[P, R]) -> Callable[P, R | State[Any]]:
             return Cancelled(message=str(error))
         except DeviceMemoryError as error:
             return refused(error, name=OUT_OF_MEMORY)
-        except SegpipeError as error:
+        except EXPECTED as error:
             return refused(error)
 
     return wrapper
 
 
 def refused(error: Exception, **fields: Any) -> State[Any]:
-    """A failed state that tells a mistake in one line."""
-    return Failed(message=str(error), **fields)
+    """A failed state that tells an error in one line; of a fault that may pass, with the error.
+
+    Prefect logs a state that is returned in one line, and an error that is raised with its traceback; the
+    state of a flow as mere information, so that the reason is logged here.
+    """
+    line, passing = " ".join(str(error).split()), isinstance(error, PASSING)
+    if passing:
+        line = f"{type(error).__name__}: {store_reason(error)}"
+    if task_run.id is None:
+        get_run_logger().error(line)
+    return Failed(message=line, data=error if passing else None, **fields)
 
 
 def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -51,10 +69,7 @@ def passing_fault(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool
     return passes(state)
 
 
-PASSING = (OSError, MemoryError, StorageError)
-"""Storage and memory come back, mistakes do not."""
-
-
 def passes(state: State[Any]) -> bool:
     """Whether a task run failed by a fault that may pass."""
-    return isinstance(state.data, PASSING)
+    data: Any = state.data
+    return isinstance(data.result if isinstance(data, ResultRecord) else data, PASSING)

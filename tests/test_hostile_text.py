@@ -16,7 +16,9 @@ from segpipe.config.job import Job
 from segpipe.config.loading import load, read_yaml, validate
 from segpipe.config.parsing import parse_json
 from segpipe.errors import RequestError, SegpipeError
+from segpipe.geometry.geometry import RasterGeometry
 from segpipe.regions.layer import make_layer
+from segpipe.regions.polygons import place_layer
 from segpipe.sources import discover, open_source
 from segpipe.sources.base import require_file
 
@@ -134,7 +136,10 @@ def test_a_vertex_that_is_not_finite_costs_its_region_only() -> None:
         "regions.gpkg", ["wild", "fine"], np.array([wild, shapely.box(0, 0, 1, 1)], object), None
     )
     assert layer.polygons[0].is_empty and layer.polygons[1].area == 1
-    assert layer.notes[0].endswith("are not measured: wild")
+    assert layer.damaged.tolist() == [True, False]
+    geometry = RasterGeometry((4, 4), (1, 0, 0, 0, 1, 0), None)
+    regions = place_layer(layer, geometry)
+    assert (regions.names, regions.damaged) == (("fine",), ("wild",))
 
 
 def test_an_empty_inner_ring_is_dropped() -> None:

@@ -174,7 +174,7 @@ def test_a_bound_that_cannot_be_met_says_why() -> None:
 
 @pytest.mark.parametrize(
     ("window", "halo", "message"),
-    [(500, 64, "multiple of the model's total stride 32"), (512, 256, "less than half")],
+    [(500, 64, "multiple of the model's total stride 32"), (512, 256, "valid: 0 to 224")],
 )
 def test_impossible_windows_are_refused(window: int, halo: int, message: str) -> None:
     with pytest.raises(RequestError, match=message):

@@ -111,8 +111,8 @@ def test_a_job_that_names_a_card_runs_in_an_empty_folder(
         scenes=[str(world / "scene1.tif")],
     )  # fmt: skip
     ended = use(installed, tmp_path / "empty", "-m", "segpipe.cli", "plan", str(job))
-    assert ended.returncode == 1, ended  # the card is found and wants bands that the scene has not
-    assert "failed: scene1" in ended.stderr and "blue" in ended.stderr, ended
+    assert ended.returncode == 2, ended  # the card is found and wants bands that the scene has not
+    assert "error: scene1: bands" in ended.stderr and "blue" in ended.stderr, ended
 
 
 def test_flows_are_found_by_their_entry_points(installed: Path, tmp_path: Path) -> None:

@@ -223,18 +223,6 @@ def test_a_server_that_does_not_answer(world: World, tmp_path: Path) -> None:
     ]
 
 
-def test_a_memory_bound_that_no_plan_meets(
-    world: World, here: Here, tmp_path: Path, messages: list[tuple[str, int, str]]
-) -> None:
-    ended = here("plan", str(world.job(tmp_path / "out")), "--set", "tiling.memory=64MiB")
-    assert ended.code == 1, ended
-    assert "Traceback" not in ended.out + ended.err
-    [line] = ended.err.splitlines()
-    messages.append(("memory too small", 1, line))
-    assert line.startswith("failed: scene1: tiling.memory: found 64 MiB; blocks of 32x32 need 9")
-    assert "libraries 900 MiB" in line
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

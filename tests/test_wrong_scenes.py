@@ -17,7 +17,7 @@ from world import OBLIQUE, PIXEL, World, command, nearest_label, only_run, raste
 
 
 def write_scenes(world: World, folder: Path) -> tuple[list[str], Path]:
-    """Two scenes that are right and eight that are not, with a reference for each."""
+    """Three scenes that are right, one beside all districts, and seven that are not, with references."""
     names: dict[str, Any] = {"names": ("red", "nir"), "nodata": 0}
     tiles: dict[str, Any] = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "lzw"}
     elsewhere = rasterio.Affine(PIXEL, 0, 900_000, 0, -PIXEL, 4_000_000)
@@ -55,11 +55,12 @@ WRONG_SCENES = {
     "names": ["bands: the scene has no nir; it has red, green", "asks for nir, red", "the job's `bands`"],
     "bands": ["bands: the scene has 3 unnamed bands", "asks for 2 (nir, red)"],
     "shape": [
-        "{truth}/shape.tif lies on another grid",
+        "not measured: reference: reference {truth}/shape.tif lies on another grid",
         "the scene's shape is (72, 96), the other's (71, 96)",
     ],
-    "far": ["districts.geojson: none of its 2 regions touches the scene", "x 900000 to 902880"],
 }
+FAR = ["districts.geojson: none of its 2 regions touches the scene", "x 900000 to 902880"]
+"""What is noted of the scene beside all districts, which is done without data of them."""
 
 
 def districts(labels: np.ndarray) -> dict[tuple[str, int], float]:
@@ -90,7 +91,7 @@ def test_a_wrong_scene_fails_alone_and_is_told_everywhere(
         messages.append((f"scene: {name}", 1, f"failed: {name}: {lines[name]}"))
         for word in words:
             assert word.format(scenes=tmp_path / "scenes", truth=truth) in lines[name]
-    assert ended.out.splitlines()[0] == "trial: 2 of 10 scenes done"
+    assert ended.out.splitlines()[0] == "trial: 3 of 10 scenes done"
 
     run = only_run(out)
     rows = pd.read_csv(run / "regions.csv", keep_default_na=False, na_values=[""])
@@ -101,21 +102,30 @@ def test_a_wrong_scene_fails_alone_and_is_told_everywhere(
         assert found == districts(world.labels(seed))
     metrics = pd.read_csv(run / "metrics.csv", keep_default_na=False, na_values=[""])
     for name in WRONG_SCENES:
+        compared = metrics[metrics["scene"] == name]
+        assert set(compared["state"]) == {"failed"}
+        assert set(compared["reason"]) == {lines[name].removeprefix("not measured: reference: ")}
+        assert compared["iou"].isna().all()
         mine = rows[rows["scene"] == name]
+        if name == "shape":  # its areas need no reference
+            assert set(mine["state"]) == {"measured"}
+            continue
         assert list(mine["class"]) == ["ground", "crop", "water"]
         assert set(mine["state"]) == {"failed"}
         assert mine[["count", "area_m2", "share"]].isna().all(axis=None)
-        compared = metrics[metrics["scene"] == name]
-        assert set(compared["state"]) == {"failed"}
-        assert set(compared["reason"]) == {lines[name]}
-        assert compared["iou"].isna().all()
+    beside = rows[rows["scene"] == "far"].set_index("region")["state"]
+    assert {region: beside[region].unique().tolist() for region in beside.index.unique()} == {
+        "scene": ["measured"], "north": ["no_data"], "south east": ["no_data"],
+    }  # fmt: skip
 
     record = json.loads((run / "run.json").read_text())
     states = {s["name"]: (s["state"], s["error"]) for s in record["scenes"]}
     assert states == {
         **{n: ("failed", lines[n]) for n in WRONG_SCENES},
-        **dict.fromkeys(("first", "last"), ("done", "")),
+        **dict.fromkeys(("first", "far", "last"), ("done", "")),
     }
+    (notes,) = (" ".join(s["notes"]) for s in record["scenes"] if s["name"] == "far")
+    assert all(word in notes for word in FAR)
     page = (run / "report.html").read_text()
     for name in WRONG_SCENES:
         assert name in page

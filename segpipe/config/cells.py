@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
+CSV_ERRORS = (OSError, ValueError, csv.Error)
+"""What reading a CSV file raises; ValueError: it is not UTF-8, or its path holds a NUL."""
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 """What a text begins with that a spreadsheet would calculate, or that looks as if we had escaped it."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from segpipe.config.card import Class
-from segpipe.config.cells import plain_cell
+from segpipe.config.cells import CSV_ERRORS, plain_cell
 from segpipe.config.loading import read_yaml, validate
 from segpipe.errors import RequestError
 
@@ -37,6 +37,8 @@ class LabelClass(Class):
             value = int(data.get("value", ""))
         except (TypeError, ValueError):
             return data  # the field's own check says what is wrong
+        if not 0 <= value <= LARGEST_VALUE:
+            return data
         return {"color": color_of(value), "background": value == BACKGROUND, **data}
 
 
@@ -80,17 +82,18 @@ def load_classes(path: str) -> tuple[Class, ...]:
 def _csv_rows(path: str) -> list[dict[str, str]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+        columns = reader.fieldnames = [c.strip() for c in reader.fieldnames or ()]
+        rows = list(reader)
+    except CSV_ERRORS as error:
+        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        reason = getattr(error, "strerror", None) or why
         raise RequestError(f"classes: {path} cannot be read ({reason}); give a CSV or YAML file") from error
-    rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    columns = [c.strip() for c in rows.fieldnames or ()]
     if not {"value", "name"} <= set(columns):
         raise RequestError(
             f"classes: {path} has columns {', '.join(columns) or 'none'}; "
             "needed: value, name (, color, background)"
         )
-    rows.fieldnames = columns
     known = ("value", "name", "color", "background")
     return [{k: plain_cell((row[k] or "").strip()) for k in known if k in row} for row in rows]
 

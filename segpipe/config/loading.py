@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from segpipe.config.cells import plain_cell
+from segpipe.config.cells import CSV_ERRORS, plain_cell
 from segpipe.config.parsing import parse_yaml
 from segpipe.errors import RequestError
 
@@ -166,7 +166,7 @@ def load_groups(path: str, scenes: Iterable[str]) -> dict[str, str]:
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except CSV_ERRORS as error:
         raise RequestError(f"{FIELD}: {path} cannot be read: {error}") from error
     columns = list(rows[0]) if rows else []
     if not {"scene", "group"} <= set(columns):

@@ -89,8 +89,8 @@ def write_bids(location: str, folder: Path, record: RunRecord, nodata: int | Non
         record: of the run.
         nodata: label of voxels without data in any of the files, or None.
     """
-    labels = {s.name: p for s in record.done if (p := s.files.get("labels", "")).endswith(".nii.gz")}
-    parsed = {s.name: parse_bids(s.uri) for s in record.done if s.name in labels}
+    labels = {s.name: p for s in record.mapped if (p := s.files.get("labels", "")).endswith(".nii.gz")}
+    parsed = {s.name: parse_bids(s.uri) for s in record.mapped if s.name in labels}
     files = {name: file for name, file in parsed.items() if file is not None}
     if not files:
         return Derivatives((), {})

@@ -220,7 +220,7 @@ def read_seals(location: str, record: RunRecord) -> dict[str, tuple[dict[str, An
         return told, Mark.of(data)
 
     with ThreadPoolExecutor(READERS) as pool:
-        names = [scene.name for scene in record.done]
+        names = [scene.name for scene in record.mapped]
         paths = [f"scenes/{name}/{MANIFEST}" for name in names]
         return dict(zip(paths, pool.map(read, names), strict=True))
 
@@ -252,7 +252,7 @@ def _manifest(location: str, record: RunRecord, known: Marks, copies: Mapping[st
     found: Marks = {}
     scenes = []
     seals = read_seals(location, record)
-    for scene, (path, (told, mark)) in zip(record.done, seals.items(), strict=True):
+    for scene, (path, (told, mark)) in zip(record.mapped, seals.items(), strict=True):
         scenes.append({"name": scene.name, **told["source"], "keys": dict(scene.keys)})
         found |= {path: mark, **{file: Mark(**listed) for file, listed in told["files"].items()}}
     found |= known

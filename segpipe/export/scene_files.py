@@ -30,6 +30,7 @@ from segpipe.pipeline.measure import Measured, shown_classes
 from segpipe.pipeline.model_scene import Scene
 from segpipe.pipeline.progress import Done
 from segpipe.pipeline.scene import MeasurableScene
+from segpipe.pipeline.unmeasured import measuring
 from segpipe.redact import clean
 from segpipe.regions import region_layer
 from segpipe.sources.base import Pixels, SceneRef
@@ -77,10 +78,13 @@ def export_scene(scene: MeasurableScene, measured: Measured, run: RunFolder) -> 
 def _write_regions(scene: MeasurableScene, measured: Measured, path: Path) -> bool:
     """The polygons with their numbers, where the regions are polygons and not too many classes."""
     classes = shown_classes(scene, measured.values)
-    layer = region_layer(scene.job.regions, scene.geometry) if scene.job.regions else None
+    with measuring("regions"):
+        layer = region_layer(scene.job.regions, scene.geometry) if scene.job.regions else None
     if layer is None or len(classes) > MOST_CLASSES:
         return False
     tallies = [SceneTallies.of(scene.ref.name, measured)]
+    if measured.damaged:
+        tallies.append(SceneTallies(scene.ref.name, regions=measured.damaged))
     metrics = metric_table(tallies, classes) if measured.reference else None
     write_regions(layer, region_table(tallies, classes), metrics, path)
     return True
@@ -152,9 +156,10 @@ def _previews(scene: MeasurableScene, measured: Measured) -> Previews:
         labels = stack.enter_context(scene.open_labels())
         truth = None
         if scene.job.reference is not None:
-            uri = find_reference(scene.job.reference, scene.ref.name)
-            reference = open_reference(scene.job.reference, uri, geometry, scene.id_rule)
-            truth = stack.enter_context(reference).read
+            with measuring("reference"):
+                uri = find_reference(scene.job.reference, scene.ref.name)
+                reference = open_reference(scene.job.reference, uri, geometry, scene.id_rule)
+            truth = measuring("reference")(stack.enter_context(reference).read)
 
         def image(box: Box, channels: tuple[int, ...] | None = None, /) -> Pixels:
             pixels = store.read(box)
@@ -196,15 +201,26 @@ def drop_unkept(scene: Scene) -> None:
 
 
 def done_record(
-    scene: MeasurableScene, measured: Measured, files: Mapping[str, str], steps: Mapping[str, Done]
+    scene: MeasurableScene,
+    measured: Measured,
+    files: Mapping[str, str],
+    steps: Mapping[str, Done],
+    unmeasured: Mapping[str, str] | None = None,
 ) -> SceneRecord:
-    """The record of a scene that is done.
+    """The record of a scene whose map is written: it is done if all of it was measured.
 
     Args:
         steps: by stage; a stage of which nothing was computed is listed as reused.
+        unmeasured: what could not be measured, to the reason.
     """
+    unmeasured = {part: clean(" ".join(reason.split())) for part, reason in (unmeasured or {}).items()}
+    if measured.damaged:
+        which = ", ".join(measured.damaged[:5])
+        more = f" and {len(measured.damaged) - 5} more" if len(measured.damaged) > 5 else ""
+        unmeasured["regions"] = f"vertices that are not finite in {which}{more}"
+    told = [f"{part}: {reason}" for part, reason in unmeasured.items()]
     classes = shown_classes(scene, measured.values)
-    notes = [*scene.notes, *measured.notes, *export_notes(scene)]
+    notes = [*scene.notes, *measured.notes, *export_notes(scene), *(f"not measured: {t}" for t in told)]
     account = scene.account()
     notes += account.notes
     keys = {**account.keys, "labels": scene.labels_key, "measure": measured.stage.key}
@@ -218,7 +234,9 @@ def done_record(
     return SceneRecord(
         name=scene.ref.name,
         uri=str(scene.ref.uri),
-        state="done",
+        state="failed" if told else "done",
+        error=f"not measured: {'; '.join(told)}" if told else "",
+        unmeasured=unmeasured,
         notes=tuple(notes),
         geometry=geometry_summary(scene.geometry),
         keys=keys,

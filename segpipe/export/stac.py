@@ -118,7 +118,7 @@ def run_catalog(record: RunRecord) -> str:
     )
     catalog.clear_links("root")
     catalog.add_link(pystac.Link("root", f"./{CATALOG}", pystac.MediaType.JSON, title))
-    for scene in record.done:
+    for scene in record.mapped:
         if ITEM in scene.files.get("item", ""):
             link = pystac.Link("item", f"./{scene.files['item']}", pystac.MediaType.GEOJSON, scene.name)
             catalog.add_link(link)

@@ -21,7 +21,7 @@ from segpipe.lake.ledger import Known, Ledger
 from segpipe.lake.listing import list_lake
 from segpipe.redact import seal, whole
 from segpipe.report.markdown import plain_text
-from segpipe.runs.check import ResolvedJob, check_job, fingerprint
+from segpipe.runs.check import ResolvedJob, check_job, check_network, fingerprint
 from segpipe.sources.base import SceneRef
 from segpipe.sources.remote import is_remote, remote_identity
 from segpipe.store.location import check_writable, is_url
@@ -65,6 +65,7 @@ def check_scan(scan: Scan) -> ScanRequest:
     _check_apart(scan)
     job = scan.job([scan.lake.location])
     resolved = check_job(job)
+    check_network(resolved)
     check_writable(job.outputs.dir)
     ledger = Ledger(job.outputs.dir, f"{scan.name}-{_mark(scan, resolved.card)}")
     return ScanRequest(scan, resolved, ledger)

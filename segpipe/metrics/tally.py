@@ -71,6 +71,11 @@ class SizeScale:
         rows = np.rint(sizes / largest * (1 << bits)).astype(np.int64)
         return cls(geometry.size_unit, largest, bits, rows)
 
+    @classmethod
+    def elements(cls, geometry: Geometry) -> SizeScale:
+        """The scale of a scene whose elements have no size: each counts as one."""
+        return cls("px", 1.0, 16, np.full(geometry.shape[0], 1 << 16))
+
     @property
     def uniform(self) -> bool:
         """Whether all elements have the same size."""

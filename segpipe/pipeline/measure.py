@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -50,7 +50,8 @@ from segpipe.objects.table import FACTS, Members, ObjectTable, members_tile
 from segpipe.objects.table import add as add_members
 from segpipe.pipeline.given_scene import LabelledScene
 from segpipe.pipeline.progress import Done
-from segpipe.pipeline.scene import MeasurableScene
+from segpipe.pipeline.scene import MeasurableScene, check_others
+from segpipe.pipeline.unmeasured import measuring
 from segpipe.process.allocator import release
 from segpipe.regions import measured_regions
 from segpipe.regions.base import RegionSet
@@ -107,6 +108,8 @@ class Measured:
     """Of the scene, where objects were found."""
     surfaces: dict[str, Any] | None = None
     """See `segpipe.pipeline.measure`; None: not requested, or no reference."""
+    damaged: tuple[str, ...] = ()
+    """Regions that cannot be measured, none of `regions`."""
 
     @property
     def values(self) -> list[int]:
@@ -115,28 +118,41 @@ class Measured:
         return [int(v) for v in found[found >= 0]]
 
 
-def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tuple[Measured, Done]:
+def measure_scene(
+    scene: MeasurableScene, stop: StopToken | None = None, unmeasured: Collection[str] = ()
+) -> tuple[Measured, Done]:
     """Tally every tile of a finished label map that is not tallied yet.
+
+    Args:
+        scene: whose labels are finished.
+        stop: looked at before every tile.
+        unmeasured: parts that were found not to be measurable (`segpipe.pipeline.unmeasured`).
 
     Raises:
         StoppedError: a stop was requested; the tiles tallied so far stay.
-        SceneError: regions, reference or labels do not fit the scene, or cannot be read.
+        UnmeasuredError: regions or reference do not fit the scene or cannot be read, or its elements have
+            no size; the labels may be fine.
+        SceneError: the labels cannot be read.
     """
     begun = time.perf_counter()
     computed = reused = 0
     with ExitStack() as stack:
-        regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
-        reference = _reference(scene, stack)
-        parts = _parts(scene, regions, reference)
+        with measuring("size"):
+            scale = (SizeScale.elements if "size" in unmeasured else SizeScale.of)(scene.geometry)
+        with measuring("regions"):
+            regions = stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
+        with measuring("reference"):
+            reference = _reference(scene, stack)
+        parts = _parts(scene, regions, reference) | ({"size": scale.unit} if "size" in unmeasured else {})
         stage = Stage(scene.job.outputs.dir, stage_key("measure", parts))
         rule = scene.id_rule
         read = stack.enter_context(scene.open_labels(ids=rule is not None and not scene.finds_objects))
         found_ids = stack.enter_context(scene.open_labels(ids=True)) if scene.finds_objects else None
-        image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
+        with measuring("intensity"):
+            image = stack.enter_context(scene.open_image()) if scene.job.measure.intensity else None
         doubt = scene.open_uncertainty()
         stage.scrub()
         done = stage.done()
-        scale = SizeScale.of(scene.geometry)
         for number, box in enumerate(measure_tiles(scene.geometry)):
             name = f"{number:08d}"
             if name in done:
@@ -144,21 +160,25 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
                 continue
             if stop is not None:
                 stop.check()
-            truth, true_ids = reference.read_both(box) if reference else (None, None)
+            with measuring("reference"):
+                truth, true_ids = reference.read_both(box) if reference else (None, None)
             labels = read(box)
             ids = found_ids(box) if found_ids else labels
             shares = doubt(box) if doubt else None
             receipt: dict[str, Any] = {}
             if found_ids:
-                receipt["members"] = members_tile(ids, regions, box).to_json()
+                with measuring("regions"):
+                    receipt["members"] = members_tile(ids, regions, box).to_json()
             if rule is not None and true_ids is not None:
                 void = np.where(labels == scene.nodata, -1, ids.astype(np.int64)) if found_ids else ids
                 receipt["objects"] = overlap_tile(void, true_ids, box, scale).to_json()
                 labels = labels if found_ids else one_class(labels)
-            tally = measure_tile(labels, scene.nodata, truth, regions, box, scene.geometry.box, scale)
+            with measuring("regions"):
+                tally = measure_tile(labels, scene.nodata, truth, regions, box, scene.geometry.box, scale)
             receipt |= tally.to_json()
             if image is not None:
-                found = measure_intensity(image.read(box), labels, scene.nodata, regions, box)
+                with measuring("intensity"):
+                    found = measure_intensity(image.read(box), labels, scene.nodata, regions, box)
                 receipt["intensity"] = found.to_json()
             if shares is not None:
                 receipt |= _doubt(shares, labels, truth, scene.nodata, regions, box)
@@ -172,13 +192,15 @@ def measure_scene(scene: MeasurableScene, stop: StopToken | None = None) -> tupl
             if scene.prompted:
                 stage.write_bytes(FACTS_FILE, objects.read_part(FACTS))
                 beside.append(FACTS_FILE)
-        info = {**_info(scene, regions, reference), "tiles": number + 1, "beside": beside}
+        info = {**_info(scene, regions, reference, scale), "tiles": number + 1, "beside": beside}
         stage.write_json("info.json", info)
         stage.compact()
         if scene.job.measure.surface and reference and stage.read_json(SURFACES) is None:
             classes = shown_classes(scene, load_measured(stage).values)
             classed = stack.enter_context(scene.open_labels())
-            stage.write_json(SURFACES, measure_surfaces(scene, classes, classed, reference, stop))
+            with measuring("surface"):
+                surfaces = measure_surfaces(scene, classes, classed, reference, stop)
+            stage.write_json(SURFACES, surfaces)
             computed += 1
         if scene.job.measure.surface and reference:
             stage.write_json("info.json", {**info, "beside": [*beside, SURFACES]})
@@ -247,6 +269,7 @@ def load_measured(stage: Stage) -> Measured:
         rule=IdRule(**info["rule"]) if info.get("rule") else None,
         geometry=geometry_from_dict(info["geometry"]) if found else None,
         surfaces=stage.read_json(SURFACES),
+        damaged=tuple(info.get("damaged", ())),
     )
 
 
@@ -260,9 +283,7 @@ def check_measure(scene: S) -> S:
     Raises:
         SceneError, RequestError: they do not fit the scene.
     """
-    with ExitStack() as stack:
-        stack.enter_context(measured_regions(scene.job.regions, scene.geometry))
-        _reference(scene, stack)
+    check_others(scene.job, scene.ref, scene.geometry)
     return scene
 
 
@@ -281,11 +302,18 @@ def _check_inputs(scene: MeasurableScene, parts: Mapping[str, Any], stage: Stage
         SceneError: a file is another one now. What was made of it is dropped: the file may come back.
     """
     try:
-        check_unchanged([scene.inputs, parts["regions"], parts["reference"]])
+        check_unchanged(scene.inputs)
     except SceneError:
         for made in (stage, *scene.stages):
             made.drop()
         raise
+    for part in ("regions", "reference"):
+        try:
+            with measuring(part):
+                check_unchanged(parts[part])
+        except SceneError:
+            stage.drop()
+            raise
 
 
 def _parts(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> dict[str, Any]:
@@ -321,12 +349,15 @@ def _channels(scene: MeasurableScene) -> list[Channel]:
     return [Channel(name, scaling) for name, scaling in zip(names, scene.pixels.scaling, strict=True)]
 
 
-def _info(scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None) -> dict[str, Any]:
+def _info(
+    scene: MeasurableScene, regions: RegionSet, reference: ReferenceLabels | None, scale: SizeScale
+) -> dict[str, Any]:
     return {
         "scene": scene.ref.name,
         "regions": list(regions.names),
         "outside": [regions.outside(i) for i in range(len(regions.names))],
-        "scale": SizeScale.of(scene.geometry).to_dict(),
+        "damaged": list(regions.damaged),
+        "scale": scale.to_dict(),
         "reference": reference.uri if reference else None,
         "intensity": [c.to_json() for c in _channels(scene)],
         "uncertainty": list(scene.uncertainty),

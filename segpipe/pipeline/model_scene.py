@@ -26,7 +26,7 @@ from segpipe.pipeline.plan_scene import (
     predict_key,
     scene_grid,
 )
-from segpipe.pipeline.scene import PredictedScene, SceneAccount, hardest, open_scene
+from segpipe.pipeline.scene import PredictedScene, SceneAccount, check_others, hardest, open_scene
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels, ingest_all
 from segpipe.sources.base import SceneRef, match_bands
 from segpipe.store.arrays import ArraySpec
@@ -124,12 +124,7 @@ def prepare_scene(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Sc
     direct = job.tiling.store is StoreMode.direct
     with SceneBlocks(pixels, None if direct else ingest) as first:
         grid, statistics = _first_pass(job, card, settings, first, ingest)
-    if card.output.kind != "semantic" and not grid.identity:
-        raise SceneError(
-            f"the card {card.name!r} finds objects on the scene's own grid; this scene would have to be "
-            "resampled or turned for it: leave out its input.spacing and orientation, or resample the scene"
-        )
-    plan = plan_scene(job, card, settings, grid, np.dtype(pixels.dtype), cache)
+    plan = plan_scene(job, card, settings, _own_grid(card, grid), np.dtype(pixels.dtype), cache)
     predict = Stage(job.outputs.dir, predict_key(job, card, settings, ingest.key, plan.lattice))
     return Scene(
         ref=ref,
@@ -211,14 +206,33 @@ def _wanted(job: Job) -> list[str]:
 
 
 def dry_plan(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Plan:
-    """The plan of a scene without touching the store.
+    """The plan of a scene without touching the store; regions and reference are held against it.
 
     A card with a region of interest is planned over the whole scene: the region is not known yet.
+
+    Raises:
+        SceneError, RequestError: as `prepare_scene` and `segpipe.pipeline.measure.check_measure`.
     """
     with open_scene(job, ref) as source:
         match_bands(card, source)
-        grid = scene_grid(card, source.geometry, None)
-        return plan_scene(job, card, settings, grid, source.dtype, source.cache_bytes)
+        grid = _own_grid(card, scene_grid(card, source.geometry, None))
+        plan = plan_scene(job, card, settings, grid, source.dtype, source.cache_bytes)
+        check_others(job, ref, source.geometry)
+    return plan
+
+
+def _own_grid(card: Card, grid: GridMap) -> GridMap:
+    """The same grid, on which the card's model can be run.
+
+    Raises:
+        SceneError: it would find objects on another one than the scene's.
+    """
+    if card.output.kind != "semantic" and not grid.identity:
+        raise SceneError(
+            f"the card {card.name!r} finds objects on the scene's own grid; this scene would have to be "
+            "resampled or turned for it: leave out its input.spacing and orientation, or resample the scene"
+        )
+    return grid
 
 
 def image_arrays(pixels: ScenePixels) -> list[ArraySpec]:

@@ -21,9 +21,10 @@ from segpipe.geometry.box import Box
 from segpipe.geometry.geometry import Geometry
 from segpipe.inference.settings import Settings
 from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
+from segpipe.regions import measured_regions
 from segpipe.sources import SceneRef, open_source
 from segpipe.sources.base import Source
-from segpipe.sources.labels import IdRule
+from segpipe.sources.labels import IdRule, find_reference, open_reference
 from segpipe.store.stage import Stage
 
 
@@ -184,3 +185,14 @@ def open_scene(job: Job, ref: SceneRef) -> Source:
 
         require_uids(source.uri, source.slices)
     return source
+
+
+def check_others(job: Job, ref: SceneRef, geometry: Geometry) -> None:
+    """Open the regions and the reference of a scene, and hold them against its grid.
+
+    Raises:
+        SceneError, RequestError: they do not fit the scene.
+    """
+    measured_regions(job.regions, geometry).close()
+    if job.reference is not None:
+        open_reference(job.reference, find_reference(job.reference, ref.name), geometry).close()

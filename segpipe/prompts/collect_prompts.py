@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from segpipe.config.job import Job
 from segpipe.geometry.box import Box
-from segpipe.inference.settings import Settings
 from segpipe.pipeline.given_scene import find_labels
 from segpipe.pipeline.model_scene import Scene
 from segpipe.prompts.grounding.base import Grounding, PhraseAccount, VocabularyGrounder
@@ -22,7 +20,7 @@ from segpipe.prompts.inputs.components import read_labels
 from segpipe.prompts.inputs.prompt_files import read_prompts
 from segpipe.prompts.masks.embeddings import window_id
 from segpipe.prompts.phrases import parse_phrases
-from segpipe.prompts.prompt_scene import ASKED, PromptScene, prepare_prompts
+from segpipe.prompts.prompt_scene import ASKED, PromptScene
 from segpipe.prompts.prompt_set import (
     PromptSet,
     PromptSource,
@@ -31,7 +29,6 @@ from segpipe.prompts.prompt_set import (
     make_points,
     make_prompts,
 )
-from segpipe.sources import SceneRef
 from segpipe.tables.units import byte_size
 from segpipe.tiling.windows import Blocks
 
@@ -155,12 +152,14 @@ def phrase_row(account: PhraseAccount, merged: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prompt_line(job: Job, ref: SceneRef, settings: Settings) -> str:
+def prompt_line(scene: PromptScene) -> str:
     """Return what a scene takes, in a line: windows to encode and what is kept of them, a grounder's work.
 
     Of phrases and of volumes it is the most it can be: where their objects are shows when they are found.
+
+    Raises:
+        RequestError, SceneError: as `collect_prompts`.
     """
-    scene = prepare_prompts(job, ref, settings)
     kept = set(scene.embeddings.stage.done()) if scene.embeddings.stage.exists else set()
     windows, at_most = _windows(scene)
     new = len(windows - kept) if not at_most else max(0, len(windows) - len(kept))
@@ -182,11 +181,12 @@ def prompt_line(job: Job, ref: SceneRef, settings: Settings) -> str:
 def _windows(scene: PromptScene) -> tuple[set[str], bool]:
     """Return names of the windows, and whether they are more than will be segmented."""
     options, pyramid = scene.options, scene.pyramid
+    parts = list(_of_files(scene))
     if scene.planes.axis is not None:
         return {str(i) for i in range(scene.planes.count)}, True
     if options.text:
         return {window_id(w) for w in detection_windows(pyramid, range(pyramid.levels))}, True
-    extents = [part.extents() for part in _of_files(scene) if len(part)]
+    extents = [part.extents() for part in parts if len(part)]
     names = {window_id(w) for e in extents for w in pyramid.needed(e.start, e.stop)[0]}
     if options.everything:
         names |= {window_id(w) for w in detection_windows(pyramid, range(options.grid.levels))}

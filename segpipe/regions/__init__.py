@@ -42,6 +42,26 @@ def load_regions(config: Regions | None, geometry: Geometry) -> RegionSet:
     return load_polygons(config, geometry)
 
 
+def check_regions(config: Regions) -> None:
+    """Read what can be read of regions before any scene is seen.
+
+    Raises:
+        RequestError: as `load_regions`.
+    """
+    if is_grid(config.path):
+        from segpipe.regions.grids import parse_grid
+
+        parse_grid(config)
+    elif is_atlas(config.path):
+        from segpipe.regions.atlas import open_atlas
+
+        open_atlas(config)[0].close()
+    else:
+        from segpipe.regions.layer import read_layer
+
+        read_layer(config)
+
+
 def region_layer(config: Regions, geometry: Geometry) -> Layer | None:
     """The polygons of a scene's regions as they were given, by the names they are measured under.
 

@@ -12,7 +12,7 @@ import numpy as np
 from pyproj import CRS, Transformer
 from scipy.ndimage import find_objects
 
-from segpipe.config.cells import plain_cell
+from segpipe.config.cells import CSV_ERRORS, plain_cell
 from segpipe.config.job import Regions
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.alignment import element_map, same_grid
@@ -185,17 +185,30 @@ def _transformer(first: CRS, second: CRS) -> Transformer | None:
     return None if first == second else Transformer.from_crs(first, second, always_xy=True)
 
 
-def load_atlas(config: Regions, geometry: Geometry) -> AtlasRegions:
-    """The regions of an atlas over one scene.
+def open_atlas(config: Regions) -> tuple[LabelFile, dict[int, str]]:
+    """The file of an atlas and the names of its regions, before any scene is seen.
 
     Raises:
-        RequestError: `regions.layer` is set, or `regions.name` is no CSV with value,name.
-        SceneError: the atlas cannot be opened, holds no labels, or cannot be related to the scene.
+        RequestError: `regions.layer` is set, `regions.name` is no CSV with value,name, or the atlas is no
+            file of labels.
     """
     if config.layer:
         raise RequestError(f"regions.layer: {config.path} is a label atlas and has no layers")
     names = read_names(config.name) if config.name else {}
-    file = LabelFile(config.path)
+    try:
+        return LabelFile(config.path), names
+    except SceneError as error:
+        raise RequestError(f"regions.path: {error}") from error
+
+
+def load_atlas(config: Regions, geometry: Geometry) -> AtlasRegions:
+    """The regions of an atlas over one scene.
+
+    Raises:
+        RequestError: as `open_atlas`.
+        SceneError: the atlas holds no labels, or cannot be related to the scene.
+    """
+    file, names = open_atlas(config)
     try:
         regions = AtlasRegions(file, geometry, names)
     except SceneError as error:
@@ -223,22 +236,21 @@ def read_names(path: str) -> dict[int, str]:
             f"regions.name: found {path!r}; for a label atlas, give a CSV with columns value,name"
         )
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        rows = csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        columns = rows.fieldnames = [c.strip() for c in rows.fieldnames or ()]
+        numbered = [(rows.line_num, row) for row in rows]
+    except CSV_ERRORS as error:
         raise RequestError(f"regions.name: {path} cannot be read ({error})") from error
-    rows = csv.DictReader(text.splitlines())
-    columns = [c.strip() for c in rows.fieldnames or ()]
     if not {"value", "name"} <= set(columns):
         raise RequestError(
             f"regions.name: {path} has columns {', '.join(columns) or 'none'}; needed: value, name"
         )
-    rows.fieldnames = columns
     names: dict[int, str] = {}
-    for row in rows:
+    for line, row in numbered:
         value = (row["value"] or "").strip()
         if not value.isdecimal() or len(value) > DIGITS or int(value) == 0 or int(value) in names:
             raise RequestError(
-                f"regions.name: {path} line {rows.line_num}: found value {value!r}; "
+                f"regions.name: {path} line {line}: found value {value!r}; "
                 "each is a whole number above 0 and stands once"
             )
         names[int(value)] = plain_cell((row["name"] or "").strip()) or value

@@ -55,6 +55,8 @@ class RegionSet(ABC):
     """One per region, all different."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know (repaired polygons, a resampled atlas, …)."""
+    damaged: tuple[str, ...] = ()
+    """Regions that were given and cannot be measured; none of `names`."""
 
     @abstractmethod
     def cover(self, tile: Box) -> Iterator[Cover]:
@@ -116,7 +118,7 @@ class WithScene(RegionSet):
         self._scene = WholeScene(geometry)
         self._regions = regions
         self.names = different((SCENE, *regions.names))
-        self.notes = regions.notes
+        self.notes, self.damaged = regions.notes, regions.damaged
 
     def cover(self, tile: Box) -> Iterator[Cover]:
         """The scene's cover, then the regions'."""

@@ -24,6 +24,8 @@ from segpipe.regions.polygons import PolygonRegions, footprint, place_layer
 FINEST_H3 = 15
 MOST_CELLS = 100_000
 """Over one scene; a finer grid is refused."""
+WIDEST_DEGREES = 90
+"""A square of as many degrees is meant in metres."""
 ARC = np.radians(0.01)
 """H3 cells have great circles for edges: they are split into arcs of at most this, in radians."""
 
@@ -107,6 +109,12 @@ def _squares(grid: Grid, geometry: RasterGeometry) -> Layer:
     crs = None if geometry.projection is None else horizontal_crs(geometry.projection)
     scene = footprint(geometry, None)
     edge = float(grid.size)
+    if crs is not None and not crs.is_projected and edge >= WIDEST_DEGREES:
+        raise SceneError(
+            f"regions.path: {grid.text} is in the units of {crs.name}, the scene's CRS: "
+            f"{crs.axis_info[0].unit_name}; "
+            "valid: such as grid:0.01; for metres, warp the scene to a projected CRS"
+        )
     west, south, east, north = (float(v) / edge for v in scene.bounds)
     first = int(np.floor(west)), int(np.floor(south))
     stop = int(np.ceil(east)), int(np.ceil(north))

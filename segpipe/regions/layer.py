@@ -39,6 +39,8 @@ class Layer:
     notes: tuple[str, ...]
     digest: str
     """Hash of names, coordinates as they were given, and CRS."""
+    damaged: np.ndarray
+    """Whether a polygon had vertices that are not finite, and is empty here; bool array."""
 
 
 def make_layer(
@@ -60,19 +62,16 @@ def make_layer(
         dtype=object,
     )
     said = list(notes)
-    if wild.any():
-        which = ", ".join(names[i] for i in np.flatnonzero(wild)[:5])
-        said.append(f"{int(wild.sum())} regions with vertices that are not finite are not measured: {which}")
     if broken.any():
         which = ", ".join(names[i] for i in np.flatnonzero(broken)[:5])
         said.append(f"{int(broken.sum())} invalid region polygons were repaired: {which}")
-    empty = [n for n, g in zip(names, valid, strict=True) if g.is_empty]
+    empty = [n for n, g, bad in zip(names, valid, wild, strict=True) if g.is_empty and not bad]
     if empty:
         said.append(f"{len(empty)} regions have no area: {', '.join(empty[:5])}")
     digest = hashlib.sha256(repr((list(names), None if crs is None else crs.to_wkt())).encode())
     for wkb in shapely.to_wkb(polygons, byte_order=1):
         digest.update(wkb)
-    return Layer(path, different(names), valid, crs, tuple(said), digest.hexdigest())
+    return Layer(path, different(names), valid, crs, tuple(said), digest.hexdigest(), wild)
 
 
 def _cleaned(polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +148,10 @@ def _read_layer(path: str, name: str | None, attribute: str | None, _stamp: obje
         else [_label(v, i) for i, v in enumerate(frame[attribute])]
     )
     crs = None if frame.crs is None else horizontal_crs(CRS.from_user_input(frame.crs))
-    return make_layer(path, names, raw, crs)
+    layer = make_layer(path, names, raw, crs)
+    if layer.damaged.all():
+        raise RequestError(f"regions.path: {path}: every polygon has vertices that are not finite")
+    return layer
 
 
 def _read_vector(path: str, name: str | None) -> geopandas.GeoDataFrame:

@@ -43,9 +43,11 @@ class PolygonRegions(RegionSet):
         outside: Sequence[int],
         identity: dict[str, Any],
         notes: Sequence[str] = (),
+        damaged: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
         self.notes = tuple(notes)
+        self.damaged = tuple(damaged)
         self._polygons = polygons
         self._outside = tuple(outside)
         self._identity = identity
@@ -84,8 +86,8 @@ def load_polygons(config: Regions, geometry: Geometry) -> PolygonRegions:
     Raises:
         RequestError: the layer cannot be read or has no such attribute; it has no CRS and the
             scene has one; or the scene is a volume.
-        SceneError: the scene has no CRS and the layer has one; no polygon touches the scene; or
-            the layer cannot be transformed to the scene's CRS.
+        SceneError: the scene has no CRS and the layer has one, or the layer cannot be transformed to
+            the scene's CRS.
     """
     if not isinstance(geometry, RasterGeometry):
         raise RequestError(
@@ -115,16 +117,17 @@ def place_layer(layer: Layer, geometry: RasterGeometry, *, drop_missed: bool = F
         raise SceneError(f"{layer.path}: its CRS does not lead to the scene's: {reason(error)}") from error
     windows = footprint(geometry, transformer)
     pixels, outside = _to_pixels(layer, geometry, transformer, windows)
-    touched = ~shapely.is_empty(pixels)
+    touched, notes = ~shapely.is_empty(pixels), list(layer.notes)
     if not touched.any():
-        raise SceneError(
+        notes.append(
             f"{layer.path}: none of its {len(pixels)} regions touches the scene; in the layer's "
             f"coordinates it spans {_spans(layer.polygons)} and the scene {_spans(windows)}"
         )
-    kept = np.flatnonzero(touched) if drop_missed else np.arange(len(pixels))
+    kept = np.flatnonzero(touched if drop_missed else ~layer.damaged)
     names = [layer.names[i] for i in kept]
+    damaged = [layer.names[i] for i in np.flatnonzero(layer.damaged)]
     identity = {"kind": "polygons", "layer": layer.digest}
-    return PolygonRegions(names, pixels[kept], outside[kept].tolist(), identity, layer.notes)
+    return PolygonRegions(names, pixels[kept], outside[kept].tolist(), identity, notes, damaged)
 
 
 def _check_crs(layer: Layer, scene_crs: CRS | None) -> None:

@@ -72,7 +72,7 @@ def scene_path(name: str) -> str:
 
 def page_paths(record: RunRecord) -> list[str]:
     """The pages of a run, from its folder."""
-    return [INDEX, *(scene_path(s.name) for s in record.done if len(record.scenes) > 1)]
+    return [INDEX, *(scene_path(s.name) for s in record.mapped if len(record.scenes) > 1)]
 
 
 def render_pages(
@@ -88,7 +88,9 @@ def render_pages(
     """
     shown = {name: frame for name, frame in tables.items() if name == "regions" or len(frame)}
     if len(record.scenes) == 1:
-        views = [scene_view(s, previews(s.name), {}, record.legend, shown.get("asked")) for s in record.done]
+        views = [
+            scene_view(s, previews(s.name), {}, record.legend, shown.get("asked")) for s in record.mapped
+        ]
         yield INDEX, _index(record, shown, views, {})
         return
     parts = {
@@ -97,12 +99,12 @@ def render_pages(
         if "scene" in frame
     }
     thumbnails: dict[str, str] = {}
-    for number, scene in enumerate(record.done):
+    for number, scene in enumerate(record.mapped):
         pictures = previews(scene.name)
         if pictures is not None:
             thumbnails[scene.name] = data_uri("webp", pictures.thumbnail)
         own = {name: part[scene.name] for name, part in parts.items() if scene.name in part}
-        around = (record.done[number - 1] if number else None, *record.done[number + 1 : number + 2])
+        around = (record.mapped[number - 1] if number else None, *record.mapped[number + 1 : number + 2])
         yield scene_path(scene.name), _scene(record, scene, pictures, own, around)
     yield INDEX, _index(record, shown, [], thumbnails)
 
@@ -110,7 +112,7 @@ def render_pages(
 def _index(record: RunRecord, tables: Tables, views: Sequence[Any], thumbnails: Mapping[str, str]) -> str:
     classes, regions, metrics = record.legend, tables["regions"], tables.get("metrics")
     many = len(record.scenes) > 1
-    links = {s.name: relative(scene_path(s.name)) for s in record.done} if many else {}
+    links = {s.name: relative(scene_path(s.name)) for s in record.mapped} if many else {}
     totals = class_bars(regions, metrics, classes)
     charts = figures(regions, metrics, classes, links) if many else []
     matrix = confusion_matrix(tables.get("confusion"), classes)

@@ -17,12 +17,14 @@ from segpipe.config.job import TTA, Blend, Identity, Job, parse_size
 from segpipe.config.loading import apply_overrides, load_groups, read_yaml, validate
 from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
-from segpipe.models.registry import check_card
+from segpipe.models.registry import build_network, check_card, load_model, load_object_model
 from segpipe.pipeline.measure import TALLY_VERSION, tolerances
 from segpipe.pipeline.plan_scene import model_parts
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.redact import address, seal, whole
+from segpipe.regions import check_regions
 from segpipe.regions.base import is_grid
+from segpipe.runs.plan import check_scenes
 from segpipe.sources import SceneRef, discover
 from segpipe.sources.base import matches
 from segpipe.sources.identity import file_identity, input_identity, members
@@ -30,7 +32,7 @@ from segpipe.sources.mosaic import MOSAIC
 from segpipe.sources.remote import is_remote
 from segpipe.sources.stack import STACK, stack_files
 from segpipe.sources.uri import PACKAGE, package_file
-from segpipe.store.location import check_writable, is_url
+from segpipe.store.location import check_writable, is_url, join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,45 @@ def check_request(job: Job) -> ResolvedJob:
     if job.measure.groups:
         load_groups(job.measure.groups, [scene.name for scene in scenes])
     check_writable(job.outputs.dir)
-    return replace(
-        resolved, scenes=scenes, fingerprint=fingerprint(job, resolved.card, resolved.settings, scenes)
-    )
+    mark = fingerprint(job, resolved.card, resolved.settings, scenes)
+    request = replace(resolved, scenes=scenes, fingerprint=mark)
+    if not _has_ended(request):
+        check_network(request)
+        check_scenes(request)
+    return request
+
+
+def _has_ended(request: ResolvedJob) -> bool:
+    """Whether there is a run of this request: what it was checked for is as it was."""
+    folder = join(request.job.outputs.dir, request.job.name)
+    if not is_url(folder) and not Path(folder).is_dir():
+        return False  # opening it would make it
+    from segpipe.runs.find_run import open_run  # it loads what makes pages
+
+    return open_run(request.job, request.fingerprint)[1] is not None
+
+
+def check_network(resolved: ResolvedJob) -> None:
+    """Build the network of a card that answers without prompts: its weights are read and must fit.
+
+    Where this process computes it is kept for that (`segpipe.models.registry.load_model`).
+
+    Raises:
+        RequestError: the weights are damaged or of another network, or the network does not take what the
+            card says.
+    """
+    card, settings = resolved.card, resolved.settings
+    if card is None or card.answers_prompts:
+        return
+    if resolved.job.compute.clustered:
+        import torch
+
+        build_network(card, torch.device("cpu"), 1)
+    elif card.output.kind == "semantic":
+        how = settings.device, settings.threads, settings.precision
+        load_model(card, *how, compile=settings.compile)
+    else:
+        load_object_model(card, settings.device, settings.threads, settings.precision)
 
 
 def check_job(job: Job) -> ResolvedJob:
@@ -179,9 +217,6 @@ def _check_paths(job: Job) -> None:
         "prompts.earlier": job.prompts.earlier,
     }
     if job.regions and is_grid(job.regions.path):
-        from segpipe.regions.grids import parse_grid  # geopandas, which only few jobs need
-
-        parse_grid(job.regions)
         del paths["regions.path"]
     for field, path in paths.items():
         if not path or is_url(path) or has_magic(path) or path.startswith("/vsi"):
@@ -192,6 +227,8 @@ def _check_paths(job: Job) -> None:
             raise RequestError(f"{field}: {path[:200]} cannot be looked up: {error.strerror}") from error
         if not there:
             raise RequestError(f"{field}: {path} does not exist (seen from the working folder)")
+    if job.regions:
+        check_regions(job.regions)
 
 
 def fingerprint(job: Job, card: Card | None, settings: Settings, scenes: Sequence[SceneRef]) -> str:

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import obstore
 import pandas as pd
-import pyarrow as pa
 
 from segpipe.config.job import Job
-from segpipe.errors import RequestError
+from segpipe.errors import DamagedError, RequestError
 from segpipe.export.run_folder import RunFolder, is_whole, now
 from segpipe.report.run_page import page_paths
-from segpipe.sources.base import reason
-from segpipe.store.location import is_url, join, open_store, read_object
+from segpipe.store.location import is_url, join, open_store, read_object, store_reason
 from segpipe.tables.record import RunRecord, load_record
+from segpipe.tables.table_files import PARQUET_ERRORS
 
 
 def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
@@ -56,13 +55,14 @@ def _read_record(store: obstore.store.ObjectStore, name: str) -> RunRecord | Non
 def _files(record: RunRecord) -> set[str]:
     """Files that a finished run has."""
     files = {*page_paths(record), "results.json", "regions.csv", "regions.parquet"}
-    return files | {file for scene in record.done for file in scene.files.values()}
+    return files | {file for scene in record.mapped for file in scene.files.values()}
 
 
 def read_tables(run: RunFolder) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
     """Regions, metrics and summary of a finished run; the latter two None without a reference."""
     regions = read_table(run, "regions")
-    assert regions is not None
+    if regions is None:
+        raise DamagedError(f"{run.location}: no regions.parquet here; `segpipe report` writes it again")
     return regions, read_table(run, "metrics"), read_table(run, "summary")
 
 
@@ -70,14 +70,15 @@ def read_table(run: RunFolder, name: str) -> pd.DataFrame | None:
     """A table of a finished run, by the name of its file; None where the run has none.
 
     Raises:
-        RequestError: it is damaged.
+        DamagedError: it cannot be read.
     """
     data = read_object(open_store(run.location), f"{name}.parquet")
     try:
         return None if data is None else pd.read_parquet(io.BytesIO(data))
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"{run.location}/{name}.parquet: damaged ({reason(error)}); `segpipe report` makes it again"
+    except PARQUET_ERRORS as error:
+        raise DamagedError(
+            f"{join(run.location, name)}.parquet: cannot be read: {store_reason(error)}; `segpipe report` "
+            "writes the run's tables again"
         ) from error
 
 

@@ -79,7 +79,7 @@ def write_run(run: RunFolder, record: RunRecord) -> None:
 
 def _write(run: RunFolder, record: RunRecord, measured: Mapping[str, Measured]) -> None:
     tables = run_tables(record, measured)
-    keys = {s.name: s.keys["previews"] for s in record.done}
+    keys = {s.name: s.keys["previews"] for s in record.mapped}
 
     def previews(scene: str) -> Previews | None:
         pictures = measured[scene].stage.read_bytes(keys[scene])
@@ -113,7 +113,7 @@ def _write_account(
         written: paths of the run's files that are there already.
     """
     paths, copies = list(written), {}
-    if any("item" in scene.files for scene in record.done):
+    if any("item" in scene.files for scene in record.mapped):
         from segpipe.export.stac import CATALOG, run_catalog  # here: runs of volumes never need pystac
 
         write_atomic(folder / CATALOG, run_catalog(record).encode())

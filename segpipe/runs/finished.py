@@ -115,9 +115,9 @@ class Run:
         return array
 
     def _scene(self, name: str | None) -> SceneRecord:
-        if name is None and len(self.record.done) == 1:
-            return self.record.done[0]
-        for scene in self.record.done:
+        if name is None and len(self.record.mapped) == 1:
+            return self.record.mapped[0]
+        for scene in self.record.mapped:
             if scene.name == name:
                 return scene
         raise RequestError(f"scene: found {name!r}; valid: {', '.join(self.scenes) or 'none is done'}")
@@ -132,7 +132,7 @@ class Run:
         return f"<pre>{html.escape(repr(self))}</pre>{pictures}"
 
     def _pictures(self, count: int = 4) -> Iterator[str]:
-        for scene in [] if is_url(self.path) else self.record.done[:count]:
+        for scene in [] if is_url(self.path) else self.record.mapped[:count]:
             picture = Path(self.path) / scene.files.get("preview", "-")
             if picture.is_file():
                 data = base64.b64encode(picture.read_bytes()).decode()

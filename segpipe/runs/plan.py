@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from obstore.exceptions import BaseError as StorageError
 
 from segpipe.config.job import Job, SceneKind
-from segpipe.errors import SegpipeError
+from segpipe.errors import RequestError, SegpipeError
 from segpipe.metrics.tally import measure_tiles
 from segpipe.pipeline.given_scene import prepare_labelled
+from segpipe.pipeline.measure import check_measure
 from segpipe.pipeline.model_scene import dry_plan
-from segpipe.runs.check import ResolvedJob
+from segpipe.pipeline.scene import open_scene
 from segpipe.sources import SceneRef
 from segpipe.store.location import free_bytes
 from segpipe.tables.units import byte_size
 from segpipe.tiling.plan import Plan
+
+if TYPE_CHECKING:
+    from segpipe.runs.check import ResolvedJob
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,38 @@ def plan_scenes(resolved: ResolvedJob) -> Iterator[ScenePlan]:
             yield PLANS[resolved.job.kind](resolved, ref)
         except SegpipeError as error:
             yield ScenePlan(ref.name, " ".join(str(error).split()), failed=True)
+        except (OSError, MemoryError, StorageError) as error:
+            yield ScenePlan(ref.name, f"{type(error).__name__}: {error}", failed=True)
+
+
+def check_scenes(resolved: ResolvedJob) -> None:
+    """Hold a request against its scenes until one suits it; a scene that does not suit it fails alone.
+
+    Raises:
+        RequestError: no scene that can be opened suits the request: what is wrong is wrong with the request.
+    """
+    told = []
+    for ref in resolved.scenes:
+        try:
+            PLANS[resolved.job.kind](resolved, ref)
+        except SegpipeError as error:
+            if _opens(resolved.job, ref):
+                told.append(f"{ref.name}: {error}")
+        except (OSError, MemoryError, StorageError):  # may do better another time
+            return
+        else:
+            return
+    if told:
+        raise RequestError(told[0])
+
+
+def _opens(job: Job, ref: SceneRef) -> bool:
+    """Whether a scene itself can be read, as far as its header tells."""
+    try:
+        open_scene(job, ref).close()
+    except SegpipeError:
+        return False
+    return True
 
 
 def forecast(resolved: ResolvedJob, plans: Sequence[ScenePlan]) -> tuple[str, bool]:
@@ -60,7 +98,7 @@ def forecast(resolved: ResolvedJob, plans: Sequence[ScenePlan]) -> tuple[str, bo
 
 
 def _given(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
-    scene = prepare_labelled(resolved.job, ref)
+    scene = check_measure(prepare_labelled(resolved.job, ref))
     tiles = sum(1 for _ in measure_tiles(scene.geometry))
     image = " and the image" if scene.job.measure.intensity else ""
     return ScenePlan(ref.name, f"{tiles:,} tiles to measure of {scene.labels}{image}")
@@ -96,8 +134,10 @@ def _run_bytes(plan: Plan, job: Job) -> int:
 
 def _prompted(resolved: ResolvedJob, ref: SceneRef) -> ScenePlan:
     from segpipe.prompts.collect_prompts import prompt_line  # loads torch
+    from segpipe.prompts.prompt_scene import prepare_prompts
 
-    return ScenePlan(ref.name, prompt_line(resolved.job, ref, resolved.settings))
+    scene = check_measure(prepare_prompts(resolved.job, ref, resolved.settings))
+    return ScenePlan(ref.name, prompt_line(scene))
 
 
 PLANS: Mapping[SceneKind, Callable[[ResolvedJob, SceneRef], ScenePlan]] = {

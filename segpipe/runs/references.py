@@ -74,7 +74,7 @@ def references(out: str) -> list[Reference]:
         if not record.failed:  # else the same request goes on with what is stored
             finished[job, mark_of(name)] = max(written, finished.get((job, mark_of(name)), 0.0))
         keep = set(record.job.get("outputs", {}).get("keep", ()))
-        for scene in record.done:
+        for scene in record.mapped:
             for stage, key in scene.keys.items():
                 why = "report" if stage == "measure" else ""
                 why = "keep" if stage in KEPT and KEPT[stage].value in keep else why

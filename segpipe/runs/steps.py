@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from segpipe.config.job import SceneKind
 from segpipe.export.run_folder import RunFolder
 from segpipe.export.scene_files import done_record, drop_unkept, export_scene
 from segpipe.pipeline.given_scene import LabelledScene, prepare_labelled
-from segpipe.pipeline.measure import check_measure, measure_scene
+from segpipe.pipeline.measure import measure_scene
 from segpipe.pipeline.model_scene import Scene, create_stages, pending_blocks, prepare_scene
 from segpipe.pipeline.predict import finish_labels, predict_blocks
 from segpipe.pipeline.progress import Done, Pace, together
 from segpipe.pipeline.scene import MeasurableScene
+from segpipe.pipeline.unmeasured import UnmeasuredError, without
 from segpipe.runs.check import ResolvedJob
 from segpipe.runs.references import note_stages
 from segpipe.sources import SceneRef
@@ -48,14 +50,14 @@ class SceneSteps(ABC, Generic[S]):
 
 class _Given(SceneSteps[LabelledScene]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> LabelledScene:
-        return check_measure(prepare_labelled(resolved.job, ref))
+        return prepare_labelled(resolved.job, ref)
 
 
 class _Predicted(SceneSteps[Scene]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> Scene:
         assert resolved.card is not None
         scene = prepare_scene(resolved.job, resolved.card, ref, resolved.settings)
-        return create_stages(check_measure(scene))
+        return create_stages(scene)
 
     def compute(self, scene: Scene, stop: StopToken | None, progress: Progress) -> Done:
         todo, total = pending_blocks(scene), scene.plan.blocks.count
@@ -75,7 +77,7 @@ class _Prompted(SceneSteps["PromptScene"]):
     def begin(self, resolved: ResolvedJob, ref: SceneRef) -> PromptScene:
         from segpipe.prompts.prompt_scene import create_grounder, prepare_prompts
 
-        return create_grounder(check_measure(prepare_prompts(resolved.job, ref, resolved.settings)))
+        return create_grounder(prepare_prompts(resolved.job, ref, resolved.settings))
 
     def compute(self, scene: PromptScene, stop: StopToken | None, progress: Progress) -> Done:
         from segpipe.prompts.segment_scene import answer_scene
@@ -97,7 +99,7 @@ STEPS: Mapping[SceneKind, SceneSteps[Any]] = {
 
 
 def begin_scene(resolved: ResolvedJob, ref: SceneRef, run: RunFolder) -> MeasurableScene:
-    """Open, check and plan a scene, regions and reference too; make the stages of its model.
+    """Open, check and plan a scene; make the stages of its model.
 
     What the run needs of the store is noted: it stays until the run is finished.
 
@@ -125,16 +127,32 @@ def complete_scene(
 ) -> SceneRecord:
     """Finish the labels of a scene whose blocks or prompts are all computed; measure and export it.
 
+    What cannot be measured is left out and told in the record; the map is written without it. The scene has
+    failed then, and keeps its stages: once the cause is gone it is measured without predicting again.
+
     Raises:
         SceneError, StoppedError.
     """
     steps = STEPS[scene.job.kind].finish(scene, computed)
-    measured, steps["measure"] = measure_scene(scene, stop)
-    note_stages(run, scene, measured.stage)
-    begun = time.perf_counter()
-    files = export_scene(scene, measured, run)
+    unmeasured: dict[str, str] = {}
+    may_pass = True
+    while True:
+        try:
+            measured, steps["measure"] = measure_scene(scene, stop, unmeasured)
+            note_stages(run, scene, measured.stage)
+            begun = time.perf_counter()
+            files = export_scene(scene, measured, run)
+            break
+        except UnmeasuredError as error:
+            if error.part in unmeasured:
+                raise
+            unmeasured[error.part] = str(error)
+            may_pass &= error.may_pass
+            scene = without(scene, error.part)
     steps["export"] = Done(1, 0, time.perf_counter() - begun, {})
-    record = done_record(scene, measured, files, steps)
+    record = done_record(scene, measured, files, steps, unmeasured)
+    if record.state == "failed":
+        return replace(record, may_pass=may_pass and not measured.damaged)
     if isinstance(scene, Scene):
         drop_unkept(scene)
     return record

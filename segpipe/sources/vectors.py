@@ -17,7 +17,7 @@ import geopandas
 import numpy as np
 import pyogrio
 import shapely
-from pyproj.exceptions import CRSError
+from pyproj.exceptions import ProjError
 
 from segpipe.errors import RequestError, SceneError
 from segpipe.process.gdal_drivers import OWN_DRIVERS, SKIPPED_DRIVERS, VECTOR_DRIVERS, skip_list
@@ -26,14 +26,12 @@ from segpipe.sources.readers import Access, readers, roots_of, trusted
 from segpipe.sources.remote import fetch, is_remote
 
 VECTOR_ERRORS = (
-    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.GEOSException, CRSError,
-    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, UnboundLocalError,
-    zipfile.BadZipFile, zlib.error, RuntimeError,
+    pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError, ProjError,
+    OSError, ValueError, KeyError, TypeError, AttributeError,  # the latter: metadata of GeoParquet
+    UnboundLocalError,  # pyogrio 0.13, where GDAL has no text for a CRS
+    zipfile.BadZipFile, zlib.error, EOFError, RuntimeError,  # the last: a zip with a password
 )  # fmt: skip
-"""What pyogrio, shapely, geopandas, pyarrow and zipfile raise at files that are damaged, or none of theirs.
-
-UnboundLocalError: by pyogrio 0.13 where GDAL has no text for a CRS. RuntimeError: by zipfile at passwords.
-"""
+"""What pyogrio, pyarrow, GEOS, PROJ and zipfile raise at files that are damaged, or none of theirs."""
 
 MOST_VERTICES = 50_000_000
 """Of a layer: a gigabyte of coordinates."""

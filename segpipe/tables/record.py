@@ -98,6 +98,8 @@ class SceneRecord:
     error: str = ""
     may_pass: bool = False
     """Of a scene that failed: by a fault of storage or memory, not of the scene."""
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    """Of a scene that failed although its map is written: what could not be measured, to the reason."""
     notes: tuple[str, ...] = ()
     geometry: GeometrySummary | None = None
     """None where the scene could not be opened."""
@@ -117,6 +119,11 @@ class SceneRecord:
     """Of a prompted run: every phrase, in the order asked."""
     prompts: tuple[str, ...] = ()
     """Of a prompted run: what became of the rows of files of prompts, a line a fact."""
+
+    @property
+    def mapped(self) -> bool:
+        """Whether its label map and its files are written."""
+        return self.state == "done" or bool(self.unmeasured)
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,11 @@ class RunRecord:
     @property
     def done(self) -> tuple[SceneRecord, ...]:
         return tuple(s for s in self.scenes if s.state == "done")
+
+    @property
+    def mapped(self) -> tuple[SceneRecord, ...]:
+        """Those that are done, and those of which not all could be measured."""
+        return tuple(s for s in self.scenes if s.mapped)
 
     @property
     def failed(self) -> tuple[SceneRecord, ...]:

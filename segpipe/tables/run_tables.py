@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 def read_measured(out: str, scenes: Sequence[SceneRecord]) -> dict[str, Measured]:
-    """Return the measurements of every scene that is done, by its name.
+    """Return the measurements of every scene whose map is written, by its name.
 
     Raises:
         RequestError: a scene's tallies are gone from the store.
     """
     found = {}
-    for scene in (s for s in scenes if s.state == "done"):
+    for scene in (s for s in scenes if s.mapped):
         stage = Stage(out, scene.keys["measure"])
         if stage.read_json("info.json") is None:
             raise RequestError(
@@ -44,33 +44,36 @@ def run_tables(record: RunRecord, measured: Mapping[str, Measured]) -> dict[str,
     """Return every table that the job asked for, by its file's name."""
     classes, job, scenes = record.legend, record.job, record.scenes
     measure = job.get("measure", {})
-    results = [_tallies(scene, measured.get(scene.name)) for scene in scenes]
+    results = [part for s in scenes for part in _tallies(s, measured.get(s.name), "size")]
     tables = {"regions": overlap_tables.region_table(results, classes)}
     if job.get("reference"):
+        results = [part for s in scenes for part in _tallies(s, measured.get(s.name), "size", "reference")]
         metrics = tables["metrics"] = overlap_tables.metric_table(results, classes)
         blocks: list[Tally] = []
-        if len(scenes) == 1 and measured:
+        if len(scenes) == 1 and measured and _missed(scenes[0], "size", "reference") is None:
             receipts = next(iter(measured.values())).stage.receipts()
             blocks = [Tally.from_json(receipt) for _, receipt in sorted(receipts.items())]
         tables["summary"] = summary_table(metrics, classes, groups=record.groups or None, blocks=blocks)
         tables["agreement"] = overlap_tables.agreement_table(metrics)
         tables["confusion"] = overlap_tables.confusion_table(results, classes)
     if measure.get("intensity"):
-        parts = _values(scenes, measured, lambda m: _intensities(m, m.channels, m.intensity))
+        parts = _values(scenes, measured, lambda m: _intensities(m, m.channels, m.intensity), "intensity")
+        parts += _no_regions(scenes)
         tables["intensity"] = scene_tables.intensity_table(parts, classes)
     if measure.get("surface"):
         tables["surface"] = scene_tables.surface_table(
-            _values(scenes, measured, lambda m: m.surfaces), classes
+            _values(scenes, measured, lambda m: m.surfaces, "reference", "surface"), classes
         )
     tables |= _object_tables(record, measured, tables["regions"])
     if record.prompted:
         tables["asked"] = phrase_table(record, tables["regions"], tables.get("instances"))
     if job.get("outputs", {}).get("uncertainty"):
         parts = _values(scenes, measured, lambda m: _intensities(m, m.doubts, m.uncertainty))
+        parts += _no_regions(scenes)
         tables["uncertainty"] = scene_tables.uncertainty_table(parts, classes)
         if job.get("reference"):
             tables["calibration"] = scene_tables.calibration_table(
-                _values(scenes, measured, lambda m: m.calibration)
+                _values(scenes, measured, lambda m: m.calibration, "reference")
             )
     return tables
 
@@ -83,7 +86,7 @@ def _object_tables(
     values = {int(k): v for k, v in (record.job.get("reference") or {}).get("values", {}).items()}
     detected = [
         object_tables.SceneDetections.of(scene.name, measured[scene.name], values)
-        if scene.name in measured
+        if scene.name in measured and "size" not in scene.unmeasured
         else object_tables.SceneDetections(scene.name, reason=scene.error)
         for scene in record.scenes
     ]
@@ -100,7 +103,7 @@ def _object_tables(
         return tables
     if not measure.get("objects"):
         return {}
-    given = _values(record.scenes, measured, _given_objects)
+    given = _values(record.scenes, measured, _given_objects, "reference")
     smallest = measure["smallest"]
     return {
         "objects": object_tables.objects_table(given, smallest),
@@ -112,10 +115,23 @@ def _given_objects(measured: Measured) -> tuple[OverlapTable, SizeScale] | None:
     return None if measured.objects is None else (measured.objects, SizeScale.from_dict(measured.scale))
 
 
-def _tallies(scene: SceneRecord, measured: Measured | None) -> overlap_tables.SceneTallies:
+def _tallies(scene: SceneRecord, measured: Measured | None, *needs: str) -> list[overlap_tables.SceneTallies]:
+    """What a scene has in a table that needs these parts; what is not measured is a failed row each class."""
     if measured is None:
-        return overlap_tables.SceneTallies(scene.name, regions=(), reason=scene.error)
-    return overlap_tables.SceneTallies.of(scene.name, measured)
+        return [overlap_tables.SceneTallies(scene.name, regions=(), reason=scene.error)]
+    if (reason := _missed(scene, *needs)) is not None:
+        regions = () if "size" in scene.unmeasured else measured.regions
+        return [overlap_tables.SceneTallies(scene.name, regions=regions, reason=reason)]
+    found = [overlap_tables.SceneTallies.of(scene.name, measured)]
+    if "regions" in scene.unmeasured:
+        reason = scene.unmeasured["regions"]
+        found.append(overlap_tables.SceneTallies(scene.name, regions=measured.damaged, reason=reason))
+    return found
+
+
+def _missed(scene: SceneRecord, *parts: str) -> str | None:
+    """Why one of these parts was not measured; None: all were."""
+    return next((scene.unmeasured[part] for part in parts if part in scene.unmeasured), None)
 
 
 def _intensities(
@@ -125,17 +141,29 @@ def _intensities(
 
 
 def _values(
-    scenes: Sequence[SceneRecord], measured: Mapping[str, Measured], pick: Callable[[Measured], T | None]
+    scenes: Sequence[SceneRecord],
+    measured: Mapping[str, Measured],
+    pick: Callable[[Measured], T | None],
+    *needs: str,
 ) -> list[SceneValue[T]]:
-    """Return what is picked of every scene's measurements."""
+    """Return what is picked of every scene's measurements, which needs these parts of them."""
     parts = []
     for scene in scenes:
         if scene.name not in measured:
             parts.append(SceneValue[T](scene.name, None, scene.error, failed=True))
             continue
+        if (reason := _missed(scene, "size", *needs)) is not None:
+            parts.append(SceneValue[T](scene.name, None, reason, failed=True))
+            continue
         value = pick(measured[scene.name])
         parts.append(SceneValue(scene.name, value, NO_REFERENCE if value is None else ""))
     return parts
+
+
+def _no_regions(scenes: Sequence[SceneRecord]) -> list[scene_tables.SceneIntensity]:
+    """A failed row each class for the regions that could not be measured."""
+    missed = [(s.name, s.unmeasured["regions"]) for s in scenes if "regions" in s.unmeasured]
+    return [SceneValue(name, None, reason, failed=True) for name, reason in missed]
 
 
 SCENE_FAILED = "scene failed"

@@ -18,6 +18,8 @@ from segpipe.redact import clean
 from segpipe.store.location import write_atomic
 from segpipe.tables.frames import describe_column, dictionary
 
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+"""What pandas and pyarrow raise at Parquet files that are damaged, or whose metadata are."""
 MOST_ROWS = 20_000
 """A larger table is not repeated in JSON: its Parquet file is smaller and typed."""
 

@@ -123,6 +123,11 @@ class Lattice:
         yield from product(*self.needed(box, blend))
 
 
+def halo_limit(window: int, stride: int) -> int:
+    """The most that a halo may be: rounded up to multiples of the stride, it leaves one of a window."""
+    return max(0, (window - stride) // 2 // stride * stride)
+
+
 def make_lattice(
     shape: Sequence[int],
     window: Sequence[int],
@@ -138,10 +143,13 @@ def make_lattice(
     axes = []
     for size, w, h in zip(shape, window, halo, strict=True):
         if w % stride or w < 1:
-            raise RequestError(f"window: found {w}; valid: a multiple of the model's total stride {stride}")
-        if w < size and w - 2 * (-(-h // stride) * stride) < stride:
             raise RequestError(
-                f"halo: found {h} for a window of {w} (stride {stride}); valid: less than half the window"
+                f"tiling.window: found {w}; valid: a multiple of the model's total stride {stride}"
+            )
+        if w < size and (h < 0 or h > halo_limit(w, stride)):
+            most = halo_limit(w, stride)
+            raise RequestError(
+                f"tiling.halo: found {h} for a window of {w} (stride {stride}); valid: 0 to {most}"
             )
         axes.append(lattice_axis(size, w, h, stride, fixed))
     return Lattice(tuple(axes))

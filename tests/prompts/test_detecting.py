@@ -12,7 +12,7 @@ import yaml
 
 from benchmarks.detector_files import clip, owl, save
 from segpipe.config.job import Job
-from segpipe.errors import RequestError, SceneError, StoppedError
+from segpipe.errors import RequestError, StoppedError
 from segpipe.prompts.build_objects import build_objects
 from segpipe.prompts.collect_prompts import collect_prompts
 from segpipe.prompts.grounding.clip import OTHER, label_masks
@@ -169,9 +169,8 @@ def test_what_is_wrong_is_said_before_work(card: Path, detector: Path, tmp_path:
             },
         }
     )
-    request = check_request(bands)
-    with pytest.raises(SceneError, match=r"bands: the scene has no nir; it has red, green, blue"):
-        prepare_prompts(bands, request.scenes[0], request.settings)
+    with pytest.raises(RequestError, match=r"scene: bands: the scene has no nir; it has red, green, blue"):
+        check_request(bands)
 
 
 def test_masks_of_a_grid_are_named_by_clip(card: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from segpipe.pipeline.scene_io import SceneBlocks, ScenePixels
 from segpipe.prompts.collect_prompts import prompt_line
 from segpipe.prompts.masks import embeddings as module
 from segpipe.prompts.masks.embeddings import Planes, read_box
+from segpipe.prompts.prompt_scene import prepare_prompts
 from segpipe.prompts.segment_scene import next_round, segment_windows
 from segpipe.runs.check import check_request
 from segpipe.sources import open_source
@@ -109,11 +110,11 @@ def test_a_plan_says_what_a_question_encodes(tmp_path: Path) -> None:
     card = make_card(tmp_path)
     job = make_job(tmp_path / "job", card, (300, 300), [(x, 20, x + 20, 40) for x in range(5, 270, 40)])
     request = check_request(job)
-    line = prompt_line(job, request.scenes[0], request.settings)
+    line = prompt_line(prepare_prompts(job, request.scenes[0], request.settings))
     scene = planned(job)
     here = next_round(scene, 0)
     assert here is not None
     assert line.startswith(f"{here.total} windows of 64 to encode (0 are kept)")
     segment_windows(scene, 0, here.windows[:2])
-    again = prompt_line(job, request.scenes[0], request.settings)
+    again = prompt_line(prepare_prompts(job, request.scenes[0], request.settings))
     assert again.startswith(f"{here.total - 2} windows of 64 to encode (2 are kept)")

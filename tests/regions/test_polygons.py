@@ -220,6 +220,15 @@ def test_shapefile_and_geojson_and_layers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.crs. was not provided")
+def test_a_scene_that_no_region_touches_keeps_their_names(tmp_path):
+    path = write(tmp_path / "r.gpkg", [shapely.box(500002, 3999990, 500010, 3999999)], district=["a"])
+    far = RasterGeometry((20, 20), (1, 0, 600000, 0, -1, 4000000), UTM)
+    regions = load_regions(Regions(path=path, name="district"), far)
+    assert regions.names == ("a",)
+    assert fixed(regions, (20, 20), (20, 20)) == [0]
+    assert "none of its 1 regions touches the scene" in regions.notes[0]
+
+
 def test_what_cannot_be_is_refused_with_what_would_be_valid(tmp_path):
     box = shapely.box(500002, 3999990, 500010, 3999999)
     geometry = RasterGeometry((20, 20), (1, 0, 500000, 0, -1, 4000000), UTM)
@@ -233,9 +242,6 @@ def test_what_cannot_be_is_refused_with_what_would_be_valid(tmp_path):
     with pytest.raises(RequestError, match="has no CRS and the scenes have one"):
         load_regions(Regions(path=free), geometry)
     assert fixed(load_regions(Regions(path=free), bare), (20, 20), (20, 20)) == [72 * FULL]
-    with pytest.raises(SceneError, match="none of its 1 regions touches"):
-        far = RasterGeometry((20, 20), (1, 0, 600000, 0, -1, 4000000), UTM)
-        load_regions(Regions(path=path), far)
     with pytest.raises(RequestError, match="cannot be read"):
         load_regions(Regions(path=str(tmp_path / "absent.gpkg")), geometry)
     with pytest.raises(RequestError, match="polygons are expected"):

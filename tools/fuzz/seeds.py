@@ -78,7 +78,7 @@ def scene_files() -> Iterator[tuple[str, str, bytes]]:
         yield "h5", "gzip", (folder / "a.h5").read_bytes()
     voxels = np.arange(8 * 7 * 6, dtype=np.int16).reshape(8, 7, 6)
     for name, kind in (("one", nib.Nifti1Image), ("two", nib.Nifti2Image)):
-        image = kind(voxels, np.diag([-2.0, 2.0, 2.0, 1.0]))
+        image = kind(voxels, np.diag([-2.0, 2.0, 2.0, 1.0]))  # type: ignore[no-untyped-call]
         image.header.set_xyzt_units("mm")
         yield "nii", name, image.to_bytes()
         yield "atlas-nii", name, image.to_bytes()

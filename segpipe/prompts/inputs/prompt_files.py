@@ -28,7 +28,7 @@ import shapely
 from pyproj import CRS
 from pyproj.exceptions import CRSError
 
-from segpipe.config.cells import plain_cell
+from segpipe.config.cells import CSV_ERRORS, plain_cell
 from segpipe.errors import RequestError, SceneError
 from segpipe.geometry.geometry import Geometry, RasterGeometry
 from segpipe.prompts.inputs.rows import Attributes, Collector, FileAccount, read_attributes
@@ -188,14 +188,15 @@ def _read_csv(path: Path, geometry: Geometry, crs: str, outlines: bool) -> tuple
 def _read_columns(path: Path) -> dict[str, list[str]]:
     """Columns by name in small letters, cells as text."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        head = lines[0] if lines else ""
+        separator = max(",;\t", key=head.count)
+        cells = ([*map(plain_cell, row)] for row in csv.reader(lines, delimiter=separator))
+        rows = [row for row in cells if any(cell.strip() for cell in row)]
     except UnicodeDecodeError as error:
         raise RequestError(f"prompts.path: {path} is not UTF-8 text ({error.reason}); give a CSV") from error
-    lines = text.splitlines()
-    head = lines[0] if lines else ""
-    separator = max(",;\t", key=head.count)
-    cells = ([*map(plain_cell, row)] for row in csv.reader(lines, delimiter=separator))
-    rows = [row for row in cells if any(cell.strip() for cell in row)]
+    except CSV_ERRORS as error:
+        raise RequestError(f"prompts.path: {path} cannot be read ({error}); give a CSV") from error
     if len(rows) < 2:
         raise RequestError(
             f"prompts.path: {path} has no rows; give a line of column names, then one line a prompt"
