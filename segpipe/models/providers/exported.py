@@ -65,7 +65,7 @@ class UnsafeProgramError(Exception):
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, AttributeError, IndexError, EOFError,
-    RuntimeError,
+    RuntimeError, OverflowError,
 )  # fmt: skip
 """What archives raise that are damaged, encrypted (RuntimeError), nested too deep, or of another kind."""
 
