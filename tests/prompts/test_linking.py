@@ -27,8 +27,8 @@ from tests.prompts.solids import Truth, ball, collect, cone, embedder, said, sla
 from tests.prompts.tiny_sams import card_for, picture, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ANY = Volume(least_iou=0, least_overlap=0, change=np.inf)
-WHATEVER = Volume.model_construct(least_iou=-np.inf, least_overlap=0, change=np.inf)
+ANY = Volume(least_iou=0, least_overlap=0, change=1e30)
+WHATEVER = Volume.model_construct(least_iou=-np.inf, least_overlap=0, change=1e30)
 """What no request may say: random weights predict an IoU below 0."""
 SHAPE = (26, 30, 34)
 
@@ -79,7 +79,7 @@ def test_overlap_and_change_stop_a_cone() -> None:
     box = said(boxes=[slice_box(solid, 0, 20)])
     for rules, why, ratio in (
         (Volume(change=1.4, least_overlap=0), StopReason.change, 1 / 1.4),
-        (Volume(least_overlap=0.6, change=np.inf), StopReason.overlap, 0.6),
+        (Volume(least_overlap=0.6, change=1e30), StopReason.overlap, 0.6),
     ):
         stop = run(solid.astype(int), box, rules=rules)[2][1, 20, "backward"]
         last = next(i for i in range(20, 4, -1) if areas[i - 1] / areas[i] < ratio)

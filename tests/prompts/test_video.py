@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 EDGE, DEPTH = 64, 8
 NEAR = 3e-3
 """Of logits of some units: rounding grows from slice to slice, and is handed on by the memory."""
-ANY = Volume(least_iou=0, least_overlap=0, change=np.inf)
+ANY = Volume(least_iou=0, least_overlap=0, change=1e30)
 BOX = (1, (3, 9.5, 12.5), (3, 50.5, 40.5))
 """On slice 3; in x and y of the library, whose boxes go from centre to centre: 13, 10, 40, 50."""
 
