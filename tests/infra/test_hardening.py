@@ -63,7 +63,7 @@ def peers(name: str) -> set[str]:
         ("store-owner", set()),
         *(
             (worker, {"server", "store", "buckets", "dask-scheduler"} | WORKERS - {worker})
-            for worker in WORKERS
+            for worker in sorted(WORKERS)
         ),
     ],
 )
