@@ -118,7 +118,7 @@ def test_the_record_and_the_page_say_that_no_model_was_run(ct: Path) -> None:
     assert "labels measured as given: no model was run" in page
     assert 'id="model"' not in page
     stages = {p.name.split("-")[0] for p in (ct.parents[1] / ".store").iterdir()}
-    assert stages <= {"measure", "stop"}  # nothing ingested, nothing predicted
+    assert stages <= {"measure", "stop", "uses"}  # nothing ingested, nothing predicted
 
 
 @needs_ct

@@ -81,7 +81,7 @@ def no_pixel_area(world: World, folder: Path) -> Case:
     return Case(fields, mend, "no single pixel area", "size", failed, scene)
 
 
-CASES = [other_grid, unreadable_reference, region_ids_below_zero, damaged_polygon, no_pixel_area]
+CASES = [unreadable_reference, damaged_polygon, no_pixel_area]
 
 
 def tables(run: Path, name: str) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -125,10 +124,9 @@ def test_wrong_requests_are_one_line(runs: tuple[Path, Path], world: World, tmp_
 
 
 def test_nothing_measured_in_both_is_refused(world: World, tmp_path: Path) -> None:
-    truth = tmp_path / "truth"
-    truth.mkdir()
-    shutil.copy(world / "truth" / "scene2.tif", truth / "another.tif")
-    failed = run_job(world.job(tmp_path / "failed", reference={"path": str(truth)}))
+    torn = tmp_path / "scene1.tif"
+    torn.write_text("no raster")
+    failed = run_job(world.job(tmp_path / "failed", scenes=[str(torn)]))
     done = run_job(world.job(tmp_path / "done"))
     with pytest.raises(RequestError, match=r"nothing measured in both: each scene in common \(scene1\)"):
         compare_runs(str(failed), str(done))

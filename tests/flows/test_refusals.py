@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from uuid import UUID
 
+import numpy as np
+import rasterio
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, Log
@@ -70,12 +72,19 @@ def test_a_failed_scene_ends_with_its_reason(
 def test_a_scene_that_is_not_measured_ends_with_its_reason(
     on_server: SyncPrefectClient, flow_job: JobMaker, flow_scenes: Path
 ) -> None:
-    reference = {"path": str(flow_scenes / "scene_1.tif")}
-    job = load(flow_job("unmeasured", scenes=[flow_scenes / "scene_0.tif"], reference=reference))
+    truth = flow_scenes.parent / "truth-of-two"
+    truth.mkdir()
+    shutil.copy(flow_scenes / "scene_0.tif", truth)  # two bands
+    with rasterio.open(flow_scenes / "scene_1.tif") as scene:
+        profile = {**scene.profile, "count": 1, "dtype": "uint8", "nodata": None}
+        with rasterio.open(truth / "scene_1.tif", "w", **profile) as file:
+            file.write(np.zeros((1, *scene.shape), np.uint8))
+    scenes = [flow_scenes / f"scene_{n}.tif" for n in (0, 1)]
+    job = load(flow_job("unmeasured", scenes=scenes, reference={"path": str(truth)}))
     segment(job, return_state=True)
-    words = last_words(on_server, "1 of 1 scene failed (scene_0: not measured: reference: ")
+    words = last_words(on_server, "scene_0: not measured: reference: ")
     assert "not measured: reference: " in words[None].message
-    (scene,) = record_of(job).scenes
+    scene, _ = record_of(job).scenes
     assert (run_folder(job) / scene.files["labels"]).is_file()
 
 

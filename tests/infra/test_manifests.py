@@ -303,5 +303,5 @@ def test_the_report_of_a_wrong_job_is_a_line(
 ) -> None:
     done = resources(str(world.job(tmp_path / "out", tiling={"memory": "64MiB"})))
     assert done.code == 2
-    assert done.err.startswith("error: tiling.memory") and len(done.err.splitlines()) == 1
+    assert "tiling.memory: found 64 MiB" in done.err and len(done.err.splitlines()) == 1
     assert done.out == ""

@@ -319,7 +319,7 @@ def test_hostile_labels_reference_and_regions_are_refused(
     labels = path if field == "labels" else world / "truth/scene1.tif"
     fields = {} if field == "labels" else {field: {"path": str(path)}}
     job = job_of(tmp_path / "out", world / "scene1.tif", labels, **fields)
-    refuse(SceneError, path, lambda: run_all(job))
+    refuse(SegpipeError, path, lambda: run_all(job))
     watched.require_untouched()
 
 
