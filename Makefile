@@ -53,7 +53,8 @@ test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 faults: $(INSTALLED)
-	$(BIN)/python -m pytest tests/faults tests/inference/test_damage.py -m "slow or not slow"
+	$(BIN)/python -m pytest tests/faults tests/inference/test_damage.py tests/export/test_damaged_files.py \
+	    tests/flows/test_scan_killed.py tests/test_store_life.py tests/test_disk_full.py -m "slow or not slow"
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pipeline

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
 from segpipe.config.scan import Scan
@@ -62,6 +63,7 @@ def wait_for_try(asked: Scan, name: str, count: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_scene_that_kills_its_process_is_set_aside_and_the_others_are_done(
     on_server: SyncPrefectClient, make: ScanMaker, server_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -93,6 +95,7 @@ def written(asked: Scan) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_scan_that_was_paused_and_taken_over_writes_nothing_more(
     on_server: SyncPrefectClient, make: ScanMaker, server_environment: dict[str, str], tmp_path: Path
 ) -> None:
