@@ -195,9 +195,13 @@ class Readers:
     """The readers of this process: as many as there are requests at a time, up to the number of CPUs."""
 
     def __init__(self) -> None:
+        self._most = max(2, cpu_count())
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin without readers: a forked process has a copy of its parent's, which it must not ask."""
         self._idle: list[Reader] = []
         self._busy = 0
-        self._most = max(2, cpu_count())
         self._change = threading.Condition()
 
     def ask(
@@ -335,12 +339,6 @@ def _shared_memory() -> int:
 readers = Readers()
 
 
-def _forget() -> None:
-    """A forked process has its own readers."""
-    global readers
-    readers = Readers()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-atexit.register(lambda: readers.end())
+    os.register_at_fork(after_in_child=readers.forget)
+atexit.register(readers.end)

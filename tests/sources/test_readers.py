@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -90,6 +91,28 @@ def test_a_reader_that_dies_costs_one_read(scene: Path) -> None:
         with pytest.raises(SceneError, match=r"scene\.tif: cannot be read: the process .* ended by SIGKILL"):
             source.read(source.geometry.box)
         assert source.read(source.geometry.box).values.shape == (3, 300, 200)
+
+
+def test_a_forked_process_has_readers_of_its_own(scene: Path) -> None:
+    """It reads, layers too, and its parent's readers answer its parent."""
+    code = (
+        "import os, sys; import numpy as np; from segpipe.sources import open_source\n"
+        "from segpipe.sources.vectors import list_layers\n"
+        "source = open_source(sys.argv[1]); whole = source.read(source.geometry.box).values\n"
+        "pid = os.fork()\n"
+        "again = source.read(source.geometry.box).values\n"
+        "assert np.array_equal(again, whole) and list_layers(sys.argv[2]) == ['a']\n"
+        "if pid == 0: os._exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0; print('both')\n"
+    )
+    layer = scene.parent / "a.geojson"
+    feature = {"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [1, 2]}}
+    layer.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(scene), str(layer)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout == "both\n", done
 
 
 def test_a_reader_that_says_nothing_is_ended(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
