@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,11 +284,11 @@ class Readers:
                 self._change.wait()
             self._busy += 1
             known = {root for r in self._idle for root in r.access.roots}
-        try:
-            return Reader(_widened(access, known))
-        except BaseException:
-            self._give_back(None)
-            raise
+        with ExitStack() as unless_started:
+            unless_started.callback(self._give_back, None)
+            reader = Reader(_widened(access, known))
+            unless_started.pop_all()
+        return reader
 
     def _give_back(self, reader: Reader | None) -> None:
         with self._change:
