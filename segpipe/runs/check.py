@@ -18,8 +18,9 @@ from segpipe.config.loading import apply_overrides, load_groups, read_yaml, vali
 from segpipe.errors import RequestError
 from segpipe.inference.settings import NO_MODEL, Settings, resolve_settings
 from segpipe.models.registry import build_network, check_card, load_model, load_object_model
-from segpipe.pipeline.measure import TALLY_VERSION, tolerances
+from segpipe.pipeline.measure import TALLY_VERSION
 from segpipe.pipeline.plan_scene import model_parts
+from segpipe.pipeline.surfaces import tolerances
 from segpipe.prompts.phrases import phrase_classes
 from segpipe.redact import address, seal, whole
 from segpipe.regions import check_regions

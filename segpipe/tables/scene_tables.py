@@ -40,7 +40,7 @@ BOUNDARY = ("iou", "f1", "precision", "recall")
 NOT_DEFINED = "not_defined"
 """State of a scene whose grid has no lengths to measure distances with."""
 SceneSurfaces = SceneValue[Mapping[str, Any]]
-"""As `segpipe.pipeline.measure.measure_surfaces` gives it."""
+"""As `segpipe.pipeline.surfaces.measure_surfaces` gives it."""
 
 
 # ------------------------------------------------------------------ intensity and uncertainty
