@@ -135,7 +135,7 @@ def scrubbed() -> Iterator[None]:
     """Let errors pass with clean texts (`scrub`); a decorator too."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is, it goes on with a clean text
         scrub(error)
         raise
 

@@ -187,7 +187,7 @@ def told_when_full(location: str | Path, draft: Path | None = None) -> Iterator[
         yield
     except (FullError, StoppedError, RequestError):
         raise
-    except Exception as error:
+    except Exception as error:  # of whichever library writes: what is no full disk is raised as it is
         found = _OS_ERROR.search(str(error))
         code = int(found[1]) if found else getattr(error, "errno", None)
         room = None if is_url(str(location)) else _room(Path(location))
