@@ -1,7 +1,7 @@
 """What is kept of one subject or scene, found and removed: in store, runs, ledgers and Prefect's history.
 
 A stage and a scene's folder are removed whole; a run of other scenes too is written again without this one.
-What cannot be removed from here is told, and so is what still names the subject.
+What cannot be removed from here is listed, and so is what still names the subject.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def erase(name: str, folder: str, home: Path, server: str | None, *, dry_run: bo
         name: of the subject (``sub-01``) or scene.
         folder: of results, `outputs.dir` of the jobs.
         home: Prefect's own folder, with its database.
-        server: address of a Prefect server in use, whose history is told as out of reach.
+        server: address of a Prefect server in use, whose history is listed as out of reach.
         dry_run: only find it.
 
     Raises:

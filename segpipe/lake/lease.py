@@ -61,7 +61,7 @@ class Holder:
             ended.set()
             thread.join()
             retried = [self.give_back(lease) for lease in list(self._held)]
-            if not any(retried):  # else the sign of life is the retry's
+            if not any(retried):  # else the heartbeat is the retry's
                 _delete(self.objects, f"holders/{self.name}")
 
     def take(self, lease: str) -> bool:

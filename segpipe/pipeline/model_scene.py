@@ -206,7 +206,7 @@ def _wanted(job: Job) -> list[str]:
 
 
 def dry_plan(job: Job, card: Card, ref: SceneRef, settings: Settings) -> Plan:
-    """The plan of a scene without touching the store; regions and reference are held against it.
+    """The plan of a scene without touching the store; regions and reference are checked against it.
 
     A card with a region of interest is planned over the whole scene: the region is not known yet.
 

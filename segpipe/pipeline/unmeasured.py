@@ -1,4 +1,4 @@
-"""What of a scene may be left unmeasured without withholding its map, and how that is told."""
+"""What of a scene may be left unmeasured without withholding its map, and how that is reported."""
 
 from __future__ import annotations
 

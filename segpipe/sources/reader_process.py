@@ -47,7 +47,7 @@ def serve(channel: int, memory: int, limits: dict[str, Any]) -> None:
         memory: descriptor of what both processes share.
         limits: ``roots`` and ``network`` of a `segpipe.sources.readers.Access`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end is told, and closes the channel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end gets the signal, and closes the channel
     limit_files()
     restrict_access(_readable(limits["roots"], limits["network"]), network=limits["network"])
     with socket.socket(fileno=channel) as connection:

@@ -173,7 +173,7 @@ _NO_ROOM = 2**20
 
 @contextmanager
 def told_when_full(location: str | Path, draft: Path | None = None) -> Iterator[None]:
-    """Writing below a location: that its disk is full is told in one line, whichever library wrote.
+    """Writing below a location: a full disk is reported in one line, whichever library wrote.
 
     Args:
         location: folder or URL.

@@ -192,7 +192,7 @@ def read_header(path: Path) -> Dataset | None:
     """
     try:
         header = dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
-        list(header)  # pydicom looks at a value when it is asked for: what is damaged is told here
+        list(header)  # pydicom looks at a value when it is asked for: what is damaged raises here
         return header
     except DICOM_ERRORS as error:
         if path.name.lower().endswith(DICOM_SUFFIXES):

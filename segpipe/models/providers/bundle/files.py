@@ -237,7 +237,7 @@ def card_from_bundle(path: str | Path) -> Card:
 
 def _format(formats: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The array of this name, or the first."""
-    found: Mapping[str, Any] = formats.get(name) or list(formats.values())[0]  # noqa: RUF015  IndexError is told
+    found: Mapping[str, Any] = formats.get(name) or list(formats.values())[0]  # noqa: RUF015  IndexError is reported
     return found
 
 
