@@ -18,7 +18,7 @@ from segpipe.config.job import Job
 from segpipe.errors import DamagedError, RequestError
 from segpipe.export.run_folder import RunFolder, is_whole, now
 from segpipe.report.run_page import page_paths
-from segpipe.store.location import is_url, join, open_store, read_object, store_reason
+from segpipe.store.location import is_url, join, open_store, read_object, store_named, store_reason
 from segpipe.tables.record import RunRecord, load_record
 from segpipe.tables.table_files import PARQUET_ERRORS
 
@@ -28,7 +28,15 @@ def open_run(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
 
     Returns:
         The run, and its record where it has ended and its files are still there.
+
+    Raises:
+        SegpipeError: the store fails.
     """
+    with store_named(job.outputs.dir):
+        return _opened(job, mark)
+
+
+def _opened(job: Job, mark: str) -> tuple[RunFolder, RunRecord | None]:
     store = open_store(join(job.outputs.dir, job.name))
     found = obstore.list_with_delimiter(store)["common_prefixes"]
     for folder in sorted(found, reverse=True):

@@ -17,7 +17,7 @@ from segpipe.runs.find_run import open_run
 from segpipe.runs.finish import finish_run
 from segpipe.runs.steps import begin_scene, complete_scene, compute_scene
 from segpipe.sources import SceneRef
-from segpipe.store.location import store_reason
+from segpipe.store.location import store_named, store_reason
 from segpipe.store.stop import StopToken
 from segpipe.tables.record import RunRecord, SceneRecord
 
@@ -39,15 +39,6 @@ class Progress:
     """What became of the scene, once it has ended."""
 
 
-@contextmanager
-def _store_named(out: str) -> Iterator[None]:
-    """Tell a failure of the store in one line that names it, also where no scene is to blame."""
-    try:
-        yield
-    except StorageError as error:
-        raise SegpipeError(f"outputs.dir: {out}: {store_reason(error)}; run the job again") from error
-
-
 def run_local(
     resolved: ResolvedJob, progress: Callable[[Progress], None] = lambda step: None
 ) -> tuple[RunFolder, RunRecord]:
@@ -65,13 +56,12 @@ def run_local(
     Raises:
         KeyboardInterrupt, StoppedError, FullError: what is committed stays; the same call goes on from there.
     """
-    with _store_named(resolved.job.outputs.dir):
-        run, before = open_run(resolved.job, resolved.fingerprint)
+    run, before = open_run(resolved.job, resolved.fingerprint)
     if before is not None and not before.failed and len(before.done) == len(resolved.scenes):
         return run, before
     bare, count = resolved.without_scenes(), len(resolved.scenes)
     records = []
-    with _store_named(resolved.job.outputs.dir), _stop_token(resolved.job.outputs.dir) as stop:
+    with store_named(resolved.job.outputs.dir), _stop_token(resolved.job.outputs.dir) as stop:
         for number, ref in enumerate(resolved.scenes, start=1):
 
             def told(done: int, total: int, ref: SceneRef = ref, number: int = number) -> None:
@@ -80,7 +70,7 @@ def run_local(
             record = _run_scene(bare, ref, run, stop, told)
             records.append(record)
             progress(Progress(ref.name, number, count, 0, 0, record))
-    with _store_named(resolved.job.outputs.dir):
+    with store_named(resolved.job.outputs.dir):
         return run, finish_run(run, resolved, records)
 
 

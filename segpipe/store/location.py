@@ -18,7 +18,7 @@ from pathlib import Path
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from segpipe.errors import DamagedError, FullError, RequestError, StoppedError
+from segpipe.errors import DamagedError, FullError, RequestError, SegpipeError, StoppedError
 
 
 def is_url(location: str) -> bool:
@@ -78,6 +78,15 @@ def store_reason(error: Exception) -> str:
         return f"{code[1]}: {code[2]}"
     line = text.split("\n\nDebug source")[0]
     return " ".join(line.split())[:250]
+
+
+@contextmanager
+def store_named(out: str) -> Iterator[None]:
+    """Tell a failure of the store in one line that names it, also where no scene is to blame."""
+    try:
+        yield
+    except obstore.exceptions.BaseError as error:
+        raise SegpipeError(f"outputs.dir: {out}: {store_reason(error)}; run the job again") from error
 
 
 def read_object(objects: ObjectStore, path: str) -> bytes | None:
